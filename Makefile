@@ -1,0 +1,85 @@
+# Every target sets up what it needs: Python 3.11 or 3.12 and make suffice.
+#
+#   make demo                    the main job on the embedded data, on the CPU
+#   make JAX_EXTRA=cuda12 demo   the same on an NVIDIA GPU (or tpu)
+#   make PYTHON=python3.11 test  with a given interpreter
+
+VENV := .venv
+PARITY_VENV := .venv-parity
+PY := $(VENV)/bin/python
+PARITY_PY := $(PARITY_VENV)/bin/python
+
+# Run each candidate: a version manager's stub may exist without a Python.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && echo $$p && break; done)
+endif
+
+JAX_EXTRA ?=
+JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
+# Stamps are written last, so that a broken install is done again.
+RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
+TEST_READY := $(RUN_READY)-test
+PARITY_READY := $(PARITY_VENV)/ready
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# create_venv(directory), with a message in place of a traceback.
+define create_venv
+@test -n '$(PYTHON)' || { echo 'No Python 3.11 or later was found.' \
+  'Install one, or name it: make PYTHON=/path/to/python3.12 ...'; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+  echo '$(PYTHON) cannot create virtual environments: it does not run, or' \
+  'lacks venv and ensurepip (Debian, Ubuntu: apt install python3-venv).'; \
+  exit 1; }
+@echo 'Installing into $(1) with $(PYTHON); the first time takes minutes.'
+@$(PYTHON) -m venv $(1)
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow parity golden lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
+	  $(firstword $(MAKEFILE_LIST))
+
+setup: $(TEST_READY) ## create .venv with everything that demo and test need
+
+demo: $(RUN_READY) ## quantize, fine-tune and evaluate the embedded default
+	$(PY) train.py --config=configs/digits.py:demo --workdir=runs/demo
+	$(PY) eval.py --config=configs/digits.py:demo --workdir=runs/demo
+
+test: $(TEST_READY) ## the test suite
+	$(PY) -m pytest -m 'not slow and not parity'
+
+test-slow: $(TEST_READY) ## the tests that take minutes
+	$(PY) -m pytest -m 'slow and not parity'
+
+parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
+	$(PARITY_PY) -m pytest -m parity
+
+golden: $(PARITY_READY) ## rewrite tests/golden from PyTorch
+	PYTHONPATH=. $(PARITY_PY) tests/make_golden.py
+
+lint: $(TEST_READY) ## ruff
+	$(PY) -m ruff check .
+
+clean: ## remove the environments and caches; runs/ stays
+	rm -rf $(VENV) $(PARITY_VENV) .pytest_cache .ruff_cache
+
+$(RUN_READY): requirements.txt
+	$(call create_venv,$(VENV))
+	@$(PY) $(PIP_INSTALL) -r requirements.txt $(JAX)
+	@touch $@
+
+$(TEST_READY): tests/requirements.txt $(RUN_READY)
+	@$(PY) $(PIP_INSTALL) -r tests/requirements.txt
+	@touch $@
+
+$(PARITY_READY): requirements.txt tests/requirements.txt \
+    tests/parity-requirements.txt
+	$(call create_venv,$(PARITY_VENV))
+	@$(PARITY_PY) $(PIP_INSTALL) -r requirements.txt \
+	  -r tests/requirements.txt -r tests/parity-requirements.txt
+	@touch $@

@@ -1,0 +1,118 @@
+"""What the experiments share: every field, its default and its meaning."""
+
+import re
+from typing import Any
+
+import ml_collections
+
+from msfp_jax import spec
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The fields of every experiment; configs/*.py fill in theirs."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # Full-precision checkpoint to start from: a file or the name of a shipped
+  # one. Empty: train one first, in the workdir.
+  config.pretrained = ''
+  config.stage = 'quantize'  # or 'pretrain': stop after the teacher
+
+  config.data = ml_collections.ConfigDict({
+      'name': 'digits',  # or 'images'
+      'path': '',  # for 'images': a folder or an .npz
+  })
+  # Of the UNet that pre-training makes; a checkpoint brings its own.
+  config.model = ml_collections.ConfigDict()
+  config.schedule = ml_collections.ConfigDict({
+      'name': 'linear',
+      'num_train_steps': 1000,
+      'beta_start': 1e-4,
+      'beta_end': 0.02,
+  })
+  config.sampler = ml_collections.ConfigDict({
+      'name': 'ddim',
+      'num_steps': 20,
+      'spacing': 'uniform',
+      'eta': 0.0,
+  })
+  config.pretrain = ml_collections.ConfigDict({
+      'num_steps': 10_000,
+      'batch_size': 64,
+      'learning_rate': 1e-3,
+      'warmup': 500,
+      'weight_decay': 0.01,
+      'clip_norm': 1.0,
+      'ema_decay': 0.999,
+      'save_every': 1000,
+      'log_every': 50,
+      'sample_every': 2000,
+  })
+  config.calibrate = ml_collections.ConfigDict({
+      'batch_size': 64,  # trajectories at once
+      'num_batches': 4,
+      'samples_per_layer': 65_536,  # activations kept of each layer
+  })
+  config.quant = ml_collections.ConfigDict({
+      'recipe': 'msfp',  # see msfp_jax/spec.py, RECIPES
+      'weight_bits': 4,
+      'act_bits': 4,
+      # Roles with other bits: a name in EXCEPTIONS there.
+      'exceptions': 'all-4',
+  })
+  config.finetune = ml_collections.ConfigDict({
+      'label': '',  # of the row in results.json; empty: 'tuned'
+      'num_updates': 1500,  # 0: calibrate only
+      'batch_size': 16,
+      'num_banks': 2,  # LoRAs a layer; 1: plain LoRA, no router
+      'rank': 16,
+      'gamma': 'sampler',  # see msfp_jax/losses.py; 'none': plain MSE
+      'base_weight': 'full',  # what banks add to; or 'dequantized'
+      'learn_act_ranges': True,  # activation scales and zero points
+      'learn_weight_scales': False,
+      'learning_rate': 1e-3,  # of the banks
+      'router_learning_rate': 1e-3,
+      'range_learning_rate': 1e-3,
+      'router_temperature': 1.0,
+      'router_prior': 1.0,  # pull of each span of timesteps to its own bank
+      'adam_b2': 0.99,
+      'weight_decay': 0.0,
+      'save_every': 500,
+      'log_every': 20,
+  })
+  config.eval = ml_collections.ConfigDict({
+      'rows': ('fp', 'int', 'signed_fp', 'msfp', 'tuned'),
+      'num_samples': 2048,
+      'batch_size': 256,
+      'features': 'digits',  # see msfp_jax/metrics/features.py
+      'pictures': 16,  # images a row in samples/methods.png
+  })
+  return config
+
+
+def apply_variant(
+    config: ml_collections.ConfigDict, variant: str,
+    named: dict[str, dict[str, Any]]) -> ml_collections.ConfigDict:
+  """Applies a comma-separated variant such as 'w4a4,skip-8,lora'.
+
+  Args:
+    config: changed in place.
+    variant: each word is bits (w4a4), a list of exceptions (all-4, skip-8), or
+      a key of `named`.
+    named: {word: {dotted field: value}}.
+
+  Raises:
+    ValueError: a word that is none of these; all are listed.
+  """
+  for word in filter(None, variant.split(',')):
+    if word in named:
+      config.update_from_flattened_dict(named[word])
+    elif word in spec.EXCEPTIONS:
+      config.quant.exceptions = word
+    elif re.fullmatch(r'w\d+a\d+', word):
+      bits = spec.parse_bits(word)
+      config.quant.weight_bits, config.quant.act_bits = bits
+    else:
+      raise ValueError(
+          f'variant {word!r}: must be bits such as w4a4, one of '
+          f'{sorted(spec.EXCEPTIONS)}, or one of {sorted(named)}')
+  return config

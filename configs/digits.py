@@ -1,0 +1,54 @@
+"""W4A4 diffusion on scikit-learn's digits: the embedded default."""
+
+from configs import common
+
+# Word of --config=configs/digits.py:WORD,WORD -> what it changes.
+VARIANTS = {
+    # Recipes; alone they change what is fine-tuned.
+    'msfp': {'quant.recipe': 'msfp'},
+    'signed': {'quant.recipe': 'signed_fp'},
+    'int': {'quant.recipe': 'int'},
+    # Ingredients of the fine-tuning.
+    'untuned': {'finetune.num_updates': 0,
+                'eval.rows': ('fp', 'int', 'signed_fp', 'msfp')},
+    'lora': {'finetune.num_banks': 1, 'finetune.gamma': 'none'},
+    'talora': {'finetune.num_banks': 2, 'finetune.gamma': 'none'},
+    'dfa': {'finetune.gamma': 'sampler'},
+    # Train the teacher that the package ships.
+    'pretrain': {'stage': 'pretrain', 'pretrained': ''},
+    # Minutes on a laptop.
+    'demo': {'eval.num_samples': 512, 'finetune.num_updates': 600,
+             'quant.exceptions': 'skip-8'},
+}
+
+
+def get_config(variant: str = ''):
+  config = common.get_config()
+  config.pretrained = 'digits16'
+  config.model.update(
+      image_size=16, in_channels=1, out_channels=1, ch=16, ch_mult=(1, 2, 4),
+      num_res_blocks=1, attn_resolutions=(8,), norm_groups=8, dropout=0.0)
+  return common.apply_variant(config, variant, VARIANTS)
+
+# Rows of README's tables, the same under both lists of exceptions.
+_ROWS = {
+    'INT asymmetric': 'int,untuned',
+    'signed FP': 'signed,untuned',
+    'MSFP': 'msfp,untuned',
+    'MSFP W6A6': 'msfp,w6a6,untuned',
+    'signed FP + LoRA': 'signed,lora',
+    'MSFP + LoRA': 'msfp,lora',
+    'MSFP + TALoRA': 'msfp,talora',
+    'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
+}
+# python -m msfp_jax.study --config=configs/digits.py:STUDY
+STUDIES = {
+    'table': {
+        'seeds': (0, 1, 2),
+        'metrics': ('fd_digits', 'fd_digits_to_fp', 'psnr_to_fp',
+                    'label_agreement', 'bytes'),
+        'groups': {group: {label: f'{group},{variant}'
+                           for label, variant in _ROWS.items()}
+                   for group in ('all-4', 'skip-8')},
+    },
+}

@@ -1,0 +1,21 @@
+"""msfp-jax: trained diffusion models as 4-bit floating-point models, in JAX.
+
+The public names. MSFP, TALoRA and DFA are those of arXiv 2505.21591.
+"""
+
+from msfp_jax.calibrate import calibrate
+from msfp_jax.convert import load_pretrained
+from msfp_jax.diffusion import make_plan
+from msfp_jax.diffusion import make_schedule
+from msfp_jax.diffusion import sample
+from msfp_jax.formats import FPFormat
+from msfp_jax.quantize import quantize
+from msfp_jax.quantize import QuantizedModel
+from msfp_jax.quantizers import fake_quant
+from msfp_jax.spec import QuantSpec
+
+__all__ = [
+    'FPFormat', 'QuantSpec', 'QuantizedModel', 'calibrate', 'fake_quant',
+    'load_pretrained', 'make_plan', 'make_schedule', 'quantize', 'sample',
+]
+__version__ = '0.1.0'

@@ -1,0 +1,120 @@
+"""Training state on disk: orbax, resumable after any kind of stop."""
+
+import pathlib
+import shutil
+import signal
+import threading
+from typing import Any
+
+from absl import logging
+import jax
+import orbax.checkpoint as ocp
+
+
+class Preempted(SystemExit):
+  """The run was asked to stop, has saved, and can be started again."""
+
+
+class Checkpointer:
+  """Saves and restores a pytree of arrays under `directory`/<step>/.
+
+  Usable as a context manager. While open it also watches for SIGTERM and
+  SIGINT: `stop_requested` turns true, and the loop saves and leaves.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, keep: int = 2):
+    self._directory = pathlib.Path(directory).resolve()
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._keep = keep
+    self._manager = self._open()
+    self.stop_requested = False
+    self._handlers = {}
+
+  def _open(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=False))
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._handlers[number] = signal.signal(number, self._request_stop)
+    return self
+
+  def __exit__(self, *unused):
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+    self._manager.close()
+
+  def _request_stop(self, number, unused_frame):
+    if self.stop_requested:  # asked twice: do not wait for the step's end
+      raise Preempted(128 + number)
+    logging.warning('%s: saving, then stopping; again to stop at once',
+                    signal.Signals(number).name)
+    self.stop_requested = True
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps on disk, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any) -> None:
+    """Writes `state`; the directory appears only once it is complete.
+
+    Raises:
+      OSError: the disk is full or read-only; earlier checkpoints remain.
+    """
+    if step in self.steps:
+      return
+    try:
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+    except (OSError, ValueError) as error:
+      raise OSError(
+          f'cannot write checkpoint {step} under {self._directory}: {error}; '
+          f'the run can go on from {self.steps[-1:] or "the start"} once '
+          'there is room and permission') from error
+
+  def restore(self, abstract: Any) -> Any | None:
+    """The newest state that can be read, or None.
+
+    A damaged checkpoint is named in the log, set aside as `<step>.damaged`,
+    and the one before it is tried.
+
+    Args:
+      abstract: a state of the same structure (values are not read).
+
+    Raises:
+      ValueError: none of the checkpoints can be read, or their structure is
+        another model's.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
+    damaged = []
+    for step in reversed(self.steps):
+      try:
+        state = self._manager.restore(
+            step, args=ocp.args.StandardRestore(abstract))
+      except Exception as error:  # noqa: BLE001 - orbax raises many kinds
+        logging.warning('checkpoint %d under %s cannot be read (%s: %s); '
+                        'trying the one before', step, self._directory,
+                        type(error).__name__, str(error).split('\n')[0][:300])
+        damaged.append((step, error))
+        continue
+      self._set_aside([step for step, _ in damaged])
+      return state
+    if damaged:
+      raise ValueError(
+          f'none of the checkpoints {self.steps} under {self._directory} can '
+          'be read for this configuration; delete the folder to start anew'
+      ) from damaged[0][1]
+    return None
+
+  def _set_aside(self, steps: list[int]) -> None:
+    if not steps:
+      return
+    self._manager.close()
+    for step in steps:
+      target = self._directory / f'{step}.damaged'
+      shutil.rmtree(target, ignore_errors=True)
+      (self._directory / str(step)).rename(target)
+    self._manager = self._open()

@@ -1,0 +1,96 @@
+"""Noise schedules, in NumPy float64.
+
+Timesteps count from 0 (least noise) to T - 1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+  """The variances of the forward process.
+
+  Attributes:
+    betas: float64 `[T]`, each in (0, 1).
+  """
+
+  betas: np.ndarray
+
+  def __post_init__(self):
+    betas = np.asarray(self.betas, np.float64)
+    if betas.ndim != 1 or not len(betas):
+      raise ValueError(f'betas must be [T] with T > 0, got {betas.shape}')
+    if not np.all((betas > 0) & (betas < 1)):
+      raise ValueError(
+          'betas must lie in (0, 1), got '
+          f'[{betas.min():.4g}, {betas.max():.4g}]; check the schedule')
+    object.__setattr__(self, 'betas', betas)
+
+  @property
+  def num_train_steps(self) -> int:
+    return len(self.betas)
+
+  @property
+  def alphas(self) -> np.ndarray:
+    return 1.0 - self.betas
+
+  @property
+  def alphas_cumprod(self) -> np.ndarray:
+    """alphabar_t, float64 `[T]`, falling."""
+    return np.cumprod(self.alphas)
+
+
+def linear(num_train_steps: int, beta_start: float,
+           beta_end: float) -> NoiseSchedule:
+  """Betas linear in t (DDPM: 1e-4 .. 0.02 over 1000)."""
+  return NoiseSchedule(np.linspace(beta_start, beta_end, num_train_steps))
+
+
+def scaled_linear(num_train_steps: int, beta_start: float,
+                  beta_end: float) -> NoiseSchedule:
+  """Square roots of the betas linear in t (latent diffusion's "linear")."""
+  return NoiseSchedule(
+      np.linspace(beta_start**0.5, beta_end**0.5, num_train_steps)**2)
+
+
+def cosine(num_train_steps: int, offset: float = 0.008,
+           max_beta: float = 0.999) -> NoiseSchedule:
+  """Nichol and Dhariwal 2021, eq. 17: alphabar a squared cosine of t."""
+  grid = np.arange(num_train_steps + 1) / num_train_steps
+  bar = np.cos((grid + offset) / (1 + offset) * np.pi / 2)**2
+  return NoiseSchedule(np.minimum(1 - bar[1:] / bar[:-1], max_beta))
+
+
+_SCHEDULES = {
+    'linear': linear,
+    'scaled_linear': scaled_linear,
+    'cosine': cosine,
+}
+
+
+def make_schedule(name: str, **options) -> NoiseSchedule:
+  """The schedule `name`: 'linear', 'scaled_linear' or 'cosine'."""
+  if name not in _SCHEDULES:
+    raise ValueError(
+        f'schedule {name!r}: must be one of {sorted(_SCHEDULES)}')
+  return _SCHEDULES[name](**options)
+
+
+def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array,
+              t: jax.Array) -> jax.Array:
+  """x_t = sqrt(alphabar_t) x_0 + sqrt(1 - alphabar_t) noise (DDPM eq. 4).
+
+  Args:
+    schedule: the schedule.
+    x0: images `[B, H, W, C]`.
+    noise: standard normal, like x0.
+    t: timesteps, int `[B]`.
+  """
+  bar = schedule.alphas_cumprod
+  signal = jnp.asarray(np.sqrt(bar), x0.dtype)[t][:, None, None, None]
+  sigma = jnp.asarray(np.sqrt(1 - bar), x0.dtype)[t][:, None, None, None]
+  return signal * x0 + sigma * noise

@@ -1,0 +1,206 @@
+"""Number formats of 3 to 8 bits: their grids, their codes, packing nibbles.
+
+The family is that of Kuzmin et al., "FP8 Quantization: The Power of the
+Exponent" (NeurIPS 2022), eq. 3, with the bias fixed: the real bias of the paper
+is the scale of quantizers.py. All codes are finite, there is no inf or NaN.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MIN_BITS = 3
+MAX_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FPFormat:
+  """A floating-point number format, printed as `E2M1` or `UE2M2` (unsigned).
+
+  A code is the bit pattern sign|exponent|mantissa (no sign bit if unsigned).
+  Exponent field p and mantissa field m stand for
+
+      2^(max(p, 1) - bias) * (m / 2^M + [p > 0]),   bias = 2^(E-1) - 1,
+
+  so that E2M1 is 0, .5, 1, 1.5, 2, 3, 4, 6 and E1My is a uniform grid.
+
+  Attributes:
+    exponent_bits: E, at least 1.
+    mantissa_bits: M, at least 0; 3 to 8 bits in total, the sign included.
+    signed: whether the format has a sign bit.
+
+  Raises:
+    ValueError: if the format is outside of these ranges.
+  """
+
+  exponent_bits: int
+  mantissa_bits: int
+  signed: bool = True
+
+  def __post_init__(self):
+    if self.exponent_bits < 0 or self.mantissa_bits < 0:
+      raise ValueError(
+          f'a format has at least 1 exponent bit and 0 mantissa bits, got '
+          f'{self.exponent_bits} and {self.mantissa_bits}')
+    if not MIN_BITS <= self.bits <= MAX_BITS:
+      raise ValueError(
+          f'{self} has {self.bits} bits (sign included); formats of {MIN_BITS} '
+          f'to {MAX_BITS} bits are supported')
+    if self.exponent_bits == 0:
+      same = f'{"" if self.signed else "U"}E1M{self.mantissa_bits - 1}'
+      raise ValueError(
+          f'{self} is left out: formats of one exponent bit are already the '
+          f'uniform grids; use {same}, which has the same levels up to scale')
+
+  def __str__(self) -> str:
+    sign = '' if self.signed else 'U'
+    return f'{sign}E{self.exponent_bits}M{self.mantissa_bits}'
+
+  @classmethod
+  def parse(cls, text: 'str | FPFormat') -> 'FPFormat':
+    """The format that prints as `text`; a format is returned as it is.
+
+    Raises:
+      ValueError: if `text` names no format.
+    """
+    if isinstance(text, cls):
+      return text
+    match = re.fullmatch(r'(U?)E(\d+)M(\d+)', str(text))
+    if not match:
+      raise ValueError(
+          f'{text!r} is no number format; write E2M1 for a sign, 2 exponent '
+          f'bits and 1 mantissa bit, UE2M2 for an unsigned format')
+    sign, exponent_bits, mantissa_bits = match.groups()
+    return cls(int(exponent_bits), int(mantissa_bits), signed=not sign)
+
+  @property
+  def bits(self) -> int:
+    """Bits of a code, the sign included."""
+    return self.exponent_bits + self.mantissa_bits + int(self.signed)
+
+  @property
+  def bias(self) -> int:
+    return 2**(self.exponent_bits - 1) - 1
+
+  @property
+  def min_exponent(self) -> int:
+    """Exponent of the lowest binade, which the subnormals share."""
+    return 1 - self.bias
+
+  @property
+  def max(self) -> float:
+    """The largest level; 2^128, beyond float32, for UE8M0 alone."""
+    top = 2**self.exponent_bits - 1
+    return 2.0**(top - self.bias) * (2 - 2.0**-self.mantissa_bits)
+
+  @property
+  def fits_float32(self) -> bool:
+    """Whether quantizers can use it, which compute in float32."""
+    return self.max <= float(np.finfo(np.float32).max)
+
+  @property
+  def lowest(self) -> float:
+    """The lowest level: -max, or 0 if unsigned."""
+    return -self.max if self.signed else 0.0
+
+  def values(self) -> np.ndarray:
+    """The value of each code, float64 `[2^bits]`; half of them are negative."""
+    magnitude = np.arange(2**(self.exponent_bits + self.mantissa_bits))
+    p, m = np.divmod(magnitude, 2**self.mantissa_bits)
+    significand = m / 2**self.mantissa_bits + (p > 0)
+    values = np.ldexp(significand, np.maximum(p, 1) - self.bias)
+    return np.concatenate([values, -values]) if self.signed else values
+
+  def levels(self) -> np.ndarray:
+    """The distinct values, float64, ascending; +0 stands for -0 too."""
+    return np.unique(self.values()) + 0.0
+
+
+def formats_of_width(bits: int, signed: bool) -> tuple[FPFormat, ...]:
+  """Every format of `bits` bits whose maximum is a finite float32.
+
+  Args:
+    bits: 3 to 8, the sign included.
+    signed: whether the formats have a sign bit.
+
+  Returns:
+    The formats, the fewest exponent bits (the uniform grid) first.
+
+  Raises:
+    ValueError: if `bits` is out of range.
+  """
+  if not MIN_BITS <= bits <= MAX_BITS:
+    raise ValueError(
+        f'no formats of {bits} bits; choose {MIN_BITS} to {MAX_BITS}')
+  unsigned_bits = bits - int(signed)
+  formats = (FPFormat(e, unsigned_bits - e, signed)
+             for e in range(1, unsigned_bits + 1))
+  return tuple(f for f in formats if f.fits_float32)
+
+
+def pack_nibbles(codes, axis: int = -1):
+  """Packs 4-bit codes two a byte along `axis`, the first in the low nibble.
+
+  Args:
+    codes: uint8 array of values below 16, NumPy or JAX, at least 1-D.
+    axis: the axis that is halved; a code of 0 is appended to an odd length.
+
+  Returns:
+    uint8 array of the same kind, `ceil(length / 2)` long along `axis`.
+
+  Raises:
+    TypeError: if `codes` is not uint8.
+    ValueError: if a code exceeds 15. Under jit values cannot be looked at, and
+      a larger code spoils its neighbour.
+  """
+  xp = jnp if isinstance(codes, jax.Array) else np
+  _check_uint8(codes, 'codes')
+  if not isinstance(codes, jax.core.Tracer) and codes.size and codes.max() > 15:
+    raise ValueError(
+        f'codes go up to {codes.max()}, but a nibble holds at most 15; store '
+        f'formats of more than 4 bits one code a byte')
+  codes = xp.moveaxis(codes, axis, -1)
+  odd = codes.shape[-1] % 2
+  codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
+  packed = codes[..., ::2] | (codes[..., 1::2] << 4)
+  return xp.moveaxis(packed, -1, axis)
+
+
+def unpack_nibbles(packed, length: int, axis: int = -1):
+  """The inverse of `pack_nibbles`.
+
+  Args:
+    packed: uint8 array, NumPy or JAX.
+    length: the number of codes along `axis` (a static int).
+    axis: the axis along which they were packed.
+
+  Returns:
+    uint8 array of the same kind, values below 16, `length` long along `axis`.
+
+  Raises:
+    TypeError: if `packed` is not uint8.
+    ValueError: if `length` codes do not fill `packed`.
+  """
+  xp = jnp if isinstance(packed, jax.Array) else np
+  _check_uint8(packed, 'packed')
+  held = packed.shape[axis]
+  if (length + 1) // 2 != held:
+    raise ValueError(
+        f'{length} codes fill {(length + 1) // 2} bytes, but packed of shape '
+        f'{packed.shape} has {held} along axis {axis}; ask for a length of '
+        f'{2 * held - 1} or {2 * held}')
+  packed = xp.moveaxis(packed, axis, -1)
+  codes = xp.stack([packed & 15, packed >> 4], axis=-1)
+  codes = codes.reshape(*packed.shape[:-1], -1)[..., :length]
+  return xp.moveaxis(codes, -1, axis)
+
+
+def _check_uint8(array, name: str):
+  if getattr(array, 'dtype', None) != np.uint8:
+    raise TypeError(
+        f'{name} must be a uint8 array, got '
+        f'{getattr(array, "dtype", type(array).__name__)}; convert with '
+        f'.astype(np.uint8)')

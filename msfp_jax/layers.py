@@ -1,0 +1,83 @@
+"""The quantizable layers of a Flax model, found by interception."""
+
+from collections.abc import Callable
+import contextlib
+from typing import Any
+
+from flax import traverse_util
+import flax.linen as nn
+import jax
+
+_LAYER_TYPES = (nn.Conv, nn.Dense)
+
+
+def layer_name(module: nn.Module) -> str:
+  """The path of a module joined with dots."""
+  return '.'.join(module.path)
+
+
+@contextlib.contextmanager
+def intercept_inputs(visit: Callable[[str, jax.Array], jax.Array]):
+  """While open, every nn.Conv and nn.Dense sees `visit(name, input)`.
+
+  The model's own code stays as it is; other modules are untouched.
+  """
+
+  def interceptor(next_fun, args, kwargs, context):
+    if (context.method_name != '__call__'
+        or not isinstance(context.module, _LAYER_TYPES)):
+      return next_fun(*args, **kwargs)
+    x, *rest = args
+    return next_fun(visit(layer_name(context.module), x), *rest, **kwargs)
+
+  with nn.intercept_methods(interceptor):
+    yield
+
+
+def list_layers(model: nn.Module, params: Any, *inputs: Any
+                ) -> dict[str, tuple[int, ...]]:
+  """{name: kernel shape} of every Conv and Dense, in order of execution.
+
+  Args:
+    model: any linen model.
+    params: its parameters, or their shapes.
+    *inputs: what it is called with, or their shapes.
+
+  Raises:
+    ValueError: the model has weights of two or more dimensions that belong to
+      neither an nn.Conv, nn.Dense nor nn.Embed, which nothing would quantize.
+  """
+  names = []
+
+  def visit(name, x):
+    names.append(name)
+    return x
+
+  with intercept_inputs(visit):
+    jax.eval_shape(model.apply, {'params': params}, *inputs)
+  weights = {'.'.join(path): leaf.shape
+             for path, leaf in traverse_util.flatten_dict(params).items()
+             if len(leaf.shape) > 1 and path[-1] != 'embedding'}
+  layers = {name: weights.pop(f'{name}.kernel') for name in names}
+  if weights:
+    raise ValueError(
+        'these weights belong to no nn.Conv or nn.Dense and would stay in full '
+        f'precision: {sorted(weights)}; write the model with those layers')
+  return layers
+
+
+def kernels(params: Any) -> dict[str, jax.Array]:
+  """{layer name: kernel} of parameters."""
+  flat = traverse_util.flatten_dict(params)
+  return {'.'.join(path[:-1]): value
+          for path, value in flat.items() if path[-1] == 'kernel'}
+
+
+def replace_kernels(params: Any, new: dict[str, jax.Array]) -> Any:
+  """Parameters with the named layers' kernels replaced."""
+  flat = traverse_util.flatten_dict(params)
+  for path in flat:
+    name = '.'.join(path[:-1])
+    if path[-1] == 'kernel' and name in new:
+      flat[path] = new[name]
+  return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,221 @@
+"""Frechet distance between Gaussians, from features that arrive in batches.
+
+    d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^{1/2})
+
+which is FID when the features are Inception's pool3 (Heusel et al., 2017).
+All of it is float64 NumPy on the host: JAX's float64 is off by default and
+slow on a TPU, and a float32 covariance of 2048 features loses the digits that
+the trace term needs.
+"""
+
+import os
+import pathlib
+from typing import NamedTuple
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+
+
+class FewSamplesWarning(UserWarning):
+  """There are too few samples for the covariance to have full rank."""
+
+
+class Gaussian(NamedTuple):
+  """A mean and a covariance, as read from a statistics file.
+
+  Attributes:
+    mean: float64 `[D]`.
+    cov: float64 `[D, D]`, unbiased.
+    num_samples: how many samples they were estimated from; None if the file
+      does not tell (those of pytorch-fid, clean-fid, EDM and ADM do not).
+  """
+  mean: np.ndarray
+  cov: np.ndarray
+  num_samples: int | None
+
+
+class GaussianStats:
+  """Accumulates the mean and covariance of feature vectors.
+
+  Only sums are kept, so memory does not grow with the number of samples. The
+  sums are of differences to the first batch's mean: where the mean is large
+  beside the spread, sums of the raw values would cancel.
+  """
+
+  def __init__(self):
+    self.num_samples = 0
+    self._shift = self._sum = self._outer = None
+
+  def update(self, features: np.ndarray) -> None:
+    """Adds a batch; one that is refused leaves the statistics as they were.
+
+    Args:
+      features: `[N, D]`, any real dtype; N may differ from call to call.
+
+    Raises:
+      ValueError: not `[N, D]`, another D than before, NaN or infinity.
+    """
+    x = np.asarray(features, np.float64)
+    if x.ndim != 2 or not x.shape[1]:
+      raise ValueError(f'features must be [N, D], got shape {x.shape}; reshape '
+                       'them to one vector a sample')
+    bad = int((~np.isfinite(x)).any(axis=1).sum())
+    if bad:
+      raise ValueError(
+          f'{bad} of {len(x)} feature vectors hold NaN or infinity; the images '
+          'or the feature network are broken, check the samples')
+    if not len(x):
+      return
+    if self._shift is None:
+      self._shift = x.mean(axis=0)
+      self._sum = np.zeros_like(self._shift)
+      self._outer = np.zeros((x.shape[1],) * 2)
+    self._check_dim(x.shape[1])
+    x = x - self._shift
+    self.num_samples += len(x)
+    self._sum += x.sum(axis=0)
+    self._outer += x.T @ x
+
+  def merge(self, other: 'GaussianStats') -> None:
+    """Adds what `other` has accumulated, as if its batches had come here.
+
+    Raises:
+      ValueError: the two have features of different length.
+    """
+    if not other.num_samples:
+      return
+    if self._shift is None:
+      self._shift = other._shift
+      self._sum = np.zeros_like(other._sum)
+      self._outer = np.zeros_like(other._outer)
+    self._check_dim(len(other._shift))
+    n, d = other.num_samples, other._shift - self._shift
+    cross = np.outer(d, other._sum)
+    self.num_samples += n
+    self._sum += other._sum + n * d
+    self._outer += other._outer + cross + cross.T + n * np.outer(d, d)
+
+  @property
+  def mean(self) -> np.ndarray:
+    """float64 `[D]`. Raises ValueError before the first sample."""
+    self._need(1)
+    return self._shift + self._sum / self.num_samples
+
+  @property
+  def cov(self) -> np.ndarray:
+    """Unbiased (N - 1), float64 `[D, D]`. Raises ValueError below 2 samples."""
+    self._need(2)
+    n = self.num_samples
+    return (self._outer - np.outer(self._sum, self._sum) / n) / (n - 1)
+
+  def _need(self, count: int) -> None:
+    if self.num_samples < count:
+      raise ValueError(f'Gaussian statistics of {self.num_samples} samples: '
+                       f'at least {count} needed; update() adds them')
+
+  def _check_dim(self, dim: int) -> None:
+    if dim != len(self._shift):
+      raise ValueError(
+          f'features have {dim} dimensions, the ones before had '
+          f'{len(self._shift)}: use one feature network throughout')
+
+
+Stats = Gaussian | GaussianStats
+
+
+def frechet_distance(a: Stats, b: Stats) -> float:
+  """The squared Frechet distance d^2, which is what FID reports; >= 0.
+
+  The trace term uses two symmetric eigendecompositions: with R = S1^{1/2},
+  S1 S2 has the eigenvalues of the symmetric R S2 R. It is faster than
+  `scipy.linalg.sqrtm` and needs no fallback for a singular covariance.
+
+  Args:
+    a, b: statistics with the same number of dimensions; order is immaterial.
+
+  Raises:
+    ValueError: fewer than 2 samples, different dimensions, or all samples of
+      one side alike.
+
+  Warns:
+    FewSamplesWarning: no more samples than dimensions on one side.
+  """
+  mean_a, cov_a = a.mean, a.cov
+  mean_b, cov_b = b.mean, b.cov
+  if mean_a.shape != mean_b.shape:
+    raise ValueError(
+        f'Frechet distance between {len(mean_a)} and {len(mean_b)} dimensions: '
+        'both sides must come from one feature network')
+  for name, stats, mean, cov in (('first', a, mean_a, cov_a),
+                                 ('second', b, mean_b, cov_b)):
+    # Rounding alone leaves about 1e-32 of the mean's square.
+    if np.trace(cov) <= 1e-20 * (mean @ mean):
+      raise ValueError(
+          f'all samples of the {name} set have the same features: it has no '
+          'covariance; check that its images differ')
+    n = stats.num_samples
+    if n is not None and n <= len(mean):
+      warnings.warn(
+          f'the {name} set has {n} samples for {len(mean)} dimensions: its '
+          'covariance is singular and the distance is biased upwards; compare '
+          'it only with distances from as many samples',
+          FewSamplesWarning, stacklevel=2)
+  values, vectors = np.linalg.eigh(cov_a)
+  root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+  values = np.linalg.eigvalsh(root @ cov_b @ root)
+  trace = np.sqrt(np.clip(values, 0, None)).sum()
+  difference = mean_a - mean_b
+  distance = (
+      difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace)
+  return max(float(distance), 0.0)
+
+
+def save(path: str | os.PathLike, stats: Stats) -> None:
+  """Writes `mu`, `sigma` and `num_samples` to an `.npz`, all or nothing.
+
+  pytorch-fid, clean-fid, EDM and ADM read such a file.
+
+  Raises:
+    ValueError: fewer than 2 samples.
+    OSError: the file cannot be written; one already there is kept.
+  """
+  path = pathlib.Path(path)
+  arrays = {'mu': stats.mean, 'sigma': stats.cov}
+  if stats.num_samples is not None:
+    arrays['num_samples'] = np.int64(stats.num_samples)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'wb') as file:  # by name, savez would add a suffix
+      np.savez(file, **arrays)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike) -> Gaussian:
+  """Reads what `save`, pytorch-fid, clean-fid, EDM or ADM wrote.
+
+  Raises:
+    FileNotFoundError: nothing at `path`.
+    ValueError: no `.npz` with a finite `mu` `[D]` and `sigma` `[D, D]`.
+  """
+  try:
+    # np.load leaves a damaged file open, so it does not get to open it.
+    with open(path, 'rb') as file, np.load(file) as arrays:
+      mean = np.asarray(arrays['mu'], np.float64)
+      cov = np.asarray(arrays['sigma'], np.float64)
+      count = arrays.get('num_samples')
+  except FileNotFoundError:
+    raise FileNotFoundError(f'no statistics file at {path}') from None
+  except (OSError, ValueError, KeyError, EOFError, TypeError,
+          zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
+  if mean.ndim != 1 or cov.shape != mean.shape * 2:
+    raise ValueError(f'{path}: mu must be [D] and sigma [D, D], got '
+                     f'{mean.shape} and {cov.shape}')
+  if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+    raise ValueError(f'{path}: mu or sigma holds NaN or infinity; make the '
+                     'statistics anew')
+  return Gaussian(mean, cov, None if count is None else int(count))

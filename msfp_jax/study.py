@@ -1,0 +1,170 @@
+"""Many runs, one table: mean and spread over seeds.
+
+  python -m msfp_jax.study --config=configs/digits.py:table \
+      --workdir=runs/table
+
+A study is data, an entry of STUDIES in the config's file: its seeds, its
+groups (tables) and its rows, each a variant of that config. The same command
+again resumes; --seeds=1,2 does a part, so that parts can run side by side.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import pathlib
+import runpy
+import statistics
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+import ml_collections
+
+from msfp_jax import cli
+from msfp_jax import evaluate
+from msfp_jax import experiment as experiment_lib
+from msfp_jax import finetune
+from msfp_jax import spec as spec_lib
+from msfp_jax import writer
+
+GetConfig = Callable[[str], ml_collections.ConfigDict]
+
+_CONFIG = flags.DEFINE_string(
+    'config', None, 'configs/NAME.py:STUDY, a key of STUDIES in that file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all runs.')
+_SEEDS = flags.DEFINE_list('seeds', None, 'Only these; default: the study\'s.')
+
+
+def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
+  """'configs/NAME.py:STUDY' -> (get_config, the study).
+
+  Raises:
+    ValueError: the file has no such study; those it has are listed.
+    FileNotFoundError: no such file.
+  """
+  path, _, name = text.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f'no config file {path!r}')
+  module = runpy.run_path(path)
+  studies = module.get('STUDIES', {})
+  if name not in studies:
+    raise ValueError(f'{path} has no study {name!r}, only {sorted(studies)}')
+  return module['get_config'], studies[name]
+
+
+def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
+             workdir: str) -> None:
+  """Runs every row of every group for one seed; skips those done.
+
+  Writes `workdir`/<seed>/<group>/<row>.json beside the row's own workdir.
+  """
+  config = get_config(study.get('base', ''))
+  config.seed = seed
+  experiment = experiment_lib.load(config, workdir)
+  scorer = evaluate.Scorer(experiment.images, config.eval.features)
+  draw = lambda deployed, name: evaluate.generate(
+      deployed, experiment.plan, config.eval.num_samples,
+      config.eval.batch_size, experiment.images.shape[1:],
+      experiment.key(experiment_lib.SAMPLES), name)
+  full = evaluate.untuned(experiment, None)
+  reference = _measure(scorer, full, draw(full, f'seed {seed}, fp'),
+                       spec_lib.FULL_PRECISION, spec_lib.FULL_PRECISION)
+  total = sum(map(len, study['groups'].values()))
+  progress = writer.Progress(f'study, seed {seed}', total, every_seconds=0)
+  done = 0
+  for group, rows in study['groups'].items():
+    root = pathlib.Path(workdir) / str(seed) / group
+    _write(root / 'fp.json', reference)
+    for label, variant in rows.items():
+      path = root / f'{label}.json'
+      if not path.is_file():
+        config = get_config(variant)
+        config.seed = seed
+        logging.info('seed %d, %s, %s (%s)', seed, group, label, variant)
+        deployed = _quantized(experiment.variant(config), root / label)
+        _write(path, _measure(
+            scorer, deployed, draw(deployed, label),
+            config.quant.weight_bits, config.quant.act_bits))
+      done += 1
+      progress.update(done)
+
+
+def _quantized(experiment: experiment_lib.Experiment, workdir: pathlib.Path):
+  experiment_lib.prepare_workdir(experiment.config, str(workdir))
+  spec = finetune.calibrated_spec(experiment, str(workdir))
+  if not experiment.config.finetune.num_updates:
+    return evaluate.untuned(experiment, spec)
+  return finetune.fit(experiment, spec, str(workdir))
+
+
+def _measure(scorer, deployed, images, weight_bits, act_bits):
+  return {'weight_bits': weight_bits, 'act_bits': act_bits,
+          'bytes': evaluate.packed_bytes(deployed), **scorer.score(images)}
+
+
+def _write(path: pathlib.Path, content: Any) -> None:
+  with writer.atomic_path(path) as temporary:
+    temporary.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
+            ) -> dict[str, dict[str, dict[str, list[float]]]]:
+  """{group: {row: {metric: values, one of each seed that is done}}}."""
+  found = {}
+  for group, rows in study['groups'].items():
+    found[group] = {}
+    for label in ('fp', *rows):
+      values = {}
+      for seed in seeds:
+        path = pathlib.Path(workdir) / str(seed) / group / f'{label}.json'
+        if path.is_file():
+          for key, value in json.loads(path.read_text()).items():
+            values.setdefault(key, []).append(value)
+      found[group][label] = values
+  return found
+
+
+def table(found: dict[str, dict[str, dict[str, list[float]]]],
+          metrics: Sequence[str]) -> str:
+  """Markdown, a table per group: mean +- standard deviation over seeds."""
+  lines = []
+  for group, rows in found.items():
+    lines += [f'**{group}**', '', '| | ' + ' | '.join(metrics) + ' |',
+              '|---' * (len(metrics) + 1) + '|']
+    for label, values in rows.items():
+      cells = [_spread(values.get(metric, [])) for metric in metrics]
+      lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
+    lines.append('')
+  return '\n'.join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+  if not values:
+    return ''
+  mean = statistics.fmean(values)
+  if len(values) == 1 or isinstance(values[0], int):
+    return f'{mean:,.0f}' if isinstance(values[0], int) else f'{mean:.2f}'
+  return f'{mean:.2f} ± {statistics.stdev(values):.2f}'
+
+
+def run(text: str, workdir: str, seeds: Sequence[int] | None = None) -> str:
+  """Runs a study, or a part of it; returns the table of all that is done."""
+  get_config, study = load_study(text)
+  for seed in seeds or study['seeds']:
+    run_seed(get_config, study, seed, workdir)
+  found = collect(study, study['seeds'], workdir)
+  _write(pathlib.Path(workdir) / 'table.json', found)
+  text = table(found, study['metrics'])
+  with writer.atomic_path(pathlib.Path(workdir) / 'table.md') as temporary:
+    temporary.write_text(text)
+  return text
+
+
+def main(unused_argv: Sequence[str]) -> None:
+  seeds = _SEEDS.value and [int(seed) for seed in _SEEDS.value]
+  print(cli.guard(lambda: run(_CONFIG.value, _WORKDIR.value, seeds)))
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  cli.run(main)

@@ -1,0 +1,133 @@
+"""TALoRA: banks of low-rank updates, and a router that picks by timestep.
+
+A layer's weight at timestep t is Q_w(W + sum_i r_i A_i B_i), with r the
+router's choice among the layer's h banks: banks are merged before
+quantization, so inference costs h packed weight sets and no extra matmul.
+
+Source: arXiv 2505.21591, section on TALoRA; what it leaves open is listed in
+docs/method.md.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from msfp_jax.models import unet
+
+# {layer: {'a': [h, ..., rank], 'b': [h, rank, out]}}
+Banks = dict[str, dict[str, jax.Array]]
+
+
+def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
+               num_banks: int, rank: int) -> Banks:
+  """Banks of zero effect: a is uniform as LoRA's (Kaiming, a = sqrt 5), b 0.
+
+  Args:
+    key: of a.
+    kernels: {layer: `[..., in, out]`} of the layers that get banks.
+    num_banks: h >= 1, of every layer.
+    rank: of the updates; at most as much of a layer as its kernel has.
+  """
+  if num_banks < 1 or rank < 1:
+    raise ValueError(f'num_banks={num_banks}, rank={rank}: must be >= 1')
+  banks = {}
+  for i, (name, kernel) in enumerate(kernels.items()):
+    *axes, out = kernel.shape
+    fan_in = math.prod(axes)
+    width = min(rank, fan_in, out)
+    bound = 1 / math.sqrt(fan_in)
+    a = jax.random.uniform(jax.random.fold_in(key, i),
+                           (num_banks, *axes, width), minval=-bound,
+                           maxval=bound)
+    banks[name] = {'a': a, 'b': jnp.zeros((num_banks, width, out))}
+  return banks
+
+
+def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
+                 ) -> dict[str, jax.Array]:
+  """The low-rank updates of the kernels.
+
+  Args:
+    banks: of every layer.
+    gates: {layer: r `[h]`}; the updates are then summed with these weights.
+
+  Returns:
+    {layer: `[..., in, out]`}, or without gates `[h, ..., in, out]`.
+  """
+  out = {}
+  for name, bank in banks.items():
+    a, b = bank['a'], bank['b']
+    if gates is None:
+      out[name] = jnp.einsum('h...r,hro->h...o', a, b)
+    else:
+      out[name] = jnp.einsum('h...r,hro,h->...o', a, b, gates[name])
+  return out
+
+
+def merge(kernels: Mapping[str, jax.Array],
+          updates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """{layer: W + update}, for the layers that have one."""
+  return {name: kernels[name] + update for name, update in updates.items()}
+
+
+class Router(nn.Module):
+  """Timestep -> one score per layer and bank.
+
+  A sinusoidal embedding of the timestep, one hidden layer, and one output for
+  every layer and bank. To it a fixed prior is added that prefers bank i in
+  the i-th of h equal spans of the timesteps: without one, all timesteps start
+  in the same bank, which alone then learns, and the router never leaves it.
+
+  Call with t `[]`; returns logits float32 `[num_layers, num_banks]`.
+  """
+
+  num_layers: int
+  num_banks: int
+  num_train_steps: int
+  features: int = 64  # width of the sinusoidal embedding
+  prior: float = 1.0  # how much more a span's own bank gets than the next
+
+  @nn.compact
+  def __call__(self, t):
+    h = unet.timestep_embedding(jnp.reshape(t, (1,)), self.features)
+    h = nn.silu(nn.Dense(4 * self.features)(h))
+    small = nn.initializers.normal(1e-3)
+    logits = nn.Dense(self.num_layers * self.num_banks, kernel_init=small)(h)
+    logits = logits.reshape(self.num_layers, self.num_banks)
+    place = (jnp.asarray(t, jnp.float32) + 0.5) / self.num_train_steps
+    centres = (jnp.arange(self.num_banks) + 0.5) / self.num_banks
+    return logits - self.prior * self.num_banks * jnp.abs(place - centres)
+
+
+def select(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+  """Hard choice with a straight-through gradient.
+
+  r = onehot(argmax p) + p - stop_gradient(p), p = softmax(logits / T).
+
+  Args:
+    logits: `[..., h]`.
+    temperature: T > 0 of the softmax whose gradient is used.
+
+  Returns:
+    r like logits; exactly one-hot in value.
+  """
+  p = jax.nn.softmax(logits / temperature)
+  hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+  return hard + (p - jax.lax.stop_gradient(p))
+
+
+def plan_choices(router: Router, params: Any, timesteps: Any) -> jax.Array:
+  """The banks of every step of a sampler, int32 `[S, num_layers]`.
+
+  Args:
+    router: the router.
+    params: its parameters.
+    timesteps: `[S]`.
+  """
+  logits = jax.vmap(lambda t: router.apply({'params': params}, t))(
+      jnp.asarray(timesteps, jnp.float32))
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
