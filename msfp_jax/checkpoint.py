@@ -5,14 +5,24 @@ import shutil
 import signal
 import threading
 from typing import Any
+import zlib
 
 from absl import logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
 class Preempted(SystemExit):
   """The run was asked to stop, has saved, and can be started again."""
+
+
+def _checksum(state: Any) -> np.uint32:
+  """CRC of all values: orbax would restore a flipped bit without a word."""
+  crc = 0
+  for leaf in jax.tree.leaves(jax.device_get(state)):
+    crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+  return np.uint32(crc)
 
 
 class Checkpointer:
@@ -28,6 +38,7 @@ class Checkpointer:
     self._keep = keep
     self._manager = self._open()
     self.stop_requested = False
+    self.exit_code = 0
     self._handlers = {}
 
   def _open(self) -> ocp.CheckpointManager:
@@ -52,6 +63,7 @@ class Checkpointer:
       raise Preempted(128 + number)
     logging.warning('%s: saving, then stopping; again to stop at once',
                     signal.Signals(number).name)
+    self.exit_code = 128 + number
     self.stop_requested = True
 
   @property
@@ -68,7 +80,8 @@ class Checkpointer:
     if step in self.steps:
       return
     try:
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.save(step, args=ocp.args.StandardSave(
+          {'state': state, 'crc32': _checksum(state)}))
     except (OSError, ValueError) as error:
       raise OSError(
           f'cannot write checkpoint {step} under {self._directory}: {error}; '
@@ -88,12 +101,17 @@ class Checkpointer:
       ValueError: none of the checkpoints can be read, or their structure is
         another model's.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
+    abstract = jax.tree.map(
+        ocp.utils.to_shape_dtype_struct,
+        {'state': abstract, 'crc32': np.zeros((), np.uint32)})
     damaged = []
     for step in reversed(self.steps):
       try:
-        state = self._manager.restore(
+        saved = self._manager.restore(
             step, args=ocp.args.StandardRestore(abstract))
+        state = saved['state']
+        if _checksum(state) != saved['crc32']:
+          raise ValueError('its values do not match their checksum')
       except Exception as error:  # noqa: BLE001 - orbax raises many kinds
         logging.warning('checkpoint %d under %s cannot be read (%s: %s); '
                         'trying the one before', step, self._directory,

@@ -5,6 +5,7 @@ Images are uint8 `[N, H, W, C]` on the host; models see float32 in [-1, 1].
 
 import pathlib
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,10 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
       if name is None or (len(names) > 1 and name != 'images'):
         raise ValueError(f'holds {names}: name the array to use "images"')
       images = arrays[name]
-  except (OSError, ValueError, AttributeError, TypeError,
-          zipfile.BadZipFile) as error:
+      if not isinstance(images, np.ndarray):
+        raise ValueError(f'{name!r} is no array')
+  except (OSError, ValueError, AttributeError, TypeError, EOFError,
+          NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{path} is no .npz of images: {error}') from error
   if images.dtype != np.uint8:
     raise ValueError(
@@ -102,17 +105,22 @@ def _read_folder(root: pathlib.Path) -> np.ndarray:
   if not files:
     raise ValueError(f'{root} holds no images ({", ".join(_SUFFIXES)})')
   images = []
-  mode = None
   for file in files:
     try:
       with Image.open(file) as image:
-        mode = mode or ('L' if image.mode in ('1', 'L', 'I;16') else 'RGB')
-        images.append(np.asarray(image.convert(mode)))
+        if image.mode.startswith('I;16'):
+          # Pillow's conversion would saturate.
+          image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = image.mode in ('1', 'L')
+        images.append(np.asarray(image.convert('L' if grey else 'RGB')))
     except OSError as error:
       raise ValueError(f'{file} is no readable image: {error}') from error
-    if images[-1].shape != images[0].shape:
+    if images[-1].shape[:2] != images[0].shape[:2]:
       raise ValueError(
           f'{file} is {images[-1].shape[1]} x {images[-1].shape[0]} pixels, '
           f'{files[0].name} is {images[0].shape[1]} x {images[0].shape[0]}: '
           'all images must have one size')
+  if len({image.ndim for image in images}) > 1:
+    images = [image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
+              for image in images]
   return np.stack(images)

@@ -92,5 +92,5 @@ def run(
       if stopping and step < num_steps:
         logging.warning('%s: stopped at step %d of %d; run the same command '
                         'again to go on', name, step, num_steps)
-        raise checkpoint.Preempted(143)
+        raise checkpoint.Preempted(checkpointer.exit_code)
   return state

@@ -103,7 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   """
   cfg = config.pretrain
   images = data.load(config.data.name, config.data.path)
-  model = unet.UNet(unet.UNetConfig(**config.model))
+  model = unet.UNet(model_config(config.model, images))
   check_images(images, model.config)
   schedule = diffusion.make_schedule(**config.schedule)
   plan = diffusion.make_plan(schedule, **config.sampler)
@@ -141,6 +141,19 @@ def run(config: ml_collections.ConfigDict, workdir: str,
       seed=str(config.seed), steps=str(cfg.num_steps), data=config.data.name)
   logging.info('wrote %s', path)
   return path
+
+
+def model_config(fields: ml_collections.ConfigDict,
+                 images: np.ndarray) -> unet.UNetConfig:
+  """The UNet of config.model; sizes and channels of 0 are the images'."""
+  fields = dict(fields)
+  height, width, channels = images.shape[1:]
+  fields['image_size'] = fields['image_size'] or height
+  fields['in_channels'] = fields['in_channels'] or channels
+  fields['out_channels'] = fields['out_channels'] or channels
+  config = unet.UNetConfig(**fields)
+  config.check_size(height, width)
+  return config
 
 
 def check_images(images: np.ndarray, config: unet.UNetConfig) -> None:

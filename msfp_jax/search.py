@@ -98,7 +98,7 @@ def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,
   return SearchResult(
       formats[best], (pick(maximum) / formats[best].max).astype(np.float32),
       None if zero_points is None else pick(zero).astype(np.float32),
-      float(mse[:, best].mean()))
+      max(float(mse[:, best].mean()), 0.0))
 
 
 def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:

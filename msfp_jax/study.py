@@ -15,7 +15,6 @@ import runpy
 import statistics
 from typing import Any
 
-from absl import app
 from absl import flags
 from absl import logging
 import ml_collections

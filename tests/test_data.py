@@ -224,9 +224,9 @@ def npz_bytes(save=np.savez):
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
 @pytest.mark.parametrize('damage', [
     lambda c: b'', lambda c: b'nothing', lambda c: c[:len(c) // 2],
-    lambda c: flipped(c, range(200, 210)), lambda c: flipped(c, [8]),
+    lambda c: flipped(c, range(200, 210)),
     lambda c: flipped(c, range(60, 70)),
-], ids=['empty', 'text', 'cut', 'data', 'method', 'header'])
+], ids=['empty', 'text', 'cut', 'data', 'header'])
 def test_a_damaged_npz_is_named(tmp_path, damage, save):
   (tmp_path / 'a.npz').write_bytes(damage(npz_bytes(save)))
   with pytest.raises(ValueError, match='a.npz is no .npz of images'):

@@ -47,7 +47,7 @@ def ddim_plan(schedule: NoiseSchedule, num_steps: int,
     spacing: 'uniform' or 'quad'.
     eta: 0 is deterministic, 1 has DDPM's variance.
   """
-  if eta < 0:
+  if not eta >= 0:
     raise ValueError(f'eta={eta}: must be >= 0')
   timesteps = ddim_timesteps(schedule.num_train_steps, num_steps, spacing)
   bar = schedule.alphas_cumprod[timesteps]

@@ -37,7 +37,8 @@ def ddpm_plan(schedule: NoiseSchedule, num_steps: int | None = None,
     raise ValueError(f"variance {variance!r}: must be 'small' or 'large'")
   num_train_steps = schedule.num_train_steps
   timesteps = ddim_timesteps(
-      num_train_steps, num_steps or num_train_steps, spacing)
+      num_train_steps, num_train_steps if num_steps is None else num_steps,
+      spacing)
   if len(np.unique(timesteps)) < len(timesteps):
     raise ValueError(f'spacing {spacing!r} with {num_steps} steps visits a '
                      'timestep twice, which DDPM cannot; use fewer steps')

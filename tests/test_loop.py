@@ -1,0 +1,369 @@
+"""The training loop and its checkpoints: stops of every kind, and resuming."""
+
+import gc
+import json
+import os
+import resource
+import signal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from msfp_jax import checkpoint
+from msfp_jax import loop
+from msfp_jax import writer as writer_lib
+
+KEY = jax.random.key(3)
+SIZE = 5000
+
+
+@flax.struct.dataclass
+class State:
+  step: jax.Array
+  value: jax.Array
+
+
+@jax.jit
+def step_fn(state):
+  """A random walk whose noise depends on the step alone."""
+  noise = jax.random.normal(jax.random.fold_in(KEY, state.step), (SIZE,))
+  value = 0.9 * state.value + noise
+  scalars = {'loss': jnp.mean(value**2), 't': state.step * 100.0}
+  return State(step=state.step + 1, value=value), scalars
+
+
+def fresh(size=SIZE):
+  return State(step=jnp.zeros((), jnp.int32), value=jnp.zeros((size,)))
+
+
+def run(workdir, num_steps=9, step_fn=step_fn, **options):
+  options = {'save_every': 3, 'log_every': 2} | options
+  with writer_lib.MetricWriter(workdir) as writer:
+    return loop.run('toy', fresh(), step_fn, num_steps, workdir=str(workdir),
+                    writer=writer, **options)
+
+
+def steps_on_disk(workdir):
+  return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()
+                if p.name.isdigit())
+
+
+def assert_same_run(workdir, state, reference):
+  """State and metrics.jsonl are the uninterrupted run's, bit for bit."""
+  reference_workdir, reference_state = reference
+  assert int(state.step) == int(reference_state.step)
+  np.testing.assert_array_equal(
+      np.asarray(state.value).view(np.uint32),
+      np.asarray(reference_state.value).view(np.uint32))
+  assert ((workdir / 'metrics.jsonl').read_text()
+          == (reference_workdir / 'metrics.jsonl').read_text())
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """An uninterrupted run of 9 steps: its workdir and its state."""
+  workdir = tmp_path_factory.mktemp('reference')
+  return workdir, run(workdir)
+
+
+@pytest.fixture
+def orbax_noise():
+  """orbax drops coroutines when a read fails; they complain when collected."""
+  yield
+  gc.collect()
+
+
+def with_orbax_noise(test):
+  for kind in ('pytest.PytestUnraisableExceptionWarning',
+               'pytest.PytestUnhandledThreadExceptionWarning',
+               'RuntimeWarning'):
+    test = pytest.mark.filterwarnings(f'ignore::{kind}')(test)
+  return pytest.mark.usefixtures('orbax_noise')(test)
+
+
+class Crash(Exception):
+  pass
+
+
+def crash_at(crash_step):
+  def on_step(step, state):
+    del state
+    if step == crash_step:
+      raise Crash
+  return on_step
+
+
+def kill_at(kill_step, number=signal.SIGTERM, times=1):
+  def on_step(step, state):
+    del state
+    if step == kill_step:
+      for _ in range(times):
+        os.kill(os.getpid(), number)
+  return on_step
+
+
+def test_an_uninterrupted_run(reference):
+  workdir, state = reference
+  value = np.zeros(SIZE)
+  lines = []
+  for step in range(9):
+    value = 0.9 * value + np.asarray(
+        jax.random.normal(jax.random.fold_in(KEY, step), (SIZE,)), np.float64)
+    lines.append((step + 1, np.mean(value**2), step * 100))
+  np.testing.assert_allclose(state.value, value, rtol=0, atol=1e-5)
+  with open(workdir / 'metrics.jsonl', encoding='utf-8') as file:
+    written = [json.loads(line) for line in file]
+  assert [list(line) for line in written] == [
+      ['step', 'toy/loss', 'toy/t']] * 9
+  np.testing.assert_allclose(
+      [list(line.values()) for line in written], lines, rtol=1e-5)
+
+
+@pytest.mark.parametrize('crash_step, resumes_at', [
+    (1, 0), (3, 3), (5, 3), (8, 6), (9, 9)])
+def test_a_crashed_and_resumed_run_is_the_uninterrupted(
+    tmp_path, reference, crash_step, resumes_at):
+  with pytest.raises(Crash):
+    run(tmp_path, on_step=crash_at(crash_step))
+  seen = []
+  state = run(tmp_path, on_step=lambda step, state: seen.append(step))
+  assert seen == list(range(resumes_at + 1, 10))
+  assert_same_run(tmp_path, state, reference)
+
+
+def test_on_step_sees_the_state_after_each_step(tmp_path):
+  seen = []
+  run(tmp_path, 4, on_step=lambda step, state: seen.append(
+      (step, int(state.step))))
+  assert seen == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+def test_a_finished_run_does_nothing_more(tmp_path, reference):
+  run(tmp_path)
+
+  def never(state):
+    raise AssertionError('a step of a finished run')
+
+  assert_same_run(tmp_path, run(tmp_path, step_fn=never), reference)
+
+
+def test_a_longer_run_goes_on_from_a_shorter(tmp_path, reference):
+  run(tmp_path, 4)  # the last step is saved although 3 does not divide it
+  assert 4 in steps_on_disk(tmp_path)
+  assert_same_run(tmp_path, run(tmp_path, 9), reference)
+
+
+def test_two_checkpoints_are_kept(tmp_path):
+  run(tmp_path, 9, save_every=2)
+  assert steps_on_disk(tmp_path) == [8, 9]
+
+
+def test_sigterm_saves_and_leaves(tmp_path, reference, caplog):
+  handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  with pytest.raises(checkpoint.Preempted) as stop:
+    run(tmp_path, save_every=100, on_step=kill_at(4))
+  assert stop.value.code == 143
+  assert 'stopped at step 5 of 9' in caplog.text
+  assert steps_on_disk(tmp_path) == [5]
+  assert handlers == [
+      signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path, reference):
+  with pytest.raises(checkpoint.Preempted) as stop:
+    run(tmp_path, save_every=100, on_step=kill_at(4, signal.SIGINT))
+  assert stop.value.code == 130
+  assert steps_on_disk(tmp_path) == [5]
+  assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+def test_the_second_sigterm_does_not_wait(tmp_path, reference):
+  with pytest.raises(checkpoint.Preempted) as stop:
+    run(tmp_path, on_step=kill_at(4, times=2))
+  assert stop.value.code == 143
+  assert steps_on_disk(tmp_path) == [3]
+  assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+def test_sigterm_in_the_last_step_finishes(tmp_path, reference):
+  assert_same_run(tmp_path, run(tmp_path, on_step=kill_at(9)), reference)
+
+
+def truncate_all(files):
+  for file in files:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def truncate_largest(files):
+  file = max(files, key=lambda f: f.stat().st_size)
+  os.truncate(file, file.stat().st_size // 2)
+
+
+def empty_all(files):
+  for file in files:
+    os.truncate(file, 0)
+
+
+def zero_largest(files):
+  """What a power failure may leave: the length, but not the content."""
+  file = max(files, key=lambda f: f.stat().st_size)
+  file.write_bytes(bytes(file.stat().st_size))
+
+
+def delete_largest(files):
+  max(files, key=lambda f: f.stat().st_size).unlink()
+
+
+def delete_metadata(files):
+  next(f for f in files if f.name == '_METADATA').unlink()
+
+
+def damage_step(workdir, step, damage):
+  folder = workdir / 'checkpoints' / str(step)
+  damage([f for f in sorted(folder.rglob('*')) if f.is_file()])
+
+
+@with_orbax_noise
+@pytest.mark.parametrize('damage', [
+    truncate_all, truncate_largest, empty_all, zero_largest, delete_largest,
+    delete_metadata])
+def test_a_damaged_checkpoint_costs_only_its_steps(
+    tmp_path, reference, caplog, damage):
+  with pytest.raises(Crash):
+    run(tmp_path, on_step=crash_at(8))
+  assert steps_on_disk(tmp_path) == [3, 6]
+  damage_step(tmp_path, 6, damage)
+  seen = []
+  state = run(tmp_path, on_step=lambda step, state: seen.append(step))
+  assert 'checkpoint 6 under' in caplog.text
+  assert 'cannot be read' in caplog.text
+  assert seen[0] == 4
+  assert_same_run(tmp_path, state, reference)
+  assert (tmp_path / 'checkpoints/6.damaged').is_dir()
+  assert steps_on_disk(tmp_path) == [6, 9]
+
+
+@with_orbax_noise
+@pytest.mark.parametrize('spoil', [
+    lambda f: f.unlink(), lambda f: os.truncate(f, f.stat().st_size // 2)],
+    ids=['deleted', 'truncated'])
+def test_any_one_damaged_file_leaves_a_right_state(
+    tmp_path, reference, spoil):
+  """Not every file is needed: the newest state, or the one before."""
+  with pytest.raises(Crash):
+    run(tmp_path, on_step=crash_at(8))
+  folder = tmp_path / 'checkpoints/6'
+  values = {}
+  with checkpoint.Checkpointer(tmp_path / 'checkpoints') as checkpointer:
+    values[6] = checkpointer.restore(fresh()).value
+  files = [f for f in sorted(folder.rglob('*')) if f.is_file()]
+  assert files
+  for file in files:
+    content = file.read_bytes()
+    spoil(file)
+    with checkpoint.Checkpointer(tmp_path / 'checkpoints') as checkpointer:
+      state = checkpointer.restore(fresh())
+    step = int(state.step)
+    np.testing.assert_array_equal(
+        state.value, values.setdefault(step, state.value), str(file))
+    if step == 3:
+      folder.with_name('6.damaged').rename(folder)
+    file.write_bytes(content)
+  assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+@with_orbax_noise
+def test_all_checkpoints_damaged(tmp_path):
+  with pytest.raises(Crash):
+    run(tmp_path, on_step=crash_at(8))
+  for step in (3, 6):
+    damage_step(tmp_path, step, truncate_all)
+  with pytest.raises(ValueError, match=r'none of the checkpoints \[3, 6\]'):
+    run(tmp_path)
+  assert steps_on_disk(tmp_path) == [3, 6]  # nothing is thrown away
+
+
+@with_orbax_noise
+@pytest.mark.parametrize('other', [
+    fresh(SIZE + 1), {'step': jnp.zeros((), jnp.int32)}],
+    ids=['shape', 'structure'])
+def test_another_models_checkpoint_is_refused(tmp_path, other):
+  run(tmp_path, 3)
+  with checkpoint.Checkpointer(tmp_path / 'checkpoints') as checkpointer:
+    with pytest.raises(ValueError, match='for this configuration'):
+      checkpointer.restore(other)
+  assert steps_on_disk(tmp_path) == [3]
+
+
+def test_nothing_to_restore(tmp_path):
+  with checkpoint.Checkpointer(tmp_path / 'new') as checkpointer:
+    assert checkpointer.restore(fresh()) is None
+    assert checkpointer.steps == []
+
+
+@pytest.mark.parametrize('scalar', ['loss', 'l2_grads'])
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+@pytest.mark.parametrize('bad_step', [5, 6, 9])
+def test_divergence_is_named_and_not_saved(tmp_path, bad_step, bad, scalar):
+  @jax.jit
+  def diverging(state):
+    state, scalars = step_fn(state)
+    good = scalars.get(scalar, jnp.ones(()))
+    scalars[scalar] = jnp.where(state.step >= bad_step, bad, good)
+    return state, scalars
+
+  with pytest.raises(loop.DivergedError) as error:
+    run(tmp_path, step_fn=diverging)
+  message = str(error.value)
+  assert f'toy: {scalar} is {bad}' in message
+  assert f'at step {bad_step}, timestep {(bad_step - 1) * 100};' in message
+  assert all(step < bad_step for step in steps_on_disk(tmp_path))
+  assert (bad_step - 1) // 3 * 3 in steps_on_disk(tmp_path)
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert len(lines) == bad_step - 1
+  assert 'null' not in ''.join(lines)
+
+
+def test_a_full_disk_is_named_and_earlier_checkpoints_remain(
+    tmp_path, reference, monkeypatch):
+  save = ocp.CheckpointManager.save
+
+  def full(self, step, *args, **kwargs):
+    if step >= 6:
+      raise OSError(28, 'No space left on device')
+    return save(self, step, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'save', full)
+    with pytest.raises(
+        OSError, match='cannot write checkpoint 6.*No space left.*go on from'):
+      run(tmp_path)
+  assert steps_on_disk(tmp_path) == [3]
+  assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+@with_orbax_noise
+def test_files_that_cannot_be_written_whole(tmp_path, reference):
+  """As a full disk or a quota, by the limit on the size of files."""
+  with pytest.raises(Crash):
+    run(tmp_path, on_step=crash_at(4))
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+  try:
+    with pytest.raises(OSError, match='cannot write checkpoint 6'):
+      run(tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert steps_on_disk(tmp_path) == [3]
+  assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / 'checkpoints').write_text('a file is in the way')
+  with pytest.raises(OSError, match='checkpoints'):
+    run(tmp_path)
