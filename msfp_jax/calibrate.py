@@ -16,6 +16,7 @@ import numpy as np
 from msfp_jax import diffusion
 from msfp_jax import layers as layers_lib
 from msfp_jax import spec as spec_lib
+from msfp_jax import writer
 
 # Minima that SiLU (-0.27846) and GELU (-0.17) never pass, with room for
 # rounding.
@@ -75,9 +76,12 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   count = -(-samples_per_layer // (plan.num_steps * len(batches)))
   t = jnp.zeros(batches[0].shape[:1])
   names = layers_lib.list_layers(model, params, batches[0], t)
-  run = jax.jit(functools.partial(_watch, model, plan, count))
-  seen = [jax.device_get(run(params, noise, jax.random.fold_in(key, i)))
-          for i, noise in enumerate(batches)]
+  run = jax.jit(functools.partial(watch, model, plan, count))
+  seen = []
+  progress = writer.Progress('gather activations, batches', len(batches))
+  for i, noise in enumerate(batches):
+    seen.append(jax.device_get(run(params, noise, jax.random.fold_in(key, i))))
+    progress.update(i + 1)
   found = {}
   for name in names:
     values, low, high = (np.concatenate([part[name][i].ravel()
@@ -89,8 +93,15 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   return found
 
 
-def _watch(model, plan, count, params, noise, key):
-  """{layer: (values `[S, count]`, minimum `[S]`, maximum `[S]`)}."""
+def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
+          params: Any, noise: jax.Array, key: jax.Array
+          ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+  """Samples, and returns what the layers' inputs were instead of images.
+
+  Returns:
+    {layer: (`count` values of every step `[S, count]`, minimum and maximum
+    over all values of every step `[S]`)}.
+  """
   step_seen = {}
 
   def eps_fn(x, t, index):
@@ -167,9 +178,13 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
       raise ValueError(f'layer {name}: {error}') from error
 
   # One search uses one core; threads also compile side by side.
+  layers = {}
+  progress = writer.Progress(f'search {recipe}, layers', len(activations))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    layers = dict(zip(activations, pool.map(search_layer, activations),
-                      strict=True))
+    for name, layer in zip(
+        activations, pool.map(search_layer, activations), strict=True):
+      layers[name] = layer
+      progress.update(len(layers))
   found = spec_lib.QuantSpec(recipe, layers)
   logging.info('%s', summary(found))
   return found

@@ -41,4 +41,14 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.get_absl_handler().addFilter(
       lambda record: record.levelno > python_logging.INFO
       or 'orbax' not in record.pathname)
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  # A misspelt config field is an AttributeError that suggests the right one.
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    if os.environ.get('MSFP_TRACEBACK'):
+      raise
+    sys.exit(f'error: {error}')

@@ -174,7 +174,8 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
         'finetune', state, step, cfg.num_updates, workdir=workdir,
         writer=writer, save_every=cfg.save_every, log_every=cfg.log_every)
   deployed = student.deploy(state.trainable, plan.timesteps)
-  _write_router(f'{workdir}/router.json', deployed, plan)
+  if student.router is not None:
+    _write_router(f'{workdir}/router.json', deployed, plan)
   return deployed
 
 
@@ -192,8 +193,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   """The whole of train.py: teacher if needed, calibration, fine-tuning.
 
   Running it again resumes. Leaves config.json, quant_spec.json (as
-  calibrated), checkpoints/, metrics.jsonl, tensorboard/ and samples/ in the
-  workdir; `evaluate.run` goes on from there.
+  calibrated), checkpoints/, metrics.jsonl, tensorboard/ and, of a teacher
+  trained here, pretrain/ in the workdir; `evaluate.run` goes on from there.
 
   Args:
     config: an experiment (configs/).

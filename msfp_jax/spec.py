@@ -120,6 +120,11 @@ def role_of(layer: str, roles: Mapping[str, str] | None = None) -> str:
                    'spec.ROLES, or pass roles={role: pattern}')
 
 
+def follows_silu(layer: str) -> bool:
+  """Whether a layer of the UNet is an AAL by structure."""
+  return re.fullmatch(SILU_INPUTS, layer) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
   """How one layer is quantized.

@@ -1,0 +1,222 @@
+"""What quantization costs in time: each figure against its own baseline.
+
+  python -m benchmarks.costs [--only=quantizer,step,...]
+
+Pairs are timed in turn, A B A B, in one process; the median of the pairs'
+ratios is what counts, since machines drift. Prints a Markdown table.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import digits
+from msfp_jax import cli
+from msfp_jax import diffusion
+from msfp_jax import evaluate
+from msfp_jax import experiment as experiment_lib
+from msfp_jax import finetune
+from msfp_jax import layers as layers_lib
+from msfp_jax import losses
+from msfp_jax import quantizers
+from msfp_jax import spec as spec_lib
+from msfp_jax import student as student_lib
+from msfp_jax.calibrate import Activations
+from msfp_jax.calibrate import calibrate
+from msfp_jax.calibrate import collect
+from msfp_jax.calibrate import watch
+from msfp_jax.convert.native import abstract_params
+from msfp_jax.models import unet
+
+_ONLY = flags.DEFINE_list('only', None, 'Names of the measurements to make.')
+
+Row = tuple[str, str, str]  # what, figure, limit
+
+
+def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int = 15,
+           warmup: int = 2) -> tuple[float, float, float]:
+  """Median seconds of a and of b, and the median ratio a / b of the pairs."""
+  times = {a: [], b: []}
+  for i in range(pairs + warmup):
+    for work in (a, b):
+      start = time.perf_counter()
+      jax.block_until_ready(work())
+      if i >= warmup:
+        times[work].append(time.perf_counter() - start)
+  ratios = [x / y for x, y in zip(times[a], times[b], strict=True)]
+  return tuple(map(statistics.median, (times[a], times[b], ratios)))
+
+
+def _ratio(what: str, limit: float, a, b, **options) -> Row:
+  mine, base, ratio = paired(a, b, **options)
+  return (what, f'{ratio:.2f}x ({mine * 1e3:.1f} / {base * 1e3:.1f} ms)',
+          f'{limit}x')
+
+
+def quantizer() -> Iterator[Row]:
+  """fake_quant against x * a + b on 64 MB."""
+  x = jax.random.normal(jax.random.key(0), (2**24,))
+  affine = jax.jit(lambda x, a, b: x * a + b)
+  scale, zero = jnp.float32(0.3), jnp.float32(-0.25)
+  for fmt, shift in (('E2M1', None), ('UE2M2', zero)):
+    quantize = jax.jit(lambda x, s, z, fmt=fmt: quantizers.fake_quant(
+        x, fmt, s, z))
+    yield _ratio(f'fake_quant {fmt} / x * a + b, 64 MB float32', 1.3,
+                 lambda q=quantize, z=shift: q(x, scale, z),
+                 lambda: affine(x, scale, zero))
+
+
+def _experiment(variant: str) -> experiment_lib.Experiment:
+  return experiment_lib.load(digits.get_config(variant), '')
+
+
+def calibration() -> Iterator[Row]:
+  """Calibrating the demo UNet from nothing, compilation included."""
+  experiment = _experiment('all-4')
+  start = time.perf_counter()
+  experiment.activations  # noqa: B018 - computed on first access
+  middle = time.perf_counter()
+  experiment.calibrate('msfp')
+  end = time.perf_counter()
+  yield ('calibrate and search the demo UNet, MSFP W4A4, compilation included',
+         f'{end - start:.1f} s ({middle - start:.1f} gathering, '
+         f'{end - middle:.1f} searching)', '30 s')
+
+
+def gathering() -> Iterator[Row]:
+  """Sampling with activations gathered against plain sampling."""
+  experiment = _experiment('all-4')
+  model, plan = experiment.model, experiment.plan
+  noise = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
+  plain = jax.jit(lambda params, noise: diffusion.sample(
+      lambda x, t, i: model.apply({'params': params}, x, t), plan, noise))
+  gather = jax.jit(lambda params, noise, key: watch(
+      model, plan, 65_536 // 80, params, noise, key))
+  yield _ratio('sampling 64 images while gathering activations / plain', 1.3,
+               lambda: gather(experiment.params, noise, jax.random.key(1)),
+               lambda: plain(experiment.params, noise), pairs=7, warmup=1)
+
+
+def sampling() -> Iterator[Row]:
+  """Simulated 4-bit sampling against full precision."""
+  experiment = _experiment('all-4,talora')
+  full = evaluate.untuned(experiment, None)
+  spec = experiment.calibrate()
+  student = _student(experiment, spec)
+  trainable = student.init(jax.random.key(0), 2, 16, False, False)
+  banked = student.deploy(trainable, experiment.plan.timesteps)
+  noise = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
+
+  def sampler(deployed):
+    draw = jax.jit(lambda params, weights: diffusion.sample(
+        dataclasses.replace(deployed, params=params, weights=weights).eps_fn,
+        experiment.plan, noise))
+    return lambda: draw(deployed.params, deployed.weights)
+
+  for name, deployed in (
+      ('MSFP', evaluate.untuned(experiment, spec)), ('two banks', banked)):
+    yield _ratio(f'sampling 64 images in simulated W4A4, {name} / full '
+                 'precision', 1.3, sampler(deployed), sampler(full), pairs=7,
+                 warmup=1)
+
+
+def _student(experiment, spec) -> student_lib.Student:
+  return finetune.make_student(
+      experiment.model, experiment.params, spec,
+      experiment.schedule.num_train_steps, experiment.config.finetune)
+
+
+def step() -> Iterator[Row]:
+  """A fine-tuning step against the same one without fake quantization."""
+  experiment = _experiment('all-4,lora')
+  config = experiment.config.finetune
+  gamma = losses.denoising_factors(
+      experiment.schedule, experiment.plan, config.gamma)
+
+  def updates(student, learn_ranges):
+    settings = config.copy_and_resolve_references()
+    settings.learn_act_ranges = learn_ranges
+    tx = finetune.optimizer(settings)
+    state = finetune.init_state(
+        student, tx, (16, 16, 1), jax.random.key(0), settings)
+    update = finetune.make_step(
+        student, experiment.plan, gamma, tx, jax.random.key(1))
+
+    def work():
+      nonlocal state
+      state, scalars = update(state)
+      return scalars
+
+    return work
+
+  student = _student(experiment, experiment.calibrate())
+  none = spec_lib.LayerSpec('', '', None, None)
+  plain = dataclasses.replace(student, spec=spec_lib.QuantSpec(
+      'fp', {name: none for name in student.spec.layers}))
+  for name, learn in (('', False), (' and learned ranges', True)):
+    yield _ratio(
+        'fine-tuning step, batch 16, one LoRA, with fake quantization'
+        f'{name} / without', 1.6, updates(student, learn),
+        updates(plain, False), pairs=30, warmup=3)
+
+
+def cifar_search() -> Iterator[Row]:
+  """The search at CIFAR-10 size, on made-up activations."""
+  model = unet.UNet(unet.UNetConfig())
+  shapes = abstract_params(model)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda leaf: rng.standard_normal(leaf.shape, np.float32) * 0.05, shapes)
+  names = layers_lib.list_layers(
+      model, shapes, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
+      jax.ShapeDtypeStruct((1,), jnp.float32))
+  seen = {}
+  for name in names:
+    values = rng.standard_normal(65_536).astype(np.float32)
+    if spec_lib.follows_silu(name):
+      values = np.asarray(jax.nn.silu(2 * values))
+    seen[name] = Activations(values, values.min(), values.max())
+  for what, bits in (('activations and weights', 4),
+                     ('activations alone', spec_lib.FULL_PRECISION)):
+    start = time.perf_counter()
+    calibrate(model, params, recipe='msfp', bits=bits, act_bits=4,
+              activations=seen)
+    yield (f'search at CIFAR-10 size, {len(names)} layers, 65,536 values '
+           f'each: {what}', f'{time.perf_counter() - start:.1f} s', '60 s')
+
+
+def collecting() -> Iterator[Row]:
+  """How the time of `collect` grows with the number of images."""
+  experiment = _experiment('all-4')
+  key = jax.random.key(0)
+  for count in (1, 4):
+    batches = [jax.random.normal(jax.random.fold_in(key, i), (64, 16, 16, 1))
+               for i in range(count)]
+    start = time.perf_counter()
+    collect(experiment.model, experiment.params, experiment.plan, batches,
+            key=key)
+    yield (f'gathering on {64 * count} trajectories, compilation included',
+           f'{time.perf_counter() - start:.1f} s', '')
+
+
+MEASUREMENTS = (quantizer, calibration, gathering, sampling, step, collecting,
+                cifar_search)
+
+
+def main(unused_argv):
+  print('| what | measured | limit |\n|---|---|---|', flush=True)
+  for measure in MEASUREMENTS:
+    if not _ONLY.value or measure.__name__ in _ONLY.value:
+      for row in measure():
+        print('| ' + ' | '.join(row) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+  cli.run(main)
