@@ -7,6 +7,7 @@ import sys
 from typing import TypeVar
 
 from absl import app
+from absl import flags
 from absl import logging
 import jax
 
@@ -45,10 +46,14 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  # A misspelt config field is an AttributeError that suggests the right one.
+  """As absl's, with the error's message in place of its traceback."""
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # A config file's own error stands last, below its traceback.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[-1] if 'Traceback' in str(error) else ' '.join(lines)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    if os.environ.get('MSFP_TRACEBACK'):
-      raise
-    sys.exit(f'error: {error}')
+    # A misspelt config field; the message suggests the right one.
+    message = ' '.join(map(str, error.args))
+  sys.exit(f'error: {message}\n--help lists the flags')
