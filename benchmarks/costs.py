@@ -110,7 +110,7 @@ def sampling() -> Iterator[Row]:
   full = evaluate.untuned(experiment, None)
   spec = experiment.calibrate()
   student = _student(experiment, spec)
-  trainable = student.init(jax.random.key(0), 2, 16, False, False)
+  trainable = student.init(jax.random.key(0), 2, 16, False, False, False)
   banked = student.deploy(trainable, experiment.plan.timesteps)
   noise = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
 

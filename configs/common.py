@@ -69,9 +69,10 @@ def get_config() -> ml_collections.ConfigDict:
       'base_weight': 'full',  # what banks add to; or 'dequantized'
       'learn_act_ranges': True,  # activation scales and zero points
       'learn_weight_scales': False,
+      'learn_biases': True,
       'learning_rate': 1e-3,  # of the banks
       'router_learning_rate': 1e-3,
-      'range_learning_rate': 1e-3,
+      'range_learning_rate': 1e-3,  # of ranges, scales and biases
       'router_temperature': 1.0,
       'router_prior': 1.0,  # pull of each span of timesteps to its own bank
       'adam_b2': 0.99,

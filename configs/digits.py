@@ -30,6 +30,7 @@ def get_config(variant: str = ''):
       num_res_blocks=1, attn_resolutions=(8,), norm_groups=8, dropout=0.0)
   return common.apply_variant(config, variant, VARIANTS)
 
+
 # Rows of README's tables, the same under both lists of exceptions.
 _ROWS = {
     'INT asymmetric': 'int,untuned',
@@ -41,14 +42,38 @@ _ROWS = {
     'MSFP + TALoRA': 'msfp,talora',
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
 }
+# What the paper leaves open: the full method with one thing changed.
+_CHOICES = {
+    'as configured': {},
+    'fixed activation ranges': {'finetune.learn_act_ranges': False},
+    'fixed biases': {'finetune.learn_biases': False},
+    'learned weight scales': {'finetune.learn_weight_scales': True},
+    'banks: 4': {'finetune.num_banks': 4},
+    'router prior: 0': {'finetune.router_prior': 0.0},
+    'router temperature: 4': {'finetune.router_temperature': 4.0},
+    'base weight: dequantized': {'finetune.base_weight': 'dequantized'},
+    'gamma: ddpm': {'finetune.gamma': 'ddpm'},
+    'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
+    'gamma: none': {'finetune.gamma': 'none'},
+    'updates: twice': {'finetune.num_updates': 2000},
+}
+VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
+
+_METRICS = ('fd_digits', 'fd_digits_to_fp', 'psnr_to_fp', 'label_agreement',
+            'bytes')
 # python -m msfp_jax.study --config=configs/digits.py:STUDY
 STUDIES = {
     'table': {
         'seeds': (0, 1, 2),
-        'metrics': ('fd_digits', 'fd_digits_to_fp', 'psnr_to_fp',
-                    'label_agreement', 'bytes'),
+        'metrics': _METRICS,
         'groups': {group: {label: f'{group},{variant}'
                            for label, variant in _ROWS.items()}
                    for group in ('all-4', 'skip-8')},
+    },
+    'choices': {
+        'seeds': (0, 1, 2),
+        'metrics': _METRICS,
+        'groups': {'all-4': {label: f'all-4,choice={label}'
+                             for label in _CHOICES}},
     },
 }

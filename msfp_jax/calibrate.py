@@ -165,7 +165,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
     activations = collect(
         model, params, plan, batches,
         key=jax.random.key(0) if key is None else key)
-  kernels = jax.device_get(layers_lib.kernels(params))
+  kernels = jax.device_get(layers_lib.leaves(params, 'kernel'))
 
   def search_layer(name: str) -> spec_lib.LayerSpec:
     role = spec_lib.role_of(name, roles)

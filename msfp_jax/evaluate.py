@@ -97,9 +97,9 @@ def untuned(experiment: experiment_lib.Experiment,
   if spec is None:
     none = spec_lib.LayerSpec('', '', None, None)
     spec = spec_lib.QuantSpec(
-        'fp', {name: none for name in layers_lib.kernels(params)})
+        'fp', {name: none for name in layers_lib.leaves(params, 'kernel')})
   return student_lib.Student(experiment.model, params, spec, None, ()).deploy(
-      {'banks': {}, 'ranges': {'act': {}, 'weight': {}}},
+      {'banks': {}, 'ranges': {'act': {}, 'weight': {}}, 'biases': {}},
       experiment.plan.timesteps)
 
 

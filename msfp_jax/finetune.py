@@ -30,7 +30,7 @@ from msfp_jax.diffusion import sampling
 @flax.struct.dataclass
 class FinetuneState:
   step: jax.Array  # int32, updates done
-  trainable: Any  # banks, router, ranges
+  trainable: Any  # banks, router, ranges, biases
   opt_state: Any
   x: jax.Array  # where the teacher's trajectory stands, [B, H, W, C]
 
@@ -60,14 +60,15 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
 
 def optimizer(
     config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with linear decay to zero; banks, router and ranges apart."""
+  """AdamW with linear decay to zero; a rate each for banks, router, rest."""
   adamw = lambda rate: optax.adamw(
       optax.linear_schedule(rate, 0.0, config.num_updates),
       b2=config.adam_b2, weight_decay=config.weight_decay)
   return optax.multi_transform(
       {'banks': adamw(config.learning_rate),
        'router': adamw(config.router_learning_rate),
-       'ranges': adamw(config.range_learning_rate)},
+       'ranges': adamw(config.range_learning_rate),
+       'biases': adamw(config.range_learning_rate)},
       lambda tree: {name: jax.tree.map(lambda _, name=name: name, part)
                     for name, part in tree.items()})
 
@@ -78,7 +79,7 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
   """The state before the first update: the calibrated model, unchanged."""
   trainable = student.init(
       key, config.num_banks, config.rank, config.learn_act_ranges,
-      config.learn_weight_scales)
+      config.learn_weight_scales, config.learn_biases)
   return FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),

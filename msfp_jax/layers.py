@@ -1,6 +1,6 @@
 """The quantizable layers of a Flax model, found by interception."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 import contextlib
 from typing import Any
 
@@ -66,18 +66,26 @@ def list_layers(model: nn.Module, params: Any, *inputs: Any
   return layers
 
 
-def kernels(params: Any) -> dict[str, jax.Array]:
-  """{layer name: kernel} of parameters."""
-  flat = traverse_util.flatten_dict(params)
-  return {'.'.join(path[:-1]): value
-          for path, value in flat.items() if path[-1] == 'kernel'}
+def leaves(params: Any, kind: str, names: Container[str] | None = None
+           ) -> dict[str, jax.Array]:
+  """{layer: its parameter of one kind} of a model's parameters.
+
+  Args:
+    params: nested.
+    kind: 'kernel' or 'bias'.
+    names: only these layers; None for all that have one.
+  """
+  found = {'.'.join(path[:-1]): value for path, value
+           in traverse_util.flatten_dict(params).items() if path[-1] == kind}
+  return {name: value for name, value in found.items()
+          if names is None or name in names}
 
 
-def replace_kernels(params: Any, new: dict[str, jax.Array]) -> Any:
-  """Parameters with the named layers' kernels replaced."""
+def replace(params: Any, kind: str, new: Mapping[str, jax.Array]) -> Any:
+  """Parameters with those of the layers in `new` replaced; see `leaves`."""
   flat = traverse_util.flatten_dict(params)
   for path in flat:
     name = '.'.join(path[:-1])
-    if path[-1] == 'kernel' and name in new:
+    if path[-1] == kind and name in new:
       flat[path] = new[name]
   return traverse_util.unflatten_dict(flat)

@@ -21,9 +21,10 @@ def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
     ValueError: the parameters hold a kernel that the spec does not name, or
       the other way round, or one that is NaN.
   """
-  kernels = layers_lib.kernels(params)
+  kernels = layers_lib.leaves(params, 'kernel')
   check_layers(spec, kernels)
-  return layers_lib.replace_kernels(params, quantize_kernels(kernels, spec))
+  return layers_lib.replace(
+      params, 'kernel', quantize_kernels(kernels, spec))
 
 
 def quantize_kernels(kernels: Mapping[str, jax.Array],

@@ -45,20 +45,22 @@ class Student:
   @property
   def base_kernels(self) -> dict[str, jax.Array]:
     """{layer: the kernel that its banks are added to}."""
-    kernels = layers_lib.kernels(self.params)
+    kernels = layers_lib.leaves(self.params, 'kernel')
     if self.base == DEQUANTIZED_WEIGHTS:
       for name in self.banked:
         kernels[name] = self.spec.layers[name].weight.fake_quant(kernels[name])
     return kernels
 
   def init(self, key: jax.Array, num_banks: int, rank: int,
-           learn_act_ranges: bool, learn_weight_scales: bool) -> Any:
+           learn_act_ranges: bool, learn_weight_scales: bool,
+           learn_biases: bool) -> Any:
     """Trainable parameters that leave the calibrated model as it is.
 
     Returns:
-      {'banks', 'router', 'ranges'}; see `talora.init_banks` and `_ranges`.
+      {'banks', 'router', 'ranges', 'biases'}: see `talora.init_banks`,
+      `talora.Router`, `with_ranges`; biases are offsets {layer: `[out]`}.
     """
-    kernels = layers_lib.kernels(self.params)
+    kernels = layers_lib.leaves(self.params, 'kernel')
     banks = talora.init_banks(
         jax.random.fold_in(key, 0), {name: kernels[name]
                                      for name in self.banked}, num_banks, rank)
@@ -72,7 +74,12 @@ class Student:
         ranges['act'][name] = _offsets(layer.act)
       if learn_weight_scales and name in self.banked:
         ranges['weight'][name] = _offsets(layer.weight)
-    return {'banks': banks, 'router': router, 'ranges': ranges}
+    biases = {}
+    if learn_biases:
+      biases = jax.tree.map(jnp.zeros_like, layers_lib.leaves(
+          self.params, 'bias', self.spec.layers))
+    return {'banks': banks, 'router': router, 'ranges': ranges,
+            'biases': biases}
 
   def predict(self, trainable: Any, x: jax.Array, t: jax.Array
               ) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +106,10 @@ class Student:
     weights = {name: kernel if spec.layers[name].weight is None
                else spec.layers[name].weight.fake_quant(kernel)
                for name, kernel in kernels.items()}
-    eps = apply(self.model, layers_lib.replace_kernels(self.params, weights),
-                spec.act_quantizers, x, jnp.full(x.shape[:1], t))
+    params = layers_lib.replace(
+        self._biased(trainable['biases']), 'kernel', weights)
+    eps = apply(self.model, params, spec.act_quantizers, x,
+                jnp.full(x.shape[:1], t))
     return eps, jnp.argmax(gates, axis=-1)
 
   def deploy(self, trainable: Any, timesteps: np.ndarray) -> 'Deployed':
@@ -111,7 +120,7 @@ class Student:
       timesteps: of the sampler `[S]`.
     """
     spec = with_ranges(self.spec, trainable['ranges'])
-    check_layers(spec, layers_lib.kernels(self.params))
+    check_layers(spec, layers_lib.leaves(self.params, 'kernel'))
     kernels = self.base_kernels
     sets = talora.merge(kernels, talora.bank_updates(trainable['banks']))
     weights = {}
@@ -123,8 +132,14 @@ class Student:
     if self.router is not None:
       choices = talora.plan_choices(
           self.router, trainable['router'], timesteps)
-    return Deployed(self.model, self.params, spec, weights,
-                    dict(zip(self.banked, choices.T, strict=True)))
+    return Deployed(self.model, self._biased(trainable['biases']), spec,
+                    weights, dict(zip(self.banked, choices.T, strict=True)))
+
+  def _biased(self, offsets: Mapping[str, jax.Array]) -> Any:
+    """The parameters with offsets added to the biases."""
+    biases = layers_lib.leaves(self.params, 'bias', offsets)
+    return layers_lib.replace(self.params, 'bias', {
+        name: bias + offsets[name] for name, bias in biases.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +165,8 @@ class Deployed:
     kernels = {
         name: w[0] if len(w) == 1 else w[self.choices[name][index]]
         for name, w in self.weights.items()}
-    return apply(self.model, layers_lib.replace_kernels(self.params, kernels),
-                 self.spec.act_quantizers, x, t)
+    params = layers_lib.replace(self.params, 'kernel', kernels)
+    return apply(self.model, params, self.spec.act_quantizers, x, t)
 
 
 def _offsets(quantizer: quantizers.Quantizer) -> dict[str, jax.Array]:
