@@ -61,15 +61,15 @@ def get_config() -> ml_collections.ConfigDict:
   })
   config.finetune = ml_collections.ConfigDict({
       'label': '',  # of the row in results.json; empty: 'tuned'
-      'num_updates': 1500,  # 0: calibrate only
+      'num_updates': 1000,  # 0: calibrate only
       'batch_size': 16,
       'num_banks': 2,  # LoRAs a layer; 1: plain LoRA, no router
       'rank': 16,
       'gamma': 'sampler',  # see msfp_jax/losses.py; 'none': plain MSE
       'base_weight': 'full',  # what banks add to; or 'dequantized'
       'learn_act_ranges': True,  # activation scales and zero points
-      'learn_weight_scales': False,
-      'learn_biases': True,
+      'learn_weight_scales': True,
+      'learn_biases': False,
       'learning_rate': 1e-3,  # of the banks
       'router_learning_rate': 1e-3,
       'range_learning_rate': 1e-3,  # of ranges, scales and biases

@@ -46,8 +46,8 @@ _ROWS = {
 _CHOICES = {
     'as configured': {},
     'fixed activation ranges': {'finetune.learn_act_ranges': False},
-    'fixed biases': {'finetune.learn_biases': False},
-    'learned weight scales': {'finetune.learn_weight_scales': True},
+    'fixed weight scales': {'finetune.learn_weight_scales': False},
+    'learned biases': {'finetune.learn_biases': True},
     'banks: 4': {'finetune.num_banks': 4},
     'router prior: 0': {'finetune.router_prior': 0.0},
     'router temperature: 4': {'finetune.router_temperature': 4.0},

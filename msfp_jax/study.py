@@ -5,7 +5,8 @@
 
 A study is data, an entry of STUDIES in the config's file: its seeds, its
 groups (tables) and its rows, each a variant of that config. The same command
-again resumes; --seeds=1,2 does a part, so that parts can run side by side.
+again resumes; --seeds=1,2 and --groups=skip-8 do a part, so that parts can run
+side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ GetConfig = Callable[[str], ml_collections.ConfigDict]
 _CONFIG = flags.DEFINE_string(
     'config', None, 'configs/NAME.py:STUDY, a key of STUDIES in that file.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all runs.')
-_SEEDS = flags.DEFINE_list('seeds', None, 'Only these; default: the study\'s.')
+_SEEDS = flags.DEFINE_list('seeds', None, 'Only these of the study.')
+_GROUPS = flags.DEFINE_list('groups', None, 'Only these of the study.')
 
 
 def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
@@ -52,8 +54,10 @@ def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
 
 
 def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
-             workdir: str) -> None:
-  """Runs every row of every group for one seed; skips those done.
+             workdir: str, groups: Sequence[str] | None = None) -> None:
+  """Runs every row of every (or the given) group for one seed.
+
+  Rows that are done are skipped.
 
   Writes `workdir`/<seed>/<group>/<row>.json beside the row's own workdir.
   """
@@ -68,10 +72,12 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   full = evaluate.untuned(experiment, None)
   reference = _measure(scorer, full, draw(full, f'seed {seed}, fp'),
                        spec_lib.FULL_PRECISION, spec_lib.FULL_PRECISION)
-  total = sum(map(len, study['groups'].values()))
+  chosen = {group: study['groups'][group]
+            for group in groups or study['groups']}
+  total = sum(map(len, chosen.values()))
   progress = writer.Progress(f'study, seed {seed}', total, every_seconds=0)
   done = 0
-  for group, rows in study['groups'].items():
+  for group, rows in chosen.items():
     root = pathlib.Path(workdir) / str(seed) / group
     _write(root / 'fp.json', reference)
     for label, variant in rows.items():
@@ -146,11 +152,20 @@ def _spread(values: Sequence[float]) -> str:
   return f'{mean:.2f} ± {statistics.stdev(values):.2f}'
 
 
-def run(text: str, workdir: str, seeds: Sequence[int] | None = None) -> str:
-  """Runs a study, or a part of it; returns the table of all that is done."""
+def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
+        groups: Sequence[str] | None = None) -> str:
+  """Runs a study, or a part of it; returns the table of all that is done.
+
+  Raises:
+    ValueError: an unknown study, seed or group.
+  """
   get_config, study = load_study(text)
+  for name, part in (('seeds', seeds), ('groups', groups)):
+    if unknown := set(part or ()) - set(study[name]):
+      raise ValueError(f'{name} {sorted(unknown)} are not in the study, which '
+                       f'has {list(study[name])}')
   for seed in seeds or study['seeds']:
-    run_seed(get_config, study, seed, workdir)
+    run_seed(get_config, study, seed, workdir, groups)
   found = collect(study, study['seeds'], workdir)
   _write(pathlib.Path(workdir) / 'table.json', found)
   text = table(found, study['metrics'])
@@ -161,7 +176,8 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None) -> str:
 
 def main(unused_argv: Sequence[str]) -> None:
   seeds = _SEEDS.value and [int(seed) for seed in _SEEDS.value]
-  print(cli.guard(lambda: run(_CONFIG.value, _WORKDIR.value, seeds)))
+  print(cli.guard(lambda: run(
+      _CONFIG.value, _WORKDIR.value, seeds, _GROUPS.value)))
 
 
 if __name__ == '__main__':
