@@ -38,7 +38,7 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow parity golden lint clean
+.PHONY: help setup demo table costs test test-slow parity golden lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -49,6 +49,12 @@ setup: $(TEST_READY) ## create .venv with everything that demo and test need
 demo: $(RUN_READY) ## quantize, fine-tune and evaluate the embedded default
 	$(PY) train.py --config=configs/digits.py:demo --workdir=runs/demo
 	$(PY) eval.py --config=configs/digits.py:demo --workdir=runs/demo
+
+table: $(RUN_READY) ## README's tables: 3 seeds, hours on a laptop
+	$(PY) -m msfp_jax.study --config=configs/digits.py:table --workdir=runs/table
+
+costs: $(RUN_READY) ## what quantization costs in time
+	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
 	$(PY) -m pytest -m 'not slow and not parity'

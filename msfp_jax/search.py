@@ -130,7 +130,7 @@ def _search_rows(rows, table, zero_points):
   group = 1 if count == 1 else _ROWS_AT_ONCE
   padded = max(4 ** int(np.ceil(np.log2(length) / 2)), 256)
   out = []
-  with jax.enable_x64(True), jax.default_device(jax.devices('cpu')[0]):
+  with jax.enable_x64(True), jax.default_device(_host()):
     for start in range(0, count, group):
       chunk = rows[start:start + group]
       fill = group - len(chunk)
@@ -141,6 +141,14 @@ def _search_rows(rows, table, zero_points):
       result = _best_of_rows(values, np.float64(length), table, zeros)
       out.append([np.asarray(r)[:len(chunk)] for r in result])
   return [np.concatenate(parts) for parts in zip(*out, strict=True)]
+
+
+def _host() -> jax.Device | None:
+  """A CPU, for float64; the default device where JAX was given none."""
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError:
+    return None
 
 
 @jax.jit

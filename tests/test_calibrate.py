@@ -239,12 +239,12 @@ def test_an_exception_may_be_full_precision():
 
 
 def test_calibrate_follows_the_plan_itself():
-  """As `collect` does; here the input is t, of three values."""
+  """As `collect` does; here the input is t."""
   params = {'clock': {'kernel': jnp.ones((1, 1)), 'bias': jnp.zeros(1)}}
   found = calibrate(
       Clock(), params, batches=[tiny.noise(0)],
       plan=diffusion.ddim_plan(tiny.SCHEDULE, 2), roles={'all': '.*'},
-      exceptions={})
+      exceptions={}, act_bits=32)
   layer = found.layers['clock']
   assert (layer.stats['act_min'], layer.stats['act_max']) == (0, 500)
   assert layer.role == 'all'

@@ -1,0 +1,138 @@
+"""The entry points as a shell sees them: exit status, stderr, no traceback."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import digits
+from msfp_jax import checkpoint
+from msfp_jax import cli
+from msfp_jax import loop
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*arguments, **environment):
+  return subprocess.run(
+      [sys.executable, *map(str, arguments)], cwd=ROOT, text=True,
+      capture_output=True, timeout=300, check=False,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment)
+
+
+def assert_refused(finished, *parts):
+  """Fails with a message that holds the parts, and without a traceback."""
+  assert finished.returncode not in (0, None)
+  assert finished.stdout == ''
+  assert 'Traceback' not in finished.stderr
+  assert 'error: ' in finished.stderr
+  for part in parts:
+    assert part in finished.stderr
+
+
+def test_a_misspelt_field_suggests_the_right_one(tmp_path):
+  assert_refused(
+      run('train.py', '--config=configs/digits.py', f'--workdir={tmp_path}/w',
+          '--config.finetune.num_upates=3'),
+      'num_upates', 'num_updates')
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize('variant, parts', [
+    ('tabel', ("'tabel'", 'w4a4', 'skip-8', 'untuned')),
+    ('w4a9', ("'w4a9'", '3 to 8')),
+])
+def test_an_unknown_variant(tmp_path, variant, parts):
+  assert_refused(run('train.py', f'--config=configs/digits.py:{variant}',
+                     f'--workdir={tmp_path}/w'), *parts)
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_config_that_is_not_there(tmp_path):
+  assert_refused(run('eval.py', '--config=configs/digit.py',
+                     f'--workdir={tmp_path}/w'), 'configs/digit.py')
+
+
+def test_no_workdir():
+  assert_refused(run('train.py', '--config=configs/digits.py'), '--workdir')
+
+
+def test_a_workdir_below_a_file(tmp_path):
+  (tmp_path / 'file').write_text('here')
+  assert_refused(run('train.py', '--config=configs/digits.py',
+                     f'--workdir={tmp_path}/file/sub'),
+                 f'{tmp_path}/file/sub', 'Not a directory')
+  assert (tmp_path / 'file').read_text() == 'here'
+
+
+def test_a_workdir_of_another_config(tmp_path):
+  config = digits.get_config()
+  config.seed = 5
+  text = config.to_json_best_effort()
+  (tmp_path / 'config.json').write_text(text)
+  (tmp_path / 'quant_spec.json').write_text('{}')
+  command = ['--config=configs/digits.py', f'--workdir={tmp_path}']
+  assert_refused(run('train.py', *command), str(tmp_path), '--workdir',
+                 'seed: 5 there, 0 now')
+  assert (tmp_path / 'config.json').read_text() == text
+  shown = run('train.py', *command, MSFP_TRACEBACK='1')
+  assert shown.returncode != 0 and 'Traceback' in shown.stderr
+
+
+def test_eval_before_train(tmp_path):
+  assert_refused(run('eval.py', '--config=configs/digits.py',
+                     f'--workdir={tmp_path}/w'),
+                 f'{tmp_path}/w', 'run train.py')
+
+
+@pytest.mark.parametrize('arguments, parts', [
+    (['--config=configs/digits.py:tabel'], ("'tabel'", 'table')),
+    (['--config=configs/digits.py:table', '--seeds=1,x'], ('seeds', "'x'")),
+])
+def test_a_study_that_is_not_there(tmp_path, arguments, parts):
+  assert_refused(run('-m', 'msfp_jax.study', *arguments,
+                     f'--workdir={tmp_path}/w'), *parts)
+
+
+def test_help_shows_both_flags():
+  finished = run('train.py', '--help')
+  assert '--config' in finished.stdout and '--workdir' in finished.stdout
+  assert 'configs/digits.py:w4a4' in finished.stdout
+
+
+@pytest.mark.parametrize('error', [
+    ValueError('a b'), OSError('a b'), FileNotFoundError('a b'),
+    loop.DivergedError('a b'), json.JSONDecodeError('a b', '', 0)])
+def test_expected_errors_end_with_their_message(error):
+  def work():
+    raise error
+
+  with pytest.raises(SystemExit) as stop:
+    cli.guard(work)
+  assert stop.value.code == f'error: {error}'
+
+
+@pytest.mark.parametrize('error', [
+    KeyError('a'), TypeError('a'), AssertionError('a')])
+def test_mistakes_of_the_code_keep_their_traceback(error):
+  def work():
+    raise error
+
+  with pytest.raises(type(error)):
+    cli.guard(work)
+
+
+def test_the_exit_code_of_a_stopped_run_passes():
+  def work():
+    raise checkpoint.Preempted(143)
+
+  with pytest.raises(SystemExit) as stop:
+    cli.guard(work)
+  assert stop.value.code == 143
+
+
+def test_the_result_passes():
+  assert cli.guard(lambda: 7) == 7

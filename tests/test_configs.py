@@ -1,0 +1,192 @@
+"""The experiments: every file, every variant, and what the package ships."""
+
+import importlib
+import itertools
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+import safetensors
+
+from configs import common
+from configs import digits
+from configs import images
+from msfp_jax import convert
+from msfp_jax import diffusion
+from msfp_jax import finetune
+from msfp_jax import losses
+from msfp_jax import pretrain
+from msfp_jax import spec
+from msfp_jax.convert import native
+from msfp_jax.metrics import features
+from msfp_jax.models import unet
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = [importlib.import_module(f'configs.{path.stem}')
+           for path in sorted((ROOT / 'configs').glob('*.py'))
+           if path.stem != 'common']
+CASES = [(module, variant) for module in MODULES
+         for variant in ('', 'w4a4', 'w6a8', *spec.EXCEPTIONS,
+                         *module.VARIANTS)]
+STUDY_ROWS = [
+    (module, variant) for module in MODULES
+    for study in getattr(module, 'STUDIES', {}).values()
+    for rows in study['groups'].values() for variant in rows.values()]
+
+
+def case_id(value):
+  return getattr(value, '__name__', value) or 'default'
+
+
+def flat(config):
+  """{dotted field: value}."""
+  found = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      found |= {f'{name}.{k}': v for k, v in flat(value).items()}
+    else:
+      found[name] = value
+  return found
+
+
+@pytest.mark.parametrize('module, variant', CASES + STUDY_ROWS, ids=case_id)
+def test_fields_and_types_are_those_of_common(module, variant):
+  known = flat(common.get_config())
+  found = flat(module.get_config(variant))
+  model = {name for name in found if name.startswith('model.')}
+  assert known.keys() <= found.keys()
+  assert found.keys() - known.keys() <= model
+  for name, value in known.items():
+    assert type(found[name]) is type(value), name
+  for name in model:
+    assert isinstance(found[name], int | float | tuple), name
+
+
+@pytest.mark.parametrize('module, variant', CASES, ids=case_id)
+def test_what_a_config_names_exists(module, variant):
+  config = module.get_config(variant)
+  spec.recipe(config.quant.recipe)
+  assert config.quant.exceptions in spec.EXCEPTIONS
+  schedule = diffusion.make_schedule(**config.schedule)
+  plan = diffusion.make_plan(schedule, **config.sampler)
+  losses.denoising_factors(schedule, plan, config.finetune.gamma)
+  assert not config.pretrained or config.pretrained in native.SHIPPED
+  fields = dict(config.model)
+  side = fields['image_size'] or 16
+  unet.UNetConfig(**fields | {'image_size': side})
+  features.get(config.eval.features, (side, side, 1))
+  for row in config.eval.rows:
+    if row not in ('fp', 'tuned'):
+      spec.recipe(row.partition(':')[0])
+
+
+@pytest.mark.parametrize('module, variant', CASES, ids=case_id)
+def test_the_optimizers_take_the_config(module, variant):
+  config = module.get_config(variant)
+  assert pretrain.optimizer(config.pretrain)
+  assert finetune.optimizer(config.finetune)
+
+
+def test_warm_up_must_end_before_the_training():
+  config = common.get_config().pretrain
+  config.num_steps = config.warmup
+  with pytest.raises(ValueError, match='warmup.*500.*num_steps.*500'):
+    pretrain.optimizer(config)
+
+
+@pytest.mark.parametrize('variant, bits, exceptions', [
+    ('', (4, 4), 'all-4'),
+    ('w6a8', (6, 8), 'all-4'),
+    ('w4a4,w6a6', (6, 6), 'all-4'),
+    ('w6a6,skip-8,w3a32', (3, 32), 'skip-8'),
+    ('skip-8,all-4', (4, 4), 'all-4'),
+    (',skip-8,', (4, 4), 'skip-8'),
+])
+def test_the_later_word_wins(variant, bits, exceptions):
+  quant = common.apply_variant(common.get_config(), variant, {}).quant
+  assert (quant.weight_bits, quant.act_bits) == bits
+  assert quant.exceptions == exceptions
+
+
+def test_named_words_are_applied_in_the_order_given():
+  named = {'a': {'seed': 1, 'quant.recipe': 'int'}, 'b': {'seed': 2}}
+  for words in itertools.permutations('ab'):
+    config = common.apply_variant(
+        common.get_config(), ','.join(words), named)
+    assert config.seed == named[words[-1]]['seed']
+    assert config.quant.recipe == 'int'
+  assert digits.get_config('demo,untuned').finetune.num_updates == 0
+  assert digits.get_config('untuned,demo').finetune.num_updates == 600
+
+
+@pytest.mark.parametrize('module', MODULES, ids=case_id)
+def test_an_unknown_word_lists_the_known(module):
+  with pytest.raises(ValueError) as error:
+    module.get_config('w4a4,tabel')
+  message = str(error.value)
+  assert "'tabel'" in message
+  for word in ('w4a4', *spec.EXCEPTIONS, *module.VARIANTS):
+    assert word in message
+
+
+@pytest.mark.parametrize('bits', ['w4a9', 'w2a4', 'w0a0', 'w4a33'])
+def test_bits_that_there_are_not(bits):
+  with pytest.raises(ValueError, match=f"'{bits}'.*3 to 8"):
+    digits.get_config(bits)
+
+
+@pytest.mark.parametrize('bits', ['w4', 'a4w4', 'w4a4x', 'W4A4'])
+def test_words_that_resemble_bits(bits):
+  with pytest.raises(ValueError, match=f"'{bits}'.*w4a4"):
+    digits.get_config(bits)
+
+
+@pytest.mark.parametrize('module', MODULES, ids=case_id)
+def test_studies_have_what_study_reads(module):
+  for study in getattr(module, 'STUDIES', {}).values():
+    assert study['seeds'] and study['metrics'] and study['groups']
+    assert len(set(study['seeds'])) == len(study['seeds'])
+    for rows in study['groups'].values():
+      assert rows
+      # Names of files and folders.
+      assert not any('/' in label or label == 'fp' for label in rows)
+
+
+def test_rows_of_a_study_share_model_data_and_noise():
+  """One teacher and one calibration serve a whole seed (study.run_seed)."""
+  base = digits.get_config()
+  for study in digits.STUDIES.values():
+    for rows in study['groups'].values():
+      for variant in rows.values():
+        config = digits.get_config(variant)
+        for part in ('pretrained', 'data', 'model', 'schedule', 'sampler',
+                     'calibrate'):
+          assert config[part] == base[part], (variant, part)
+
+
+def test_the_docstrings_name_the_command():
+  for module in MODULES:
+    name = module.__name__.rpartition('.')[2]
+    assert f'train.py --config=configs/{name}.py' in module.__doc__
+    assert f'eval.py --config=configs/{name}.py' in module.__doc__
+
+
+def test_images_take_size_and_channels_from_the_data():
+  model = images.get_config().model
+  assert (model.image_size, model.in_channels, model.out_channels) == (0, 0, 0)
+
+
+def test_the_shipped_checkpoint():
+  file = native.SHIPPED['digits16']
+  assert file.stat().st_size <= 3_000_000
+  model, params = convert.load_pretrained('digits16')
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 649_329
+  fields = dict(digits.get_config().model)
+  assert model.config == unet.UNetConfig(**fields)
+  with safetensors.safe_open(file, 'np') as opened:
+    header = opened.metadata()
+  assert 'train.py --config=configs/digits.py:pretrain' in header['command']
+  assert header['seed'] == '0'
+  assert int(header['steps']) == digits.get_config(
+      'pretrain').pretrain.num_steps

@@ -1,0 +1,335 @@
+"""The student's predictions, and the updates of fine-tuning."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import tiny
+
+from configs import common
+from msfp_jax import checkpoint
+from msfp_jax import finetune
+from msfp_jax import losses
+from msfp_jax.quantize import apply
+from msfp_jax.quantize import quantize
+
+KEY = jax.random.key(4)
+GAMMA = losses.denoising_factors(tiny.SCHEDULE, tiny.PLAN, 'sampler')
+
+
+def config_of(**options):
+  """Everything trained, quickly; in batches of 4."""
+  config = common.get_config().finetune
+  config.update(ml_collections.ConfigDict({
+      'batch_size': 4, 'rank': 4, 'num_updates': 40, 'learning_rate': 1e-2,
+      'learn_weight_scales': True} | options))
+  return config
+
+
+# Everything that changes what the student computes, once.
+VARIANTS = {
+    'one bank': {'num_banks': 1},
+    'three banks': {'num_banks': 3},
+    'dequantized': {'base_weight': 'dequantized'},
+    'banks alone': {'learn_act_ranges': False, 'learn_weight_scales': False,
+                    'learn_biases': False},
+}
+
+
+class Setup:
+  """A student, its optimizer, its first state and its update."""
+
+  def __init__(self, model, key=KEY, gamma=GAMMA, recipe='msfp', **options):
+    config = config_of(**options)
+    self.params = tiny.params(model)
+    self.student = finetune.make_student(
+        model, self.params, tiny.spec(model, recipe),
+        tiny.SCHEDULE.num_train_steps, config)
+    self.tx = finetune.optimizer(config)
+    self.start = lambda: finetune.init_state(
+        self.student, self.tx, tiny.IMAGE, key, config)
+    self.update = finetune.make_step(
+        self.student, tiny.PLAN, gamma, self.tx, key)
+    self.predict = jax.jit(self.student.predict)
+
+  def run(self, updates, state=None):
+    """The state after some updates, and their scalars."""
+    state = self.start() if state is None else state
+    scalars = []
+    for _ in range(updates):
+      state, seen = self.update(state)
+      scalars.append(jax.device_get(seen))
+    return state, scalars
+
+
+@functools.cache
+def net(**options):
+  return Setup(tiny.NET, **options)
+
+
+@functools.cache
+def trained(**options):
+  """What is trained after 6 updates, on the host."""
+  return jax.device_get(net(**options).run(6)[0].trainable)
+
+
+def plain_msfp(model, recipe='msfp'):
+  """jitted (x, t) -> eps of the calibrated model, by quantize alone."""
+  spec = tiny.spec(model, recipe)
+  params = quantize(tiny.params(model), spec)
+  return jax.jit(lambda x, t: apply(
+      model, params, spec.act_quantizers, x, t))
+
+
+def assert_starts_as_plain_msfp(setup, recipe='msfp'):
+  """Predicted and deployed, at two steps of the plan."""
+  plain = plain_msfp(setup.student.model, recipe)
+  trainable = setup.start().trainable
+  eps_fn = jax.jit(
+      setup.student.deploy(trainable, tiny.PLAN.timesteps).eps_fn)
+  x = tiny.noise(7)
+  for index in (0, 3):
+    t = tiny.PLAN.timesteps[index]
+    expected = plain(x, tiny.t_of(t))
+    np.testing.assert_array_equal(
+        setup.predict(trainable, x, jnp.float32(t))[0], expected)
+    np.testing.assert_array_equal(eps_fn(x, tiny.t_of(t), index), expected)
+
+
+@pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
+def test_step_0_is_plain_msfp_bit_for_bit(options):
+  assert_starts_as_plain_msfp(net(**options))
+
+
+def test_step_0_is_the_plain_int_baseline_bit_for_bit():
+  """Zero points on weights too, and their scales learned."""
+  assert_starts_as_plain_msfp(net(recipe='int'), 'int')
+
+
+@pytest.mark.parametrize('options', VARIANTS.values(), ids=VARIANTS)
+def test_deployed_equals_the_student_at_every_step(options):
+  setup, trainable = net(**options), trained(**options)
+  deployed = setup.student.deploy(trainable, tiny.PLAN.timesteps)
+  eps_fn = jax.jit(deployed.eps_fn)
+  x = tiny.noise(7)
+  plain = plain_msfp(tiny.NET)
+  for index, t in enumerate(tiny.PLAN.timesteps):
+    expected, choices = setup.predict(trainable, x, jnp.float32(t))
+    np.testing.assert_allclose(
+        eps_fn(x, tiny.t_of(t), index), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - plain(x, tiny.t_of(t))).max() > 1e-3
+    np.testing.assert_array_equal(
+        [deployed.choices[name][index] for name in setup.student.banked],
+        choices)
+
+
+def test_deployed_weights_are_the_quantized_sum_of_kernel_and_update():
+  setup, trainable = net(), trained()
+  deployed = setup.student.deploy(trainable, tiny.PLAN.timesteps)
+  bank = jax.tree.map(np.float64, trainable['banks']['body'])
+  kernel = np.float64(setup.params['body']['kernel'])
+  merged = kernel + np.einsum('hxyir,hro->hxyio', bank['a'], bank['b'])
+  quantizer = deployed.spec.layers['body'].weight
+  expected = tiny.fake_quant(merged, quantizer)
+  assert deployed.weights['body'].shape == (2, *kernel.shape)
+  np.testing.assert_allclose(
+      deployed.weights['body'], expected, rtol=1e-5, atol=1e-6)
+  assert deployed.weights['conv_out'].shape[0] == 1  # 8 bits: no banks
+
+
+def test_a_dequantized_base_is_quantized_before_the_update():
+  setup = net(base_weight='dequantized')
+  quantizer = tiny.spec(tiny.NET).layers['body'].weight
+  np.testing.assert_allclose(
+      setup.student.base_kernels['body'],
+      tiny.fake_quant(setup.params['body']['kernel'], quantizer), rtol=1e-6,
+      atol=1e-7)
+  for name, base in (('conv_out', setup), ('body', net())):
+    np.testing.assert_array_equal(base.student.base_kernels[name],
+                                  setup.params[name]['kernel'])
+
+
+def test_an_unknown_base_is_refused():
+  with pytest.raises(ValueError, match='dequantised'):
+    Setup(tiny.NET, base_weight='dequantised')
+
+
+def test_banks_go_to_the_layers_of_fewest_bits():
+  assert net().student.banked == ('temb', 'conv_in', 'body')
+  spec = tiny.spec(tiny.NET)
+  free = {name: dataclasses.replace(layer, weight=None)
+          for name, layer in spec.layers.items()}
+  make = lambda layers: finetune.make_student(
+      tiny.NET, tiny.params(tiny.NET),
+      dataclasses.replace(spec, layers=layers), 1000, config_of())
+  some = make(spec.layers | {'body': free['body']})
+  assert some.banked == ('temb', 'conv_in')
+  with pytest.raises(ValueError, match='quantizes no weight'):
+    make(free)
+
+
+def test_one_bank_has_no_router():
+  setup = net(num_banks=1)
+  assert setup.student.router is None
+  assert not setup.start().trainable['router']
+  _, scalars = setup.run(1)
+  assert not [key for key in scalars[0] if key.startswith('bank_')]
+
+
+def test_learned_ranges_and_biases_are_those_asked_for():
+  trainable = net().start().trainable
+  assert set(trainable['ranges']['act']) == set(tiny.NET_ROLES.values())
+  assert set(trainable['ranges']['weight']) == {'temb', 'conv_in', 'body'}
+  assert set(trainable['biases']) == set(tiny.NET_ROLES.values())
+  for name, offsets in trainable['ranges']['act'].items():
+    act = tiny.spec(tiny.NET).layers[name].act
+    assert ('zero_point' in offsets) == (act.zero_point is not None)
+  alone = net(**VARIANTS['banks alone']).start().trainable
+  assert not jax.tree.leaves([alone['ranges'], alone['biases']])
+
+
+def ddim_step(x, eps, t, t_next):
+  """Song et al. 2021, eq. 12 with sigma = 0, float64; t_next < 0 ends."""
+  bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+  now, then = bar[t], bar[t_next] if t_next >= 0 else 1.0
+  x0 = (x - np.sqrt(1 - now) * eps) / np.sqrt(now)
+  return np.sqrt(then) * x0 + np.sqrt(1 - then) * eps
+
+
+def test_the_teacher_alone_drives_the_trajectory():
+  setup = net()
+  state, seen = setup.start(), []
+  for _ in range(9):
+    state, scalars = setup.update(state)
+    seen.append((float(scalars['t']), np.array(state.x)))
+  assert [t for t, _ in seen] == [750, 500, 250, 0] * 2 + [750]
+  teacher = tiny.teacher(tiny.NET)
+  for first in (1, 2, 3, 5, 6, 7):  # not where a trajectory starts
+    t, x = int(seen[first][0]), seen[first - 1][1]
+    eps = np.float64(teacher(setup.params, x, tiny.t_of(t)))
+    expected = ddim_step(np.float64(x), eps, t, t - 250)
+    np.testing.assert_allclose(
+        seen[first][1], expected, rtol=1e-4,
+        atol=1e-4 * np.abs(expected).max())
+  # Another student, trained otherwise, sees the same.
+  other = net(num_banks=1)
+  for state, (_, x) in zip(
+      (other.run(n)[0] for n in (1, 4, 5)), (seen[0], seen[3], seen[4]),
+      strict=True):
+    np.testing.assert_array_equal(state.x, x)
+
+
+def test_trajectories_start_anew_from_fresh_noise():
+  setup = net()
+  first = np.array(setup.run(1)[0].x)
+  # Whatever x was before: it starts from noise.
+  other = setup.start().replace(x=tiny.noise(9) * 100)
+  np.testing.assert_array_equal(setup.run(1, other)[0].x, first)
+  fifth = np.array(setup.run(5)[0].x)
+  assert abs(np.corrcoef(first.ravel(), fifth.ravel())[0, 1]) < 0.3
+  assert 0.5 < fifth.std() / first.std() < 2  # of the same distribution
+
+
+def test_the_scalars_are_the_dfa_loss_of_the_step():
+  """gamma_t times the mean squared difference to the teacher, at step 0."""
+  setup = net()
+  # The starting noise: with no noise predicted, x would only be scaled. Get
+  # it from the state after one step with factor and prediction undone.
+  state, scalars = setup.run(2)
+  del state
+  first, _ = setup.run(1)
+  x = np.array(first.x)
+  trainable = jax.device_get(first.trainable)
+  teacher = tiny.teacher(tiny.NET)(setup.params, x, tiny.t_of(500))
+  student, choices = setup.predict(trainable, x, jnp.float32(500))
+  mse = np.mean((np.float64(teacher) - np.float64(student))**2)
+  assert scalars[1]['t'] == 500
+  assert scalars[1]['mse'] == pytest.approx(mse, rel=1e-3)
+  assert scalars[1]['loss'] == pytest.approx(mse * GAMMA[1], rel=1e-3)
+  for bank in (0, 1):
+    assert scalars[1][f'bank_{bank}'] == pytest.approx(
+        np.mean(np.asarray(choices) == bank))
+
+
+def test_a_step_of_factor_0_changes_nothing_and_has_finite_scalars():
+  """Quadratic spacing visits t = 0 several times, with gamma = 0."""
+  setup = Setup(tiny.NET, gamma=np.zeros(4))
+  before = jax.device_get(setup.start().trainable)
+  state, scalars = setup.run(1)
+  tiny.assert_trees_equal(jax.device_get(state.trainable), before)
+  assert all(np.isfinite(value) for value in scalars[0].values())
+
+
+def test_gradients_reach_everything_trained():
+  _, scalars = net().run(3)
+  for part in ('banks', 'ranges', 'biases'):
+    assert scalars[0][f'l2_grads_{part}'] > 0
+  # An update without effect (b = 0) has no preference among banks yet.
+  assert scalars[0]['l2_grads_router'] == 0
+  assert scalars[2]['l2_grads_router'] > 0
+  before = jax.device_get(net().start().trainable)
+  changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, trained())
+  unmoved = [path for path, moved
+             in jax.tree_util.tree_leaves_with_path(changed) if not moved]
+  assert not unmoved
+
+
+def test_one_update_changes_the_chosen_bank_alone():
+  """The first is at t = 750, which starts in the second of two banks."""
+  setup = net()
+  before = jax.device_get(setup.start().trainable['banks'])
+  state, scalars = setup.run(1)
+  assert scalars[0]['bank_1'] == 1
+  for name, bank in jax.device_get(state.trainable['banks']).items():
+    for part in 'ab':
+      np.testing.assert_array_equal(bank[part][0], before[name][part][0])
+    assert (bank['b'][1] != before[name]['b'][1]).any()
+
+
+def test_the_teacher_stays():
+  setup = net()
+  before = jax.device_get(setup.params)
+  setup.run(2)
+  tiny.assert_trees_equal(jax.device_get(setup.params), before)
+  tiny.assert_trees_equal(jax.device_get(setup.student.params), before)
+
+
+def test_the_same_key_gives_the_same_run_and_another_another():
+  setup = net()
+  one, two = (jax.device_get(setup.run(5)[0]) for _ in range(2))
+  tiny.assert_trees_equal(one, two)
+  other = Setup(tiny.NET, key=jax.random.key(9)).run(1)[0]
+  assert (np.asarray(other.x) != np.array(setup.run(1)[0].x)).all()
+
+
+def test_saved_and_restored_it_goes_on_identically(tmp_path):
+  setup = net()
+  straight = jax.device_get(setup.run(7)[0])
+  with checkpoint.Checkpointer(tmp_path) as saver:
+    saver.save(3, setup.run(3)[0])
+  with checkpoint.Checkpointer(tmp_path) as saver:
+    state = saver.restore(setup.start())
+  assert int(state.step) == 3
+  tiny.assert_trees_equal(jax.device_get(setup.run(4, state)[0]), straight)
+
+
+@functools.cache
+def unet():
+  return Setup(tiny.UNET)
+
+
+def test_the_unet_starts_as_plain_msfp_bit_for_bit():
+  assert_starts_as_plain_msfp(unet())
+
+
+def test_the_loss_of_the_unet_falls():
+  """Over whole trajectories, from the first to the last."""
+  state, scalars = unet().run(40)
+  loss = np.array([s['loss'] for s in scalars]).reshape(10, 4).mean(axis=1)
+  assert np.isfinite(loss).all()
+  assert loss[-2:].mean() < 0.8 * loss[:2].mean()
+  assert int(state.step) == 40
