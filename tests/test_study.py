@@ -1,0 +1,154 @@
+"""Many runs, one table: mean and spread, and what is not done twice.
+
+Sampling and calibration are replaced by fakes here; tests/test_experiment.py
+runs the real ones.
+"""
+
+import json
+import textwrap
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msfp_jax import convert
+from msfp_jax import evaluate
+from msfp_jax import experiment as experiment_lib
+from msfp_jax import layers as layers_lib
+from msfp_jax import spec as spec_lib
+from msfp_jax import study
+from msfp_jax.convert import native
+from msfp_jax.models import unet
+
+CONFIG = """
+    from configs import images
+
+    def get_config(variant=''):
+      config = images.get_config('smoke')
+      config.pretrained = {model!r}
+      config.data.path = {data!r}
+      config.finetune.num_updates = 0
+      config.quant.recipe = variant or 'msfp'
+      return config
+
+    STUDIES = {{'small': {{
+        'seeds': (0, 1), 'metrics': ('fd_random', 'psnr_to_fp', 'bytes'),
+        'groups': {{'one': {{'MSFP': 'msfp', 'INT 4': 'int'}},
+                   'two': {{'signed': 'signed_fp'}}}}}}}}
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+  """'FILE:small' of a study on random images and a model of zeros."""
+  rng = np.random.default_rng(0)
+  np.savez(tmp_path / 'd.npz', rng.integers(0, 256, (200, 8, 8), np.uint8))
+  config = unet.UNetConfig(
+      image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1,),
+      num_res_blocks=0, attn_resolutions=(), norm_groups=4)
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                        native.abstract_params(unet.UNet(config)))
+  convert.save_pretrained(tmp_path / 'm.safetensors', config, params)
+  (tmp_path / 'c.py').write_text(textwrap.dedent(CONFIG).format(
+      model=str(tmp_path / 'm.safetensors'), data=str(tmp_path / 'd.npz')))
+  return f'{tmp_path}/c.py:small'
+
+
+@pytest.fixture
+def draws(monkeypatch):
+  """Replaces sampling and calibration; lists the names of what was drawn."""
+  names = []
+
+  def generate(deployed, plan, count, batch_size, shape, key, name):
+    del deployed, plan, batch_size
+    names.append(name)
+    seed = [*np.asarray(jax.random.key_data(key)), zlib.crc32(name.encode())]
+    return np.random.default_rng(seed).integers(
+        0, 256, (count, *shape), np.uint8)
+
+  def calibrate(self):
+    none = spec_lib.LayerSpec('', '', None, None)
+    return spec_lib.QuantSpec(self.config.quant.recipe, {
+        name: none for name in layers_lib.leaves(self.params, 'kernel')})
+
+  monkeypatch.setattr(evaluate, 'generate', generate)
+  monkeypatch.setattr(experiment_lib, 'collect', lambda *a, **k: {})
+  monkeypatch.setattr(experiment_lib.Experiment, 'calibrate', calibrate)
+  return names
+
+
+def contents(folder):
+  return {str(path.relative_to(folder)): path.read_bytes()
+          for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def test_a_study_collects_mean_and_spread(tmp_path, text, draws):
+  work = tmp_path / 'work'
+  table = study.run(text, str(work))
+  assert draws == ['seed 0, fp', 'MSFP', 'INT 4', 'signed',
+                   'seed 1, fp', 'MSFP', 'INT 4', 'signed']
+  assert (work / 'table.md').read_text() == table
+  found = json.loads((work / 'table.json').read_text())
+  assert {group: list(rows) for group, rows in found.items()} == {
+      'one': ['fp', 'MSFP', 'INT 4'], 'two': ['fp', 'signed']}
+  for seed in (0, 1):
+    row = json.loads((work / f'{seed}/one/MSFP.json').read_text())
+    assert row['fd_random'] == found['one']['MSFP']['fd_random'][seed]
+    config = json.loads((work / f'{seed}/one/MSFP/config.json').read_text())
+    assert config['seed'] == seed
+  values = found['one']['MSFP']['fd_random']
+  assert values[0] != values[1]
+  cell = f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}'
+  assert f'| MSFP | {cell} |' in table
+  assert 'psnr_to_fp' not in found['one']['fp']
+
+
+def test_the_same_study_again_measures_no_row_twice(tmp_path, text, draws):
+  work = tmp_path / 'work'
+  table = study.run(text, str(work))
+  before = contents(work)
+  (work / '1/one/INT 4.json').unlink()
+  draws.clear()
+  assert study.run(text, str(work)) == table
+  assert draws == ['seed 0, fp', 'seed 1, fp', 'INT 4']
+  assert contents(work) == before
+
+
+def test_parts_make_up_the_whole(tmp_path, text, draws):
+  part = study.run(text, str(tmp_path / 'parts'), [1])
+  assert '±' not in part and 'seed 0, fp' not in draws
+  assert study.run(text, str(tmp_path / 'parts'), [0]) == study.run(
+      text, str(tmp_path / 'whole'))
+
+
+def test_a_study_or_file_that_is_not_there(tmp_path, text):
+  with pytest.raises(ValueError, match=r"no study 'tall', only \['small'\]"):
+    study.load_study(text.replace('small', 'tall'))
+  with pytest.raises(ValueError, match=r"no study '', only \['small'\]"):
+    study.load_study(text.removesuffix(':small'))
+  with pytest.raises(FileNotFoundError, match='nope.py'):
+    study.load_study(f'{tmp_path}/nope.py:small')
+
+
+def test_a_file_without_studies():
+  with pytest.raises(ValueError, match=r'images.py has no study .* \[\]'):
+    study.load_study('configs/images.py:small')
+
+
+def test_collect_takes_what_is_there(tmp_path):
+  rows = {'seeds': (0, 1, 2), 'groups': {'g': {'a': '', 'b': ''}}}
+  for seed, value in ((0, 1.0), (2, 4.0)):
+    (tmp_path / f'{seed}/g').mkdir(parents=True)
+    (tmp_path / f'{seed}/g/a.json').write_text(json.dumps({'fd': value}))
+  assert study.collect(rows, (0, 1, 2), str(tmp_path)) == {
+      'g': {'fp': {}, 'a': {'fd': [1.0, 4.0]}, 'b': {}}}
+
+
+def test_the_table_by_hand():
+  found = {'g': {'a': {'fd': [1.0, 2.0, 6.0], 'bytes': [1234, 1234, 1234]},
+                 'b': {'fd': [2.5], 'bytes': []}}}
+  assert study.table(found, ('fd', 'bytes')).splitlines() == [
+      '**g**', '', '| | fd | bytes |', '|---|---|---|',
+      '| a | 3.00 ± 2.65 | 1,234 |', '| b | 2.50 |  |']
