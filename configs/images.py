@@ -14,9 +14,10 @@ random convolutional features, `fd_random`, and compares with itself alone.
 from configs import common
 
 VARIANTS = {
-    # Seconds, on any data: does everything run?
+    # A minute or two, on any data: does everything run?
     'smoke': {
-        'pretrain.num_steps': 20, 'pretrain.batch_size': 8,
+        'pretrain.num_steps': 20, 'pretrain.warmup': 5,
+        'pretrain.batch_size': 8,
         'pretrain.save_every': 10, 'pretrain.sample_every': 20,
         'model.ch': 8, 'model.ch_mult': (1, 2), 'model.norm_groups': 4,
         'model.attn_resolutions': (), 'sampler.num_steps': 4,

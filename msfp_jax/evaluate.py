@@ -130,6 +130,21 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   return Row(name, weight_bits, act_bits, untuned(experiment, spec))
 
 
+def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Raises ValueError unless `make_row` knows every row of config.eval."""
+  for name in config.eval.rows:
+    recipe, _, bits = name.partition(':')
+    if name == TUNED:
+      check_trained(config, workdir)
+    elif name != FULL_PRECISION and recipe not in spec_lib.RECIPES:
+      raise ValueError(
+          f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
+          f'{TUNED!r} or one of {sorted(spec_lib.RECIPES)}, these also with '
+          "bits as in 'msfp:w6a6'")
+    elif bits:
+      spec_lib.parse_bits(bits)
+
+
 def check_trained(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Raises WorkdirError unless the workdir's fine-tuning is complete."""
   last = pathlib.Path(workdir) / 'checkpoints' / str(
@@ -199,13 +214,14 @@ class Scorer:
     return found
 
 
-def results_head(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def results_head(config: ml_collections.ConfigDict,
+                 plan: diffusion.SamplerPlan) -> dict[str, Any]:
   """The fields of results.json that hold for all rows."""
   return {
       'dataset': config.data.path or config.data.name,
       'num_samples': config.eval.num_samples,
       'sampler': config.sampler.name,
-      'steps': config.sampler.num_steps,
+      'steps': plan.num_steps,
       'eta': config.sampler.get('eta', 1.0),
       'seed': config.seed,
       'features': config.eval.features,
@@ -225,12 +241,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """
   experiment_lib.prepare_workdir(config, workdir)
   experiment = experiment_lib.load(config, workdir)
-  if TUNED in config.eval.rows:
-    check_trained(config, workdir)
+  check_rows(config, workdir)
   scorer = Scorer(experiment.images, config.eval.features)
   names = [FULL_PRECISION] + [
       name for name in config.eval.rows if name != FULL_PRECISION]
-  results = results_head(config) | {'rows': []}
+  results = results_head(config, experiment.plan) | {'rows': []}
   pictures = {}
   for name in names:
     row = make_row(experiment, name, workdir)

@@ -124,16 +124,20 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
 def prepare_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Claims a workdir: writes config.json, or checks that it is the same.
 
+  A config.json alone claims nothing: its run was refused, or had no time.
+
   Raises:
     WorkdirError: it was made by another config; the differences are listed.
     OSError: it cannot be written.
   """
   path = pathlib.Path(workdir) / 'config.json'
   new = json.loads(config.to_json_best_effort())
-  if path.is_file():
+  if path.is_file() and any(file != path for file in path.parent.iterdir()):
     try:
       old = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+      if not isinstance(old, dict):
+        raise ValueError('it holds no fields')
+    except ValueError as error:
       raise WorkdirError(f'{path} is damaged ({error}); delete the workdir, '
                          'or restore the file') from error
     differences = _differences(old, new)

@@ -126,8 +126,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': loss / step['gamma'], 't': step['t'],
-        'l2_grads': optax.global_norm(grads),
-        **{f'l2_grads_{name}': optax.global_norm(part)
+        'l2_grads': optax.tree.norm(grads),
+        **{f'l2_grads_{name}': optax.tree.norm(part)
            for name, part in grads.items() if jax.tree.leaves(part)},
         **_bank_shares(student, choices),
     }
@@ -221,7 +221,11 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
   """The workdir's quant_spec.json; calibrates first where there is none."""
   path = pathlib.Path(workdir) / 'quant_spec.json'
   if path.is_file():
-    return spec_lib.QuantSpec.load(path)
+    try:
+      return spec_lib.QuantSpec.load(path)
+    except ValueError as error:
+      raise ValueError(f'{path} is damaged ({error}); delete it, and it is '
+                       'made again, the same') from error
   spec = experiment.calibrate()
   spec.save(path)
   logging.info('wrote %s', path)

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 
 from msfp_jax import checkpoint
 from msfp_jax import writer as writer_lib
@@ -61,7 +62,8 @@ def run(
   with checkpoint.Checkpointer(f'{workdir}/checkpoints') as checkpointer:
     restored = checkpointer.restore(state)
     if restored is not None:
-      state = restored
+      # Uncommitted, as a fresh state is: both run the same compiled program.
+      state = jax.tree.map(jnp.array, jax.device_get(restored))
       logging.info('%s: resumed at step %d', name, int(state.step))
     start = int(state.step)
     writer.truncate_after(start)

@@ -30,6 +30,10 @@ class PretrainState:
 def optimizer(
     config: ml_collections.ConfigDict) -> optax.GradientTransformation:
   """AdamW with warm-up, cosine decay to zero and clipped gradients."""
+  if not 0 <= config.warmup < config.num_steps:
+    raise ValueError(
+        f'config.pretrain: warmup={config.warmup} must be less than '
+        f'num_steps={config.num_steps}')
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.learning_rate, config.warmup, config.num_steps)
   return optax.chain(
@@ -82,7 +86,7 @@ def make_step(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
                        state.ema_params, params)
-    scalars = {'loss': loss, 'l2_grads': optax.global_norm(grads)}
+    scalars = {'loss': loss, 'l2_grads': optax.tree.norm(grads)}
     return PretrainState(step=state.step + 1, params=params, ema_params=ema,
                          opt_state=opt_state), scalars
 
@@ -161,6 +165,8 @@ def check_images(images: np.ndarray, config: unet.UNetConfig) -> None:
   height, width, channels = images.shape[1:]
   config.check_size(height, width)
   if channels != config.in_channels:
-    raise ValueError(f'the images have {channels} channels, the model takes '
-                     f'{config.in_channels}; set config.model.in_channels and '
-                     'out_channels')
+    raise ValueError(
+        f'the images have {channels} channels, the model takes '
+        f'{config.in_channels}; convert the images, or train a model on them: '
+        'config.pretrained empty, config.model.in_channels and out_channels '
+        f'{channels}')

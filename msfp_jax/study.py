@@ -175,9 +175,15 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
 
 
 def main(unused_argv: Sequence[str]) -> None:
-  seeds = _SEEDS.value and [int(seed) for seed in _SEEDS.value]
   print(cli.guard(lambda: run(
-      _CONFIG.value, _WORKDIR.value, seeds, _GROUPS.value)))
+      _CONFIG.value, _WORKDIR.value, _parse_seeds(_SEEDS.value),
+      _GROUPS.value)))
+
+
+def _parse_seeds(texts: Sequence[str] | None) -> list[int] | None:
+  if not all(text.strip().isdecimal() for text in texts or ()):
+    raise ValueError(f'--seeds={texts}: must be whole numbers such as 0,1,2')
+  return texts and [int(text) for text in texts]
 
 
 if __name__ == '__main__':

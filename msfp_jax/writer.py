@@ -38,6 +38,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   try:
     yield temporary
     os.replace(temporary, path)
+  except OSError as error:
+    if error.filename is None and error.errno is not None:
+      # As of a write on a full disk.
+      raise OSError(error.errno, error.strerror, str(path)) from error
+    raise
   finally:
     temporary.unlink(missing_ok=True)
 

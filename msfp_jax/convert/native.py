@@ -38,7 +38,17 @@ def write_safetensors(path: str | pathlib.Path, tensors: dict[str, np.ndarray],
   with writer.atomic_path(path) as temporary:
     # Not save_file, which makes a file that only its owner can read.
     pathlib.Path(temporary).write_bytes(
-        safetensors.numpy.save(tensors, metadata))
+        _sorted_header(safetensors.numpy.save(tensors, metadata)))
+
+
+def _sorted_header(content: bytes) -> bytes:
+  """The file with its metadata in order: safetensors shuffles them."""
+  end = 8 + int.from_bytes(content[:8], 'little')
+  header = json.loads(content[8:end])
+  header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  return len(text).to_bytes(8, 'little') + text + content[end:]
 
 
 def save_pretrained(path: str | pathlib.Path, config: unet.UNetConfig,
@@ -76,7 +86,11 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
   if metadata.get('format') != _FORMAT:
     raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
                      f'{_FORMAT!r}: it was not written by save_pretrained')
-  model = unet.UNet(unet.UNetConfig(**json.loads(metadata['model'])))
+  try:
+    model = unet.UNet(unet.UNetConfig(**json.loads(metadata['model'])))
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'{file}: its header describes no UNet of this version '
+                     f'({error})') from error
   return model, restore(tensors, abstract_params(model), str(file))
 
 
