@@ -325,14 +325,24 @@ def unet():
   return Setup(tiny.UNET)
 
 
+@pytest.mark.slow
 def test_the_unet_starts_as_plain_msfp_bit_for_bit():
   assert len(list(assert_starts_as_plain(unet()))) == 2
 
 
-def test_the_loss_of_the_unet_falls():
-  """Over whole trajectories, from the first to the last."""
-  state, scalars = unet().run(40)
+def assert_loss_falls(setup):
+  """Over whole trajectories, from the first two to the last two."""
+  state, scalars = setup.run(40)
   loss = np.array([s['loss'] for s in scalars]).reshape(10, 4).mean(axis=1)
   assert np.isfinite(loss).all()
   assert loss[-2:].mean() < 0.8 * loss[:2].mean()
   assert int(state.step) == 40
+
+
+def test_the_loss_falls():
+  assert_loss_falls(net())
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_unet_falls():
+  assert_loss_falls(unet())
