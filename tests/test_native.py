@@ -56,6 +56,14 @@ def test_the_file_is_what_other_tools_expect(saved):
       kernel, tiny.params(tiny.UNET)['down.0.block.0']['conv1']['kernel'])
 
 
+def test_the_same_model_makes_the_same_file(saved):
+  before = saved.read_bytes()
+  for _ in range(3):  # safetensors itself shuffles the header
+    native.save_pretrained(saved, tiny.CONFIG, tiny.params(tiny.UNET),
+                           seed='3', command='python train.py')
+    assert saved.read_bytes() == before
+
+
 def test_a_model_with_classes(tmp_path):
   config = UNetConfig(
       image_size=8, ch=8, ch_mult=(1,), num_res_blocks=1, norm_groups=2,
