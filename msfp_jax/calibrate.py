@@ -126,7 +126,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
               bits: int = 4, act_bits: int | None = None,
               batches: Iterable[jax.Array] | None = None,
               plan: diffusion.SamplerPlan | None = None,
-              exceptions: str | Mapping[str, int] = 'all-4',
+              exceptions: str | Mapping[str, int] | None = None,
               roles: Mapping[str, str] | None = None,
               activations: Mapping[str, Activations] | None = None,
               key: jax.Array | None = None) -> spec_lib.QuantSpec:
@@ -140,7 +140,9 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
     act_bits: of the activations; the weights' by default.
     batches: starting noise, arrays `[B, H, W, C]`.
     plan: the sampler whose whole trajectory is followed.
-    exceptions: roles with other bits: a name in `spec.EXCEPTIONS` or a dict.
+    exceptions: roles with other bits than the rest: a name in
+      `spec.EXCEPTIONS` or a dict; 'all-4' by default, none with own `roles`.
+      They do not reach what `bits` leaves in full precision.
     roles: {role: pattern of layer names}, for models other than our UNet.
     activations: what `collect` returned, in place of batches and plan.
     key: of the random sample; key 0 by default.
@@ -150,6 +152,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
       weights or activations.
   """
   table = spec_lib.recipe(recipe)
+  if exceptions is None:
+    exceptions = 'all-4' if roles is None else {}
   if isinstance(exceptions, str):
     if exceptions not in spec_lib.EXCEPTIONS:
       raise ValueError(f'exceptions {exceptions!r}: must be a dict or one of '
@@ -159,17 +163,22 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   if unknown := set(exceptions) - set(known):
     raise ValueError(f'exceptions for roles {sorted(unknown)}, which are not '
                      f'among {sorted(known)}')
+  kernels = jax.device_get(layers_lib.leaves(params, 'kernel'))
+  layers_lib.check_finite(kernels)
   if activations is None:
     if batches is None or plan is None:
       raise ValueError('calibrate needs batches and a plan, or activations')
     activations = collect(
         model, params, plan, batches,
         key=jax.random.key(0) if key is None else key)
-  kernels = jax.device_get(layers_lib.leaves(params, 'kernel'))
+  if odd := set(activations) ^ set(kernels):
+    raise ValueError(f'activations do not fit the parameters: {sorted(odd)} '
+                     'are in one of them only; collect on this model')
 
   def search_layer(name: str) -> spec_lib.LayerSpec:
     role = spec_lib.role_of(name, roles)
-    widths = [exceptions.get(role, width)
+    widths = [width if width == spec_lib.FULL_PRECISION
+              else exceptions.get(role, width)
               for width in (bits, bits if act_bits is None else act_bits)]
     try:
       return _layer_spec(

@@ -108,7 +108,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     eps, choices = dataclasses.replace(student, params=params).predict(
         trainable, x, step['t'])
     loss = losses.dfa_loss(step['gamma'], eps_teacher, eps)
-    return loss, choices
+    return loss, (losses.dfa_loss(1.0, eps_teacher, eps), choices)
 
   # The teacher's parameters are an argument: as constants they would be
   # folded for a minute of compilation.
@@ -121,11 +121,11 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     x = jnp.where(index == 0, start, state.x)
     eps_teacher = student.model.apply(
         {'params': params}, x, jnp.full(x.shape[:1], step['t']))
-    (loss, choices), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    (loss, (mse, choices)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         state.trainable, params, x, step, eps_teacher)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
-        'loss': loss, 'mse': loss / step['gamma'], 't': step['t'],
+        'loss': loss, 'mse': mse, 't': step['t'],
         'l2_grads': optax.tree.norm(grads),
         **{f'l2_grads_{name}': optax.tree.norm(part)
            for name, part in grads.items() if jax.tree.leaves(part)},

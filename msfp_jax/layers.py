@@ -7,6 +7,7 @@ from typing import Any
 from flax import traverse_util
 import flax.linen as nn
 import jax
+import numpy as np
 
 _LAYER_TYPES = (nn.Conv, nn.Dense)
 
@@ -27,7 +28,7 @@ def intercept_inputs(visit: Callable[[str, jax.Array], jax.Array]):
     if (context.method_name != '__call__'
         or not isinstance(context.module, _LAYER_TYPES)):
       return next_fun(*args, **kwargs)
-    x, *rest = args
+    x, *rest = args or (kwargs.pop('inputs'),)
     return next_fun(visit(layer_name(context.module), x), *rest, **kwargs)
 
   with nn.intercept_methods(interceptor):
@@ -50,6 +51,9 @@ def list_layers(model: nn.Module, params: Any, *inputs: Any
   names = []
 
   def visit(name, x):
+    if name in names:
+      raise ValueError(f'layer {name!r} is called more than once: one '
+                       'quantizer cannot serve both; give each call a layer')
     names.append(name)
     return x
 
@@ -89,3 +93,15 @@ def replace(params: Any, kind: str, new: Mapping[str, jax.Array]) -> Any:
     if path[-1] == kind and name in new:
       flat[path] = new[name]
   return traverse_util.unflatten_dict(flat)
+
+
+def check_finite(kernels: Mapping[str, jax.Array]) -> None:
+  """Raises ValueError if a kernel holds NaN or infinity; names the first.
+
+  Kernels that are being traced are not looked at.
+  """
+  for name, kernel in kernels.items():
+    if not isinstance(kernel, jax.core.Tracer):
+      if bad := np.count_nonzero(~np.isfinite(kernel)):
+        raise ValueError(f'layer {name}: {bad} of {np.size(kernel)} values '
+                         'are NaN or infinite; check the checkpoint')

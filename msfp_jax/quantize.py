@@ -19,10 +19,11 @@ def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
 
   Raises:
     ValueError: the parameters hold a kernel that the spec does not name, or
-      the other way round, or one that is NaN.
+      the other way round, or one with NaN.
   """
   kernels = layers_lib.leaves(params, 'kernel')
   check_layers(spec, kernels)
+  layers_lib.check_finite(kernels)
   return layers_lib.replace(
       params, 'kernel', quantize_kernels(kernels, spec))
 

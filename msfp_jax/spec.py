@@ -201,6 +201,11 @@ def _quantizer_from_dict(row: Any) -> quantizers.Quantizer | None:
   if row is None:
     return None
   array = lambda key: jnp.asarray(row[key], jnp.float32).reshape(row['shape'])
+  scale = np.asarray(row['scale'], np.float64)
+  if not (np.isfinite(scale) & (scale > 0)).all():
+    raise ValueError(f'a scale of {row["format"]} is not finite and positive')
+  if not np.isfinite(row.get('zero_point', 0.0)).all():
+    raise ValueError(f'a zero point of {row["format"]} is not finite')
   return quantizers.Quantizer(
       formats_lib.FPFormat.parse(row['format']), array('scale'),
       array('zero_point') if 'zero_point' in row else None)

@@ -42,6 +42,11 @@ class Student:
   temperature: float = 1.0
   base: str = FULL_WEIGHTS
 
+  def __post_init__(self):
+    if self.base not in (FULL_WEIGHTS, DEQUANTIZED_WEIGHTS):
+      raise ValueError(f'base weight {self.base!r}: must be {FULL_WEIGHTS!r} '
+                       f'or {DEQUANTIZED_WEIGHTS!r}')
+
   @property
   def base_kernels(self) -> dict[str, jax.Array]:
     """{layer: the kernel that its banks are added to}."""
