@@ -143,6 +143,7 @@ def step() -> Iterator[Row]:
   def updates(student, learn_ranges):
     settings = config.copy_and_resolve_references()
     settings.learn_act_ranges = learn_ranges
+    settings.learn_weight_scales = learn_ranges
     tx = finetune.optimizer(settings)
     state = finetune.init_state(
         student, tx, (16, 16, 1), jax.random.key(0), settings)
@@ -160,7 +161,7 @@ def step() -> Iterator[Row]:
   none = spec_lib.LayerSpec('', '', None, None)
   plain = dataclasses.replace(student, spec=spec_lib.QuantSpec(
       'fp', {name: none for name in student.spec.layers}))
-  for name, learn in (('', False), (' and learned ranges', True)):
+  for name, learn in (('', False), (' and learned ranges and scales', True)):
     yield _ratio(
         'fine-tuning step, batch 16, one LoRA, with fake quantization'
         f'{name} / without', 1.6, updates(student, learn),

@@ -77,7 +77,7 @@ class Student:
     for name, layer in self.spec.layers.items():
       if learn_act_ranges and layer.act is not None:
         ranges['act'][name] = _offsets(layer.act)
-      if learn_weight_scales and name in self.banked:
+      if learn_weight_scales and name in self.banked and layer.weight:
         ranges['weight'][name] = _offsets(layer.weight)
     biases = {}
     if learn_biases:
