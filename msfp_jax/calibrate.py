@@ -15,8 +15,8 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax import layers as layers_lib
+from msfp_jax import progress as progress_lib
 from msfp_jax import spec as spec_lib
-from msfp_jax import writer
 
 # Minima that SiLU (-0.27846) and GELU (-0.17) never pass, with room for
 # rounding.
@@ -78,7 +78,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   names = layers_lib.list_layers(model, params, batches[0], t)
   run = jax.jit(functools.partial(watch, model, plan, count))
   seen = []
-  progress = writer.Progress('gather activations, batches', len(batches))
+  progress = progress_lib.Progress('gather activations, batches', len(batches))
   for i, noise in enumerate(batches):
     seen.append(jax.device_get(run(params, noise, jax.random.fold_in(key, i))))
     progress.update(i + 1)
@@ -188,7 +188,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
 
   # One search uses one core; threads also compile side by side.
   layers = {}
-  progress = writer.Progress(f'search {recipe}, layers', len(activations))
+  progress = progress_lib.Progress(f'search {recipe}, layers', len(activations))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for name, layer in zip(
         activations, pool.map(search_layer, activations), strict=True):

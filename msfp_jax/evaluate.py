@@ -13,11 +13,13 @@ import numpy as np
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
+from msfp_jax import files
 from msfp_jax import finetune
 from msfp_jax import layers as layers_lib
+from msfp_jax import pictures
+from msfp_jax import progress as progress_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
-from msfp_jax import writer
 from msfp_jax.metrics import digits_checks
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
@@ -78,7 +80,7 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
         model.eps_fn, plan, noise, jax.random.fold_in(key, 1))
 
   images = []
-  progress = writer.Progress(name, num_samples)
+  progress = progress_lib.Progress(name, num_samples)
   for i in range(-(-num_samples // batch_size)):
     x = np.asarray(draw(deployed.params, deployed.weights,
                         jax.random.fold_in(key, i)))
@@ -246,7 +248,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   names = [FULL_PRECISION] + [
       name for name in config.eval.rows if name != FULL_PRECISION]
   results = results_head(config, experiment.plan) | {'rows': []}
-  pictures = {}
+  shown = {}
   for name in names:
     row = make_row(experiment, name, workdir)
     images = generate(
@@ -258,12 +260,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         'name': row.name, 'weight_bits': row.weight_bits,
         'act_bits': row.act_bits, **found,
         'bytes': packed_bytes(row.deployed)})
-    pictures[row.name] = images[:config.eval.pictures]
+    shown[row.name] = images[:config.eval.pictures]
     logging.info('%s: %s', row.name, ', '.join(
         f'{key} {value:.4g}' for key, value in found.items()))
-  pictures = {'data': experiment.images[:config.eval.pictures]} | pictures
-  writer.save_png(f'{workdir}/samples/methods.png', grid.labelled(pictures))
-  with writer.atomic_path(f'{workdir}/results.json') as temporary:
+  shown = {'data': experiment.images[:config.eval.pictures]} | shown
+  pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
+  with files.atomic_path(f'{workdir}/results.json') as temporary:
     temporary.write_text(json.dumps(results, indent=2) + '\n')
   return results
 

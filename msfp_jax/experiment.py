@@ -15,18 +15,15 @@ import numpy as np
 from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax import files
 from msfp_jax import pretrain
 from msfp_jax import spec as spec_lib
-from msfp_jax import writer
 from msfp_jax.calibrate import Activations
 from msfp_jax.calibrate import calibrate
 from msfp_jax.calibrate import collect
 
 # Uses of the seed; each folds its own number into the key.
 CALIBRATION, BANKS, TRAJECTORIES, SAMPLES = range(10, 14)
-# Parts of a config that may change between runs of one workdir: they do not
-# reach into what is stored there.
-_FREE = ('eval',)
 
 
 class WorkdirError(ValueError):
@@ -121,10 +118,17 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
                     diffusion.make_plan(schedule, **config.sampler), images)
 
 
-def prepare_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
+def prepare_workdir(config: ml_collections.ConfigDict, workdir: str,
+                    free: tuple[str, ...] = ('eval',)) -> None:
   """Claims a workdir: writes config.json, or checks that it is the same.
 
   A config.json alone claims nothing: its run was refused, or had no time.
+
+  Args:
+    config: of the run.
+    workdir: made where missing.
+    free: parts of the config that may change between runs of one workdir, as
+      they do not reach into what is stored there.
 
   Raises:
     WorkdirError: it was made by another config; the differences are listed.
@@ -140,19 +144,20 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: str) -> None:
     except ValueError as error:
       raise WorkdirError(f'{path} is damaged ({error}); delete the workdir, '
                          'or restore the file') from error
-    differences = _differences(old, new)
+    differences = [
+        line for key in sorted(old.keys() | new.keys()) if key not in free
+        for line in _differences(old.get(key), new.get(key), key)]
     if differences:
       raise WorkdirError(
           f'{workdir} was made by another config; use another --workdir, or '
           'undo:\n  ' + '\n  '.join(differences))
-  with writer.atomic_path(path) as temporary:
+  with files.atomic_path(path) as temporary:
     temporary.write_text(json.dumps(new, indent=2) + '\n')
 
 
-def _differences(old: Any, new: Any, prefix: str = '') -> list[str]:
+def _differences(old: Any, new: Any, name: str) -> list[str]:
   if isinstance(old, dict) and isinstance(new, dict):
     return [line for key in sorted(old.keys() | new.keys())
-            if prefix or key not in _FREE
             for line in _differences(old.get(key), new.get(key),
-                                     f'{prefix}.{key}' if prefix else key)]
-  return [] if old == new else [f'{prefix}: {old!r} there, {new!r} now']
+                                     f'{name}.{key}')]
+  return [] if old == new else [f'{name}: {old!r} there, {new!r} now']

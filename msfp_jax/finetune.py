@@ -17,6 +17,7 @@ import optax
 
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
+from msfp_jax import files
 from msfp_jax import loop
 from msfp_jax import losses
 from msfp_jax import pretrain
@@ -185,7 +186,7 @@ def _write_router(path: str, deployed: student_lib.Deployed,
   content = {'timesteps': plan.timesteps.tolist(),
              'banks': {name: np.asarray(choice).tolist()
                        for name, choice in deployed.choices.items()}}
-  with writer_lib.atomic_path(path) as temporary:
+  with files.atomic_path(path) as temporary:
     temporary.write_text(json.dumps(content) + '\n')
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from msfp_jax import checkpoint
+from msfp_jax import progress as progress_lib
 from msfp_jax import writer as writer_lib
 
 
@@ -67,7 +68,7 @@ def run(
       logging.info('%s: resumed at step %d', name, int(state.step))
     start = int(state.step)
     writer.truncate_after(start)
-    progress = writer_lib.Progress(name, num_steps, start)
+    progress = progress_lib.Progress(name, num_steps, start)
     pending = []
 
     def flush() -> None:

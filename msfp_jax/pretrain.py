@@ -15,6 +15,7 @@ from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import loop
+from msfp_jax import pictures
 from msfp_jax import writer as writer_lib
 from msfp_jax.models import unet
 
@@ -131,8 +132,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
     def on_step(done: int, state: PretrainState) -> None:
       if done % cfg.sample_every == 0 or done == cfg.num_steps:
-        grid = writer_lib.image_grid(np.asarray(draw(state.ema_params)), 16)
-        writer_lib.save_png(f'{workdir}/samples/step_{done:06d}.png', grid)
+        grid = pictures.image_grid(np.asarray(draw(state.ema_params)), 16)
+        pictures.save_png(f'{workdir}/samples/step_{done:06d}.png', grid)
         writer.write_images(done, {'samples': grid[None]})
 
     state = loop.run(

@@ -13,10 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax import files
 from msfp_jax import formats as formats_lib
 from msfp_jax import quantizers
 from msfp_jax import search
-from msfp_jax import writer
 
 _FORMAT = 'msfp-jax/spec/1'
 FULL_PRECISION = 32
@@ -178,7 +178,7 @@ class QuantSpec:
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes `to_json`, under a temporary name first."""
-    with writer.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
       pathlib.Path(temporary).write_text(self.to_json())
 
   @classmethod

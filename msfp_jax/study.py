@@ -23,9 +23,11 @@ import ml_collections
 from msfp_jax import cli
 from msfp_jax import evaluate
 from msfp_jax import experiment as experiment_lib
+from msfp_jax import files
 from msfp_jax import finetune
+from msfp_jax import progress as progress_lib
 from msfp_jax import spec as spec_lib
-from msfp_jax import writer
+from msfp_jax import student as student_lib
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
 
@@ -57,10 +59,24 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
              workdir: str, groups: Sequence[str] | None = None) -> None:
   """Runs every row of every (or the given) group for one seed.
 
-  Rows that are done are skipped.
+  Rows that are done are skipped. Writes `workdir`/<seed>/<group>/<row>.json
+  beside the row's own workdir.
 
-  Writes `workdir`/<seed>/<group>/<row>.json beside the row's own workdir.
+  Raises:
+    experiment.WorkdirError: a row was begun with another config.
   """
+  rows = []  # (path of the result, its config), of those to be done
+  for group in groups or study['groups']:
+    for label, variant in study['groups'][group].items():
+      config = get_config(variant)
+      config.seed = seed
+      folder = pathlib.Path(workdir) / str(seed) / group / label
+      experiment_lib.prepare_workdir(config, str(folder), free=())
+      path = folder.with_name(f'{label}.json')
+      if not path.is_file():
+        rows.append((path, config))
+  if not rows:
+    return
   config = get_config(study.get('base', ''))
   config.seed = seed
   experiment = experiment_lib.load(config, workdir)
@@ -72,34 +88,25 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   full = evaluate.untuned(experiment, None)
   reference = _measure(scorer, full, draw(full, f'seed {seed}, fp'),
                        spec_lib.FULL_PRECISION, spec_lib.FULL_PRECISION)
-  chosen = {group: study['groups'][group]
-            for group in groups or study['groups']}
-  total = sum(map(len, chosen.values()))
-  progress = writer.Progress(f'study, seed {seed}', total, every_seconds=0)
-  done = 0
-  for group, rows in chosen.items():
-    root = pathlib.Path(workdir) / str(seed) / group
-    _write(root / 'fp.json', reference)
-    for label, variant in rows.items():
-      path = root / f'{label}.json'
-      if not path.is_file():
-        config = get_config(variant)
-        config.seed = seed
-        logging.info('seed %d, %s, %s (%s)', seed, group, label, variant)
-        deployed = _quantized(experiment.variant(config), root / label)
-        _write(path, _measure(
-            scorer, deployed, draw(deployed, label),
-            config.quant.weight_bits, config.quant.act_bits))
-      done += 1
-      progress.update(done)
+  progress = progress_lib.Progress(
+      f'study, seed {seed}', len(rows), every_seconds=0)
+  for done, (path, config) in enumerate(rows, 1):
+    _write(path.with_name('fp.json'), reference)
+    logging.info('seed %d, %s, %s', seed, path.parent.name, path.stem)
+    deployed = _quantized(
+        experiment.variant(config), str(path.with_suffix('')))
+    _write(path, _measure(
+        scorer, deployed, draw(deployed, path.stem),
+        config.quant.weight_bits, config.quant.act_bits))
+    progress.update(done)
 
 
-def _quantized(experiment: experiment_lib.Experiment, workdir: pathlib.Path):
-  experiment_lib.prepare_workdir(experiment.config, str(workdir))
-  spec = finetune.calibrated_spec(experiment, str(workdir))
+def _quantized(experiment: experiment_lib.Experiment,
+               workdir: str) -> student_lib.Deployed:
+  spec = finetune.calibrated_spec(experiment, workdir)
   if not experiment.config.finetune.num_updates:
     return evaluate.untuned(experiment, spec)
-  return finetune.fit(experiment, spec, str(workdir))
+  return finetune.fit(experiment, spec, workdir)
 
 
 def _measure(scorer, deployed, images, weight_bits, act_bits):
@@ -108,7 +115,7 @@ def _measure(scorer, deployed, images, weight_bits, act_bits):
 
 
 def _write(path: pathlib.Path, content: Any) -> None:
-  with writer.atomic_path(path) as temporary:
+  with files.atomic_path(path) as temporary:
     temporary.write_text(json.dumps(content, indent=2) + '\n')
 
 
@@ -169,7 +176,7 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
   found = collect(study, study['seeds'], workdir)
   _write(pathlib.Path(workdir) / 'table.json', found)
   text = table(found, study['metrics'])
-  with writer.atomic_path(pathlib.Path(workdir) / 'table.md') as temporary:
+  with files.atomic_path(pathlib.Path(workdir) / 'table.md') as temporary:
     temporary.write_text(text)
   return text
 

@@ -1,4 +1,4 @@
-"""Metrics, images and progress: TensorBoard, metrics.jsonl and the log.
+"""Metrics and images of a run: TensorBoard and metrics.jsonl.
 
 `MetricWriter` has the methods of clu's metric writers. Those import
 TensorFlow, 1.4 GB, only to write event files; this one uses tensorboardX. It
@@ -10,8 +10,7 @@ There is no wall-clock time in it: a run that was interrupted and resumed
 leaves the same file as one that was not.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Mapping
 import json
 import math
 import os
@@ -22,29 +21,10 @@ from typing import Any
 from absl import logging
 import jax
 import numpy as np
-from PIL import Image
 import tensorboardX
 
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a temporary path that becomes `path` if the block succeeds.
-
-  Makes the folder where missing. If the block raises, `path` is as before.
-  """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  except OSError as error:
-    if error.filename is None and error.errno is not None:
-      # As of a write on a full disk.
-      raise OSError(error.errno, error.strerror, str(path)) from error
-    raise
-  finally:
-    temporary.unlink(missing_ok=True)
+from msfp_jax import files
+from msfp_jax import pictures
 
 
 class MetricWriter:
@@ -148,8 +128,9 @@ class MetricWriter:
           raise ValueError(f'images {name!r} at step {step} hold NaN or '
                            'infinity; check the samples')
         batch = np.round(np.clip(batch, 0, 1) * 255).astype(np.uint8)
-      batch = _checked(f'images {name!r} at step {step}', batch, 'NHWC')
-      grid = image_grid(batch, math.ceil(math.sqrt(len(batch))))
+      batch = pictures.check_pixels(
+          f'images {name!r} at step {step}', batch, 'NHWC')
+      grid = pictures.image_grid(batch, math.ceil(math.sqrt(len(batch))))
       self._board.add_image(name, grid, int(step), dataformats='HWC')
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -206,122 +187,5 @@ def _drop_lines(path: pathlib.Path, last_step: float) -> None:
       logging.warning('%s: line %d dropped, it is damaged (%s)',
                       path, number, error)
   if len(kept) < len(lines):
-    with atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
       temporary.write_bytes(b''.join(kept))
-
-
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-  """Puts images side by side, row by row, without gaps.
-
-  Args:
-    images: uint8 `[N, H, W, C]`, C = 1 or 3, N > 0.
-    columns: images a row; a last row that is not full ends in black.
-
-  Returns:
-    uint8 `[ceil(N / columns) * H, min(N, columns) * W, C]`.
-
-  Raises:
-    ValueError: other images, or columns < 1.
-  """
-  images = _checked('image_grid', images, 'NHWC')
-  if columns < 1:
-    raise ValueError(f'image_grid: columns is {columns}, must be at least 1')
-  count, height, width, channels = images.shape
-  columns = min(columns, count)
-  rows = -(-count // columns)
-  images = np.pad(
-      images, ((0, rows * columns - count), (0, 0), (0, 0), (0, 0)))
-  grid = images.reshape(rows, columns, height, width, channels)
-  return grid.transpose(0, 2, 1, 3, 4).reshape(
-      rows * height, columns * width, channels)
-
-
-def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-  """Writes uint8 `[H, W, C]`, C = 1 or 3, on process 0; all or nothing.
-
-  Raises:
-    ValueError: not such an image.
-    OSError: the file cannot be written.
-  """
-  image = _checked(str(path), image, 'HWC')
-  if image.shape[-1] == 1:
-    image = image[..., 0]
-  if jax.process_index() == 0:
-    with atomic_path(path) as temporary:
-      Image.fromarray(image).save(temporary, format='PNG')
-
-
-def _checked(name: str, images: np.ndarray, axes: str) -> np.ndarray:
-  images = np.asarray(images)
-  if (images.dtype != np.uint8 or images.ndim != len(axes) or not images.size
-      or images.shape[-1] not in (1, 3)):
-    raise ValueError(
-        f'{name}: needs uint8 [{", ".join(axes)}] with C = 1 or 3, not empty; '
-        f'got {images.dtype} {list(images.shape)}')
-  return images
-
-
-class Progress:
-  """Logs lines like
-
-      calibrate 120/400 (30%) 12.3 steps/s ETA 0:23 loss=0.123
-
-  with the rate since the line before: compilation and other people's jobs do
-  not spoil the ETA for long. The last line has the whole run's rate and time.
-  """
-
-  def __init__(
-      self,
-      name: str,
-      total: int,
-      start: int = 0,
-      *,
-      every_seconds: float = 10.0,
-      clock: Callable[[], float] = time.monotonic,
-  ):
-    """Starts the clock.
-
-    Args:
-      name: what is under way.
-      total: steps in all.
-      start: steps done before, by the run that this one resumes.
-      every_seconds: at most one line in this time, the last one excepted.
-      clock: seconds, monotonic.
-    """
-    self._name, self._total = name, total
-    self._every_seconds, self._clock = every_seconds, clock
-    self._first = self._last = (start, clock())
-
-  def update(self, step: int, **scalars: float) -> None:
-    """Tells that `step` steps are done; logs if it is time.
-
-    Call it once for steps that end together: the rate would be wrong.
-    """
-    now = self._clock()
-    done = step >= self._total
-    if jax.process_index() or (
-        not done and now - self._last[1] < self._every_seconds):
-      return
-    since_step, since = self._first if done else self._last
-    rate = (step - since_step) / max(now - since, 1e-9)
-    if done:
-      end = f'took {_duration(now - since)}'
-    elif rate > 0:
-      end = f'ETA {_duration((self._total - step) / rate)}'
-    else:
-      end = 'ETA unknown'
-    values = ''.join(f' {key}={value:.4g}' for key, value in scalars.items())
-    speed = f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
-    logging.info('%s %d/%d (%d%%) %s steps/s %s%s', self._name, step,
-                 self._total, 100 * step // max(self._total, 1), speed, end,
-                 values)
-    self._last = (step, now)
-
-
-def _duration(seconds: float) -> str:
-  """`m:ss`, or `h:mm:ss` from an hour on."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours}:{minutes:02d}:{seconds:02d}'
-  return f'{minutes}:{seconds:02d}'

@@ -10,8 +10,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'msfp_jax'
 
 # A module imports only rooms of rows above its own (and its own room).
 ORDER = [
-    {'formats', 'layers', 'writer', 'data', 'diffusion', 'models',
+    {'files', 'progress'},
+    {'formats', 'layers', 'pictures', 'data', 'diffusion', 'models',
      'checkpoint'},
+    {'writer'},
     {'quantizers', 'losses', 'loop', 'convert', 'metrics', 'report'},
     {'search', 'kernels', 'pretrain'},
     {'spec'},

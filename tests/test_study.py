@@ -1,10 +1,11 @@
 """Many runs, one table: mean and spread, and what is not done twice.
 
-Sampling and calibration are replaced by fakes here; tests/test_experiment.py
-runs the real ones.
+Sampling and calibration are replaced by fakes here; tests/experiment/ runs
+the real ones.
 """
 
 import json
+import pathlib
 import textwrap
 import zlib
 
@@ -112,15 +113,48 @@ def test_the_same_study_again_measures_no_row_twice(tmp_path, text, draws):
   (work / '1/one/INT 4.json').unlink()
   draws.clear()
   assert study.run(text, str(work)) == table
-  assert draws == ['seed 0, fp', 'seed 1, fp', 'INT 4']
+  assert draws == ['seed 1, fp', 'INT 4']
   assert contents(work) == before
 
 
 def test_parts_make_up_the_whole(tmp_path, text, draws):
-  part = study.run(text, str(tmp_path / 'parts'), [1])
+  """A seed alone, then a group alone, then the rest."""
+  parts = str(tmp_path / 'parts')
+  part = study.run(text, parts, [1])
   assert '±' not in part and 'seed 0, fp' not in draws
-  assert study.run(text, str(tmp_path / 'parts'), [0]) == study.run(
-      text, str(tmp_path / 'whole'))
+  draws.clear()
+  study.run(text, parts, groups=['two'])
+  assert draws == ['seed 0, fp', 'signed']
+  assert study.run(text, parts) == study.run(text, str(tmp_path / 'whole'))
+  assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('part', ['quant', 'eval'])
+def test_rows_of_another_config_are_not_passed_off(
+    tmp_path, text, draws, part):
+  """Not even where only the evaluation differs: its figures would mix."""
+  work = tmp_path / 'work'
+  study.run(text, str(work))
+  before = contents(work)
+  path = pathlib.Path(text.removesuffix(':small'))
+  change = {'quant': 'config.quant.weight_bits = 6',
+            'eval': 'config.eval.num_samples = 9'}[part]
+  path.write_text(path.read_text().replace(
+      '  return config', f'  {change}\n  return config'))
+  with pytest.raises(experiment_lib.WorkdirError, match=f'  {part}[.]'):
+    study.run(text, str(work))
+  assert contents(work) == before
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ({'seeds': [3]}, r'seeds \[3\] .* \[0, 1\]'),
+    ({'groups': ['two', 'three']}, r"groups \['three'\] .* \['one', 'two'\]"),
+])
+def test_parts_that_are_not_in_the_study(
+    tmp_path, text, draws, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    study.run(text, str(tmp_path / 'work'), **arguments)
+  assert not draws and not (tmp_path / 'work').exists()
 
 
 def test_a_study_or_file_that_is_not_there(tmp_path, text):

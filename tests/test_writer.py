@@ -1,4 +1,4 @@
-"""Tests of writer.py: metrics.jsonl, TensorBoard events, images, progress."""
+"""Tests of writer.py: metrics.jsonl, TensorBoard events; who writes."""
 
 import json
 import logging
@@ -11,6 +11,8 @@ from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
+from msfp_jax import pictures
+from msfp_jax import progress as progress_lib
 from msfp_jax import writer as writer_lib
 
 
@@ -156,113 +158,7 @@ def test_only_process_0_writes(tmp_path, elsewhere, caplog):
     writer.write_texts(1, {'x': 'y'})
     writer.write_hparams({'x': 1})
     writer.flush()
-  writer_lib.save_png(tmp_path / 'x.png', np.zeros((2, 2, 1), np.uint8))
-  writer_lib.Progress('finetune', 1).update(1)
+  pictures.save_png(tmp_path / 'x.png', np.zeros((2, 2, 1), np.uint8))
+  progress_lib.Progress('finetune', 1).update(1)
   assert not os.listdir(tmp_path)
   assert not caplog.records
-
-
-def test_grid_places_images_row_by_row():
-  images = np.arange(5 * 2 * 3).reshape(5, 2, 3, 1).astype(np.uint8)
-  grid = writer_lib.image_grid(images, 3)
-  assert grid.shape == (4, 9, 1)
-  for i in range(5):
-    y, x = 2 * (i // 3), 3 * (i % 3)
-    np.testing.assert_array_equal(grid[y:y + 2, x:x + 3], images[i])
-  assert not grid[2:, 6:].any()
-  assert writer_lib.image_grid(images, 16).shape == (2, 15, 1)
-
-
-@pytest.mark.parametrize('images, columns, message', [
-    (np.zeros((1, 2, 2, 1)), 1, 'float64'),
-    (np.zeros((1, 2, 2, 2), np.uint8), 1, r'\[1, 2, 2, 2\]'),
-    (np.zeros((0, 2, 2, 1), np.uint8), 1, 'not empty'),
-    (np.zeros((1, 2, 2, 1), np.uint8), 0, 'columns is 0'),
-])
-def test_grid_refuses_other_images(images, columns, message):
-  with pytest.raises(ValueError, match=message):
-    writer_lib.image_grid(images, columns)
-
-
-@pytest.mark.parametrize('channels, mode', [(1, 'L'), (3, 'RGB')])
-def test_png_keeps_every_pixel(tmp_path, channels, mode):
-  image = np.random.RandomState(0).randint(0, 256, (4, 5, channels), np.uint8)
-  path = tmp_path / 'samples' / 'x.png'
-  writer_lib.save_png(path, image)
-  with Image.open(path) as read:
-    assert read.mode == mode
-    np.testing.assert_array_equal(
-        np.asarray(read).reshape(image.shape), image)
-  assert os.listdir(path.parent) == ['x.png']
-
-
-def test_png_refuses_other_images(tmp_path):
-  for bad in (np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8)):
-    with pytest.raises(ValueError, match='x.png.*uint8'):
-      writer_lib.save_png(tmp_path / 'x.png', bad)
-  assert not os.listdir(tmp_path)
-
-
-def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
-  path = tmp_path / 'a.txt'
-  path.write_text('old')
-  with pytest.raises(RuntimeError):
-    with writer_lib.atomic_path(path) as temporary:
-      temporary.write_text('half')
-      raise RuntimeError
-  assert path.read_text() == 'old'
-  assert os.listdir(tmp_path) == ['a.txt']
-
-
-class _Clock:
-
-  def __init__(self):
-    self.now = 100.0
-
-  def __call__(self):
-    return self.now
-
-
-def _progress(caplog, updates, total, start=0, **kwargs):
-  """The lines logged for `updates`, a list of (seconds, step, scalars)."""
-  caplog.set_level(logging.INFO, logger='absl')
-  clock = _Clock()
-  progress = writer_lib.Progress(
-      'calibrate', total, start, clock=clock, **kwargs)
-  for seconds, step, scalars in updates:
-    clock.now = 100.0 + seconds
-    progress.update(step, **scalars)
-  return [record.getMessage() for record in caplog.records]
-
-
-def test_progress_shows_the_rate_since_the_line_before(caplog):
-  lines = _progress(caplog, [
-      (20, 20, {}),  # slow: compiles
-      (25, 60, {}),  # too early for a line
-      (30, 120, {'loss': .12345}),
-      (40, 400, {'loss': .1}),
-  ], 400)
-  assert lines == [
-      'calibrate 20/400 (5%) 1.0 steps/s ETA 6:20',
-      'calibrate 120/400 (30%) 10.0 steps/s ETA 0:28 loss=0.1235',
-      'calibrate 400/400 (100%) 10.0 steps/s took 0:40 loss=0.1',
-  ]
-
-
-def test_progress_logs_the_last_line_always(caplog):
-  assert len(_progress(caplog, [(1, 1, {}), (2, 2, {})], 2)) == 1
-
-
-def test_progress_of_a_resumed_run_counts_its_own_steps(caplog):
-  assert _progress(caplog, [(10, 60, {}), (20, 100, {})], 100, start=50) == [
-      'calibrate 60/100 (60%) 1.0 steps/s ETA 0:40',
-      'calibrate 100/100 (100%) 2.5 steps/s took 0:20',
-  ]
-
-
-def test_progress_of_long_and_of_standing_runs(caplog):
-  assert _progress(
-      caplog, [(5, 1, {}), (8, 1, {})], 2000, every_seconds=1) == [
-          'calibrate 1/2000 (0%) 0.2 steps/s ETA 2:46:35',
-          'calibrate 1/2000 (0%) 0 steps/s ETA unknown',
-      ]

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from msfp_jax import writer
+from msfp_jax import files
 from msfp_jax.models import unet
 
 _FORMAT = 'msfp-jax/model/1'
@@ -35,7 +35,7 @@ def write_safetensors(path: str | pathlib.Path, tensors: dict[str, np.ndarray],
   """Writes under a temporary name, then renames."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with writer.atomic_path(path) as temporary:
+  with files.atomic_path(path) as temporary:
     # Not save_file, which makes a file that only its owner can read.
     pathlib.Path(temporary).write_bytes(
         _sorted_header(safetensors.numpy.save(tensors, metadata)))

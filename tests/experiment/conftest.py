@@ -1,0 +1,45 @@
+"""One training and one evaluation serve most tests of this folder."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import runs
+
+from msfp_jax import evaluate
+from msfp_jax import finetune
+
+
+@pytest.fixture(scope='session')
+def cache_folder(tmp_path_factory):
+  return str(tmp_path_factory.mktemp('cache'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cached(cache_folder):
+  with runs.compilation_cached(cache_folder):
+    yield
+
+
+@pytest.fixture(scope='session')
+def npz(tmp_path_factory):
+  path = tmp_path_factory.mktemp('data') / 'smooth.npz'
+  np.savez(path, runs.smooth(200, 8, 8, 1))
+  return str(path)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, npz, cache_folder):
+  """The workdir of one training and evaluation, never changed by tests."""
+  workdir = tmp_path_factory.mktemp('trained')
+  with runs.compilation_cached(cache_folder):
+    finetune.run(runs.config_of(npz), str(workdir))
+    evaluate.run(runs.config_of(npz), str(workdir))
+  return workdir
+
+
+@pytest.fixture
+def copy(tmp_path, trained):
+  """A copy of that workdir, to be changed."""
+  return pathlib.Path(shutil.copytree(trained, tmp_path / 'copy'))

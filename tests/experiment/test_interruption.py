@@ -1,0 +1,156 @@
+"""Stopped runs and damaged checkpoints end as uninterrupted runs do."""
+
+import gc
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+
+from msfp_jax import checkpoint
+from msfp_jax import finetune
+from msfp_jax import pretrain
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Enough steps to be stopped in between from outside.
+LONG = {'pretrain.num_steps': 240, 'pretrain.save_every': 50,
+        'pretrain.sample_every': 240, 'finetune.num_updates': 120,
+        'finetune.save_every': 50}
+
+
+def interrupt(patch, module, at):
+  """SIGTERM reaches this process during step `at` of the module's loop."""
+  make_step = module.make_step
+
+  def patched(*args):
+    step, count = make_step(*args), itertools.count(1)
+
+    def stopped(state):
+      if next(count) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return step(state)
+
+    return stopped
+
+  patch.setattr(module, 'make_step', patched)
+
+
+def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
+  """Stopped once in pre-training and once in fine-tuning."""
+  config = runs.config_of(npz)
+  for module, folder in ((pretrain, tmp_path / 'pretrain'),
+                         (finetune, tmp_path)):
+    with monkeypatch.context() as patch:
+      interrupt(patch, module, 3)
+      with pytest.raises(checkpoint.Preempted) as stop:
+        finetune.run(config, str(tmp_path))
+    assert stop.value.code == 143
+    assert (folder / 'checkpoints/3').is_dir()
+    assert len((folder / 'metrics.jsonl').read_text().splitlines()) == 3
+  assert not (tmp_path / 'router.json').exists()
+  finetune.run(config, str(tmp_path))
+  runs.assert_same_run(config, tmp_path, trained)
+
+
+@pytest.fixture
+def orbax_noise():
+  """orbax drops coroutines when a read fails; they complain when collected."""
+  yield
+  gc.collect()
+
+
+def truncate(folder):
+  """Every file of a checkpoint ends at its middle."""
+  for path in folder.rglob('*'):
+    if path.is_file():
+      os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(folder):
+  """In the middle of the values; every file can be read as before."""
+  path = max((path for path in folder.rglob('d/*')),
+             key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.usefixtures('orbax_noise')
+@pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnhandledThreadExceptionWarning')
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')
+@pytest.mark.parametrize('damage', [truncate, flip_a_bit])
+def test_a_damaged_checkpoint_costs_only_its_steps(
+    copy, trained, npz, caplog, damage):
+  damage(copy / 'checkpoints/6')
+  with caplog.at_level('INFO', 'absl'):
+    finetune.run(runs.config_of(npz), str(copy))
+  assert f'checkpoint 6 under {copy}/checkpoints cannot be read' in caplog.text
+  assert 'finetune: resumed at step 4' in caplog.text
+  runs.assert_same_run(runs.config_of(npz), copy, trained)
+
+
+def start(workdir, npz, cache):
+  flags = {'data.path': npz} | runs.SMALL | LONG
+  environment = {name.upper(): str(cache if value == '' else value)
+                 for name, value in runs.CACHE.items()}
+  return subprocess.Popen(
+      [sys.executable, 'train.py', '--config=configs/images.py:smoke',
+       f'--workdir={workdir}',
+       *(f'--config.{name}={value}' for name, value in flags.items())],
+      cwd=ROOT, stderr=subprocess.PIPE, text=True,
+      env=os.environ | environment | {'JAX_PLATFORMS': 'cpu'})
+
+
+def finish(process):
+  _, log = process.communicate(timeout=600)
+  assert process.returncode == 0, log
+  return log
+
+
+def wait_until(process, condition):
+  end = time.monotonic() + 600
+  while not condition():
+    assert process.poll() is None, process.communicate()[1]
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def lines(path):
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz, cache_folder):
+  reference, workdir = tmp_path / 'reference', tmp_path / 'workdir'
+  finish(start(reference, npz, cache_folder))
+  records = {'pretrain': workdir / 'pretrain/metrics.jsonl',
+             'finetune': workdir / 'metrics.jsonl'}
+  points = [  # when to stop; whether a loop is sure to catch it
+      (lambda: (workdir / 'config.json').exists(), False),
+      (records['pretrain'].exists, False),  # compiles, or about to
+      (lambda: lines(records['pretrain']) >= 60, True),
+      (lambda: (workdir / 'pretrain/model.safetensors').exists(), False),
+      (lambda: (workdir / 'quant_spec.json').exists(), False),
+      (lambda: lines(records['finetune']) >= 30, True),
+  ]
+  for condition, caught in points:
+    process = start(workdir, npz, cache_folder)
+    wait_until(process, condition)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=600)
+    allowed = {143} if caught else {143, -signal.SIGTERM}
+    assert process.returncode in allowed, log
+    assert 'Traceback' not in log
+    if caught:
+      assert 'run the same command again' in log
+  assert 'finetune: resumed at step' in finish(
+      start(workdir, npz, cache_folder))
+  runs.assert_same_run(runs.config_of(npz, LONG), workdir, reference)

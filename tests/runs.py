@@ -1,0 +1,99 @@
+"""Tiny runs of train.py and eval.py, for the tests in experiment/."""
+
+import contextlib
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import numpy as np
+import safetensors
+
+from configs import images as images_config
+from msfp_jax import experiment as experiment_lib
+from msfp_jax import finetune
+
+SMALL = {
+    'model.ch_mult': (1,), 'model.num_res_blocks': 0,
+    'sampler.num_steps': 2, 'calibrate.batch_size': 4,
+    'calibrate.samples_per_layer': 256,
+    'pretrain.num_steps': 6, 'pretrain.warmup': 2, 'pretrain.save_every': 2,
+    'pretrain.log_every': 1, 'pretrain.sample_every': 6,
+    'finetune.num_updates': 6, 'finetune.save_every': 2,
+    'finetune.batch_size': 2, 'finetune.rank': 2,
+}
+CACHE = {'jax_compilation_cache_dir': '',
+         'jax_persistent_cache_min_compile_time_secs': 0,
+         'jax_persistent_cache_min_entry_size_bytes': -1}
+
+
+@contextlib.contextmanager
+def compilation_cached(folder):
+  """Repeated compilations are read from a folder."""
+  before = {name: getattr(jax.config, name) for name in CACHE}
+  for name, value in CACHE.items():
+    jax.config.update(name, folder if value == '' else value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def smooth(count, height, width, channels):
+  """Random smooth images, uint8."""
+  rng = np.random.default_rng(0)
+  rows, columns = (np.linspace(0, np.pi, n) for n in (height, width))
+  a = rng.uniform(0.5, 3, (4, count, 1, 1, channels))
+  x = np.sin(a[0] * rows[:, None, None] + a[1]) * np.cos(
+      a[2] * columns[:, None] + a[3])
+  return np.round((x + 1) * 127.5).astype(np.uint8)
+
+
+def config_of(path, changes=None):
+  config = images_config.get_config('smoke')
+  config.update_from_flattened_dict(
+      {'data.path': str(path)} | SMALL | (changes or {}))
+  return config
+
+
+def contents(folder):
+  """{path: bytes} of all files; events hold the time, so only their paths."""
+  return {str(path.relative_to(folder)):
+          b'' if 'tfevents' in path.name else path.read_bytes()
+          for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def times(folder):
+  return {str(path): path.stat().st_mtime_ns
+          for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def teacher(workdir):
+  """Tensors of the teacher's file."""
+  with safetensors.safe_open(
+      workdir / 'pretrain/model.safetensors', 'np') as opened:
+    return {key: opened.get_tensor(key) for key in opened.keys()}
+
+
+def final_parameters(config, workdir):
+  """All arrays of the fine-tuned model."""
+  experiment = experiment_lib.load(config, str(workdir))
+  spec = finetune.calibrated_spec(experiment, str(workdir))
+  deployed = finetune.fit(experiment, spec, str(workdir))
+  return jax.tree.leaves((deployed.weights, deployed.params, deployed.choices,
+                          deployed.spec.act_quantizers))
+
+
+def assert_same_run(config, workdir, reference):
+  """Teacher, result and every record of the runs agree, bit for bit."""
+  for name in ('metrics.jsonl', 'pretrain/metrics.jsonl', 'quant_spec.json',
+               'router.json'):
+    assert ((workdir / name).read_bytes()
+            == (reference / name).read_bytes()), name
+  expected = teacher(reference)
+  found = teacher(workdir)
+  assert found.keys() == expected.keys()
+  for key, value in expected.items():
+    np.testing.assert_array_equal(found[key], value, key)
+  for a, b in zip(final_parameters(config, workdir),
+                  final_parameters(config, reference), strict=True):
+    np.testing.assert_array_equal(a, b)

@@ -1,0 +1,59 @@
+"""Tests of progress.py."""
+
+import logging
+
+from msfp_jax import progress as progress_lib
+
+
+class _Clock:
+
+  def __init__(self):
+    self.now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def _progress(caplog, updates, total, start=0, **kwargs):
+  """The lines logged for `updates`, a list of (seconds, step, scalars)."""
+  caplog.set_level(logging.INFO, logger='absl')
+  clock = _Clock()
+  progress = progress_lib.Progress(
+      'calibrate', total, start, clock=clock, **kwargs)
+  for seconds, step, scalars in updates:
+    clock.now = 100.0 + seconds
+    progress.update(step, **scalars)
+  return [record.getMessage() for record in caplog.records]
+
+
+def test_progress_shows_the_rate_since_the_line_before(caplog):
+  lines = _progress(caplog, [
+      (20, 20, {}),  # slow: compiles
+      (25, 60, {}),  # too early for a line
+      (30, 120, {'loss': .12345}),
+      (40, 400, {'loss': .1}),
+  ], 400)
+  assert lines == [
+      'calibrate 20/400 (5%) 1.0 steps/s ETA 6:20',
+      'calibrate 120/400 (30%) 10.0 steps/s ETA 0:28 loss=0.1235',
+      'calibrate 400/400 (100%) 10.0 steps/s took 0:40 loss=0.1',
+  ]
+
+
+def test_progress_logs_the_last_line_always(caplog):
+  assert len(_progress(caplog, [(1, 1, {}), (2, 2, {})], 2)) == 1
+
+
+def test_progress_of_a_resumed_run_counts_its_own_steps(caplog):
+  assert _progress(caplog, [(10, 60, {}), (20, 100, {})], 100, start=50) == [
+      'calibrate 60/100 (60%) 1.0 steps/s ETA 0:40',
+      'calibrate 100/100 (100%) 2.5 steps/s took 0:20',
+  ]
+
+
+def test_progress_of_long_and_of_standing_runs(caplog):
+  assert _progress(
+      caplog, [(5, 1, {}), (8, 1, {})], 2000, every_seconds=1) == [
+          'calibrate 1/2000 (0%) 0.2 steps/s ETA 2:46:35',
+          'calibrate 1/2000 (0%) 0 steps/s ETA unknown',
+      ]
