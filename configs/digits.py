@@ -31,7 +31,7 @@ VARIANTS = {
     # Train the teacher that the package ships.
     'pretrain': {'stage': 'pretrain', 'pretrained': ''},
     # Minutes on a laptop.
-    'demo': {'eval.num_samples': 512, 'finetune.num_updates': 600,
+    'demo': {'eval.num_samples': 512, 'finetune.num_updates': 1200,
              'quant.exceptions': 'skip-8'},
 }
 
@@ -42,6 +42,8 @@ def get_config(variant: str = ''):
   config.model.update(
       image_size=16, in_channels=1, out_channels=1, ch=16, ch_mult=(1, 2, 4),
       num_res_blocks=1, attn_resolutions=(8,), norm_groups=8, dropout=0.0)
+  # Many small updates: docs/method.md, 8.2.
+  config.finetune.update(num_updates=2000, batch_size=4)
   return common.apply_variant(config, variant, VARIANTS)
 
 
@@ -69,7 +71,9 @@ _CHOICES = {
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
     'gamma: none': {'finetune.gamma': 'none'},
-    'updates: twice': {'finetune.num_updates': 2000},
+    'updates: twice': {'finetune.num_updates': 4000},
+    'batch: 16, updates: half': {'finetune.batch_size': 16,
+                                 'finetune.num_updates': 1000},
 }
 VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
 
