@@ -57,6 +57,7 @@ _ROWS = {
     'MSFP + LoRA': 'msfp,lora',
     'MSFP + TALoRA': 'msfp,talora',
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
+    'MSFP W6A6 + TALoRA + DFA': 'msfp,w6a6,talora,dfa',
 }
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
@@ -64,6 +65,7 @@ _CHOICES = {
     'fixed activation ranges': {'finetune.learn_act_ranges': False},
     'fixed weight scales': {'finetune.learn_weight_scales': False},
     'learned biases': {'finetune.learn_biases': True},
+    'rate of ranges: 1e-3': {'finetune.range_learning_rate': 1e-3},
     'banks: 4': {'finetune.num_banks': 4},
     'router prior: 0': {'finetune.router_prior': 0.0},
     'router temperature: 4': {'finetune.router_temperature': 4.0},

@@ -13,7 +13,7 @@ GAMMAS = ('ddpm', 'ddpm_respaced', 'sampler', 'none')
 
 def denoising_factors(schedule: diffusion.NoiseSchedule,
                       plan: diffusion.SamplerPlan,
-                      variant: str = 'ddpm') -> np.ndarray:
+                      variant: str) -> np.ndarray:
   """gamma_t at the sampler's steps, scaled to mean 1.
 
   Under Adam only the ratio between timesteps matters.

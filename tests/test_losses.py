@@ -44,7 +44,7 @@ def test_ddpm_gamma_is_the_formula_at_the_visited_timesteps(plan):
       beta[t] / (np.sqrt(1 - beta[t]) * np.sqrt(1 - bar(t)))
       for t in plan.timesteps])
   np.testing.assert_allclose(
-      losses.denoising_factors(LINEAR, plan),
+      losses.denoising_factors(LINEAR, plan, 'ddpm'),
       expected / np.mean(expected), rtol=1e-9)
 
 

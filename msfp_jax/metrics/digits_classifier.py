@@ -16,6 +16,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from msfp_jax import files
+
 IMAGE_SHAPE = (16, 16, 1)
 NUM_CLASSES = 10
 NUM_FEATURES = 64
@@ -63,18 +65,13 @@ def save(path: str | os.PathLike, params: dict,
     params: as `init` returns them.
     metadata: goes into the header beside the format version.
   """
-  path = pathlib.Path(path)
   tensors = {
       name: np.asarray(value, np.float16) for name, value in
       flax.traverse_util.flatten_dict(params, sep='/').items()}
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
+  with files.atomic_path(path) as temporary:
     # Not save_file, which makes the file unreadable to other users.
     temporary.write_bytes(safetensors.numpy.save(
         tensors, {'format_version': FORMAT_VERSION, **metadata}))
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike = WEIGHTS) -> tuple[dict, dict[str, str]]:

@@ -9,13 +9,14 @@ the trace term needs.
 """
 
 import os
-import pathlib
 from typing import NamedTuple
 import warnings
 import zipfile
 import zlib
 
 import numpy as np
+
+from msfp_jax import files
 
 
 class FewSamplesWarning(UserWarning):
@@ -181,17 +182,12 @@ def save(path: str | os.PathLike, stats: Stats) -> None:
     ValueError: fewer than 2 samples.
     OSError: the file cannot be written; one already there is kept.
   """
-  path = pathlib.Path(path)
   arrays = {'mu': stats.mean, 'sigma': stats.cov}
   if stats.num_samples is not None:
     arrays['num_samples'] = np.int64(stats.num_samples)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'wb') as file:  # by name, savez would add a suffix
-      np.savez(file, **arrays)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  # Opened here: by name, savez would add a suffix.
+  with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
+    np.savez(file, **arrays)
 
 
 def load(path: str | os.PathLike) -> Gaussian:
