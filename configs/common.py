@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
       'learn_biases': False,
       'learning_rate': 1e-3,  # of the banks
       'router_learning_rate': 1e-3,
-      'range_learning_rate': 3e-3,  # of ranges, scales and biases
+      'range_learning_rate': 1e-3,  # of ranges, scales and biases
       'router_temperature': 1.0,
       'router_prior': 1.0,  # pull of each span of timesteps to its own bank
       'adam_b2': 0.99,

@@ -31,7 +31,7 @@ VARIANTS = {
     # Train the teacher that the package ships.
     'pretrain': {'stage': 'pretrain', 'pretrained': ''},
     # Minutes on a laptop.
-    'demo': {'eval.num_samples': 512, 'finetune.num_updates': 1200,
+    'demo': {'eval.num_samples': 512, 'finetune.num_updates': 600,
              'quant.exceptions': 'skip-8'},
 }
 
@@ -42,8 +42,6 @@ def get_config(variant: str = ''):
   config.model.update(
       image_size=16, in_channels=1, out_channels=1, ch=16, ch_mult=(1, 2, 4),
       num_res_blocks=1, attn_resolutions=(8,), norm_groups=8, dropout=0.0)
-  # Many small updates: docs/method.md, 8.2.
-  config.finetune.update(num_updates=2000, batch_size=4)
   return common.apply_variant(config, variant, VARIANTS)
 
 
@@ -65,7 +63,7 @@ _CHOICES = {
     'fixed activation ranges': {'finetune.learn_act_ranges': False},
     'fixed weight scales': {'finetune.learn_weight_scales': False},
     'learned biases': {'finetune.learn_biases': True},
-    'rate of ranges: 1e-3': {'finetune.range_learning_rate': 1e-3},
+    'rate of ranges: 3e-3': {'finetune.range_learning_rate': 3e-3},
     'banks: 4': {'finetune.num_banks': 4},
     'router prior: 0': {'finetune.router_prior': 0.0},
     'router temperature: 4': {'finetune.router_temperature': 4.0},
@@ -73,9 +71,9 @@ _CHOICES = {
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
     'gamma: none': {'finetune.gamma': 'none'},
-    'updates: twice': {'finetune.num_updates': 4000},
-    'batch: 16, updates: half': {'finetune.batch_size': 16,
-                                 'finetune.num_updates': 1000},
+    'updates: twice': {'finetune.num_updates': 2000},
+    'batch: 4, updates: twice': {'finetune.batch_size': 4,
+                                 'finetune.num_updates': 2000},
 }
 VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
 
