@@ -70,7 +70,6 @@ _CHOICES = {
     'base weight: dequantized': {'finetune.base_weight': 'dequantized'},
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
-    'gamma: none': {'finetune.gamma': 'none'},
     'updates: twice': {'finetune.num_updates': 2000},
     'batch: 4, updates: twice': {'finetune.batch_size': 4,
                                  'finetune.num_updates': 2000},
