@@ -71,8 +71,8 @@ _CHOICES = {
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
     'updates: twice': {'finetune.num_updates': 2000},
-    'batch: 4, updates: twice': {'finetune.batch_size': 4,
-                                 'finetune.num_updates': 2000},
+    'batch: 4 and twice the updates': {'finetune.batch_size': 4,
+                                       'finetune.num_updates': 2000},
 }
 VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
 
