@@ -32,10 +32,12 @@ def compilation_cached(folder):
   for name, value in CACHE.items():
     jax.config.update(name, folder if value == '' else value)
   compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def smooth(count, height, width, channels):
