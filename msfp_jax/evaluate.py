@@ -1,7 +1,6 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -90,6 +89,15 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
     images.append(np.asarray(data.to_uint8(x)))
     progress.update(min((i + 1) * batch_size, num_samples))
   return np.concatenate(images)[:num_samples]
+
+
+def draw(experiment: experiment_lib.Experiment,
+         deployed: student_lib.Deployed, name: str) -> np.ndarray:
+  """`generate` as config.eval says; every model starts from the same noise."""
+  cfg = experiment.config.eval
+  return generate(
+      deployed, experiment.plan, cfg.num_samples, cfg.batch_size,
+      experiment.images.shape[1:], experiment.key(experiment_lib.SAMPLES), name)
 
 
 def untuned(experiment: experiment_lib.Experiment,
@@ -251,10 +259,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   shown = {}
   for name in names:
     row = make_row(experiment, name, workdir)
-    images = generate(
-        row.deployed, experiment.plan, config.eval.num_samples,
-        config.eval.batch_size, experiment.images.shape[1:],
-        experiment.key(experiment_lib.SAMPLES), f'sample {row.name}')
+    images = draw(experiment, row.deployed, f'sample {row.name}')
     found = scorer.score(images)
     results['rows'].append({
         'name': row.name, 'weight_bits': row.weight_bits,
@@ -265,8 +270,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         f'{key} {value:.4g}' for key, value in found.items()))
   shown = {'data': experiment.images[:config.eval.pictures]} | shown
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
-  with files.atomic_path(f'{workdir}/results.json') as temporary:
-    temporary.write_text(json.dumps(results, indent=2) + '\n')
+  files.write_json(f'{workdir}/results.json', results)
   return results
 
 

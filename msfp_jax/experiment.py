@@ -151,8 +151,7 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: str,
       raise WorkdirError(
           f'{workdir} was made by another config; use another --workdir, or '
           'undo:\n  ' + '\n  '.join(differences))
-  with files.atomic_path(path) as temporary:
-    temporary.write_text(json.dumps(new, indent=2) + '\n')
+  files.write_json(path, new)
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:

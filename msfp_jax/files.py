@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 import contextlib
+import json
 import os
 import pathlib
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -25,3 +27,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a text file, whole or not at all."""
+  with atomic_path(path) as temporary:
+    temporary.write_text(text)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+  """Writes JSON for people to read, whole or not at all."""
+  write_text(path, json.dumps(content, indent=2) + '\n')

@@ -186,8 +186,7 @@ def _write_router(path: str, deployed: student_lib.Deployed,
   content = {'timesteps': plan.timesteps.tolist(),
              'banks': {name: np.asarray(choice).tolist()
                        for name, choice in deployed.choices.items()}}
-  with files.atomic_path(path) as temporary:
-    temporary.write_text(json.dumps(content) + '\n')
+  files.write_text(path, json.dumps(content) + '\n')
 
 
 def run(config: ml_collections.ConfigDict, workdir: str,

@@ -177,9 +177,8 @@ class QuantSpec:
       raise ValueError(f'not a quantization spec: {error!r}') from error
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes `to_json`, under a temporary name first."""
-    with files.atomic_path(path) as temporary:
-      pathlib.Path(temporary).write_text(self.to_json())
+    """Writes `to_json`, whole or not at all."""
+    files.write_text(path, self.to_json())
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> 'QuantSpec':

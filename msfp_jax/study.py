@@ -65,40 +65,42 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   Raises:
     experiment.WorkdirError: a row was begun with another config.
   """
-  rows = []  # (path of the result, its config), of those to be done
+  rows = []  # (workdir, config) of those to be done
   for group in groups or study['groups']:
     for label, variant in study['groups'][group].items():
       config = get_config(variant)
       config.seed = seed
       folder = pathlib.Path(workdir) / str(seed) / group / label
       experiment_lib.prepare_workdir(config, str(folder), free=())
-      path = folder.with_name(f'{label}.json')
-      if not path.is_file():
-        rows.append((path, config))
+      if not _result(folder).is_file():
+        rows.append((folder, config))
   if not rows:
     return
   config = get_config(study.get('base', ''))
   config.seed = seed
   experiment = experiment_lib.load(config, workdir)
   scorer = evaluate.Scorer(experiment.images, config.eval.features)
-  draw = lambda deployed, name: evaluate.generate(
-      deployed, experiment.plan, config.eval.num_samples,
-      config.eval.batch_size, experiment.images.shape[1:],
-      experiment.key(experiment_lib.SAMPLES), name)
   full = evaluate.untuned(experiment, None)
-  reference = _measure(scorer, full, draw(full, f'seed {seed}, fp'),
-                       spec_lib.FULL_PRECISION, spec_lib.FULL_PRECISION)
+  images = evaluate.draw(experiment, full, f'seed {seed}, fp')
+  reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
+                       spec_lib.FULL_PRECISION)
+  for group in {folder.parent for folder, _ in rows}:
+    files.write_json(group / 'fp.json', reference)
   progress = progress_lib.Progress(
       f'study, seed {seed}', len(rows), every_seconds=0)
-  for done, (path, config) in enumerate(rows, 1):
-    _write(path.with_name('fp.json'), reference)
-    logging.info('seed %d, %s, %s', seed, path.parent.name, path.stem)
-    deployed = _quantized(
-        experiment.variant(config), str(path.with_suffix('')))
-    _write(path, _measure(
-        scorer, deployed, draw(deployed, path.stem),
-        config.quant.weight_bits, config.quant.act_bits))
+  for done, (folder, config) in enumerate(rows, 1):
+    logging.info('seed %d, %s, %s', seed, folder.parent.name, folder.name)
+    deployed = _quantized(experiment.variant(config), str(folder))
+    images = evaluate.draw(experiment, deployed, folder.name)
+    files.write_json(_result(folder), _measure(
+        scorer, deployed, images, config.quant.weight_bits,
+        config.quant.act_bits))
     progress.update(done)
+
+
+def _result(folder: pathlib.Path) -> pathlib.Path:
+  """Where the metrics of the row with this workdir go."""
+  return folder.with_name(f'{folder.name}.json')
 
 
 def _quantized(experiment: experiment_lib.Experiment,
@@ -112,11 +114,6 @@ def _quantized(experiment: experiment_lib.Experiment,
 def _measure(scorer, deployed, images, weight_bits, act_bits):
   return {'weight_bits': weight_bits, 'act_bits': act_bits,
           'bytes': evaluate.packed_bytes(deployed), **scorer.score(images)}
-
-
-def _write(path: pathlib.Path, content: Any) -> None:
-  with files.atomic_path(path) as temporary:
-    temporary.write_text(json.dumps(content, indent=2) + '\n')
 
 
 def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
@@ -174,10 +171,9 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
   for seed in seeds or study['seeds']:
     run_seed(get_config, study, seed, workdir, groups)
   found = collect(study, study['seeds'], workdir)
-  _write(pathlib.Path(workdir) / 'table.json', found)
+  files.write_json(f'{workdir}/table.json', found)
   text = table(found, study['metrics'])
-  with files.atomic_path(pathlib.Path(workdir) / 'table.md') as temporary:
-    temporary.write_text(text)
+  files.write_text(f'{workdir}/table.md', text)
   return text
 
 

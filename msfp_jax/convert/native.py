@@ -33,11 +33,9 @@ def flatten(params: Any) -> dict[str, np.ndarray]:
 def write_safetensors(path: str | pathlib.Path, tensors: dict[str, np.ndarray],
                       metadata: dict[str, str]) -> None:
   """Writes under a temporary name, then renames."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   with files.atomic_path(path) as temporary:
     # Not save_file, which makes a file that only its owner can read.
-    pathlib.Path(temporary).write_bytes(
+    temporary.write_bytes(
         _sorted_header(safetensors.numpy.save(tensors, metadata)))
 
 
