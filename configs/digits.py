@@ -63,7 +63,6 @@ _CHOICES = {
     'fixed activation ranges': {'finetune.learn_act_ranges': False},
     'fixed weight scales': {'finetune.learn_weight_scales': False},
     'learned biases': {'finetune.learn_biases': True},
-    'rate of ranges: 3e-3': {'finetune.range_learning_rate': 3e-3},
     'banks: 4': {'finetune.num_banks': 4},
     'router prior: 0': {'finetune.router_prior': 0.0},
     'router temperature: 4': {'finetune.router_temperature': 4.0},
@@ -71,8 +70,6 @@ _CHOICES = {
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
     'updates: twice': {'finetune.num_updates': 2000},
-    'batch: 4 and twice the updates': {'finetune.batch_size': 4,
-                                       'finetune.num_updates': 2000},
 }
 VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
 
