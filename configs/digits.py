@@ -66,6 +66,8 @@ _CHOICES = {
     'banks: 4': {'finetune.num_banks': 4},
     'router prior: 0': {'finetune.router_prior': 0.0},
     'router temperature: 4': {'finetune.router_temperature': 4.0},
+    'router rate: 0 (spans)': {'finetune.router_learning_rate': 0.0},
+    'router rate: 1e-2': {'finetune.router_learning_rate': 1e-2},
     'base weight: dequantized': {'finetune.base_weight': 'dequantized'},
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
