@@ -5,8 +5,8 @@
 
 A study is data, an entry of STUDIES in the config's file: its seeds, its
 groups (tables) and its rows, each a variant of that config. The same command
-again resumes; --seeds=1,2 and --groups=skip-8 do a part, so that parts can run
-side by side.
+again resumes; --seeds=1,2, --groups=skip-8 and --rows=MSFP do a part, so that
+parts can run side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +36,7 @@ _CONFIG = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all runs.')
 _SEEDS = flags.DEFINE_list('seeds', None, 'Only these of the study.')
 _GROUPS = flags.DEFINE_list('groups', None, 'Only these of the study.')
+_ROWS = flags.DEFINE_list('rows', None, 'Only these of every group.')
 
 
 def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
@@ -56,8 +57,9 @@ def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
 
 
 def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
-             workdir: str, groups: Sequence[str] | None = None) -> None:
-  """Runs every row of every (or the given) group for one seed.
+             workdir: str, groups: Sequence[str] | None = None,
+             labels: Sequence[str] | None = None) -> None:
+  """Runs every (or the given) row of every (or the given) group for one seed.
 
   Rows that are done are skipped. Writes `workdir`/<seed>/<group>/<row>.json
   beside the row's own workdir.
@@ -68,6 +70,8 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   rows = []  # (workdir, config) of those to be done
   for group in groups or study['groups']:
     for label, variant in study['groups'][group].items():
+      if labels is not None and label not in labels:
+        continue
       config = get_config(variant)
       config.seed = seed
       folder = pathlib.Path(workdir) / str(seed) / group / label
@@ -157,19 +161,24 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
-        groups: Sequence[str] | None = None) -> str:
+        groups: Sequence[str] | None = None,
+        rows: Sequence[str] | None = None) -> str:
   """Runs a study, or a part of it; returns the table of all that is done.
 
   Raises:
-    ValueError: an unknown study, seed or group.
+    ValueError: an unknown study, seed, group or row.
   """
   get_config, study = load_study(text)
-  for name, part in (('seeds', seeds), ('groups', groups)):
-    if unknown := set(part or ()) - set(study[name]):
+  labels = dict.fromkeys(label for group in study['groups'].values()
+                         for label in group)
+  for name, part, known in (('seeds', seeds, study['seeds']),
+                            ('groups', groups, study['groups']),
+                            ('rows', rows, labels)):
+    if unknown := set(part or ()) - set(known):
       raise ValueError(f'{name} {sorted(unknown)} are not in the study, which '
-                       f'has {list(study[name])}')
+                       f'has {list(known)}')
   for seed in seeds or study['seeds']:
-    run_seed(get_config, study, seed, workdir, groups)
+    run_seed(get_config, study, seed, workdir, groups, rows)
   found = collect(study, study['seeds'], workdir)
   files.write_json(f'{workdir}/table.json', found)
   text = table(found, study['metrics'])
@@ -180,7 +189,7 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
 def main(unused_argv: Sequence[str]) -> None:
   print(cli.guard(lambda: run(
       _CONFIG.value, _WORKDIR.value, _parse_seeds(_SEEDS.value),
-      _GROUPS.value)))
+      _GROUPS.value, _ROWS.value)))
 
 
 def _parse_seeds(texts: Sequence[str] | None) -> list[int] | None:

@@ -118,13 +118,16 @@ def test_the_same_study_again_measures_no_row_twice(tmp_path, text, draws):
 
 
 def test_parts_make_up_the_whole(tmp_path, text, draws):
-  """A seed alone, then a group alone, then the rest."""
+  """A seed alone, then a group, then a row, then the rest."""
   parts = str(tmp_path / 'parts')
   part = study.run(text, parts, [1])
   assert '±' not in part and 'seed 0, fp' not in draws
   draws.clear()
   study.run(text, parts, groups=['two'])
   assert draws == ['seed 0, fp', 'signed']
+  draws.clear()
+  study.run(text, parts, [0], rows=['INT 4'])
+  assert draws == ['seed 0, fp', 'INT 4']
   assert study.run(text, parts) == study.run(text, str(tmp_path / 'whole'))
   assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
 
@@ -149,6 +152,7 @@ def test_rows_of_another_config_are_not_passed_off(
 @pytest.mark.parametrize('arguments, message', [
     ({'seeds': [3]}, r'seeds \[3\] .* \[0, 1\]'),
     ({'groups': ['two', 'three']}, r"groups \['three'\] .* \['one', 'two'\]"),
+    ({'rows': ['msfp']}, r"rows \['msfp'\] .* \['MSFP', 'INT 4', 'signed'\]"),
 ])
 def test_parts_that_are_not_in_the_study(
     tmp_path, text, draws, arguments, message):
