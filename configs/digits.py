@@ -63,6 +63,7 @@ _CHOICES = {
     'fixed activation ranges': {'finetune.learn_act_ranges': False},
     'fixed weight scales': {'finetune.learn_weight_scales': False},
     'learned biases': {'finetune.learn_biases': True},
+    'banks: 1': {'finetune.num_banks': 1},
     'banks: 4': {'finetune.num_banks': 4},
     'router prior: 0': {'finetune.router_prior': 0.0},
     'router temperature: 4': {'finetune.router_temperature': 4.0},
