@@ -1,0 +1,40 @@
+"""Which metrics agree over the runs of a study: Spearman's rank correlation.
+
+  python -m benchmarks.ranks runs/choices fd_digits
+
+Takes the rows below the folder that were compared with full precision, and
+correlates the metric named with each of the others.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+
+from absl import app
+from scipy import stats
+
+
+def correlations(rows: Sequence[dict[str, float]], metric: str
+                 ) -> dict[str, float]:
+  """{other metric: rank correlation with `metric` over the rows}."""
+  others = [name for name in rows[0] if name != metric
+            and len({row[name] for row in rows}) > 1]
+  values = [row[metric] for row in rows]
+  return {name: float(stats.spearmanr(
+      values, [row[name] for row in rows]).statistic) for name in others}
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) != 3:
+    raise app.UsageError('expected a folder and a metric')
+  _, root, metric = argv
+  rows = [json.loads(path.read_text())
+          for path in sorted(pathlib.Path(root).glob('*/*/*.json'))]
+  rows = [row for row in rows if 'psnr_to_fp' in row]
+  print(f'{len(rows)} runs; rank correlation with {metric}:')
+  for name, value in correlations(rows, metric).items():
+    print(f'  {name:20} {value:+.2f}')
+
+
+if __name__ == '__main__':
+  app.run(main)
