@@ -2,8 +2,9 @@
 
   python -m benchmarks.ranks runs/choices fd_digits
 
-Takes the rows below the folder that were compared with full precision, and
-correlates the metric named with each of the others.
+Takes the rows below the folder that were compared with full precision, of all
+seeds and groups together, and correlates the metric named with each of the
+others.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ def correlations(rows: Sequence[dict[str, float]], metric: str
                  ) -> dict[str, float]:
   """{other metric: rank correlation with `metric` over the rows}."""
   others = [name for name in rows[0] if name != metric
-            and len({row[name] for row in rows}) > 1]
+            and len({row.get(name) for row in rows}) > 1]
   values = [row[metric] for row in rows]
   return {name: float(stats.spearmanr(
       values, [row[name] for row in rows]).statistic) for name in others}
@@ -31,6 +32,10 @@ def main(argv: Sequence[str]) -> None:
   rows = [json.loads(path.read_text())
           for path in sorted(pathlib.Path(root).glob('*/*/*.json'))]
   rows = [row for row in rows if 'psnr_to_fp' in row]
+  known = sorted(set.intersection(*map(set, rows))) if rows else []
+  if metric not in known:
+    raise app.UsageError(
+        f'{len(rows)} rows in {root} have {known}, not {metric!r}')
   print(f'{len(rows)} runs; rank correlation with {metric}:')
   for name, value in correlations(rows, metric).items():
     print(f'  {name:20} {value:+.2f}')

@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError('expected one folder')
   root = pathlib.Path(argv[1])
-  print('| run | layers | one bank | changes | banks, noisy half | other half |')
-  print('|---|---|---|---|---|---|')
+  print('| run | layers | one bank | changes | noisy half | other half |',
+        '|---|---|---|---|---|---|', sep='\n')
   join = lambda shares: ' '.join(f'{share:.2f}' for share in shares)
   for path in sorted(root.rglob('router.json')):
     found = summarize(json.loads(path.read_text()))

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
       'name': 'ddim',
       'num_steps': 20,
       'spacing': 'uniform',
-      'eta': 0.0,
+      'eta': 0.0,  # of DDIM
   })
   config.pretrain = ml_collections.ConfigDict({
       'num_steps': 10_000,
@@ -60,7 +60,6 @@ def get_config() -> ml_collections.ConfigDict:
       'exceptions': 'all-4',
   })
   config.finetune = ml_collections.ConfigDict({
-      'label': '',  # of the row in results.json; empty: 'tuned'
       'num_updates': 1000,  # 0: calibrate only
       'batch_size': 16,
       'num_banks': 2,  # LoRAs a layer; 1: plain LoRA, no router

@@ -89,7 +89,7 @@ STUDIES = {
     },
     'choices': {
         'seeds': (0, 1, 2),
-        'metrics': _METRICS,
+        'metrics': (*_METRICS, 'class_balance'),
         'groups': {'all-4': {label: f'all-4,choice={label}'
                              for label in _CHOICES}},
     },

@@ -130,8 +130,7 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   if name == TUNED:
     check_trained(experiment.config, workdir)
     spec = finetune.calibrated_spec(experiment, workdir)
-    label = experiment.config.finetune.label or TUNED
-    return Row(label, cfg.weight_bits, cfg.act_bits,
+    return Row(name, cfg.weight_bits, cfg.act_bits,
                finetune.fit(experiment, spec, workdir))
   recipe, _, bits = name.partition(':')
   weight_bits, act_bits = (spec_lib.parse_bits(bits) if bits
@@ -232,7 +231,7 @@ def results_head(config: ml_collections.ConfigDict,
       'num_samples': config.eval.num_samples,
       'sampler': config.sampler.name,
       'steps': plan.num_steps,
-      'eta': config.sampler.get('eta', 1.0),
+      'eta': config.sampler.eta,
       'seed': config.seed,
       'features': config.eval.features,
       'exceptions': str(config.quant.exceptions),

@@ -85,13 +85,10 @@ class Experiment:
                 act_bits: int | None = None) -> spec_lib.QuantSpec:
     """The spec of config.quant, with what is given here in its place."""
     cfg = self.config.quant
-    exceptions = cfg.exceptions
-    if not isinstance(exceptions, str):
-      exceptions = dict(exceptions)
     return calibrate(
         self.model, self.params, recipe=recipe or cfg.recipe,
         bits=bits or cfg.weight_bits, act_bits=act_bits or cfg.act_bits,
-        exceptions=exceptions, activations=self.activations)
+        exceptions=cfg.exceptions, activations=self.activations)
 
 
 def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:

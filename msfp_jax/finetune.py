@@ -194,8 +194,9 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   """The whole of train.py: teacher if needed, calibration, fine-tuning.
 
   Running it again resumes. Leaves config.json, quant_spec.json (as
-  calibrated), checkpoints/, metrics.jsonl, tensorboard/ and, of a teacher
-  trained here, pretrain/ in the workdir; `evaluate.run` goes on from there.
+  calibrated), checkpoints/, metrics.jsonl, tensorboard/, router.json where
+  there are banks to choose from and, of a teacher trained here, pretrain/ in
+  the workdir; `evaluate.run` goes on from there.
 
   Args:
     config: an experiment (configs/).

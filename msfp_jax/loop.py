@@ -23,9 +23,9 @@ def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
     if value is not None and not math.isfinite(value):
       where = f', timestep {scalars["t"]:.0f}' if 't' in scalars else ''
       raise DivergedError(
-          f'{name}: {key} is {value} at step {step}{where}; lower the learning '
-          'rate, or look for NaN in the data. Checkpoints from before it are '
-          'kept')
+          f'{name}: {key} is {value} at step {step}{where}; look for NaN in '
+          'the data, or lower the learning rate, in another workdir. '
+          'Checkpoints from before it are kept')
 
 
 def run(
@@ -54,7 +54,8 @@ def run(
     writer: receives the scalars of every step, as `name`/scalar.
     save_every: steps between checkpoints; the last step is always saved.
     log_every: steps whose scalars are fetched at once.
-    on_step: called after each step with (steps done, state).
+    on_step: called after each step with (steps done, state), before its
+      checkpoint; after a crash it may see a step again.
 
   Raises:
     DivergedError: a loss is not finite; names the step and the timestep.
@@ -84,16 +85,20 @@ def run(
     for step in range(start + 1, num_steps + 1):
       state, scalars = step_fn(state)
       pending.append((step, scalars))
-      stopping = checkpointer.stop_requested
-      saving = step % save_every == 0 or step == num_steps or stopping
-      if saving or step % log_every == 0:
+      due = step % save_every == 0 or step == num_steps
+      if due or step % log_every == 0:
         flush()
-      if saving:
+      on_step(step, state)
+      stopping = checkpointer.stop_requested
+      if due or stopping:
+        flush()
         writer.flush()
         checkpointer.save(step, state)
-      on_step(step, state)
-      if stopping and step < num_steps:
-        logging.warning('%s: stopped at step %d of %d; run the same command '
-                        'again to go on', name, step, num_steps)
-        raise checkpoint.Preempted(checkpointer.exit_code)
+      if stopping:
+        break
+    # Also where it came in the last step: what follows must not begin.
+    if checkpointer.stop_requested:
+      logging.warning('%s: stopped at step %d of %d; run the same command '
+                      'again to go on', name, int(state.step), num_steps)
+      raise checkpoint.Preempted(checkpointer.exit_code)
   return state

@@ -66,7 +66,10 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
 
   Raises:
     experiment.WorkdirError: a row was begun with another config.
+    ValueError: a row has another model, data, sampler or evaluation.
   """
+  base = get_config('')
+  base.seed = seed
   rows = []  # (workdir, config) of those to be done
   for group in groups or study['groups']:
     for label, variant in study['groups'][group].items():
@@ -74,16 +77,15 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
         continue
       config = get_config(variant)
       config.seed = seed
+      _check_shared(config, base, label)
       folder = pathlib.Path(workdir) / str(seed) / group / label
       experiment_lib.prepare_workdir(config, str(folder), free=())
       if not _result(folder).is_file():
         rows.append((folder, config))
   if not rows:
     return
-  config = get_config(study.get('base', ''))
-  config.seed = seed
-  experiment = experiment_lib.load(config, workdir)
-  scorer = evaluate.Scorer(experiment.images, config.eval.features)
+  experiment = experiment_lib.load(base, workdir)
+  scorer = evaluate.Scorer(experiment.images, base.eval.features)
   full = evaluate.untuned(experiment, None)
   images = evaluate.draw(experiment, full, f'seed {seed}, fp')
   reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
@@ -100,6 +102,19 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
         scorer, deployed, images, config.quant.weight_bits,
         config.quant.act_bits))
     progress.update(done)
+
+
+def _check_shared(config: ml_collections.ConfigDict,
+                  base: ml_collections.ConfigDict, label: str) -> None:
+  """Rows are measured side by side, so they may differ in two parts only."""
+  free = ('quant', 'finetune', 'eval')
+  odd = sorted(part for part in base
+               if part not in free and config[part] != base[part])
+  odd += sorted(f'eval.{field}' for field in base.eval
+                if field != 'rows' and config.eval[field] != base.eval[field])
+  if odd:
+    raise ValueError(f'row {label!r} differs from the study in {odd}: rows may '
+                     'differ in quant and finetune only')
 
 
 def _result(folder: pathlib.Path) -> pathlib.Path:
@@ -139,13 +154,22 @@ def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
 
 def table(found: dict[str, dict[str, dict[str, list[float]]]],
           metrics: Sequence[str]) -> str:
-  """Markdown, a table per group: mean +- standard deviation over seeds."""
+  """Markdown, a table per group: mean +- standard deviation over seeds.
+
+  Where rows have different numbers of seeds, a column tells how many.
+  """
   lines = []
   for group, rows in found.items():
-    lines += [f'**{group}**', '', '| | ' + ' | '.join(metrics) + ' |',
-              '|---' * (len(metrics) + 1) + '|']
+    seeds = {label: max(map(len, values.values()), default=0)
+             for label, values in rows.items()}
+    uneven = len(set(seeds.values())) > 1
+    heads = [*metrics, *(['seeds'] if uneven else [])]
+    lines += [f'**{group}**', '', '| | ' + ' | '.join(heads) + ' |',
+              '|---' * (len(heads) + 1) + '|']
     for label, values in rows.items():
       cells = [_spread(values.get(metric, [])) for metric in metrics]
+      if uneven:
+        cells.append(str(seeds[label]))
       lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
     lines.append('')
   return '\n'.join(lines)

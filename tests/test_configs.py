@@ -81,6 +81,17 @@ def test_what_a_config_names_exists(module, variant):
       spec.recipe(row.partition(':')[0])
 
 
+@pytest.mark.parametrize('sampler', ['ddim', 'ddpm'])
+@pytest.mark.parametrize('schedule', ['linear', 'scaled_linear', 'cosine'])
+def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
+  """With the other fields as they are, since a config's cannot be removed."""
+  config = common.get_config()
+  config.sampler.name, config.schedule.name = sampler, schedule
+  plan = diffusion.make_plan(
+      diffusion.make_schedule(**config.schedule), **config.sampler)
+  assert plan.num_steps == config.sampler.num_steps
+
+
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)
 def test_the_optimizers_take_the_config(module, variant):
   config = module.get_config(variant)

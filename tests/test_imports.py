@@ -15,19 +15,18 @@ ORDER = [
      'checkpoint'},
     {'writer'},
     {'quantizers', 'losses', 'loop', 'convert', 'metrics', 'report'},
-    {'search', 'kernels', 'pretrain'},
+    {'search', 'pretrain'},
     {'spec'},
     {'calibrate', 'quantize'},
     {'talora'},
     {'student', 'experiment'},
-    {'finetune', 'export'},
+    {'finetune'},
 ]
 # On top of all: they may import each other, and nothing below imports them.
 TOP = {'__init__', 'cli', 'evaluate', 'study'}
 
 QUANTIZATION = {'formats', 'quantizers', 'search', 'spec', 'calibrate',
-                'quantize', 'talora', 'student', 'losses', 'finetune',
-                'kernels', 'export'}
+                'quantize', 'talora', 'student', 'losses', 'finetune'}
 ENTRY_POINTS = {'train', 'eval', 'configs'}
 FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
 

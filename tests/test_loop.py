@@ -124,7 +124,7 @@ def test_an_uninterrupted_run(reference):
 
 
 @pytest.mark.parametrize('crash_step, resumes_at', [
-    (1, 0), (3, 3), (5, 3), (8, 6), (9, 9)])
+    (1, 0), (3, 0), (5, 3), (8, 6), (9, 6)])
 def test_a_crashed_and_resumed_run_is_the_uninterrupted(
     tmp_path, reference, crash_step, resumes_at):
   with pytest.raises(Crash):
@@ -167,8 +167,8 @@ def test_sigterm_saves_and_leaves(tmp_path, reference, caplog):
   with pytest.raises(checkpoint.Preempted) as stop:
     run(tmp_path, save_every=100, on_step=kill_at(4))
   assert stop.value.code == 143
-  assert 'stopped at step 5 of 9' in caplog.text
-  assert steps_on_disk(tmp_path) == [5]
+  assert 'stopped at step 4 of 9' in caplog.text
+  assert steps_on_disk(tmp_path) == [4]
   assert handlers == [
       signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
   assert_same_run(tmp_path, run(tmp_path), reference)
@@ -178,7 +178,7 @@ def test_ctrl_c_saves_and_leaves(tmp_path, reference):
   with pytest.raises(checkpoint.Preempted) as stop:
     run(tmp_path, save_every=100, on_step=kill_at(4, signal.SIGINT))
   assert stop.value.code == 130
-  assert steps_on_disk(tmp_path) == [5]
+  assert steps_on_disk(tmp_path) == [4]
   assert_same_run(tmp_path, run(tmp_path), reference)
 
 
@@ -190,8 +190,11 @@ def test_the_second_sigterm_does_not_wait(tmp_path, reference):
   assert_same_run(tmp_path, run(tmp_path), reference)
 
 
-def test_sigterm_in_the_last_step_finishes(tmp_path, reference):
-  assert_same_run(tmp_path, run(tmp_path, on_step=kill_at(9)), reference)
+def test_sigterm_in_the_last_step_stops_what_would_follow(tmp_path, reference):
+  with pytest.raises(checkpoint.Preempted):
+    run(tmp_path, on_step=kill_at(9))
+  assert steps_on_disk(tmp_path)[-1] == 9
+  assert_same_run(tmp_path, run(tmp_path), reference)
 
 
 def truncate_all(files):

@@ -73,13 +73,6 @@ def test_factors_of_100_uniform_steps_have_the_known_values(
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5.1e-3)
 
 
-@pytest.mark.parametrize('plan', PLANS.values(), ids=PLANS)
-def test_sampler_gamma_is_the_plans_own_factor(plan):
-  np.testing.assert_allclose(
-      losses.denoising_factors(LINEAR, plan, 'sampler'),
-      plan.eps_factor / np.mean(plan.eps_factor), rtol=1e-12)
-
-
 @pytest.mark.parametrize('variant', losses.GAMMAS)
 @pytest.mark.parametrize('plan', PLANS.values(), ids=PLANS)
 def test_gamma_has_mean_1_and_is_not_negative(plan, variant):

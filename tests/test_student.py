@@ -337,7 +337,7 @@ def loss_by_trajectory(setup, updates):
 
 
 def test_the_loss_falls():
-  """By 15 %; this small a net owes most of it to its activations."""
+  """A little: this small a net owes most of it to its activations."""
   loss = loss_by_trajectory(net(), 200)
   assert loss[-10:].mean() < 0.93 * loss[:10].mean()
 

@@ -188,5 +188,19 @@ def test_the_table_by_hand():
   found = {'g': {'a': {'fd': [1.0, 2.0, 6.0], 'bytes': [1234, 1234, 1234]},
                  'b': {'fd': [2.5], 'bytes': []}}}
   assert study.table(found, ('fd', 'bytes')).splitlines() == [
-      '**g**', '', '| | fd | bytes |', '|---|---|---|',
-      '| a | 3.00 ± 2.65 | 1,234 |', '| b | 2.50 |  |']
+      '**g**', '', '| | fd | bytes | seeds |', '|---|---|---|---|',
+      '| a | 3.00 ± 2.65 | 1,234 | 3 |', '| b | 2.50 |  | 1 |']
+
+
+@pytest.mark.parametrize('change, message', [
+    ('config.sampler.num_steps = 3', r"row 'MSFP' .*\['sampler'\]"),
+    ('config.eval.num_samples = 9', r"\['eval.num_samples'\]"),
+])
+def test_rows_share_all_but_how_they_are_quantized(
+    tmp_path, text, draws, change, message):
+  path = pathlib.Path(text.removesuffix(':small'))
+  path.write_text(path.read_text().replace(
+      '  return config', f'  if variant:\n    {change}\n  return config'))
+  with pytest.raises(ValueError, match=message):
+    study.run(text, str(tmp_path / 'work'))
+  assert not draws

@@ -1,5 +1,7 @@
 """Noise schedules and samplers: pure functions, no model of their own."""
 
+import inspect
+
 from msfp_jax.diffusion.ddim import ddim_plan
 from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddpm import ddpm_plan
@@ -17,10 +19,24 @@ __all__ = [
 ]
 
 _PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan}
+# Values of options that change nothing where a sampler does not have them.
+_NEUTRAL = {'eta': 0.0}
 
 
 def make_plan(schedule: NoiseSchedule, name: str, **options) -> SamplerPlan:
-  """The plan of the sampler `name`: 'ddim' or 'ddpm'; options as theirs."""
+  """The plan of the sampler `name`: 'ddim' or 'ddpm'; options as theirs.
+
+  An option that it does not have may be given at the value that changes
+  nothing, as the fields of a config are.
+
+  Raises:
+    ValueError: an unknown sampler, or an option that it does not have.
+  """
   if name not in _PLANS:
     raise ValueError(f'sampler {name!r}: must be one of {sorted(_PLANS)}')
-  return _PLANS[name](schedule, **options)
+  known = inspect.signature(_PLANS[name]).parameters
+  for option, value in options.items():
+    if option not in known and value != _NEUTRAL.get(option):
+      raise ValueError(f'sampler {name!r} has no option {option}={value!r}')
+  return _PLANS[name](
+      schedule, **{o: v for o, v in options.items() if o in known})

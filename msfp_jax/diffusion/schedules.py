@@ -73,10 +73,16 @@ _SCHEDULES = {
 
 
 def make_schedule(name: str, **options) -> NoiseSchedule:
-  """The schedule `name`: 'linear', 'scaled_linear' or 'cosine'."""
+  """The schedule `name`: 'linear', 'scaled_linear' or 'cosine'.
+
+  'cosine' has no betas to choose and ignores `beta_start` and `beta_end`.
+  """
   if name not in _SCHEDULES:
     raise ValueError(
         f'schedule {name!r}: must be one of {sorted(_SCHEDULES)}')
+  if name == 'cosine':
+    options.pop('beta_start', None)
+    options.pop('beta_end', None)
   return _SCHEDULES[name](**options)
 
 

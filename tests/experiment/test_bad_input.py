@@ -78,7 +78,7 @@ def test_a_spec_of_another_model(copy, npz):
   """As after a hand-made copy of a workdir."""
   path = copy / 'quant_spec.json'
   path.write_text(path.read_text().replace('"conv_out"', '"conv_away"'))
-  with pytest.raises(ValueError, match='conv_out.*conv_away|conv_away'):
+  with pytest.raises(ValueError, match='conv_away'):
     evaluate.untuned(
         experiment_lib.load(runs.config_of(npz), str(copy)),
         finetune.calibrated_spec(

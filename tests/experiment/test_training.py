@@ -15,7 +15,7 @@ from msfp_jax import experiment as experiment_lib
 from msfp_jax import finetune
 from msfp_jax import pretrain
 
-# Of design.md, and the exceptions that the rows share.
+# What the rows share.
 HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'seed',
         'features', 'exceptions', 'rows']
 
