@@ -2,9 +2,9 @@
 
   python -m benchmarks.ranks runs/choices fd_digits
 
-Takes the rows below the folder that were compared with full precision, of all
-seeds and groups together, and correlates the metric named with each of the
-others.
+Takes the rows of the study's table.json that were compared with full precision,
+of all seeds and groups together, and correlates the metric named with each of
+the others.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,20 @@ def correlations(rows: Sequence[dict[str, float]], metric: str
       values, [row[name] for row in rows]).statistic) for name in others}
 
 
+def load_rows(path: pathlib.Path) -> list[dict[str, float]]:
+  """The metrics of every run in a table.json (see `study.collect`)."""
+  found = json.loads(path.read_text())
+  return [dict(zip(values, run, strict=True))
+          for group in found.values() for values in group.values()
+          for run in zip(*values.values(), strict=True)]
+
+
 def main(argv: Sequence[str]) -> None:
   if len(argv) != 3:
     raise app.UsageError('expected a folder and a metric')
   _, root, metric = argv
-  rows = [json.loads(path.read_text())
-          for path in sorted(pathlib.Path(root).glob('*/*/*.json'))]
-  rows = [row for row in rows if 'psnr_to_fp' in row]
+  rows = [row for row in load_rows(pathlib.Path(root) / 'table.json')
+          if 'psnr_to_fp' in row]
   known = sorted(set.intersection(*map(set, rows))) if rows else []
   if metric not in known:
     raise app.UsageError(

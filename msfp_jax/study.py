@@ -58,7 +58,7 @@ def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
 
 def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
              workdir: str, groups: Sequence[str] | None = None,
-             labels: Sequence[str] | None = None) -> None:
+             rows: Sequence[str] | None = None) -> None:
   """Runs every (or the given) row of every (or the given) group for one seed.
 
   Rows that are done are skipped. Writes `workdir`/<seed>/<group>/<row>.json
@@ -70,10 +70,10 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   """
   base = get_config('')
   base.seed = seed
-  rows = []  # (workdir, config) of those to be done
+  todo = []  # (workdir, config) of the rows that are not done
   for group in groups or study['groups']:
     for label, variant in study['groups'][group].items():
-      if labels is not None and label not in labels:
+      if rows is not None and label not in rows:
         continue
       config = get_config(variant)
       config.seed = seed
@@ -81,8 +81,8 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
       folder = pathlib.Path(workdir) / str(seed) / group / label
       experiment_lib.prepare_workdir(config, str(folder), free=())
       if not _result(folder).is_file():
-        rows.append((folder, config))
-  if not rows:
+        todo.append((folder, config))
+  if not todo:
     return
   experiment = experiment_lib.load(base, workdir)
   scorer = evaluate.Scorer(experiment.images, base.eval.features)
@@ -90,11 +90,11 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   images = evaluate.draw(experiment, full, f'seed {seed}, fp')
   reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
                        spec_lib.FULL_PRECISION)
-  for group in {folder.parent for folder, _ in rows}:
+  for group in {folder.parent for folder, _ in todo}:
     files.write_json(group / 'fp.json', reference)
   progress = progress_lib.Progress(
-      f'study, seed {seed}', len(rows), every_seconds=0)
-  for done, (folder, config) in enumerate(rows, 1):
+      f'study, seed {seed}', len(todo), every_seconds=0)
+  for done, (folder, config) in enumerate(todo, 1):
     logging.info('seed %d, %s, %s', seed, folder.parent.name, folder.name)
     deployed = _quantized(experiment.variant(config), str(folder))
     images = evaluate.draw(experiment, deployed, folder.name)
