@@ -73,6 +73,21 @@ def test_factors_of_100_uniform_steps_have_the_known_values(
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5.1e-3)
 
 
+@pytest.mark.parametrize('name, eta', [
+    ('uniform', 0.0), ('quad', 0.0), ('eta', 1.0)])
+def test_sampler_gamma_is_the_factor_of_ddims_step(name, eta):
+  plan, expected = PLANS[name], []
+  for i, t in enumerate(plan.timesteps):
+    last = i + 1 == len(plan.timesteps)
+    now, then = bar(t), 1.0 if last else bar(plan.timesteps[i + 1])
+    sigma = eta * np.sqrt((1 - then) / (1 - now) * (1 - now / then))
+    expected.append(np.sqrt(then / now) * np.sqrt(1 - now)
+                    - np.sqrt(1 - then - sigma**2))
+  np.testing.assert_allclose(
+      losses.denoising_factors(LINEAR, plan, 'sampler'),
+      np.array(expected) / np.mean(expected), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize('variant', losses.GAMMAS)
 @pytest.mark.parametrize('plan', PLANS.values(), ids=PLANS)
 def test_gamma_has_mean_1_and_is_not_negative(plan, variant):

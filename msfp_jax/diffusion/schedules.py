@@ -68,7 +68,8 @@ def cosine(num_train_steps: int, offset: float = 0.008,
 _SCHEDULES = {
     'linear': linear,
     'scaled_linear': scaled_linear,
-    'cosine': cosine,
+    'cosine': lambda beta_start=None, beta_end=None, **options: cosine(
+        **options),
 }
 
 
@@ -80,9 +81,6 @@ def make_schedule(name: str, **options) -> NoiseSchedule:
   if name not in _SCHEDULES:
     raise ValueError(
         f'schedule {name!r}: must be one of {sorted(_SCHEDULES)}')
-  if name == 'cosine':
-    options.pop('beta_start', None)
-    options.pop('beta_end', None)
   return _SCHEDULES[name](**options)
 
 
