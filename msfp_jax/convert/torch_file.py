@@ -1,0 +1,235 @@
+"""Reads what torch.save wrote (.ckpt, .pth, .pt, .bin) without torch.
+
+Both containers: the zip of torch >= 1.6 and the older stream of pickles. The
+pickle is read as data (`pickles.py`), and tensors stay in the file until they
+are needed.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import struct
+import sys
+from typing import Any
+import zipfile
+
+import numpy as np
+
+from msfp_jax.convert import pickles
+from msfp_jax.convert.pickles import Global
+from msfp_jax.convert.tensors import BFLOAT16
+from msfp_jax.convert.tensors import LazyTensor
+
+_LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
+_LEGACY_PROTOCOL = 1001
+
+_DTYPES = {
+    'DoubleStorage': np.float64, 'FloatStorage': np.float32,
+    'HalfStorage': np.float16, 'BFloat16Storage': BFLOAT16,
+    'LongStorage': np.int64, 'IntStorage': np.int32,
+    'ShortStorage': np.int16, 'CharStorage': np.int8,
+    'ByteStorage': np.uint8, 'BoolStorage': np.bool_,
+    'ComplexFloatStorage': np.complex64, 'ComplexDoubleStorage': np.complex128,
+}
+
+
+class TorchFileError(ValueError):
+  """The file is no torch checkpoint, or is damaged; names what is wrong."""
+
+
+@dataclasses.dataclass
+class Storage:
+  """A flat array in the file that tensors are views of.
+
+  Attributes:
+    dtype: of its elements.
+    count: how many elements it has.
+    read: (first, number of elements) -> `[number]`, from the file.
+  """
+
+  dtype: np.dtype
+  count: int
+  read: Callable[[int, int], np.ndarray] | None = None
+
+
+def load(path: str | pathlib.Path) -> Any:
+  """The content of a file: nested plain containers with `LazyTensor`s.
+
+  Nothing is imported or run, whatever the file says: an object of any other
+  kind is a `pickles.Opaque`.
+
+  Raises:
+    TorchFileError: not such a file, truncated, or one whose pickle names
+      functions that have no place in a checkpoint.
+  """
+  path = pathlib.Path(path)
+  try:
+    if zipfile.is_zipfile(path):
+      return _load_zip(path)
+    return _load_legacy(path)
+  except (pickles.PickleError, zipfile.BadZipFile, EOFError, struct.error,
+          TorchFileError) as error:
+    raise TorchFileError(f'{path}: {error}') from error
+
+
+def _load_zip(path: pathlib.Path) -> Any:
+  with zipfile.ZipFile(path) as archive:
+    members = {info.filename: info for info in archive.infolist()}
+    roots = [name.removesuffix('data.pkl') for name in members
+             if name.endswith('/data.pkl') and name.count('/') == 1]
+    if len(roots) != 1:
+      raise TorchFileError(
+          'a zip archive, but no checkpoint of torch.save: it holds '
+          f'{len(roots)} files named */data.pkl, not one')
+    root, = roots
+    order = 'little'
+    if f'{root}byteorder' in members:
+      order = archive.read(f'{root}byteorder').decode('ascii', 'replace')
+    swap = order.strip() != sys.byteorder
+
+    def resolve(pid):
+      dtype, key, count = _parse_id(pid)
+      name = f'{root}data/{key}'
+      if name not in members:
+        raise TorchFileError(f'truncated: it lacks the member {name}')
+      size = members[name].file_size
+      if size < count * dtype.itemsize:
+        raise TorchFileError(
+            f'truncated: the member {name} has {size} bytes of the '
+            f'{count * dtype.itemsize} that a tensor needs')
+      return Storage(
+          dtype, count, _zip_reader(path, members[name], dtype, swap))
+
+    with archive.open(f'{root}data.pkl') as file:
+      return pickles.read_pickle(file, _CALLS, resolve)
+
+
+def _zip_reader(path, info, dtype, swap):
+  """Reads parts of a member; those of torch.save are not compressed."""
+  if info.compress_type != zipfile.ZIP_STORED:
+    def read_compressed(first, count):
+      with zipfile.ZipFile(path) as archive:
+        content = archive.read(info)
+      return _from_bytes(content[first * dtype.itemsize:], dtype, count, swap)
+    return read_compressed
+
+  def read(first, count):
+    with open(path, 'rb') as file:
+      # The local header is not the directory's: its extra field pads.
+      file.seek(info.header_offset)
+      header = file.read(30)
+      name, extra = struct.unpack('<HH', header[26:30])
+      file.seek(info.header_offset + 30 + name + extra
+                + first * dtype.itemsize)
+      return _from_bytes(
+          file.read(count * dtype.itemsize), dtype, count, swap)
+  return read
+
+
+def _load_legacy(path: pathlib.Path) -> Any:
+  storages = {}
+
+  def resolve(pid):
+    dtype, key, count = _parse_id(pid)
+    base = storages.setdefault(key, Storage(dtype, count))
+    view = pid[5] if len(pid) > 5 else None
+    if view is None:
+      return base
+    _, start, size = view
+    return Storage(dtype, size, lambda first, number: base.read(
+        start + first, number))
+
+  with open(path, 'rb') as file:
+    head = file.read(2)
+    file.seek(0)
+    # A pickle of protocol 2 or later starts so; anything else is no torch file.
+    if len(head) < 2 or head[0] != 0x80:
+      raise TorchFileError('neither a zip archive nor a stream of pickles')
+    if pickles.read_pickle(file) != _LEGACY_MAGIC:
+      raise TorchFileError("a pickle, but without torch.save's magic number")
+    if (protocol := pickles.read_pickle(file)) != _LEGACY_PROTOCOL:
+      raise TorchFileError(f'torch protocol {protocol!r}, expected '
+                           f'{_LEGACY_PROTOCOL}')
+    system = pickles.read_pickle(file)
+    little = not isinstance(system, dict) or system.get('little_endian', True)
+    swap = (sys.byteorder == 'little') != bool(little)
+    content = pickles.read_pickle(file, _CALLS, resolve)
+    keys = pickles.read_pickle(file)
+    end = path.stat().st_size
+    for key in keys:
+      count = int.from_bytes(file.read(8), 'little' if little else 'big')
+      if key not in storages:
+        raise TorchFileError(f'damaged: a storage {key!r} that no tensor uses')
+      storage, offset = storages[key], file.tell()
+      if offset + storage.count * storage.dtype.itemsize > end:
+        raise TorchFileError(f'truncated: storage {key!r} ends behind the file')
+      if count != storage.count:
+        raise TorchFileError(f'damaged: storage {key!r} has {count} elements, '
+                             f'its tensors expect {storage.count}')
+      storage.read = _legacy_reader(path, offset, storage.dtype, swap)
+      file.seek(offset + count * storage.dtype.itemsize)
+    if missing := sorted(k for k, s in storages.items() if s.read is None):
+      raise TorchFileError(f'truncated: it lacks the storages {missing}')
+    return content
+
+
+def _legacy_reader(path, offset, dtype, swap):
+  def read(first, count):
+    with open(path, 'rb') as file:
+      file.seek(offset + first * dtype.itemsize)
+      return _from_bytes(
+          file.read(count * dtype.itemsize), dtype, count, swap)
+  return read
+
+
+def _from_bytes(content, dtype, count, swap):
+  array = np.frombuffer(content, dtype, count)
+  return array.byteswap() if swap else array
+
+
+def _parse_id(pid: Any) -> tuple[np.dtype, str, int]:
+  """('storage', type, key, location, count, ...) -> dtype, key, count."""
+  if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
+    raise TorchFileError(f'a reference to {pid!r}, which is no storage')
+  _, kind, key, _, count = pid[:5]
+  name = kind.name if isinstance(kind, Global) else repr(kind)
+  if name not in _DTYPES or not str(kind).startswith('torch.'):
+    raise TorchFileError(f'a storage of type {kind}, which is unknown')
+  if not isinstance(count, int) or count < 0:
+    raise TorchFileError(f'a storage of {count!r} elements')
+  return np.dtype(_DTYPES[name]), str(key), count
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *unused) -> LazyTensor:
+  """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+  if not isinstance(storage, Storage):
+    raise TorchFileError(f'a tensor made of {type(storage).__name__}')
+  numbers = (offset, *shape, *strides)
+  if len(shape) != len(strides) or not all(
+      isinstance(n, int) and n >= 0 for n in numbers):
+    raise TorchFileError(f'a tensor of shape {shape}, strides {strides}')
+  count = 0
+  if 0 not in shape:
+    count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+  if offset + count > storage.count:
+    raise TorchFileError(f'a tensor of shape {shape} at {offset} reaches '
+                         f'beyond its storage of {storage.count} elements')
+
+  def read():
+    flat = storage.read(offset, count)
+    return np.lib.stride_tricks.as_strided(
+        flat, shape, [s * storage.dtype.itemsize for s in strides],
+        writeable=False)
+  return LazyTensor(tuple(shape), storage.dtype, read)
+
+
+_CALLS = {
+    Global('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
+    Global('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+    Global('torch._utils', '_rebuild_parameter'):
+        lambda data, *unused: data,
+    Global('torch._utils', '_rebuild_parameter_with_state'):
+        lambda data, *unused: data,
+    Global('torch.nn.parameter', 'Parameter'): lambda data, *unused: data,
+    Global('torch', 'Size'): tuple,
+}
