@@ -18,7 +18,7 @@ import safetensors.numpy
 from msfp_jax import files
 from msfp_jax.models import unet
 
-_FORMAT = 'msfp-jax/model/1'
+FORMAT = 'msfp-jax/model/1'
 _ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 # Checkpoints that ship with the package, by the name users type.
 SHIPPED = {'digits16': _ASSETS / 'digits16.safetensors'}
@@ -52,7 +52,7 @@ def _sorted_header(content: bytes) -> bytes:
 def save_pretrained(path: str | pathlib.Path, config: unet.UNetConfig,
                     params: Any, **about: str) -> None:
   """Writes a model; `about` (command, seed, ...) goes into the header."""
-  metadata = {'format': _FORMAT, 'model': json.dumps(config.to_dict())}
+  metadata = {'format': FORMAT, 'model': json.dumps(config.to_dict())}
   write_safetensors(path, flatten(params), metadata | about)
 
 
@@ -81,9 +81,9 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
       tensors = {key: opened.get_tensor(key) for key in opened.keys()}
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(f'{file} is no safetensors file: {error}') from error
-  if metadata.get('format') != _FORMAT:
+  if metadata.get('format') != FORMAT:
     raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
-                     f'{_FORMAT!r}: it was not written by save_pretrained')
+                     f'{FORMAT!r}: it was not written by save_pretrained')
   try:
     model = unet.UNet(unet.UNetConfig(**json.loads(metadata['model'])))
   except (KeyError, TypeError, ValueError) as error:

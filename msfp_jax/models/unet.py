@@ -1,10 +1,11 @@
-"""The DDPM / DDIM UNet (Ho et al. 2020) as ermongroup/ddim builds it.
+"""The UNet of DDPM (Ho et al. 2020) and of its relatives, by switches.
 
-Module names are the original ones (`down.0.block.1.conv1`), so a parameter's
-path joined with dots is the key of the original state dict. The switches of
-the relatives (latent diffusion, diffusers) are fields of `UNetConfig`.
+Module names are those of ermongroup/ddim (`down.0.block.1.conv1`), so that for
+its models a parameter's path joined with dots is the key of the original state
+dict. What latent diffusion, Stable Diffusion and diffusers do otherwise are
+fields of `UNetConfig`.
 
-This module imports nothing of the package and knows nothing of quantization.
+Models import nothing else of the package and know nothing of quantization.
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from msfp_jax.models import attention
+from msfp_jax.models import blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,10 @@ class UNetConfig:
   time_order: str = 'sin_cos'  # or 'cos_sin'
   time_freq_shift: int = 1  # frequencies 10000^(-k / (half - shift))
   num_classes: int | None = None  # class embedding added to the time's
+  # Width of the context; with one, attention is by spatial transformers.
+  context_dim: int | None = None
+  context_classes: int | None = None  # the context is a class embedding
+  transformer_depth: int = 1  # blocks of a spatial transformer
 
   def __post_init__(self):
     object.__setattr__(self, 'ch_mult', tuple(self.ch_mult))
@@ -63,6 +71,9 @@ class UNetConfig:
         raise ValueError(
             f'ch={self.ch} x ch_mult={mult} is not a multiple of '
             f'norm_groups={self.norm_groups}')
+    if self.context_classes and not self.context_dim:
+      raise ValueError(f'context_classes={self.context_classes} need a '
+                       'context_dim')
     self.check_size(self.image_size)
     for i, mult in enumerate(self.ch_mult):
       attn = self.image_size // 2 ** i in self.attn_resolutions
@@ -122,114 +133,55 @@ def timestep_embedding(t: jax.Array, dim: int, order: str = 'sin_cos',
   return jnp.pad(emb, ((0, 0), (0, dim % 2)))
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
-  """`[B, H, W, C]` -> `[B, 2H, 2W, C]`, every pixel four times."""
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-
-
-def conv3x3(channels: int, name: str, stride: int = 1,
-            padding: tuple[int, int] = (1, 1)) -> nn.Conv:
-  return nn.Conv(channels, (3, 3), (stride, stride), (padding, padding),
-                 name=name)
-
-
-def group_norm(config: UNetConfig, name: str) -> nn.GroupNorm:
-  # The fast variance cancels: an error of 2e-2 where |mean| = 100 std.
-  return nn.GroupNorm(config.norm_groups, epsilon=config.norm_eps,
-                      use_fast_variance=False, name=name)
-
-
-class ResnetBlock(nn.Module):
-  """Norm, SiLU, conv, plus time; norm, SiLU, dropout, conv, plus shortcut."""
-
-  config: UNetConfig
-  channels: int
-  resample: str | None = None  # 'up' or 'down' inside the block
-
-  @nn.compact
-  def __call__(self, x, temb, train: bool):
-    cfg = self.config
-    h = nn.silu(group_norm(cfg, 'norm1')(x))
-    if self.resample == 'down':
-      h, x = (nn.avg_pool(v, (2, 2), (2, 2)) for v in (h, x))
-    elif self.resample == 'up':
-      h, x = upsample_nearest(h), upsample_nearest(x)
-    h = conv3x3(self.channels, 'conv1')(h)
-    scale_shift = cfg.time_injection == 'scale_shift'
-    temb = nn.Dense(self.channels * (2 if scale_shift else 1),
-                    name='temb_proj')(nn.silu(temb))[:, None, None, :]
-    if scale_shift:
-      scale, shift = jnp.split(temb, 2, axis=-1)
-      h = group_norm(cfg, 'norm2')(h) * (1 + scale) + shift
-    else:
-      h = group_norm(cfg, 'norm2')(h + temb)
-    h = nn.Dropout(cfg.dropout, deterministic=not train)(nn.silu(h))
-    h = conv3x3(self.channels, 'conv2')(h)
-    if x.shape[-1] != self.channels:
-      x = nn.Conv(self.channels, (1, 1), name='nin_shortcut')(x)
-    return x + h
-
-
-class AttnBlock(nn.Module):
-  """Self-attention over the pixels, with a residual connection."""
-
-  config: UNetConfig
-
-  @nn.compact
-  def __call__(self, x):
-    cfg = self.config
-    b, height, width, c = x.shape
-    h = group_norm(cfg, 'norm')(x)
-    h = h.reshape(b, height * width, c)
-    heads = cfg.heads(c)
-    q, k, v = (nn.Dense(c, name=name)(h).reshape(b, -1, heads, c // heads)
-               for name in ('q', 'k', 'v'))
-    h = jax.nn.dot_product_attention(q, k, v)
-    h = nn.Dense(c, name='proj_out')(h.reshape(b, height * width, c))
-    return x + h.reshape(x.shape)
-
-
 class UNet(nn.Module):
   """Predicts the noise in `x`.
 
   Call with x `[B, H, W, in_channels]` float32 (H and W multiples of
-  `config.stride`), t `[B]` (timesteps, int or float), and, where
-  `num_classes` is set, labels `[B]` int. Returns float32
+  `config.stride`) and t `[B]` (timesteps, int or float). Class-conditional
+  models (`num_classes`, `context_classes`) take labels `[B]` int; with a
+  `context_dim` alone, context `[B, N, context_dim]`. Returns float32
   `[B, H, W, out_channels]`. With `train=True` dropout needs a 'dropout' rng.
+
+  Raises ValueError where labels or context are missing or not wanted.
   """
 
   config: UNetConfig
 
   @nn.compact
-  def __call__(self, x, t, labels=None, train: bool = False):
+  def __call__(self, x, t, labels=None, context=None, *, train: bool = False):
     cfg = self.config
     cfg.check_size(*x.shape[1:3])
+    self._check_condition(labels, context)
     temb = self._embed(t, labels)
+    if cfg.context_classes:
+      context = nn.Embed(cfg.context_classes, cfg.context_dim,
+                         name='context_emb')(labels)[:, None]
     block = lambda channels, name, resample=None: (
-        lambda h: ResnetBlock(cfg, channels, resample, name=name)(
-            h, temb, train))
-    attn = lambda name: AttnBlock(cfg, name=name)
+        lambda h: blocks.ResnetBlock(
+            channels, self._norm, cfg.dropout, cfg.time_injection, resample,
+            name=name)(h, temb, train))
+    attend = lambda name: lambda h: self._attention(h, context, name)
     levels = len(cfg.ch_mult)
     resolutions = [cfg.image_size // 2 ** i for i in range(levels)]
 
-    h = conv3x3(cfg.ch, 'conv_in')(x)
+    h = blocks.conv3x3(cfg.ch, 'conv_in')(x)
     skips = [h]
     for i, mult in enumerate(cfg.ch_mult):
       for j in range(cfg.num_res_blocks):
         h = block(cfg.ch * mult, f'down.{i}.block.{j}')(h)
         if resolutions[i] in cfg.attn_resolutions:
-          h = attn(f'down.{i}.attn.{j}')(h)
+          h = attend(f'down.{i}.attn.{j}')(h)
         skips.append(h)
       if i < levels - 1:
         if cfg.resample == 'conv':
-          h = conv3x3(h.shape[-1], f'down.{i}.downsample.conv', 2,
-                      cfg.downsample_padding)(h)
+          h = blocks.conv3x3(h.shape[-1], f'down.{i}.downsample.conv', 2,
+                             cfg.downsample_padding)(h)
         else:
           h = block(h.shape[-1], f'down.{i}.downsample', 'down')(h)
         skips.append(h)
 
     h = block(h.shape[-1], 'mid.block_1')(h)
-    h = attn('mid.attn_1')(h)
+    h = attend('mid.attn_1')(h)
     h = block(h.shape[-1], 'mid.block_2')(h)
 
     for i, mult in reversed(list(enumerate(cfg.ch_mult))):
@@ -237,16 +189,38 @@ class UNet(nn.Module):
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = block(cfg.ch * mult, f'up.{i}.block.{j}')(h)
         if resolutions[i] in cfg.attn_resolutions:
-          h = attn(f'up.{i}.attn.{j}')(h)
+          h = attend(f'up.{i}.attn.{j}')(h)
       if i > 0:
         if cfg.resample == 'conv':
-          h = conv3x3(h.shape[-1], f'up.{i}.upsample.conv')(
-              upsample_nearest(h))
+          h = blocks.conv3x3(h.shape[-1], f'up.{i}.upsample.conv')(
+              blocks.upsample_nearest(h))
         else:
           h = block(h.shape[-1], f'up.{i}.upsample', 'up')(h)
 
-    h = group_norm(cfg, 'norm_out')(h)
-    return conv3x3(cfg.out_channels, 'conv_out')(nn.silu(h))
+    h = nn.silu(self._norm('norm_out')(h))
+    return blocks.conv3x3(cfg.out_channels, 'conv_out')(h)
+
+  @property
+  def _norm(self):
+    return blocks.group_norm(self.config.norm_groups, self.config.norm_eps)
+
+  def _attention(self, h, context, name):
+    heads = self.config.heads(h.shape[-1])
+    if self.config.context_dim is None:
+      return blocks.AttnBlock(heads, self._norm, name=name)(h)
+    return attention.SpatialTransformer(
+        heads, self.config.transformer_depth, self.config.norm_groups,
+        name=name)(h, context)
+
+  def _check_condition(self, labels, context):
+    cfg = self.config
+    by_class = bool(cfg.num_classes or cfg.context_classes)
+    by_context = bool(cfg.context_dim and not cfg.context_classes)
+    for name, given, wanted in (('labels', labels, by_class),
+                                ('context', context, by_context)):
+      if (given is not None) != wanted:
+        raise ValueError(f'this UNet {"needs" if wanted else "takes no"} '
+                         f'{name}')
 
   def _embed(self, t, labels):
     """Time (and class) embedding `[B, 4 ch]`, without a last activation."""

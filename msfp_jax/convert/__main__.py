@@ -1,0 +1,38 @@
+"""Converts a checkpoint of another code base into ours.
+
+  python -m msfp_jax.convert SRC DST.safetensors [--config=FILE] [--noema]
+"""
+
+from collections.abc import Sequence
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from msfp_jax import cli
+from msfp_jax.convert import load
+from msfp_jax.convert import native
+
+_CONFIG = flags.DEFINE_string(
+    'config', None, 'config.json or CompVis yaml that describes the model.')
+_EMA = flags.DEFINE_bool(
+    'ema', True, 'Take the moving average where the file has one.')
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) != 3:
+    raise app.UsageError('expected SRC and DST, got '
+                         f'{len(argv) - 1} arguments')
+  _, source, target = argv
+  cli.guard(lambda: convert(source, target))
+
+
+def convert(source: str, target: str) -> None:
+  """Loads SRC, strictly, and writes DST, whole or not at all."""
+  model, params = load.load_pretrained(source, _CONFIG.value, _EMA.value)
+  native.save_pretrained(target, model.config, params, source=source)
+  logging.info('wrote %s', target)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,225 @@
+"""CompVis latent diffusion and Stable Diffusion: openaimodel.UNetModel.
+
+A Lightning file holds the trained UNet (`model.diffusion_model.*`), its moving
+average under names without dots (`model_ema.*`), the first stage and the
+condition's embedder.
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from absl import logging
+
+from msfp_jax.convert import naming
+from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models.unet import UNetConfig
+
+_LANDMARK = 'input_blocks.0.0.weight'
+_RAW = 'model.diffusion_model.'
+_EMA = 'model_ema.'
+# cin256-v2's embedder of the class, kept with the UNet.
+_CLASS_EMBEDDER = 'cond_stage_model.embedding.weight'
+
+_RESBLOCK = (
+    (r'in_layers\.0', 'norm1'), (r'in_layers\.2', 'conv1'),
+    (r'emb_layers\.1', 'temb_proj'), (r'out_layers\.0', 'norm2'),
+    (r'out_layers\.3', 'conv2'), (r'skip_connection', 'nin_shortcut'))
+_ATTENTION = (
+    (r'(norm|q|k|v|proj_in|proj_out)', r'\1'),
+    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_([qkv])',
+     r'transformer.\1.\2.\3'),
+    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_out\.0',
+     r'transformer.\1.\2.proj_out'),
+    (r'transformer_blocks\.(\d+)\.(norm[123])', r'transformer.\1.\2'),
+    (r'transformer_blocks\.(\d+)\.ff\.net\.0\.proj', r'transformer.\1.ff.proj'),
+    (r'transformer_blocks\.(\d+)\.ff\.net\.2', r'transformer.\1.ff.out'))
+_ROOT = (
+    (r'time_embed\.0', 'temb.dense.0'), (r'time_embed\.2', 'temb.dense.1'),
+    (r'label_emb', 'label_emb'), (r'context_emb', 'context_emb'),
+    (r'input_blocks\.0\.0', 'conv_in'),
+    (r'out\.0', 'norm_out'), (r'out\.2', 'conv_out'))
+
+
+def detect(tensors: Mapping[str, LazyTensor]) -> bool:
+  return any(name.endswith(_LANDMARK) for name in tensors)
+
+
+def select(tensors: Mapping[str, LazyTensor], ema: bool
+           ) -> dict[str, LazyTensor]:
+  """The UNet's tensors, and a class embedder as `context_emb.weight`."""
+  root = next(name.removesuffix(_LANDMARK) for name in tensors
+              if name.endswith(_LANDMARK))
+  found = naming.below(tensors, root)
+  averaged = naming.below(tensors, root.removesuffix(_RAW) + _EMA)
+  if averaged and ema:
+    found = _averaged(found, averaged)
+  elif ema:
+    logging.info('the checkpoint has no moving average; took the weights')
+  embedder = root.removesuffix(_RAW) + _CLASS_EMBEDDER
+  if embedder in tensors:
+    found['context_emb.weight'] = tensors[embedder]
+  return found
+
+
+def _averaged(raw, averaged):
+  """The moving averages under the names of the weights they belong to."""
+  dotless = {f'diffusion_model{name.replace(".", "")}': name for name in raw}
+  unknown = [name for name in averaged
+             if name not in dotless and name.startswith('diffusion_model')]
+  absent = [name for flat, name in dotless.items() if flat not in averaged]
+  if unknown or absent:
+    raise ValueError(
+        'the moving average does not fit the weights: it has '
+        f'{sorted(unknown)} beside them, and lacks {sorted(absent)}; '
+        'ema=False takes the weights')
+  return {name: averaged[flat] for flat, name in dotless.items()}
+
+
+def config(tensors: Mapping[str, LazyTensor],
+           given: Mapping[str, Any] | None) -> UNetConfig:
+  """From shapes; what they do not tell, from the yaml or by assumption."""
+  ch = tensors['time_embed.0.weight'].shape[1]
+  blocks = naming.indices(tensors, r'input_blocks\.(\d+)\.')
+  levels = 1 + sum(_is_upsample(tensors, n) for n in blocks)
+  res = len(blocks) // levels - 1
+  resblock = not any(re.fullmatch(r'output_blocks\.\d+\.\d\.conv\.weight', name)
+                     for name in tensors)
+  out = [tensors[f'input_blocks.{1 + i * (res + 1)}.0.out_layers.3.weight']
+         .shape[0] for i in range(levels)]
+  attended = [i for i in range(levels)
+              if f'input_blocks.{1 + i * (res + 1)}.1.norm.weight' in tensors]
+  projection = tensors['input_blocks.1.0.emb_layers.1.weight'].shape[0]
+  context = next((tensor.shape[1] for name, tensor in tensors.items()
+                  if name.endswith('attn2.to_k.weight')), None)
+  embedder = tensors.get('context_emb.weight')
+  labels = tensors.get('label_emb.weight')
+  fields = _given(given) | {
+      'in_channels': tensors['input_blocks.0.0.weight'].shape[1],
+      'out_channels': tensors['out.2.weight'].shape[0],
+      'ch': ch, 'ch_mult': tuple(c // ch for c in out), 'num_res_blocks': res,
+      'resample': 'resblock' if levels > 1 and resblock else 'conv',
+      'time_injection': 'scale_shift' if projection == 2 * out[0] else 'add',
+      'context_dim': context,
+      'context_classes': None if embedder is None else embedder.shape[0],
+      'num_classes': None if labels is None else labels.shape[0],
+      'transformer_depth': 1 + max(naming.indices(
+          tensors, r'middle_block\.1\.transformer_blocks\.(\d+)'), default=0),
+  }
+  if 'image_size' not in fields:
+    fields |= _assumed(fields)
+  side = fields['image_size']
+  return UNetConfig(
+      dropout=0.0, norm_eps=1e-5, downsample_padding=(1, 1),
+      time_order='cos_sin', time_freq_shift=0,
+      attn_resolutions=tuple(side >> i for i in attended), **fields)
+
+
+def _is_upsample(tensors, n):
+  """Whether output block n ends with an up-sampling, of either kind."""
+  return any(re.match(rf'output_blocks\.{n}\.([12]\.conv|[12]\.in_layers)\.',
+                      name) for name in tensors)
+
+
+def _given(config):
+  """The fields of a CompVis yaml that shapes do not tell."""
+  if not config:
+    return {}
+  try:
+    params = config['model']['params']['unet_config']['params']
+  except (KeyError, TypeError):
+    raise ValueError('the configuration has no model.params.unet_config.params '
+                     'as those of CompVis do') from None
+  found = {'image_size': params['image_size']}
+  if (heads := params.get('num_heads', -1)) != -1:
+    found['num_heads'] = heads
+  if (width := params.get('num_head_channels', -1)) != -1:
+    found['head_channels'] = width
+    found.pop('num_heads', None)
+  return found
+
+
+def _assumed(fields):
+  """Sides and heads of the published models, told by their shapes."""
+  if fields['context_dim']:
+    heads = {768: {'num_heads': 8}, 1024: {'head_channels': 64}}.get(
+        fields['context_dim'], {'num_heads': 1})
+    side = 64
+  elif fields['resample'] == 'resblock':
+    heads, side = {'num_heads': 8}, 32
+  else:
+    heads, side = {'head_channels': 32}, 64
+  logging.warning(
+      'shapes do not tell the attention heads: took %s and latents of side %d, '
+      'as the published models of this form have; pass the yaml as config if '
+      'yours differs', heads, side)
+  return heads | {'image_size': side}
+
+
+def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
+           ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+  """Our names, with fused projections split by head."""
+  return naming.rename(_split_qkv(tensors, config),
+                       lambda module: _module(module, config))
+
+
+def _module(module: str, config: UNetConfig) -> str | None:
+  if (ours := naming.rename_module(module, _ROOT)) is not None:
+    return ours
+  if match := re.fullmatch(r'middle_block\.([012])\.(.+)', module):
+    place, rules = {
+        '0': ('mid.block_1', _RESBLOCK), '1': ('mid.attn_1', _ATTENTION),
+        '2': ('mid.block_2', _RESBLOCK)}[match[1]]
+    return _inside(place, match[2], rules)
+  match = re.fullmatch(r'(input|output)_blocks\.(\d+)\.(\d)\.(.+)', module)
+  if not match:
+    return None
+  side, n, k, rest = match[1], int(match[2]), int(match[3]), match[4]
+  per_level = config.num_res_blocks + 1
+  is_block = naming.rename_module(rest, _RESBLOCK) is not None
+  if side == 'input':
+    level, j = divmod(n - 1, per_level)
+    if j == config.num_res_blocks:
+      if rest == 'op':
+        return f'down.{level}.downsample.conv'
+      return _inside(f'down.{level}.downsample', rest, _RESBLOCK)
+    place = f'down.{level}'
+  else:
+    level, j = divmod(n, per_level)
+    level = len(config.ch_mult) - 1 - level
+    place = f'up.{level}'
+    if rest == 'conv':
+      return f'{place}.upsample.conv'
+    if k and is_block:
+      return _inside(f'{place}.upsample', rest, _RESBLOCK)
+  if is_block:
+    return _inside(f'{place}.block.{j}', rest, _RESBLOCK)
+  return _inside(f'{place}.attn.{j}', rest, _ATTENTION)
+
+
+def _inside(place, rest, rules):
+  ours = naming.rename_module(rest, rules)
+  return None if ours is None else f'{place}.{ours}'
+
+
+def _split_qkv(tensors, config):
+  """Fused qkv -> q, k, v: their rows are [head][q, k, v][width of a head]."""
+  found = {}
+  for name, tensor in tensors.items():
+    match = re.fullmatch(r'(.+)\.qkv\.(weight|bias)', name)
+    channels, rest = divmod(tensor.shape[0] if tensor.shape else 0, 3)
+    if not match or rest:
+      found[name] = tensor
+      continue
+    for i, part in enumerate('qkv'):
+      found[f'{match[1]}.{part}.{match[2]}'] = LazyTensor(
+          (channels, *tensor.shape[1:]), tensor.dtype,
+          _part_reader(tensor, config.heads(channels), i))
+  return found
+
+
+def _part_reader(tensor, heads, part):
+  def read():
+    rows = tensor.read().reshape(heads, 3, -1, *tensor.shape[1:])
+    return rows[:, part].reshape(-1, *tensor.shape[1:])
+  return read

@@ -1,0 +1,60 @@
+"""Names of other code bases -> ours: rules that match a whole name."""
+
+from collections.abc import Callable, Mapping, Sequence
+import re
+
+from msfp_jax.convert.tensors import LazyTensor
+
+# A pattern of a whole module name, and what it becomes (as re.sub's).
+Rule = tuple[str, str]
+
+
+def rename_module(module: str, rules: Sequence[Rule]) -> str | None:
+  """The first rule's result that matches the whole name; None without."""
+  for pattern, replacement in rules:
+    match = re.fullmatch(pattern, module)
+    if match:
+      return match.expand(replacement)
+  return None
+
+
+def rename(tensors: Mapping[str, LazyTensor],
+           module_of: Callable[[str], str | None]
+           ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+  """Renames tensors by their module.
+
+  Args:
+    tensors: {module.weight or module.bias: tensor}.
+    module_of: our module for a foreign one, or None.
+
+  Returns:
+    {our name: tensor}, and the names for which there is no rule.
+
+  Raises:
+    ValueError: two tensors get one name.
+  """
+  found, came_from, leftover = {}, {}, []
+  for name, tensor in tensors.items():
+    module, _, leaf = name.rpartition('.')
+    ours = module_of(module)
+    if ours is None or leaf not in ('weight', 'bias'):
+      leftover.append(name)
+      continue
+    new = f'{ours}.{leaf}'
+    if new in found:
+      raise ValueError(f'{name} and {came_from[new]} are both {new}')
+    found[new], came_from[new] = tensor, name
+  return found, tuple(leftover)
+
+
+def below(tensors: Mapping[str, LazyTensor], prefix: str
+          ) -> dict[str, LazyTensor]:
+  """The tensors whose names begin with a prefix, without it."""
+  return {name.removeprefix(prefix): tensor
+          for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def indices(tensors: Mapping[str, LazyTensor], pattern: str) -> list[int]:
+  """The distinct numbers in a pattern's group, ascending, over all names."""
+  matches = (re.match(pattern, name) for name in tensors)
+  return sorted({int(match[1]) for match in matches if match})

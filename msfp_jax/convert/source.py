@@ -1,0 +1,168 @@
+"""A checkpoint's tensors and configuration, wherever and however it lies."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import yaml
+
+from msfp_jax.convert import tensors as tensors_lib
+from msfp_jax.convert import torch_file
+from msfp_jax.convert.tensors import LazyTensor
+
+_TORCH_SUFFIXES = ('.ckpt', '.pth', '.pt', '.bin')
+# The file names of diffusers and of its sharded form, best first.
+_WEIGHTS = (
+    'diffusion_pytorch_model.safetensors',
+    'diffusion_pytorch_model.safetensors.index.json',
+    'diffusion_pytorch_model.fp16.safetensors',
+    'diffusion_pytorch_model.bin', 'diffusion_pytorch_model.bin.index.json',
+    'model.safetensors')
+_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+           'BF16': tensors_lib.BFLOAT16, 'I64': np.int64, 'I32': np.int32,
+           'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """An opened checkpoint.
+
+  Attributes:
+    path: of the file or folder, for messages.
+    tensors: {dotted name: tensor}, still in the file.
+    metadata: of a safetensors file's header.
+    config: diffusers' config.json or CompVis' yaml; None where there is none.
+  """
+
+  path: pathlib.Path
+  tensors: Mapping[str, LazyTensor]
+  metadata: Mapping[str, str]
+  config: Mapping[str, Any] | None
+
+
+def open_source(path: str | pathlib.Path,
+                config: str | pathlib.Path | None = None,
+                parts: tuple[str, ...] = ()) -> Source:
+  """Opens a checkpoint without reading its tensors.
+
+  Args:
+    path: a .safetensors, a file of torch.save, or a folder as diffusers
+      writes it.
+    config: a config.json or a CompVis yaml that describes the model; by
+      default the config.json beside the weights.
+    parts: names of the sub-folders of a pipeline that are wanted.
+
+  Raises:
+    FileNotFoundError: no such file or folder, or one without weights.
+    ValueError: the file is damaged, or of no known kind.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir():
+    path = _weights_in(path, parts)
+  elif not path.is_file():
+    raise FileNotFoundError(f'no checkpoint at {path}')
+  if config is None and (path.parent / 'config.json').is_file():
+    config = path.parent / 'config.json'
+  tensors, metadata = _read(path)
+  return Source(path, tensors, metadata,
+                None if config is None else read_config(config))
+
+
+def _weights_in(folder: pathlib.Path, parts: tuple[str, ...]) -> pathlib.Path:
+  """The file with the weights in a folder of diffusers."""
+  folders = [folder / part for part in parts] + [folder]
+  for place in folders:
+    for name in _WEIGHTS:
+      if (place / name).is_file():
+        return place / name
+  raise FileNotFoundError(
+      f'no weights in {folder}: none of its folders {list(parts)} and not '
+      f'itself has one of {list(_WEIGHTS)}')
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+  if path.name.endswith('.index.json'):
+    return _read_shards(path), {}
+  if path.suffix == '.safetensors':
+    return read_safetensors(path)
+  if path.suffix in _TORCH_SUFFIXES or _looks_like_torch(path):
+    return tensors_lib.flatten(torch_file.load(path)), {}
+  raise ValueError(f'{path}: expected a .safetensors file, one of torch.save '
+                   f'({", ".join(_TORCH_SUFFIXES)}), or a folder')
+
+
+def _looks_like_torch(path: pathlib.Path) -> bool:
+  """ermongroup's files have no suffix (ema_cifar10)."""
+  with open(path, 'rb') as file:
+    head = file.read(4)
+  return head == b'PK\x03\x04' or head[:1] == b'\x80'
+
+
+def read_safetensors(path: pathlib.Path
+                     ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+  """({name: tensor}, metadata) of one file.
+
+  Raises:
+    ValueError: it is no safetensors file, or a damaged one.
+  """
+  try:
+    with safetensors.safe_open(path, 'np') as opened:
+      found = {}
+      for name in opened.keys():
+        part = opened.get_slice(name)
+        kind = part.get_dtype()
+        if kind not in _DTYPES:
+          raise ValueError(f'{path}: {name} has type {kind}; convert it to '
+                           'float32, float16 or bfloat16 first')
+        found[name] = LazyTensor(
+            tuple(part.get_shape()), np.dtype(_DTYPES[kind]),
+            _safetensors_reader(path, name))
+      return found, opened.metadata() or {}
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ValueError(f'{path} is no safetensors file: {error}') from error
+
+
+def _safetensors_reader(path, name):
+  def read():
+    with safetensors.safe_open(path, 'np') as opened:
+      return opened.get_tensor(name)
+  return read
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
+  """The files that an index.json lists, as one."""
+  try:
+    places = json.loads(index.read_text())['weight_map']
+    files = sorted(set(places.values()))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{index} is no index of shards: {error!r}') from error
+  if absent := [f for f in files if not (index.parent / f).is_file()]:
+    raise FileNotFoundError(f'{index} names files that are absent: {absent}')
+  found = {}
+  for file in files:
+    found |= _read(index.parent / file)[0]
+  if odd := sorted(found.keys() ^ places.keys()):
+    raise ValueError(f'{index} and its files disagree about {odd}')
+  return found
+
+
+def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+  """A config.json, or a yaml without any of its tags resolved.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  path = pathlib.Path(path)
+  try:
+    text = path.read_text()
+    content = (json.loads(text) if path.suffix == '.json'
+               else yaml.safe_load(text))
+  except (ValueError, yaml.YAMLError) as error:
+    raise ValueError(f'{path} is no configuration: {error}') from error
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} is no configuration: it holds no fields')
+  return content

@@ -1,0 +1,110 @@
+"""Attention over pixels and over a context, in bounded memory."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Scores of one head held at once: 32 MB in float32. Up to here all of them,
+# beyond it as many queries at a time as fit.
+_SCORES_AT_ONCE = 2**23
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(D)) v.
+
+  Where the scores are many, queries are taken in pieces, so that they are
+  never all in memory: at 64 x 64 pixels they would be 64 MB a head and image.
+
+  Args:
+    q: `[B, N, heads, D]`.
+    k: `[B, M, heads, D]`.
+    v: like k.
+
+  Returns:
+    Like q.
+  """
+  count, keys = q.shape[1], k.shape[1]
+  piece = max(_SCORES_AT_ONCE // keys, 1)
+  if count <= piece:
+    return jax.nn.dot_product_attention(q, k, v)
+  pieces = -(-count // piece)
+  piece = -(-count // pieces)  # even pieces: the least padding
+  padded = jnp.pad(q, ((0, 0), (0, pieces * piece - count), (0, 0), (0, 0)))
+  split = padded.reshape(q.shape[0], pieces, piece, *q.shape[2:])
+  out = jax.lax.map(lambda part: jax.nn.dot_product_attention(part, k, v),
+                    jnp.moveaxis(split, 1, 0))
+  return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :count]
+
+
+class Attention(nn.Module):
+  """Multi-head attention from x `[B, N, C]` to a context, or to x itself.
+
+  Attributes:
+    heads: number of heads; C is a multiple of it.
+    qkv_bias: whether the projections of q, k and v have a bias.
+  """
+
+  heads: int
+  qkv_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: jax.Array | None = None
+               ) -> jax.Array:
+    c = x.shape[-1]
+    context = x if context is None else context
+    q, k, v = (
+        nn.Dense(c, self.qkv_bias, name=name)(source).reshape(
+            *source.shape[:2], self.heads, c // self.heads)
+        for name, source in (('q', x), ('k', context), ('v', context)))
+    h = attend(q, k, v).reshape(x.shape)
+    return nn.Dense(c, name='proj_out')(h)
+
+
+class FeedForward(nn.Module):
+  """GEGLU: half of a fourfold widening gates the other half."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = x.shape[-1]
+    value, gate = jnp.split(nn.Dense(8 * c, name='proj')(x), 2, axis=-1)
+    return nn.Dense(c, name='out')(value * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nn.Module):
+  """Attention to itself, to the context, feed-forward; each with its norm."""
+
+  heads: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: jax.Array | None) -> jax.Array:
+    norm = lambda name: nn.LayerNorm(
+        epsilon=1e-5, use_fast_variance=False, name=name)
+    attention = lambda name: Attention(self.heads, qkv_bias=False, name=name)
+    x = x + attention('attn1')(norm('norm1')(x))
+    x = x + attention('attn2')(norm('norm2')(x), context)
+    return x + FeedForward(name='ff')(norm('norm3')(x))
+
+
+class SpatialTransformer(nn.Module):
+  """Transformer blocks over the pixels of an image (Rombach et al. 2022).
+
+  Attributes:
+    heads: of every attention.
+    depth: number of blocks.
+    groups: of the group normalization, whose epsilon is 1e-6 even where the
+      rest of the UNet has 1e-5.
+  """
+
+  heads: int
+  depth: int = 1
+  groups: int = 32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: jax.Array | None) -> jax.Array:
+    c = x.shape[-1]
+    h = nn.GroupNorm(self.groups, epsilon=1e-6, use_fast_variance=False,
+                     name='norm')(x)
+    h = nn.Dense(c, name='proj_in')(h.reshape(x.shape[0], -1, c))
+    for i in range(self.depth):
+      h = TransformerBlock(self.heads, name=f'transformer.{i}')(h, context)
+    return x + nn.Dense(c, name='proj_out')(h).reshape(x.shape)
