@@ -5,6 +5,7 @@ Written apart from `msfp_jax.convert`, which it helps to check.
 
 import json
 from pathlib import Path
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
 GOLDEN = Path(__file__).parent / 'golden'
+EMBEDDINGS = ('label_emb.weight', 'context_emb.weight', 'quantize.weight')
 
 # Cases of tests/make_golden.py, small enough to keep their weights in git.
 TINY = UNetConfig(
@@ -30,11 +32,15 @@ TINY_RELATIVE = UNetConfig(
 def abstract_params(config: UNetConfig):
   """The parameter tree's shapes, at no cost."""
   side = config.image_size
-  labels = None if config.num_classes is None else jnp.zeros(1, jnp.int32)
+  labels = context = None
+  if config.num_classes is not None or config.context_classes is not None:
+    labels = jnp.zeros(1, jnp.int32)
+  elif config.context_dim is not None:
+    context = jnp.zeros((1, 2, config.context_dim))
   return jax.eval_shape(
       UNet(config).init, jax.random.key(0),
       jnp.zeros((1, side, side, config.in_channels)), jnp.zeros(1),
-      labels)['params']
+      labels, context)['params']
 
 
 def dotted(path) -> str:
@@ -53,7 +59,11 @@ def flat_params(params) -> dict:
 
 def from_state_dict(config: UNetConfig, state: dict[str, np.ndarray]):
   """Our parameters from PyTorch's; strict in names and shapes."""
-  params = abstract_params(config)
+  return restore(abstract_params(config), state)
+
+
+def restore(params, state: dict[str, np.ndarray]):
+  """As `from_state_dict`, for the shapes of any model's parameters."""
   missing = flat_params(params).keys() ^ state.keys()
   assert not missing, f'on one side only: {sorted(missing)}'
 
@@ -72,13 +82,21 @@ def from_state_dict(config: UNetConfig, state: dict[str, np.ndarray]):
 
 def state_dict_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of the PyTorch state dict, attention as 1x1 convolutions."""
+  return shapes_of(abstract_params(config))
+
+
+def shapes_of(params) -> dict[str, tuple[int, ...]]:
+  """As `state_dict_shapes`, of any model's parameters."""
   shapes = {}
-  for name, leaf in flat_params(abstract_params(config)).items():
+  for name, leaf in flat_params(params).items():
     shape = leaf.shape
     if len(shape) == 4:
       shape = (shape[3], shape[2], *shape[:2])
-    elif len(shape) == 2 and name != 'label_emb.weight':
-      shape = shape[::-1] + (1, 1) * ('attn' in name)
+    elif len(shape) == 2 and name not in EMBEDDINGS:
+      # In a spatial transformer only the projections around it can be.
+      pointwise = re.fullmatch(
+          r'.*attn[._]\d+\.(q|k|v|proj_in|proj_out)\.weight', name)
+      shape = shape[::-1] + (1, 1) * bool(pointwise)
     shapes[name] = shape
   return shapes
 

@@ -97,12 +97,14 @@ def abstract_params(model: unet.UNet) -> Any:
   cfg = model.config
   side = cfg.image_size
   image = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), jnp.float32)
-  labels = None
-  if cfg.num_classes is not None:
+  labels = context = None
+  if cfg.by_class:
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+  if cfg.by_context:
+    context = jax.ShapeDtypeStruct((1, 1, cfg.context_dim), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.float32)
   return jax.eval_shape(
-      model.init, jax.random.key(0), image, t, labels)['params']
+      model.init, jax.random.key(0), image, t, labels, context)['params']
 
 
 def restore(tensors: dict[str, np.ndarray], abstract: Any, source: str) -> Any:

@@ -90,7 +90,11 @@ def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
   if path.suffix == '.safetensors':
     return read_safetensors(path)
   if path.suffix in _TORCH_SUFFIXES or _looks_like_torch(path):
-    return tensors_lib.flatten(torch_file.load(path)), {}
+    content = torch_file.load(path)
+    if isinstance(content, Mapping) and isinstance(
+        content.get('state_dict'), Mapping):
+      content = content['state_dict']  # Lightning keeps much beside it
+    return tensors_lib.flatten(content), {}
   raise ValueError(f'{path}: expected a .safetensors file, one of torch.save '
                    f'({", ".join(_TORCH_SUFFIXES)}), or a folder')
 

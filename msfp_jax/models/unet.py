@@ -85,6 +85,16 @@ class UNetConfig:
     """Sides must be multiples of this: 2 to the number of down-samplings."""
     return 2 ** (len(self.ch_mult) - 1)
 
+  @property
+  def by_class(self) -> bool:
+    """Whether the model takes labels."""
+    return bool(self.num_classes or self.context_classes)
+
+  @property
+  def by_context(self) -> bool:
+    """Whether the model takes a context."""
+    return bool(self.context_dim and not self.context_classes)
+
   def check_size(self, *sides: int) -> None:
     """Raises ValueError unless every side is a positive multiple of stride."""
     for side in sides:
@@ -213,11 +223,9 @@ class UNet(nn.Module):
         name=name)(h, context)
 
   def _check_condition(self, labels, context):
-    cfg = self.config
-    by_class = bool(cfg.num_classes or cfg.context_classes)
-    by_context = bool(cfg.context_dim and not cfg.context_classes)
-    for name, given, wanted in (('labels', labels, by_class),
-                                ('context', context, by_context)):
+    for name, given, wanted in (
+        ('labels', labels, self.config.by_class),
+        ('context', context, self.config.by_context)):
       if (given is not None) != wanted:
         raise ValueError(f'this UNet {"needs" if wanted else "takes no"} '
                          f'{name}')

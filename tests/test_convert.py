@@ -1,0 +1,357 @@
+"""Checkpoints of every family load, tensor for tensor, or say why not."""
+
+import json
+
+import foreign
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch_writer
+import unet_oracle
+import yaml
+
+from msfp_jax import convert
+from msfp_jax.convert import load
+from msfp_jax.models.autoencoder import Autoencoder
+from msfp_jax.models.autoencoder import AutoencoderConfig
+from msfp_jax.models.unet import UNetConfig
+
+LDM = dict(norm_eps=1e-5, downsample_padding=(1, 1), time_order='cos_sin',
+           time_freq_shift=0, dropout=0.0)
+DDIM_CONFIG = UNetConfig(image_size=32, ch=32, ch_mult=(1, 2),
+                         attn_resolutions=(16,), num_res_blocks=1)
+CONFIGS = {
+    'ddim': DDIM_CONFIG,
+    'ddim_three_levels': UNetConfig(
+        image_size=64, ch=32, ch_mult=(1, 1, 2), attn_resolutions=(16,)),
+    'ldm_beds': UNetConfig(
+        image_size=64, ch=32, ch_mult=(1, 2), attn_resolutions=(32,),
+        num_res_blocks=2, head_channels=32, **LDM),
+    'ldm_churches': UNetConfig(
+        image_size=32, in_channels=4, out_channels=4, ch=32, ch_mult=(1, 2),
+        attn_resolutions=(32, 16), num_res_blocks=1, num_heads=8,
+        resample='resblock', time_injection='scale_shift', **LDM),
+    'ldm_class': UNetConfig(
+        image_size=64, ch=32, ch_mult=(1, 2), attn_resolutions=(32,),
+        num_res_blocks=1, num_heads=1, context_dim=16, context_classes=11,
+        **LDM),
+    'sd1': UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=32, ch_mult=(1, 2),
+        attn_resolutions=(64,), num_res_blocks=1, num_heads=8,
+        context_dim=768, **LDM),
+    'sd2': UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=64, ch_mult=(1, 2),
+        attn_resolutions=(64,), num_res_blocks=1, head_channels=64,
+        context_dim=1024, transformer_depth=2, **LDM),
+    'unet2d': UNetConfig(
+        image_size=32, ch=32, ch_mult=(1, 2), attn_resolutions=(16,),
+        num_res_blocks=1, dropout=0.0),
+    'unet2d_relative': UNetConfig(
+        image_size=48, ch=32, ch_mult=(1, 2), attn_resolutions=(24,),
+        num_res_blocks=1, norm_groups=16, head_channels=8,
+        resample='resblock', time_injection='scale_shift', **LDM),
+}
+
+
+def state_of(name, seed=0):
+  """A random state dict in our names."""
+  return unet_oracle.random_state_dict(
+      unet_oracle.state_dict_shapes(CONFIGS[name]), seed)
+
+
+def save_list(path, state, config):
+  """As ermongroup/ddim's training: model, optimizer, epoch, step, EMA."""
+  trained = {f'module.{n}': v + 1 for n, v in state.items()}
+  torch_writer.save_zip(path, [trained, {'lr': 1e-4}, 3, 4, dict(state)])
+
+
+def save_state(path, state, config):
+  torch_writer.save_legacy(path, dict(state))
+
+
+def save_ldm(path, state, config):
+  raw = {n: v + 1 for n, v in state.items()}
+  torch_writer.save_zip(
+      path, foreign.ldm_checkpoint(raw, config, averaged=state))
+
+
+def save_ldm_plain(path, state, config):
+  safetensors.numpy.save_file(
+      foreign.ldm_checkpoint(state, config)['state_dict'], path)
+
+
+def save_diffusers(path, state, config, attention=None):
+  path.mkdir()
+  safetensors.numpy.save_file(
+      foreign.diffusers(state, config, attention),
+      path / 'diffusion_pytorch_model.safetensors')
+  (path / 'config.json').write_text(
+      json.dumps(foreign.diffusers_config(config)))
+
+
+def save_diffusers_old(path, state, config):
+  save_diffusers(path, state, config, foreign.OLD_ATTENTION)
+
+
+def save_diffusers_shards(path, state, config):
+  path.mkdir()
+  tensors = foreign.diffusers(state, config)
+  names, places = sorted(tensors), {}
+  for i in range(2):
+    file = f'diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors'
+    part = {n: tensors[n] for n in names[i::2]}
+    safetensors.numpy.save_file(part, path / file)
+    places |= dict.fromkeys(part, file)
+  (path / 'diffusion_pytorch_model.safetensors.index.json').write_text(
+      json.dumps({'metadata': {}, 'weight_map': places}))
+  (path / 'config.json').write_text(
+      json.dumps(foreign.diffusers_config(config)))
+
+
+def save_pipeline(path, state, config):
+  path.mkdir()
+  (path / 'model_index.json').write_text('{}')
+  save_diffusers(path / 'unet', state, config)
+
+
+CASES = {
+    'ddim, ckpt.pth': ('ddim', save_list, 'ckpt.pth'),
+    'ddim, EMA alone': ('ddim', save_state, 'ema_cifar10'),
+    'ddim, three levels': ('ddim_three_levels', save_state, 'ema_x'),
+    'ldm, beds': ('ldm_beds', save_ldm, 'model.ckpt'),
+    'ldm, churches': ('ldm_churches', save_ldm, 'model.ckpt'),
+    'ldm, class-conditional': ('ldm_class', save_ldm_plain, 'm.safetensors'),
+    'ldm, Stable Diffusion 1': ('sd1', save_ldm_plain, 'm.safetensors'),
+    'ldm, Stable Diffusion 2': ('sd2', save_ldm_plain, 'm.safetensors'),
+    'diffusers, UNet2DModel': ('unet2d', save_diffusers, 'folder'),
+    'diffusers, old attention': ('unet2d', save_diffusers_old, 'folder'),
+    'diffusers, switches': ('unet2d_relative', save_diffusers, 'folder'),
+    'diffusers, shards': ('unet2d', save_diffusers_shards, 'folder'),
+    'diffusers, pipeline': ('unet2d', save_pipeline, 'folder'),
+    'diffusers, Stable Diffusion 1': ('sd1', save_diffusers, 'folder'),
+    'diffusers, Stable Diffusion 2': ('sd2', save_diffusers, 'folder'),
+}
+
+
+@pytest.mark.parametrize('name, save, file', CASES.values(), ids=CASES)
+def test_every_family_tensor_for_tensor(tmp_path, name, save, file):
+  state, config = state_of(name), CONFIGS[name]
+  save(tmp_path / file, state, config)
+  model, params = convert.load_pretrained(str(tmp_path / file))
+  assert model.config == config
+  expected = unet_oracle.from_state_dict(config, state)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  assert jax.tree.structure(params) == jax.tree.structure(expected)
+
+
+def test_ema_false_takes_the_trained_weights(tmp_path):
+  for name, save in (('ddim', save_list), ('ldm_beds', save_ldm)):
+    state, config = state_of(name), CONFIGS[name]
+    save(tmp_path / f'{name}.ckpt', state, config)
+    _, params = convert.load_pretrained(
+        str(tmp_path / f'{name}.ckpt'), ema=False)
+    expected = unet_oracle.from_state_dict(
+        config, {n: v + 1 for n, v in state.items()})
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions(tmp_path, dtype):
+  config = CONFIGS['ddim']
+  state = {n: v.astype(dtype) for n, v in state_of('ddim').items()}
+  torch_writer.save_zip(tmp_path / 'a.pth', state)
+  names = ['a.pth']
+  if dtype != np.float64:
+    safetensors.numpy.save_file(state, tmp_path / 'a.safetensors')
+    names.append('a.safetensors')
+  for name in names:
+    _, params = convert.load_pretrained(str(tmp_path / name))
+    expected = unet_oracle.from_state_dict(
+        config, {n: v.astype(np.float32) for n, v in state.items()})
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_yaml_tells_what_shapes_do_not(tmp_path):
+  config = CONFIGS['ldm_beds']
+  save_ldm(tmp_path / 'model.ckpt', state_of('ldm_beds'), config)
+  path = tmp_path / 'config.yaml'
+  path.write_text(yaml.safe_dump({'model': {'params': {'unet_config': {
+      'params': {'image_size': 16, 'num_heads': 4}}}}}))
+  model, _ = convert.load_pretrained(
+      str(tmp_path / 'model.ckpt'), config=str(path))
+  assert model.config.image_size == 16
+  assert (model.config.num_heads, model.config.head_channels) == (4, None)
+  assert model.config.attn_resolutions == (8,)
+  path.write_text('model: {}')
+  with pytest.raises(ValueError, match='unet_config'):
+    convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
+  path.write_text('!!python/object/apply:os.system ["touch proof"]')
+  with pytest.raises(ValueError, match='no configuration'):
+    convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
+
+
+# The families' bare state dicts, for damage.
+BARE = {
+    'ddim': ('ddim', lambda state, config: dict(state)),
+    'ldm': ('ldm_beds', lambda state, config: foreign.ldm_checkpoint(
+        state, config)['state_dict']),
+    'ldm, transformer': ('ldm_class', lambda state, config:
+                         foreign.ldm_checkpoint(state, config)['state_dict']),
+    'diffusers': ('unet2d', foreign.diffusers),
+    'diffusers, transformer': ('sd1', foreign.diffusers),
+}
+bare = pytest.mark.parametrize('name, rename', BARE.values(), ids=BARE)
+
+
+def write(path, tensors):
+  safetensors.numpy.save_file(
+      {n: np.ascontiguousarray(v) for n, v in tensors.items()}, path)
+  return str(path)
+
+
+@bare
+def test_every_damage_is_listed(tmp_path, name, rename):
+  state, config = state_of(name), CONFIGS[name]
+  tensors = rename(state, config)
+  assert convert.load_pretrained(write(tmp_path / 'a.safetensors', tensors))
+  norms = [n for n in tensors if 'up' in n or 'output' in n]
+  biases = sorted(n for n in norms if n.endswith('.bias'))
+  weights = sorted(n for n in norms if tensors[n].ndim == 4
+                   and tensors[n].shape[0] != tensors[n].shape[1])
+  changed = dict(tensors)
+  del changed[biases[0]]
+  changed['extra.weight'] = np.zeros(3, np.float32)
+  changed[biases[1]] = tensors[biases[1]][:-1]
+  changed[biases[2]] = tensors[biases[2]].astype(np.int32)
+  changed[weights[0]] = tensors[weights[0]].swapaxes(0, 1)
+  with pytest.raises(ValueError) as error:
+    convert.load_pretrained(write(tmp_path / 'b.safetensors', changed))
+  message = str(error.value)
+  assert 'b.safetensors' in message
+  lines = message.splitlines()[1:]
+  kinds = [line.strip().split()[0] for line in lines]
+  assert kinds.count('missing') == 1
+  assert kinds.count('unexpected') == (0 if name.startswith('ldm') else 1)
+  assert sum('the model wants' in line for line in lines) == 2
+  assert sum('int32, which holds no weights' in line for line in lines) == 1
+
+
+@bare
+def test_values_that_are_not_finite(tmp_path, name, rename):
+  state, config = state_of(name), CONFIGS[name]
+  tensors = rename(state, config)
+  first = sorted(n for n in tensors if n.endswith('.bias'))[0]
+  tensors[first] = np.full_like(tensors[first], np.nan)
+  with pytest.raises(ValueError, match='not finite'):
+    convert.load_pretrained(write(tmp_path / 'a.safetensors', tensors))
+
+
+def test_an_average_that_does_not_fit(tmp_path):
+  config = CONFIGS['ldm_beds']
+  checkpoint = foreign.ldm_checkpoint(
+      state_of('ldm_beds'), config, averaged=state_of('ldm_beds'))
+  del checkpoint['state_dict']['model_ema.diffusion_modelout2weight']
+  torch_writer.save_zip(tmp_path / 'm.ckpt', checkpoint)
+  with pytest.raises(ValueError, match=r'lacks \[.out\.2\.weight'):
+    convert.load_pretrained(str(tmp_path / 'm.ckpt'))
+  assert convert.load_pretrained(str(tmp_path / 'm.ckpt'), ema=False)
+
+
+@pytest.mark.parametrize('field, value', [
+    ('act_fn', 'mish'), ('addition_embed_type', 'text_time'),
+    ('down_block_types', ['KDownBlock2D', 'AttnDownBlock2D']),
+    ('attn_norm_num_groups', 4)])
+def test_an_architecture_that_is_not_ours(tmp_path, field, value):
+  save_diffusers(tmp_path / 'f', state_of('unet2d'), CONFIGS['unet2d'])
+  path = tmp_path / 'f' / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+  with pytest.raises(ValueError, match=rf'(?s)f/diffusion.*{value}'
+                     if isinstance(value, str) else 'this UNet has no'):
+    convert.load_pretrained(str(tmp_path / 'f'))
+
+
+def test_what_is_no_checkpoint(tmp_path):
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    convert.load_pretrained('nowhere')
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(FileNotFoundError, match='no weights'):
+    convert.load_pretrained(str(tmp_path / 'empty'))
+  with pytest.raises(ValueError, match=r'no family.*such as'):
+    convert.load_pretrained(write(tmp_path / 'a.safetensors',
+                                  {'x.weight': np.zeros(3, np.float32)}))
+  torch_writer.save_zip(tmp_path / 'a.pth', {'step': 3})
+  with pytest.raises(ValueError, match='holds no tensors'):
+    convert.load_pretrained(str(tmp_path / 'a.pth'))
+  (tmp_path / 'a.txt').write_text('hello')
+  with pytest.raises(ValueError, match='expected a .safetensors'):
+    convert.load_pretrained(str(tmp_path / 'a.txt'))
+  (tmp_path / 'b.safetensors').write_bytes(b'junk')
+  with pytest.raises(ValueError, match='no safetensors file'):
+    convert.load_pretrained(str(tmp_path / 'b.safetensors'))
+
+
+def test_shards_that_are_absent_or_disagree(tmp_path):
+  folder = tmp_path / 'f'
+  save_diffusers_shards(folder, state_of('unet2d'), CONFIGS['unet2d'])
+  index = folder / 'diffusion_pytorch_model.safetensors.index.json'
+  content = json.loads(index.read_text())
+  content['weight_map']['ghost.weight'] = next(
+      iter(content['weight_map'].values()))
+  index.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r'disagree.*ghost'):
+    convert.load_pretrained(str(folder))
+  (folder / content['weight_map']['ghost.weight']).unlink()
+  with pytest.raises(FileNotFoundError, match='absent'):
+    convert.load_pretrained(str(folder))
+
+
+STAGES = {
+    'vq': AutoencoderConfig(
+        'vq', ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=3,
+        embed_dim=3, codebook_size=16),
+    'vq, attention': AutoencoderConfig(
+        'vq', ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,),
+        z_channels=4, embed_dim=4, codebook_size=8),
+    'kl': AutoencoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2,
+                            scale=0.18215),
+    'kl, shift': AutoencoderConfig(
+        ch=32, ch_mult=(1, 2), z_channels=16, embed_dim=16, quant_conv=False,
+        scale=0.3611, shift=0.1159),
+}
+
+
+@pytest.mark.parametrize('naming', ['compvis', 'inside', 'diffusers'])
+@pytest.mark.parametrize('config', STAGES.values(), ids=STAGES)
+def test_first_stages_tensor_for_tensor(tmp_path, config, naming):
+  abstract = load.abstract_autoencoder(Autoencoder(config))
+  state = unet_oracle.random_state_dict(
+      unet_oracle.shapes_of(abstract), seed=1)
+  if naming == 'diffusers':
+    folder = tmp_path / 'vae'
+    folder.mkdir()
+    write(folder / 'diffusion_pytorch_model.safetensors',
+          foreign.diffusers_first_stage(state, config))
+    (folder / 'config.json').write_text(json.dumps({
+        'scaling_factor': config.scale, 'shift_factor': config.shift}))
+    path = folder
+  else:
+    tensors = foreign.compvis_first_stage(state, config)
+    extra = {'loss.logvar': np.zeros((), np.float32)}
+    if naming == 'inside':
+      tensors = {f'first_stage_model.{n}': v for n, v in tensors.items()}
+      extra = {'scale_factor': np.array(config.scale, np.float32)}
+    path = tmp_path / 'model.ckpt'
+    torch_writer.save_zip(path, {'state_dict': tensors | extra})
+  model, params = convert.load_first_stage(str(path))
+  assert model.config.scale == pytest.approx(
+      1.0 if naming == 'compvis' else config.scale)
+  expected = unet_oracle.restore(abstract, state)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_unet_is_no_first_stage(tmp_path):
+  path = write(tmp_path / 'a.safetensors', state_of('ddim'))
+  with pytest.raises(ValueError, match='holds no autoencoder'):
+    convert.load_first_stage(path)
