@@ -146,7 +146,8 @@ def step() -> Iterator[Row]:
     settings.learn_weight_scales = learn_ranges
     tx = finetune.optimizer(settings)
     state = finetune.init_state(
-        student, tx, (16, 16, 1), jax.random.key(0), settings)
+        student, tx, experiment.plan, (16, 16, 1), jax.random.key(0),
+        settings)
     update = finetune.make_step(
         student, experiment.plan, gamma, tx, jax.random.key(1))
 

@@ -33,7 +33,7 @@ class FinetuneState:
   step: jax.Array  # int32, updates done
   trainable: Any  # banks, router, ranges, biases
   opt_state: Any
-  x: jax.Array  # where the teacher's trajectory stands, [B, H, W, C]
+  position: sampling.Position  # where the teacher's trajectory stands
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
@@ -75,8 +75,9 @@ def optimizer(
 
 
 def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
-               image_shape: tuple[int, ...], key: jax.Array,
-               config: ml_collections.ConfigDict) -> FinetuneState:
+               plan: diffusion.SamplerPlan, image_shape: tuple[int, ...],
+               key: jax.Array, config: ml_collections.ConfigDict
+               ) -> FinetuneState:
   """The state before the first update: the calibrated model, unchanged."""
   trainable = student.init(
       key, config.num_banks, config.rank, config.learn_act_ranges,
@@ -84,7 +85,8 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
   return FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
-      x=jnp.zeros((config.batch_size, *image_shape)))
+      position=sampling.start(
+          plan, jnp.zeros((config.batch_size, *image_shape))))
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
@@ -118,8 +120,12 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     index = state.step % plan.num_steps
     step = jax.tree.map(lambda a: a[index], steps)
     run_key = jax.random.fold_in(key, state.step // plan.num_steps)
-    start = jax.random.normal(jax.random.fold_in(run_key, 0), state.x.shape)
-    x = jnp.where(index == 0, start, state.x)
+    noise = jax.random.normal(
+        jax.random.fold_in(run_key, 0), state.position.x.shape)
+    position = jax.tree.map(
+        functools.partial(jnp.where, index == 0),
+        sampling.start(plan, noise), state.position)
+    x = position.x
     eps_teacher = student.model.apply(
         {'params': params}, x, jnp.full(x.shape[:1], step['t']))
     (loss, (mse, choices)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -136,8 +142,9 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         step=state.step + 1,
         trainable=optax.apply_updates(state.trainable, updates),
         opt_state=opt_state,
-        x=sampling.advance(plan, step, x, eps_teacher,
-                           jax.random.fold_in(run_key, 1))), scalars
+        position=sampling.advance(
+            plan, step, position, eps_teacher,
+            jax.random.fold_in(run_key, 1))), scalars
 
   return lambda state: update(state, student.params)
 
@@ -166,7 +173,7 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
                          experiment.schedule.num_train_steps, cfg)
   tx = optimizer(cfg)
   plan = experiment.plan
-  state = init_state(student, tx, experiment.images.shape[1:],
+  state = init_state(student, tx, plan, experiment.images.shape[1:],
                      experiment.key(experiment_lib.BANKS), cfg)
   gamma = losses.denoising_factors(experiment.schedule, plan, cfg.gamma)
   step = make_step(student, plan, gamma, tx,

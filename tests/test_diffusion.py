@@ -280,7 +280,12 @@ def test_a_sampler_that_adds_noise_needs_a_key():
 
 
 @pytest.mark.parametrize('name, options, message', [
-    ('plms', {'num_steps': 10}, "sampler 'plms'.*ddim.*ddpm"),
+    ('euler', {'num_steps': 10}, "sampler 'euler'.*ddim.*ddpm.*plms"),
+    ('plms', {'num_steps': 1}, 'num_steps=1: PLMS'),
+    ('dpm_solver', {'num_steps': 0}, 'num_steps=0: .*1..999'),
+    ('dpm_solver', {'num_steps': 1000}, 'num_steps=1000'),
+    ('ddim', {'num_steps': 10, 'convention': 'edm'}, "convention 'edm'"),
+    ('ddim', {'num_steps': 1000, 'convention': 'compvis'}, 't = 1000'),
     ('ddim', {'num_steps': 10, 'eta': -0.1}, 'eta=-0.1'),
     ('ddpm', {'num_steps': 10, 'eta': 0.5}, "'ddpm' has no option eta=0.5"),
     ('ddim', {'num_steps': 10, 'variance': 'large'}, "no option variance="),

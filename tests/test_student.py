@@ -55,7 +55,7 @@ class Setup:
         tiny.SCHEDULE.num_train_steps, config)
     tx = finetune.optimizer(config)
     self.start = jax.jit(lambda: finetune.init_state(
-        self.student, tx, tiny.IMAGE, key, config))
+        self.student, tx, tiny.PLAN, tiny.IMAGE, key, config))
     self.update = finetune.make_step(
         self.student, tiny.PLAN, np.array(gamma), tx, key)
     self.predict = jax.jit(self.student.predict)
@@ -213,7 +213,7 @@ def test_the_teacher_alone_drives_the_trajectory():
   state, seen = setup.start(), []
   for _ in range(9):
     state, scalars = setup.update(state)
-    seen.append((float(scalars['t']), np.array(state.x)))
+    seen.append((float(scalars['t']), np.array(state.position.x)))
   assert [t for t, _ in seen] == [750, 500, 250, 0] * 2 + [750]
   teacher = tiny.teacher(tiny.NET)
   for first in (1, 2, 3, 5, 6, 7):  # not where a trajectory starts
@@ -228,7 +228,7 @@ def test_the_teacher_alone_drives_the_trajectory():
   for state, (_, x) in zip(
       (other.run(n)[0] for n in (1, 4, 5)), (seen[0], seen[3], seen[4]),
       strict=True):
-    np.testing.assert_array_equal(state.x, x)
+    np.testing.assert_array_equal(state.position.x, x)
 
 
 def test_trajectories_start_anew_from_fresh_noise():

@@ -5,6 +5,10 @@ import inspect
 from msfp_jax.diffusion.ddim import ddim_plan
 from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddpm import ddpm_plan
+from msfp_jax.diffusion.dpm_solver import dpm_solver_plan
+from msfp_jax.diffusion.guidance import classifier_free
+from msfp_jax.diffusion.guidance import clip_x0
+from msfp_jax.diffusion.plms import plms_plan
 from msfp_jax.diffusion.sampling import sample
 from msfp_jax.diffusion.sampling import SamplerPlan
 from msfp_jax.diffusion.sampling import trajectory
@@ -13,21 +17,22 @@ from msfp_jax.diffusion.schedules import make_schedule
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
 __all__ = [
-    'NoiseSchedule', 'SamplerPlan', 'add_noise', 'ddim_plan',
-    'ddim_timesteps', 'ddpm_plan', 'make_plan', 'make_schedule', 'sample',
-    'trajectory',
+    'NoiseSchedule', 'SamplerPlan', 'add_noise', 'classifier_free', 'clip_x0',
+    'ddim_plan', 'ddim_timesteps', 'ddpm_plan', 'dpm_solver_plan', 'make_plan',
+    'make_schedule', 'plms_plan', 'sample', 'trajectory',
 ]
 
-_PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan}
+_PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan, 'dpm_solver': dpm_solver_plan,
+          'plms': plms_plan}
 # Values of options that change nothing where a sampler does not have them.
-_NEUTRAL = {'eta': 0.0}
+_NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim'}
 
 
 def make_plan(schedule: NoiseSchedule, name: str, **options) -> SamplerPlan:
-  """The plan of the sampler `name`: 'ddim' or 'ddpm'; options as theirs.
+  """The plan of a sampler: 'ddim', 'ddpm', 'dpm_solver' or 'plms'.
 
-  An option that it does not have may be given at the value that changes
-  nothing, as the fields of a config are.
+  Options are those of its own function. One that it does not have may be given
+  at the value that changes nothing, as the fields of a config are.
 
   Raises:
     ValueError: an unknown sampler, or an option that it does not have.

@@ -2,17 +2,39 @@
 
 The step of DDPM and of DDIM is affine in the sample, the predicted noise and
 the fresh noise, so a sampler is three coefficients a step: a `SamplerPlan`.
+Multistep methods (PLMS, DPM-Solver++) are affine too, in what was predicted at
+the steps before as well: a `Multistep` says how.
 """
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 # (x [B, H, W, C], t [B] float32, position in the plan) -> noise like x.
 NoiseFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multistep:
+  """How a step uses earlier predictions.
+
+  With p_i = x_part * x_i + eps_part * eps_i, a step is
+  x_next = x_coef * x_i + sum_k weights[k] * p_{i - k}.
+
+  Attributes:
+    x_part: float64 `[S]`; 0 for methods on the noise itself.
+    eps_part: float64 `[S]`.
+    weights: float64 `[S, K]`; 0 where there was no step yet.
+  """
+
+  x_part: np.ndarray
+  eps_part: np.ndarray
+  weights: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,38 +47,75 @@ class SamplerPlan:
     eps_factor: float64 `[S]`: the denoising factor gamma_t of this sampler,
       what its own step multiplies into the predicted noise; >= 0.
     noise_std: float64 `[S]`.
+    multistep: None for the step above; else it replaces the term of eps, and
+      `eps_factor` is what of it falls on the present prediction.
   """
 
   timesteps: np.ndarray
   x_coef: np.ndarray
   eps_factor: np.ndarray
   noise_std: np.ndarray
+  multistep: Multistep | None = None
 
   @property
   def num_steps(self) -> int:
+    """Evaluations of the model."""
     return len(self.timesteps)
 
   def steps(self) -> dict[str, jax.Array]:
     """The coefficients as float32 arrays that `lax.scan` walks over."""
-    return {
+    found = {
         'index': jnp.arange(self.num_steps),
         't': jnp.asarray(self.timesteps, jnp.float32),
         'x_coef': jnp.asarray(self.x_coef, jnp.float32),
         'eps_factor': jnp.asarray(self.eps_factor, jnp.float32),
         'noise_std': jnp.asarray(self.noise_std, jnp.float32),
     }
+    if self.multistep is not None:
+      found |= {name: jnp.asarray(getattr(self.multistep, name), jnp.float32)
+                for name in ('x_part', 'eps_part', 'weights')}
+    return found
 
 
-def advance(plan: SamplerPlan, step: dict[str, jax.Array], x: jax.Array,
-            eps: jax.Array, key: jax.Array | None) -> jax.Array:
+@flax.struct.dataclass
+class Position:
+  """Where a trajectory stands: the sample, and what later steps need.
+
+  Attributes:
+    x: `[B, H, W, C]`.
+    past: earlier predictions, the latest first, `[K - 1, B, H, W, C]`; None
+      for samplers of one step.
+  """
+
+  x: jax.Array
+  past: jax.Array | None = None
+
+
+def start(plan: SamplerPlan, x: jax.Array) -> Position:
+  """The position before the first step."""
+  if plan.multistep is None:
+    return Position(x)
+  length = plan.multistep.weights.shape[1] - 1
+  return Position(x, jnp.zeros((length, *x.shape), x.dtype))
+
+
+def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
+            eps: jax.Array, key: jax.Array | None) -> Position:
   """One step of the sampler; `step` is one entry of `plan.steps()`."""
-  x = step['x_coef'] * x - step['eps_factor'] * eps
+  x, past = position.x, position.past
+  if plan.multistep is None:
+    new = step['x_coef'] * x - step['eps_factor'] * eps
+  else:
+    prediction = step['x_part'] * x + step['eps_part'] * eps
+    past = jnp.concatenate([prediction[None], past])
+    new = step['x_coef'] * x + jnp.tensordot(step['weights'], past, 1)
+    past = past[:-1]
   if plan.noise_std.any():
     if key is None:
       raise ValueError('this sampler adds noise at every step: pass a key')
     z = jax.random.normal(jax.random.fold_in(key, step['index']), x.shape)
-    x += step['noise_std'] * z
-  return x
+    new += step['noise_std'] * z
+  return Position(new, past)
 
 
 def sample(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
@@ -77,16 +136,18 @@ def sample(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
 
 def trajectory(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
                key: jax.Array | None = None,
-               visit: Callable[..., object] = lambda x, eps, step: None):
+               visit: Callable[..., Any] = lambda x, eps, step: None
+               ) -> tuple[jax.Array, Any]:
   """As `sample`, and collects what `visit(x, eps, step)` returns on the way.
 
   Returns:
     The samples, and visit's results stacked along a first axis of S steps.
   """
 
-  def body(x, step):
-    t = jnp.full((x.shape[0],), step['t'])
-    eps = eps_fn(x, t, step['index'])
-    return advance(plan, step, x, eps, key), visit(x, eps, step)
+  def body(position, step):
+    x = position.x
+    eps = eps_fn(x, jnp.full((x.shape[0],), step['t']), step['index'])
+    return advance(plan, step, position, eps, key), visit(x, eps, step)
 
-  return jax.lax.scan(body, x, plan.steps())
+  final, seen = jax.lax.scan(body, start(plan, x), plan.steps())
+  return final.x, seen

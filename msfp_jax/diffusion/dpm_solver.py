@@ -1,0 +1,47 @@
+"""DPM-Solver++ (2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
+
+import numpy as np
+
+from msfp_jax.diffusion.sampling import Multistep
+from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.schedules import NoiseSchedule
+
+
+def dpm_solver_plan(schedule: NoiseSchedule, num_steps: int) -> SamplerPlan:
+  """The multistep solver of second order on predictions of x_0.
+
+  With alpha = sqrt(alphabar), sigma = sqrt(1 - alphabar), lambda =
+  log(alpha / sigma), h = lambda' - lambda and r = (lambda - lambda_before) / h:
+
+      x' = sigma' / sigma x - alpha' (exp(-h) - 1) [(1 + 1 / 2r) x0
+                                                    - 1 / 2r x0_before]
+
+  The first step and the last, which lands on x_0, are of first order.
+
+  Args:
+    schedule: the training schedule.
+    num_steps: S; the timesteps are S of S + 1 even ones from T - 1 to 0, all
+      but the last, rounded.
+
+  Raises:
+    ValueError: num_steps outside 1..T - 1.
+  """
+  last = schedule.num_train_steps - 1
+  if not 1 <= num_steps <= last:
+    raise ValueError(f'num_steps={num_steps}: must be in 1..{last}')
+  timesteps = np.linspace(0, last, num_steps + 1).round().astype(np.int64)
+  timesteps = timesteps[:0:-1]
+  bar = schedule.alphas_cumprod[timesteps]
+  alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
+  alpha_next, sigma_next = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+  log_ratio = np.append(np.log(alpha / sigma), np.inf)
+  h = np.diff(log_ratio)
+  gain = -alpha_next * np.expm1(-h)
+  # 1 / 2r, and 0 where the step is of first order.
+  slope = np.zeros(num_steps)
+  slope[1:-1] = h[1:-1] / h[:-2] / 2
+  weights = np.stack([gain * (1 + slope), -gain * slope], axis=1)
+  multistep = Multistep(1 / alpha, -sigma / alpha, weights)
+  return SamplerPlan(
+      timesteps, sigma_next / sigma, weights[:, 0] * sigma / alpha,
+      np.zeros(num_steps), multistep)

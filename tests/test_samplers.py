@@ -1,0 +1,192 @@
+"""CompVis' DDIM, PLMS, DPM-Solver++ and guidance, against their recurrences.
+
+The recurrences are written step by step in float64, as the original codes
+have them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msfp_jax import diffusion
+from msfp_jax.diffusion import sampling
+
+SCHEDULE = diffusion.make_schedule(
+    'scaled_linear', num_train_steps=1000, beta_start=0.0015, beta_end=0.0195)
+BAR = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000)**2)
+NOISE = np.random.default_rng(0).normal(size=(2, 3, 3, 2)).astype(np.float32)
+
+
+def eps_of(xp, x, t):
+  phase = xp.arange(x.size).reshape(x.shape) / 7
+  level = t / 1000.0
+  return (xp.sqrt(level + 1e-3) * x + 0.2 * xp.sin(2 * x + phase)
+          + 0.05 * xp.cos(11 * level))
+
+
+def jax_eps(x, t, index):
+  del index
+  return eps_of(jnp, x, t[0])
+
+
+def sampled(plan, eps_fn=jax_eps):
+  return diffusion.sample(eps_fn, plan, jnp.asarray(NOISE))
+
+
+def assert_near(actual, desired):
+  np.testing.assert_allclose(
+      actual, desired, rtol=0, atol=1e-4 * np.abs(desired).max())
+
+
+class CompVis:
+  """DDIMSampler and PLMSSampler of latent diffusion, eta = 0."""
+
+  def __init__(self, steps, spacing='uniform'):
+    if spacing == 'uniform':
+      t = np.asarray(list(range(0, 1000, 1000 // steps)))
+    else:
+      t = (np.linspace(0, np.sqrt(1000 * .8), steps)**2).astype(int)
+    self.t = t + 1
+    self.alphas = BAR[self.t]
+    self.alphas_prev = np.asarray([BAR[0]] + BAR[self.t[:-1]].tolist())
+
+  def previous(self, x, e, index):
+    a, a_prev = self.alphas[index], self.alphas_prev[index]
+    x0 = (x - np.sqrt(1 - a) * e) / np.sqrt(a)
+    return np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev) * e
+
+  def ddim(self, x):
+    for index in reversed(range(len(self.t))):
+      x = self.previous(x, eps_of(np, x, self.t[index]), index)
+    return x
+
+  def plms(self, x):
+    times, old = self.t[::-1], []
+    for i, step in enumerate(times):
+      index = len(times) - i - 1
+      after = times[min(i + 1, len(times) - 1)]
+      e = eps_of(np, x, step)
+      if len(old) == 0:
+        x_prev = self.previous(x, e, index)
+        e_prime = (e + eps_of(np, x_prev, after)) / 2
+      elif len(old) == 1:
+        e_prime = (3 * e - old[-1]) / 2
+      elif len(old) == 2:
+        e_prime = (23 * e - 16 * old[-1] + 5 * old[-2]) / 12
+      else:
+        e_prime = (55 * e - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
+      x = self.previous(x, e_prime, index)
+      old = [*old[-2:], e]
+    return x
+
+
+@pytest.mark.parametrize('steps, spacing', [
+    (1, 'uniform'), (20, 'uniform'), (30, 'uniform'), (20, 'quad')])
+def test_ddim_is_compvis(steps, spacing):
+  plan = diffusion.make_plan(SCHEDULE, 'ddim', num_steps=steps,
+                             spacing=spacing, convention='compvis')
+  assert_near(sampled(plan), CompVis(steps, spacing).ddim(np.float64(NOISE)))
+
+
+@pytest.mark.parametrize('steps', [2, 4, 5, 6, 8, 20, 50])
+def test_plms_is_compvis(steps):
+  plan = diffusion.make_plan(SCHEDULE, 'plms', num_steps=steps)
+  # 1,000 is no multiple of 6: the original makes 7 steps then.
+  assert plan.num_steps == len(CompVis(steps).t) + 1
+  assert_near(sampled(plan), CompVis(steps).plms(np.float64(NOISE)))
+
+
+def dpm_solver(x, steps):
+  """multistep_dpm_solver_second_update of the authors' code, by its terms."""
+  times = np.linspace(0, 999, steps + 1).round().astype(int)[1:][::-1]
+  alpha, sigma = np.sqrt(BAR[times]), np.sqrt(1 - BAR[times])
+  lam = np.log(alpha) - np.log(sigma)
+  models = []
+  for i, t in enumerate(times):
+    models.append((x - sigma[i] * eps_of(np, x, t)) / alpha[i])
+    if i + 1 == len(times):
+      return models[-1]  # sigma = 0: the prediction itself
+    h = lam[i + 1] - lam[i]
+    phi = np.expm1(-h)
+    x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * phi * models[-1]
+    if i:
+      r0 = (lam[i] - lam[i - 1]) / h
+      d1 = (models[-1] - models[-2]) / r0
+      x = x - 0.5 * alpha[i + 1] * phi * d1
+  return x
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 10, 20, 50])
+def test_dpm_solver_is_its_algorithm(steps):
+  plan = diffusion.make_plan(SCHEDULE, 'dpm_solver', num_steps=steps)
+  assert plan.num_steps == steps
+  assert_near(sampled(plan), dpm_solver(np.float64(NOISE), steps))
+
+
+@pytest.mark.parametrize('name', ['plms', 'dpm_solver'])
+def test_the_denoising_factor_is_minus_the_derivative(name):
+  """gamma_t: what a step subtracts of the noise that it just predicted."""
+  plan = diffusion.make_plan(SCHEDULE, name, num_steps=7)
+  assert (plan.eps_factor >= 0).all()
+  position = sampling.start(plan, jnp.asarray(NOISE))
+  for i in range(plan.num_steps):
+    step = jax.tree.map(lambda a, i=i: a[i], plan.steps())
+    change = lambda size, step=step, position=position: sampling.advance(
+        plan, step, position, jnp.full(NOISE.shape, size), None).x
+    slope = (change(1.0) - change(0.0)).mean()
+    np.testing.assert_allclose(slope, -plan.eps_factor[i], rtol=1e-3)
+    eps = jax_eps(position.x, jnp.full(2, step['t']), i)
+    position = sampling.advance(plan, step, position, eps, None)
+
+
+def test_a_trajectory_can_be_walked_step_by_step():
+  """As fine-tuning does, with the history in its state."""
+  for name in ('ddim', 'plms', 'dpm_solver'):
+    plan = diffusion.make_plan(SCHEDULE, name, num_steps=6)
+    position = sampling.start(plan, jnp.asarray(NOISE))
+    for i in range(plan.num_steps):
+      step = jax.tree.map(lambda a, i=i: a[i], plan.steps())
+      eps = jax_eps(position.x, jnp.full(2, step['t']), i)
+      position = sampling.advance(plan, step, position, eps, None)
+    assert_near(position.x, np.asarray(sampled(plan)))
+
+
+@pytest.mark.parametrize('scale', [0.0, 1.0, 3.0])
+def test_classifier_free_guidance(scale):
+  plan = diffusion.make_plan(SCHEDULE, 'ddim', num_steps=5)
+
+  def both(x, t, index):
+    assert len(x) == len(t) == 4
+    shift = jnp.repeat(jnp.asarray([0.0, 0.3]), 2).reshape(4, 1, 1, 1)
+    return jnp.concatenate([jax_eps(half, t, index)
+                            for half in jnp.split(x, 2)]) + shift
+
+  guided = diffusion.classifier_free(both, scale)
+  expected = lambda x, t, index: jax_eps(x, t, index) + 0.3 * scale
+  assert_near(sampled(plan, guided), np.asarray(sampled(plan, expected)))
+
+
+def test_clipping_x0_is_ddpms():
+  """Ho et al.'s code: the posterior's mean of a clipped x_0."""
+  schedule = diffusion.make_schedule(
+      'linear', num_train_steps=20, beta_start=0.01, beta_end=0.3)
+  plan = diffusion.ddpm_plan(schedule)
+  fn = diffusion.clip_x0(jax_eps, schedule, plan)
+  seen = diffusion.trajectory(fn, plan, jnp.asarray(NOISE), jax.random.key(0),
+                              visit=lambda x, eps, step: (x, step['t']))[1]
+  bar = np.cumprod(schedule.alphas)
+  clipped = 0
+  for i in range(19):
+    x, t = np.float64(seen[0][i]), int(seen[1][i])
+    beta, before = schedule.betas[t], bar[t - 1]
+    x0 = (x - np.sqrt(1 - bar[t]) * eps_of(np, x, t)) / np.sqrt(bar[t])
+    clipped += (np.abs(x0) > 1).any()
+    x0 = np.clip(x0, -1, 1)
+    mean = (np.sqrt(before) * beta / (1 - bar[t]) * x0
+            + np.sqrt(1 - beta) * (1 - before) / (1 - bar[t]) * x)
+    z = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), x.shape)
+    std = np.sqrt(beta * (1 - before) / (1 - bar[t]))
+    np.testing.assert_allclose(
+        seen[0][i + 1], mean + std * np.asarray(z), atol=1e-4)
+  assert clipped
