@@ -15,6 +15,16 @@ def get_config() -> ml_collections.ConfigDict:
   # Full-precision checkpoint to start from: a file or the name of a shipped
   # one. Empty: train one first, in the workdir.
   config.pretrained = ''
+  # Of checkpoints that do not tell their own configuration: a CompVis yaml.
+  config.pretrained_config = ''
+  config.ema = True  # take the moving average where the checkpoint has one
+  # Latent diffusion: checkpoint of the first stage, which decodes.
+  config.first_stage = ''
+  # Class-conditional models: classifier-free guidance.
+  config.guidance = ml_collections.ConfigDict({
+      'scale': 1.0,
+      'null_class': False,  # whether the last class stands for none
+  })
   config.stage = 'quantize'  # or 'pretrain': stop after the teacher
 
   config.data = ml_collections.ConfigDict({

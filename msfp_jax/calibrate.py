@@ -50,8 +50,12 @@ def is_aal(minimum: float, maximum: float) -> bool:
           and maximum > _ASYMMETRY * abs(minimum))
 
 
+# Starting noise `[B, H, W, C]`, alone or with what else the model takes.
+Batch = jax.Array | tuple[jax.Array, ...]
+
+
 def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
-            batches: Iterable[jax.Array], *, samples_per_layer: int = 65_536,
+            batches: Iterable[Batch], *, samples_per_layer: int = 65_536,
             key: jax.Array) -> dict[str, Activations]:
   """Runs the sampler and keeps a sample of every layer's input.
 
@@ -59,28 +63,31 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   of images: every step of every batch contributes equally many.
 
   Args:
-    model: predicts the noise, model(x, t).
+    model: predicts the noise, model(x, t, *condition).
     params: its parameters.
     plan: the sampler whose trajectory is followed, all steps of it.
-    batches: starting noise, arrays `[B, H, W, C]` of one shape.
+    batches: starting noise, arrays `[B, H, W, C]` of one shape; or tuples of
+      noise and condition, such as labels `[B]`.
     samples_per_layer: values kept of each layer.
     key: for the sample's choice and the sampler's noise.
 
   Raises:
     ValueError: there are no batches, or an activation is NaN or infinite.
   """
-  batches = list(batches)
+  batches = [batch if isinstance(batch, tuple) else (batch,)
+             for batch in batches]
   if not batches:
     raise ValueError('nothing to calibrate on: batches is empty; pass at '
                      'least one array of noise')
   count = -(-samples_per_layer // (plan.num_steps * len(batches)))
-  t = jnp.zeros(batches[0].shape[:1])
-  names = layers_lib.list_layers(model, params, batches[0], t)
+  noise, *condition = batches[0]
+  names = layers_lib.list_layers(
+      model, params, noise, jnp.zeros(len(noise)), *condition)
   run = jax.jit(functools.partial(watch, model, plan, count))
   seen = []
   progress = progress_lib.Progress('gather activations, batches', len(batches))
-  for i, noise in enumerate(batches):
-    seen.append(jax.device_get(run(params, noise, jax.random.fold_in(key, i))))
+  for i, batch in enumerate(batches):
+    seen.append(jax.device_get(run(params, batch, jax.random.fold_in(key, i))))
     progress.update(i + 1)
   found = {}
   for name in names:
@@ -94,7 +101,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
 
 
 def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
-          params: Any, noise: jax.Array, key: jax.Array
+          params: Any, batch: tuple[jax.Array, ...], key: jax.Array
           ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
   """Samples, and returns what the layers' inputs were instead of images.
 
@@ -103,6 +110,7 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
     over all values of every step `[S]`)}.
   """
   step_seen = {}
+  noise, *condition = batch
 
   def eps_fn(x, t, index):
     step_seen.clear()
@@ -115,7 +123,7 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
       return value
 
     with layers_lib.intercept_inputs(visit):
-      return model.apply({'params': params}, x, t)
+      return model.apply({'params': params}, x, t, *condition)
 
   return diffusion.trajectory(
       eps_fn, plan, noise, jax.random.fold_in(key, plan.num_steps),
@@ -124,7 +132,7 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
 
 def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
               bits: int = 4, act_bits: int | None = None,
-              batches: Iterable[jax.Array] | None = None,
+              batches: Iterable[Batch] | None = None,
               plan: diffusion.SamplerPlan | None = None,
               exceptions: str | Mapping[str, int] | None = None,
               roles: Mapping[str, str] | None = None,
@@ -133,12 +141,12 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   """Searches a quantizer for every Conv and Dense of a model.
 
   Args:
-    model: predicts the noise, model(x, t).
+    model: predicts the noise, model(x, t, *condition).
     params: its parameters, finite.
     recipe: a name in `spec.RECIPES`: 'msfp', 'signed_fp' or 'int'.
     bits: of the weights; 3 to 8, or 32 for full precision.
     act_bits: of the activations; the weights' by default.
-    batches: starting noise, arrays `[B, H, W, C]`.
+    batches: starting noise, arrays `[B, H, W, C]`; or tuples (see `collect`).
     plan: the sampler whose whole trajectory is followed.
     exceptions: roles with other bits than the rest: a name in
       `spec.EXCEPTIONS` or a dict; 'all-4' by default, none with own `roles`.

@@ -1,5 +1,6 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
+from collections.abc import Callable
 import dataclasses
 import pathlib
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from msfp_jax import conditions
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
@@ -46,8 +48,11 @@ class Row:
 
 
 def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
-             num_samples: int, batch_size: int, image_shape: tuple[int, ...],
-             key: jax.Array, name: str = 'sample') -> np.ndarray:
+             num_samples: int, batch_size: int, shape: tuple[int, ...],
+             key: jax.Array, name: str = 'sample', *,
+             draw_condition: conditions.Draw = conditions.none,
+             decode: Callable[[jax.Array], jax.Array] | None = None
+             ) -> np.ndarray:
   """Draws images; image i depends on the key and i's batch alone.
 
   Args:
@@ -55,12 +60,14 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
     plan: the sampler.
     num_samples: how many; the last batch may be partial.
     batch_size: images at once.
-    image_shape: `[H, W, C]`.
+    shape: of a sample, `[H, W, C]`.
     key: of the noise.
     name: for progress lines.
+    draw_condition: of every batch, for conditional models.
+    decode: latents -> images in [-1, 1]; None where samples are images.
 
   Returns:
-    uint8 `[num_samples, H, W, C]`.
+    uint8 images `[num_samples, H, W, C]`.
 
   Raises:
     ValueError: num_samples < 1, or samples that are NaN or infinite.
@@ -74,9 +81,11 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
   def draw(params, weights, key):
     model = dataclasses.replace(deployed, params=params, weights=weights)
     noise = jax.random.normal(
-        jax.random.fold_in(key, 0), (batch_size, *image_shape))
+        jax.random.fold_in(key, 0), (batch_size, *shape))
+    condition = draw_condition(jax.random.fold_in(key, 2), batch_size)
     return diffusion.sample(
-        model.eps_fn, plan, noise, jax.random.fold_in(key, 1))
+        lambda x, t, index: model.eps_fn(x, t, index, *condition), plan, noise,
+        jax.random.fold_in(key, 1))
 
   images = []
   progress = progress_lib.Progress(name, num_samples)
@@ -86,6 +95,8 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
     if bad := np.count_nonzero(~np.isfinite(x)):
       raise ValueError(f'{name}: {bad} of {x.size} values of batch {i} are NaN '
                        'or infinite; the model is damaged')
+    if decode is not None:
+      x = decode(x)
     images.append(np.asarray(data.to_uint8(x)))
     progress.update(min((i + 1) * batch_size, num_samples))
   return np.concatenate(images)[:num_samples]
@@ -97,7 +108,8 @@ def draw(experiment: experiment_lib.Experiment,
   cfg = experiment.config.eval
   return generate(
       deployed, experiment.plan, cfg.num_samples, cfg.batch_size,
-      experiment.images.shape[1:], experiment.key(experiment_lib.SAMPLES), name)
+      experiment.sample_shape, experiment.key(experiment_lib.SAMPLES), name,
+      draw_condition=experiment.draw_condition, decode=experiment.decode)
 
 
 def untuned(experiment: experiment_lib.Experiment,

@@ -1,5 +1,6 @@
 """What a config stands for: model, sampler, data, calibration, workdir."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from msfp_jax import conditions
 from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax import diffusion
@@ -21,6 +23,8 @@ from msfp_jax import spec as spec_lib
 from msfp_jax.calibrate import Activations
 from msfp_jax.calibrate import calibrate
 from msfp_jax.calibrate import collect
+from msfp_jax.models import unet
+from msfp_jax.models.guided import Guided
 
 # Uses of the seed; each folds its own number into the key.
 CALIBRATION, BANKS, TRAJECTORIES, SAMPLES = range(10, 14)
@@ -41,6 +45,9 @@ class Experiment:
     schedule: of the forward process.
     plan: the sampler.
     images: the data, uint8 `[N, H, W, C]`.
+    draw_condition: what a conditional model is asked for.
+    decode: latents `[B, h, w, c]` -> images, float32 in [-1, 1]; None where
+      the model works on pixels.
   """
 
   config: ml_collections.ConfigDict
@@ -49,6 +56,14 @@ class Experiment:
   schedule: diffusion.NoiseSchedule
   plan: diffusion.SamplerPlan
   images: np.ndarray
+  draw_condition: conditions.Draw = conditions.none
+  decode: Callable[[jax.Array], jax.Array] | None = None
+
+  @property
+  def sample_shape(self) -> tuple[int, int, int]:
+    """`[H, W, C]` of what the model denoises."""
+    cfg = self.model.config
+    return cfg.image_size, cfg.image_size, cfg.in_channels
 
   def key(self, use: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(self.config.seed), use)
@@ -70,10 +85,13 @@ class Experiment:
     """Seen along the teacher's trajectories, as config.calibrate says."""
     cfg = self.config.calibrate
     key = self.key(CALIBRATION)
-    batches = [
-        jax.random.normal(jax.random.fold_in(key, i),
-                          (cfg.batch_size, *self.images.shape[1:]))
-        for i in range(cfg.num_batches)]
+    batches = []
+    for i in range(cfg.num_batches):
+      noise_key = jax.random.fold_in(key, i)
+      noise = jax.random.normal(
+          noise_key, (cfg.batch_size, *self.sample_shape))
+      batches.append((noise, *self.draw_condition(
+          jax.random.fold_in(noise_key, 0), cfg.batch_size)))
     logging.info('calibrating on %d trajectories of %d steps',
                  cfg.batch_size * cfg.num_batches, self.plan.num_steps)
     return collect(
@@ -107,12 +125,62 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
     if not pathlib.Path(path).is_file():
       raise WorkdirError(f'no trained model at {path}: run train.py with this '
                          'config and workdir first, or set config.pretrained')
-  model, params = convert.load_pretrained(path)
+  model, params = convert.load_pretrained(
+      path, config.pretrained_config or None, config.ema)
   images = data.load(config.data.name, config.data.path)
-  pretrain.check_images(images, model.config)
+  decode, stride = None, 1
+  if config.first_stage:
+    decode, stride = _load_decoder(config.first_stage)
+  check_images(images, model.config, stride)
+  draw_condition = conditions.none
+  if model.config.by_class:
+    model, draw_condition = _conditional(model, config.guidance)
   schedule = diffusion.make_schedule(**config.schedule)
-  return Experiment(config, model, params, schedule,
-                    diffusion.make_plan(schedule, **config.sampler), images)
+  return Experiment(
+      config, model, params, schedule,
+      diffusion.make_plan(schedule, **config.sampler), images, draw_condition,
+      decode)
+
+
+def _load_decoder(path: str) -> tuple[Callable[[jax.Array], jax.Array], int]:
+  """The first stage's decoder, jitted, and its pixels a latent."""
+  stage, params = convert.load_first_stage(path)
+  # Parameters are an argument: as constants they would be folded.
+  decode = jax.jit(lambda params, z: stage.apply(
+      {'params': params}, z, method='decode'))
+  return functools.partial(decode, params), stage.config.stride
+
+
+def _conditional(model: nn.Module, config: ml_collections.ConfigDict
+                 ) -> tuple[nn.Module, conditions.Draw]:
+  """The model with guidance, and the classes that it is asked for.
+
+  The last class stands for none where the model is guided.
+  """
+  count = model.config.num_classes or model.config.context_classes
+  if config.scale == 1.0 and not config.null_class:
+    return model, conditions.classes(count)
+  guided = Guided(model, config.scale, count - 1)
+  return guided, conditions.classes(count - 1)
+
+
+def check_images(images: np.ndarray, config: unet.UNetConfig, stride: int = 1
+                 ) -> None:
+  """Raises ValueError unless images are what the model's samples become.
+
+  Args:
+    images: uint8 `[N, H, W, C]`.
+    config: of the model.
+    stride: pixels along a side of what the model denoises.
+  """
+  if stride == 1:
+    pretrain.check_images(images, config)
+  side = config.image_size * stride
+  height, width = images.shape[1:3]
+  if (height, width) != (side, side):
+    raise ValueError(
+        f'the images are {height} x {width} pixels, the model makes {side} x '
+        f'{side}: resize the images, or choose another checkpoint')
 
 
 def prepare_workdir(config: ml_collections.ConfigDict, workdir: str,

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from msfp_jax import conditions
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
 from msfp_jax import files
@@ -91,7 +92,8 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
               gamma: np.ndarray, tx: optax.GradientTransformation,
-              key: jax.Array):
+              key: jax.Array, draw_condition: conditions.Draw = conditions.none
+              ):
   """The update: state -> (state, scalars).
 
   One update per denoising step. The teacher alone moves the trajectory, from
@@ -104,12 +106,13 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     gamma: denoising factors `[S]` in the plan's order.
     tx: the optimizer.
     key: folded with the trajectory's number.
+    draw_condition: of every trajectory, for conditional models.
   """
   steps = plan.steps() | {'gamma': jnp.asarray(gamma, jnp.float32)}
 
-  def loss_fn(trainable, params, x, step, eps_teacher):
+  def loss_fn(trainable, params, x, step, condition, eps_teacher):
     eps, choices = dataclasses.replace(student, params=params).predict(
-        trainable, x, step['t'])
+        trainable, x, step['t'], *condition)
     loss = losses.dfa_loss(step['gamma'], eps_teacher, eps)
     return loss, (losses.dfa_loss(1.0, eps_teacher, eps), choices)
 
@@ -126,10 +129,11 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         functools.partial(jnp.where, index == 0),
         sampling.start(plan, noise), state.position)
     x = position.x
+    condition = draw_condition(jax.random.fold_in(run_key, 2), len(x))
     eps_teacher = student.model.apply(
-        {'params': params}, x, jnp.full(x.shape[:1], step['t']))
+        {'params': params}, x, jnp.full(x.shape[:1], step['t']), *condition)
     (loss, (mse, choices)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.trainable, params, x, step, eps_teacher)
+        state.trainable, params, x, step, condition, eps_teacher)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': mse, 't': step['t'],
@@ -173,11 +177,12 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
                          experiment.schedule.num_train_steps, cfg)
   tx = optimizer(cfg)
   plan = experiment.plan
-  state = init_state(student, tx, plan, experiment.images.shape[1:],
+  state = init_state(student, tx, plan, experiment.sample_shape,
                      experiment.key(experiment_lib.BANKS), cfg)
   gamma = losses.denoising_factors(experiment.schedule, plan, cfg.gamma)
   step = make_step(student, plan, gamma, tx,
-                   experiment.key(experiment_lib.TRAJECTORIES))
+                   experiment.key(experiment_lib.TRAJECTORIES),
+                   experiment.draw_condition)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(
         'finetune', state, step, cfg.num_updates, workdir=workdir,

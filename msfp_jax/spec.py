@@ -30,7 +30,8 @@ ROLES = {
     'shortcut': r'.*\.nin_shortcut',
     'downsample': r'down\.\d+\.downsample\.conv',
     'upsample': r'up\.\d+\.upsample\.conv',
-    'attention': r'.*\.attn[._]\d+\.(q|k|v|proj_out)',
+    'attention': r'.*\.attn[._]\d+\.(.+\.)?(q|k|v|proj_in|proj_out)',
+    'feed_forward': r'.*\.ff\.(proj|out)',
     'conv': r'.*\.conv[12]',
 }
 # Layers of the UNet whose input follows SiLU: the paper's AALs, by structure.

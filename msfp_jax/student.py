@@ -25,7 +25,7 @@ class Student:
   """A model, its QuantSpec, and what of it is trained.
 
   Attributes:
-    model: the full-precision linen model, called as model(x, t).
+    model: the full-precision linen model, model(x, t, *condition).
     params: its parameters.
     spec: the quantizers found by calibration.
     router: chooses among banks; None where there is one bank.
@@ -86,14 +86,15 @@ class Student:
     return {'banks': banks, 'router': router, 'ranges': ranges,
             'biases': biases}
 
-  def predict(self, trainable: Any, x: jax.Array, t: jax.Array
-              ) -> tuple[jax.Array, jax.Array]:
+  def predict(self, trainable: Any, x: jax.Array, t: jax.Array,
+              *condition: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The quantized prediction at one timestep, differentiable.
 
     Args:
       trainable: what `init` returned, trained.
       x: `[B, H, W, C]`.
       t: scalar, of the whole batch.
+      *condition: what else the model takes.
 
     Returns:
       eps like x, and the chosen banks, int32 `[len(banked)]`.
@@ -114,7 +115,7 @@ class Student:
     params = layers_lib.replace(
         self._biased(trainable['biases']), 'kernel', weights)
     eps = apply(self.model, params, spec.act_quantizers, x,
-                jnp.full(x.shape[:1], t))
+                jnp.full(x.shape[:1], t), *condition)
     return eps, jnp.argmax(gates, axis=-1)
 
   def deploy(self, trainable: Any, timesteps: np.ndarray) -> 'Deployed':
@@ -165,13 +166,15 @@ class Deployed:
   weights: dict[str, jax.Array]
   choices: dict[str, jax.Array]
 
-  def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array) -> jax.Array:
+  def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
+             *condition: jax.Array) -> jax.Array:
     """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
     kernels = {
         name: w[0] if len(w) == 1 else w[self.choices[name][index]]
         for name, w in self.weights.items()}
     params = layers_lib.replace(self.params, 'kernel', kernels)
-    return apply(self.model, params, self.spec.act_quantizers, x, t)
+    return apply(
+        self.model, params, self.spec.act_quantizers, x, t, *condition)
 
 
 def _offsets(quantizer: quantizers.Quantizer) -> dict[str, jax.Array]:
