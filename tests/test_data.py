@@ -153,7 +153,7 @@ def test_no_path():
 
 
 def test_unknown_name():
-  with pytest.raises(ValueError, match="'cifar'.*'digits' or 'images'"):
+  with pytest.raises(ValueError, match="'cifar'.*cifar10.*digits.*images"):
     data.load('cifar')
 
 

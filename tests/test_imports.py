@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'msfp_jax'
 
 # A module imports only rooms of rows above its own (and its own room).
 ORDER = [
-    {'files', 'progress'},
+    {'files', 'pickles', 'progress'},
     {'formats', 'layers', 'pictures', 'data', 'diffusion', 'models',
      'checkpoint'},
     {'writer'},

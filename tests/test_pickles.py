@@ -9,7 +9,7 @@ import pickletools
 
 import pytest
 
-from msfp_jax.convert import pickles
+from msfp_jax import pickles
 
 
 def read(content, **options):

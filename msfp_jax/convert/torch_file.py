@@ -15,10 +15,10 @@ import zipfile
 
 import numpy as np
 
-from msfp_jax.convert import pickles
-from msfp_jax.convert.pickles import Global
+from msfp_jax import pickles
 from msfp_jax.convert.tensors import BFLOAT16
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.pickles import Global
 
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
 _LEGACY_PROTOCOL = 1001

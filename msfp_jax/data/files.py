@@ -1,69 +1,27 @@
-"""Images in: scikit-learn's digits, a person's folder or `.npz`.
+"""Images in files: an `.npz`, or a folder of pictures."""
 
-Images are uint8 `[N, H, W, C]` on the host; models see float32 in [-1, 1].
-"""
-
+from collections.abc import Callable
 import pathlib
 import zipfile
 import zlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 
 
-def to_float(images: np.ndarray | jax.Array) -> jax.Array:
-  """uint8 0..255 -> float32 in [-1, 1]."""
-  return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(x: jax.Array) -> jax.Array:
-  """float32, clipped to [-1, 1] -> uint8, rounded to the nearest.
-
-  NaN becomes 0 in the cast; callers check samples for NaN before (see
-  `evaluate.generate`).
-  """
-  return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-
-def digits() -> tuple[np.ndarray, np.ndarray]:
-  """scikit-learn's 1,797 scanned digits, 8 x 8 enlarged to 16 x 16.
-
-  Returns:
-    uint8 images `[1797, 16, 16, 1]` (white on black), int labels `[1797]`.
-  """
-  from sklearn.datasets import load_digits  # half a second, only needed here
-
-  bunch = load_digits()
-  scans = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-  images = np.stack([
-      np.asarray(Image.fromarray(scan).resize((16, 16), Image.BILINEAR))
-      for scan in scans])
-  return images[..., None], bunch.target
-
-
-def load(name: str, path: str = '') -> np.ndarray:
-  """The images of a data set, uint8 `[N, H, W, C]`.
+def read(path: str) -> np.ndarray:
+  """The images at a path, uint8 `[N, H, W, C]`.
 
   Args:
-    name: 'digits', or 'images' for a person's own.
-    path: for 'images': a folder of image files of one size, or an `.npz` with
-      one uint8 array `[N, H, W]` or `[N, H, W, C]`.
+    path: a folder of image files of one size, or an `.npz` with one uint8
+      array `[N, H, W]` or `[N, H, W, C]`.
 
   Raises:
-    ValueError: an unknown name, or files that do not hold such images.
+    ValueError: files that do not hold such images.
     FileNotFoundError: nothing at `path`.
   """
-  if name == 'digits':
-    return digits()[0]
-  if name != 'images':
-    raise ValueError(f"data set {name!r}: must be 'digits' or 'images'")
-  if not path:
-    raise ValueError("data set 'images' needs a path: pass "
-                     '--config.data.path=FOLDER_OR_NPZ')
   root = pathlib.Path(path).expanduser()
   if not root.exists():
     raise FileNotFoundError(f'no images at {root}: neither a folder nor a '
@@ -99,7 +57,40 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
   return images
 
 
-def _read_folder(root: pathlib.Path) -> np.ndarray:
+def read_celeba(path: str) -> np.ndarray:
+  """CelebA's aligned photographs as DDIM's models saw them, 64 x 64.
+
+  The 128 x 128 pixels around (89, 121), halved with a bilinear filter, as
+  ermongroup/ddim prepares them.
+
+  Args:
+    path: img_align_celeba, a folder of 178 x 218 pictures.
+
+  Raises:
+    FileNotFoundError: no such folder.
+    ValueError: pictures of another size.
+  """
+  root = pathlib.Path(path).expanduser()
+  if not root.is_dir():
+    raise FileNotFoundError(
+        f'no CelebA at {root}: get img_align_celeba.zip from the data set\'s '
+        'page (mmlab.ie.cuhk.edu.hk/projects/CelebA.html), unpack it, and pass '
+        '--config.data.path=.../img_align_celeba')
+  return _read_folder(root, _celeba_crop)
+
+
+def _celeba_crop(image: Image.Image) -> Image.Image:
+  if image.size != (178, 218):
+    raise ValueError(f'is {image.size[0]} x {image.size[1]} pixels, not CelebA'
+                     "'s aligned 178 x 218")
+  x, y = 89, 121
+  return image.crop((x - 64, y - 64, x + 64, y + 64)).resize(
+      (64, 64), Image.BILINEAR)
+
+
+def _read_folder(root: pathlib.Path,
+                 change: Callable[[Image.Image], Image.Image] = lambda i: i
+                 ) -> np.ndarray:
   files = sorted(
       p for p in root.rglob('*') if p.suffix.lower() in _SUFFIXES)
   if not files:
@@ -112,7 +103,10 @@ def _read_folder(root: pathlib.Path) -> np.ndarray:
           # Pillow's conversion would saturate.
           image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         grey = image.mode in ('1', 'L')
-        images.append(np.asarray(image.convert('L' if grey else 'RGB')))
+        image = change(image.convert('L' if grey else 'RGB'))
+        images.append(np.asarray(image))
+    except ValueError as error:
+      raise ValueError(f'{file} {error}') from error
     except OSError as error:
       raise ValueError(f'{file} is no readable image: {error}') from error
     if images[-1].shape[:2] != images[0].shape[:2]:

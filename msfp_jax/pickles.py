@@ -30,6 +30,14 @@ class Global:
     return f'{self.module}.{self.name}'
 
 
+class Buildable:
+  """What a caller's function may return to be given its state afterwards."""
+
+  def build(self, state: Any) -> None:
+    """Takes what the pickle has for `__setstate__`."""
+    raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opaque:
   """Stands for an object that the pickle wanted made by a call of `made_by`."""
@@ -295,8 +303,9 @@ class _Machine:
     self.stack.append(self.call(function, args))
 
   def op_BUILD(self, _):
-    # The state of an object: there are none here, so nothing takes it.
-    self.pop()
+    state = self.pop()
+    if isinstance(self.stack[-1], Buildable):
+      self.stack[-1].build(state)
 
 
 _NOTHING = frozenset({'PROTO', 'FRAME'})

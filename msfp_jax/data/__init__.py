@@ -1,0 +1,57 @@
+"""Images in: uint8 `[N, H, W, C]` on the host; models see float32 in [-1, 1].
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.data import cifar10
+from msfp_jax.data import files
+from msfp_jax.data import parquet
+from msfp_jax.data.digits import digits
+
+__all__ = ['DATASETS', 'digits', 'load', 'to_float', 'to_uint8']
+
+# Name -> reader of a path; a new data set is one entry.
+DATASETS: dict[str, Callable[[str], np.ndarray]] = {
+    'digits': lambda path: digits()[0],
+    'images': files.read,
+    'celeba': files.read_celeba,
+    'cifar10': cifar10.read,
+    'parquet': parquet.read,
+}
+
+
+def to_float(images: np.ndarray | jax.Array) -> jax.Array:
+  """uint8 0..255 -> float32 in [-1, 1]."""
+  return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+  """float32, clipped to [-1, 1] -> uint8, rounded to the nearest.
+
+  NaN becomes 0 in the cast; callers check samples for NaN before (see
+  `evaluate.generate`).
+  """
+  return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def load(name: str, path: str = '') -> np.ndarray:
+  """The images of a data set, uint8 `[N, H, W, C]`.
+
+  Args:
+    name: a name in DATASETS.
+    path: where its files are; 'digits' needs none.
+
+  Raises:
+    ValueError: an unknown name, no path, or files that do not hold images.
+    FileNotFoundError: nothing at `path`; what to get is said.
+  """
+  if name not in DATASETS:
+    raise ValueError(f'data set {name!r}: must be one of {sorted(DATASETS)}')
+  if not path and name != 'digits':
+    raise ValueError(f'data set {name!r} needs a path: pass '
+                     '--config.data.path=FOLDER_OR_FILE')
+  return DATASETS[name](path)
