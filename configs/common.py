@@ -7,19 +7,44 @@ import ml_collections
 
 from msfp_jax import spec
 
+# What the UNets of latent diffusion share.
+LATENT_UNET = {
+    'norm_groups': 32, 'norm_eps': 1e-5, 'dropout': 0.0,
+    'downsample_padding': (1, 1), 'time_order': 'cos_sin',
+    'time_freq_shift': 0}
+# First stages, of runs that have no checkpoint (`first_stage` 'random').
+VQ = {'kind': 'vq', 'ch': 128, 'ch_mult': (1, 2, 4), 'z_channels': 3,
+      'embed_dim': 3, 'codebook_size': 8192}
+KL = {'kind': 'kl', 'ch': 128, 'ch_mult': (1, 2, 4, 4), 'z_channels': 4,
+      'embed_dim': 4, 'codebook_size': 0}
+# Under a minute on 2 cores, on random models: does everything run?
+SMOKE = {
+    'pretrained': 'random', 'model.ch': 8, 'model.ch_mult': (1, 2),
+    'model.norm_groups': 4, 'model.num_res_blocks': 1,
+    'sampler.num_steps': 4, 'calibrate.batch_size': 4,
+    'calibrate.num_batches': 1, 'calibrate.samples_per_layer': 2048,
+    'finetune.num_updates': 8, 'finetune.rank': 2, 'finetune.batch_size': 2,
+    'finetune.save_every': 4, 'finetune.log_every': 1,
+    'eval.num_samples': 160, 'eval.batch_size': 80,
+    'eval.rows': ('fp', 'msfp', 'tuned')}
+
 
 def get_config() -> ml_collections.ConfigDict:
   """The fields of every experiment; configs/*.py fill in theirs."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  # Full-precision checkpoint to start from: a file or the name of a shipped
-  # one. Empty: train one first, in the workdir.
+  # Full-precision checkpoint to start from: a file, a folder, or the name of a
+  # shipped one. Empty: train one first, in the workdir. 'random': the
+  # untrained model of config.model, to try whether everything runs.
   config.pretrained = ''
   # Of checkpoints that do not tell their own configuration: a CompVis yaml.
   config.pretrained_config = ''
   config.ema = True  # take the moving average where the checkpoint has one
   # Latent diffusion: checkpoint of the first stage, which decodes.
   config.first_stage = ''
+  # Of a random first stage.
+  config.autoencoder = ml_collections.ConfigDict(
+      {'num_res_blocks': 2, 'norm_groups': 32})
   # Class-conditional models: classifier-free guidance.
   config.guidance = ml_collections.ConfigDict({
       'scale': 1.0,
@@ -31,7 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
       'name': 'digits',  # or 'images'
       'path': '',  # for 'images': a folder or an .npz
   })
-  # Of the UNet that pre-training makes; a checkpoint brings its own.
+  # Of the UNet that pre-training makes, or of a random one; a checkpoint
+  # brings its own.
   config.model = ml_collections.ConfigDict()
   config.schedule = ml_collections.ConfigDict({
       'name': 'linear',

@@ -23,9 +23,12 @@ from msfp_jax import spec as spec_lib
 from msfp_jax.calibrate import Activations
 from msfp_jax.calibrate import calibrate
 from msfp_jax.calibrate import collect
+from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
 from msfp_jax.models.guided import Guided
 
+# In place of a checkpoint: an untrained model.
+RANDOM = 'random'
 # Uses of the seed; each folds its own number into the key.
 CALIBRATION, BANKS, TRAJECTORIES, SAMPLES = range(10, 14)
 
@@ -119,18 +122,11 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
     WorkdirError: it is not there.
     ValueError: the data does not fit the model.
   """
-  path = config.pretrained
-  if not path:
-    path = f'{workdir}/pretrain/model.safetensors'
-    if not pathlib.Path(path).is_file():
-      raise WorkdirError(f'no trained model at {path}: run train.py with this '
-                         'config and workdir first, or set config.pretrained')
-  model, params = convert.load_pretrained(
-      path, config.pretrained_config or None, config.ema)
+  model, params = _load_model(config, workdir)
   images = data.load(config.data.name, config.data.path)
   decode, stride = None, 1
   if config.first_stage:
-    decode, stride = _load_decoder(config.first_stage)
+    decode, stride = _load_decoder(config)
   check_images(images, model.config, stride)
   draw_condition = conditions.none
   if model.config.by_class:
@@ -142,9 +138,45 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       decode)
 
 
-def _load_decoder(path: str) -> tuple[Callable[[jax.Array], jax.Array], int]:
+def _load_model(config: ml_collections.ConfigDict, workdir: str
+                ) -> tuple[unet.UNet, Any]:
+  path = config.pretrained
+  if path == RANDOM:
+    model = unet.UNet(unet.UNetConfig(**config.model))
+    return model, random_params(
+        convert.abstract_params(model), jax.random.key(config.seed))
+  if not path:
+    path = f'{workdir}/pretrain/model.safetensors'
+    if not pathlib.Path(path).is_file():
+      raise WorkdirError(f'no trained model at {path}: run train.py with this '
+                         'config and workdir first, or set config.pretrained')
+  return convert.load_pretrained(
+      path, config.pretrained_config or None, config.ema)
+
+
+def random_params(abstract: Any, key: jax.Array) -> Any:
+  """Parameters that keep activations near 1, none of them neutral."""
+  leaves, structure = jax.tree.flatten(abstract)
+
+  def draw(i, leaf):
+    noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+    if len(leaf.shape) == 1:
+      return 0.2 * noise + 1.0
+    return noise / np.sqrt(np.prod(leaf.shape[:-1]))
+
+  return structure.unflatten([draw(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def _load_decoder(config: ml_collections.ConfigDict
+                  ) -> tuple[Callable[[jax.Array], jax.Array], int]:
   """The first stage's decoder, jitted, and its pixels a latent."""
-  stage, params = convert.load_first_stage(path)
+  if config.first_stage == RANDOM:
+    stage = autoencoder.Autoencoder(
+        autoencoder.AutoencoderConfig(**config.autoencoder))
+    params = random_params(
+        convert.abstract_autoencoder(stage), jax.random.key(config.seed))
+  else:
+    stage, params = convert.load_first_stage(config.first_stage)
   # Parameters are an argument: as constants they would be folded.
   decode = jax.jit(lambda params, z: stage.apply(
       {'params': params}, z, method='decode'))

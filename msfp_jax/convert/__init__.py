@@ -1,7 +1,10 @@
 """Checkpoints -> (model, parameters), strict both ways."""
 
+from msfp_jax.convert.load import abstract_autoencoder
 from msfp_jax.convert.load import load_first_stage
 from msfp_jax.convert.load import load_pretrained
+from msfp_jax.convert.native import abstract_params
 from msfp_jax.convert.native import save_pretrained
 
-__all__ = ['load_first_stage', 'load_pretrained', 'save_pretrained']
+__all__ = ['abstract_autoencoder', 'abstract_params', 'load_first_stage',
+           'load_pretrained', 'save_pretrained']

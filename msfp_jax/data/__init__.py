@@ -14,6 +14,22 @@ from msfp_jax.data.digits import digits
 
 __all__ = ['DATASETS', 'digits', 'load', 'to_float', 'to_uint8']
 
+
+def synthetic(path: str) -> np.ndarray:
+  """256 images of noise, for runs that only try whether everything works.
+
+  Args:
+    path: their size, 'CxHxW'.
+  """
+  try:
+    channels, height, width = map(int, path.split('x'))
+  except ValueError:
+    raise ValueError(f'synthetic images of size {path!r}: must be CxHxW'
+                     ) from None
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (256, height, width, channels), np.uint8)
+
+
 # Name -> reader of a path; a new data set is one entry.
 DATASETS: dict[str, Callable[[str], np.ndarray]] = {
     'digits': lambda path: digits()[0],
@@ -21,6 +37,7 @@ DATASETS: dict[str, Callable[[str], np.ndarray]] = {
     'celeba': files.read_celeba,
     'cifar10': cifar10.read,
     'parquet': parquet.read,
+    'synthetic': synthetic,
 }
 
 
