@@ -9,6 +9,8 @@ import json
 import re
 
 import diffusers
+import diffusers_oracle
+import families
 import numpy as np
 import torch
 import unet_oracle
@@ -125,8 +127,24 @@ def golden_cifar10(seed: int) -> dict[str, np.ndarray]:
           'config': np.array(json.dumps(config.to_dict()))}
 
 
+def golden_families() -> dict[str, np.ndarray]:
+  """Outputs of every family; weights and inputs are drawn again by the test."""
+  found = {}
+  for name, config in families.CONFIGS.items():
+    state = families.state_of(config)
+    found[name] = diffusers_oracle.unet_output(
+        config, state, *families.inputs_of(config))
+  for name, config in families.STAGES.items():
+    outputs = diffusers_oracle.first_stage_outputs(
+        config, families.state_of(config), families.images_of(config),
+        families.latents_of(config))
+    found[f'{name} encoded'], found[f'{name} decoded'] = outputs
+  return found
+
+
 def all_golden() -> dict[str, dict[str, np.ndarray]]:
   return {
+      'families': golden_families(),
       'unet_tiny': golden(unet_oracle.TINY, seed=0),
       'unet_tiny_relative': golden(unet_oracle.TINY_RELATIVE, seed=1),
       'unet_cifar10': golden_cifar10(seed=2),

@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import foreign
 import jax
 import ml_dtypes
@@ -15,50 +16,9 @@ import yaml
 from msfp_jax import convert
 from msfp_jax.convert import load
 from msfp_jax.models.autoencoder import Autoencoder
-from msfp_jax.models.autoencoder import AutoencoderConfig
-from msfp_jax.models.unet import UNetConfig
-
-LDM = dict(norm_eps=1e-5, downsample_padding=(1, 1), time_order='cos_sin',
-           time_freq_shift=0, dropout=0.0)
-DDIM_CONFIG = UNetConfig(image_size=32, ch=32, ch_mult=(1, 2),
-                         attn_resolutions=(16,), num_res_blocks=1)
-CONFIGS = {
-    'ddim': DDIM_CONFIG,
-    'ddim_three_levels': UNetConfig(
-        image_size=64, ch=32, ch_mult=(1, 1, 2), attn_resolutions=(16,)),
-    'ldm_beds': UNetConfig(
-        image_size=64, ch=32, ch_mult=(1, 2), attn_resolutions=(32,),
-        num_res_blocks=2, head_channels=32, **LDM),
-    'ldm_churches': UNetConfig(
-        image_size=32, in_channels=4, out_channels=4, ch=32, ch_mult=(1, 2),
-        attn_resolutions=(32, 16), num_res_blocks=1, num_heads=8,
-        resample='resblock', time_injection='scale_shift', **LDM),
-    'ldm_class': UNetConfig(
-        image_size=64, ch=32, ch_mult=(1, 2), attn_resolutions=(32,),
-        num_res_blocks=1, num_heads=1, context_dim=16, context_classes=11,
-        **LDM),
-    'sd1': UNetConfig(
-        image_size=64, in_channels=4, out_channels=4, ch=32, ch_mult=(1, 2),
-        attn_resolutions=(64,), num_res_blocks=1, num_heads=8,
-        context_dim=768, **LDM),
-    'sd2': UNetConfig(
-        image_size=64, in_channels=4, out_channels=4, ch=64, ch_mult=(1, 2),
-        attn_resolutions=(64,), num_res_blocks=1, head_channels=64,
-        context_dim=1024, transformer_depth=2, **LDM),
-    'unet2d': UNetConfig(
-        image_size=32, ch=32, ch_mult=(1, 2), attn_resolutions=(16,),
-        num_res_blocks=1, dropout=0.0),
-    'unet2d_relative': UNetConfig(
-        image_size=48, ch=32, ch_mult=(1, 2), attn_resolutions=(24,),
-        num_res_blocks=1, norm_groups=16, head_channels=8,
-        resample='resblock', time_injection='scale_shift', **LDM),
-}
-
 
 def state_of(name, seed=0):
-  """A random state dict in our names."""
-  return unet_oracle.random_state_dict(
-      unet_oracle.state_dict_shapes(CONFIGS[name]), seed)
+  return families.state_of(families.CONFIGS[name], seed)
 
 
 def save_list(path, state, config):
@@ -137,7 +97,7 @@ CASES = {
 
 @pytest.mark.parametrize('name, save, file', CASES.values(), ids=CASES)
 def test_every_family_tensor_for_tensor(tmp_path, name, save, file):
-  state, config = state_of(name), CONFIGS[name]
+  state, config = state_of(name), families.CONFIGS[name]
   save(tmp_path / file, state, config)
   model, params = convert.load_pretrained(str(tmp_path / file))
   assert model.config == config
@@ -148,7 +108,7 @@ def test_every_family_tensor_for_tensor(tmp_path, name, save, file):
 
 def test_ema_false_takes_the_trained_weights(tmp_path):
   for name, save in (('ddim', save_list), ('ldm_beds', save_ldm)):
-    state, config = state_of(name), CONFIGS[name]
+    state, config = state_of(name), families.CONFIGS[name]
     save(tmp_path / f'{name}.ckpt', state, config)
     _, params = convert.load_pretrained(
         str(tmp_path / f'{name}.ckpt'), ema=False)
@@ -159,7 +119,7 @@ def test_ema_false_takes_the_trained_weights(tmp_path):
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_precisions(tmp_path, dtype):
-  config = CONFIGS['ddim']
+  config = families.CONFIGS['ddim']
   state = {n: v.astype(dtype) for n, v in state_of('ddim').items()}
   torch_writer.save_zip(tmp_path / 'a.pth', state)
   names = ['a.pth']
@@ -174,7 +134,7 @@ def test_other_precisions(tmp_path, dtype):
 
 
 def test_a_yaml_tells_what_shapes_do_not(tmp_path):
-  config = CONFIGS['ldm_beds']
+  config = families.CONFIGS['ldm_beds']
   save_ldm(tmp_path / 'model.ckpt', state_of('ldm_beds'), config)
   path = tmp_path / 'config.yaml'
   path.write_text(yaml.safe_dump({'model': {'params': {'unet_config': {
@@ -213,7 +173,7 @@ def write(path, tensors):
 
 @bare
 def test_every_damage_is_listed(tmp_path, name, rename):
-  state, config = state_of(name), CONFIGS[name]
+  state, config = state_of(name), families.CONFIGS[name]
   tensors = rename(state, config)
   assert convert.load_pretrained(write(tmp_path / 'a.safetensors', tensors))
   norms = [n for n in tensors if 'up' in n or 'output' in n]
@@ -240,7 +200,7 @@ def test_every_damage_is_listed(tmp_path, name, rename):
 
 @bare
 def test_values_that_are_not_finite(tmp_path, name, rename):
-  state, config = state_of(name), CONFIGS[name]
+  state, config = state_of(name), families.CONFIGS[name]
   tensors = rename(state, config)
   first = sorted(n for n in tensors if n.endswith('.bias'))[0]
   tensors[first] = np.full_like(tensors[first], np.nan)
@@ -249,7 +209,7 @@ def test_values_that_are_not_finite(tmp_path, name, rename):
 
 
 def test_an_average_that_does_not_fit(tmp_path):
-  config = CONFIGS['ldm_beds']
+  config = families.CONFIGS['ldm_beds']
   checkpoint = foreign.ldm_checkpoint(
       state_of('ldm_beds'), config, averaged=state_of('ldm_beds'))
   del checkpoint['state_dict']['model_ema.diffusion_modelout2weight']
@@ -264,7 +224,7 @@ def test_an_average_that_does_not_fit(tmp_path):
     ('down_block_types', ['KDownBlock2D', 'AttnDownBlock2D']),
     ('attn_norm_num_groups', 4)])
 def test_an_architecture_that_is_not_ours(tmp_path, field, value):
-  save_diffusers(tmp_path / 'f', state_of('unet2d'), CONFIGS['unet2d'])
+  save_diffusers(tmp_path / 'f', state_of('unet2d'), families.CONFIGS['unet2d'])
   path = tmp_path / 'f' / 'config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
   with pytest.raises(ValueError, match=rf'(?s)f/diffusion.*{value}'
@@ -294,7 +254,7 @@ def test_what_is_no_checkpoint(tmp_path):
 
 def test_shards_that_are_absent_or_disagree(tmp_path):
   folder = tmp_path / 'f'
-  save_diffusers_shards(folder, state_of('unet2d'), CONFIGS['unet2d'])
+  save_diffusers_shards(folder, state_of('unet2d'), families.CONFIGS['unet2d'])
   index = folder / 'diffusion_pytorch_model.safetensors.index.json'
   content = json.loads(index.read_text())
   content['weight_map']['ghost.weight'] = next(
@@ -307,23 +267,8 @@ def test_shards_that_are_absent_or_disagree(tmp_path):
     convert.load_pretrained(str(folder))
 
 
-STAGES = {
-    'vq': AutoencoderConfig(
-        'vq', ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=3,
-        embed_dim=3, codebook_size=16),
-    'vq, attention': AutoencoderConfig(
-        'vq', ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_levels=(1,),
-        z_channels=4, embed_dim=4, codebook_size=8),
-    'kl': AutoencoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=2,
-                            scale=0.18215),
-    'kl, shift': AutoencoderConfig(
-        ch=32, ch_mult=(1, 2), z_channels=16, embed_dim=16, quant_conv=False,
-        scale=0.3611, shift=0.1159),
-}
-
-
 @pytest.mark.parametrize('naming', ['compvis', 'inside', 'diffusers'])
-@pytest.mark.parametrize('config', STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize('config', families.STAGES.values(), ids=families.STAGES)
 def test_first_stages_tensor_for_tensor(tmp_path, config, naming):
   abstract = load.abstract_autoencoder(Autoencoder(config))
   state = unet_oracle.random_state_dict(

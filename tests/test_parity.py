@@ -4,6 +4,7 @@ The imports of PyTorch stand inside the tests: without it these tests are
 collected, and fail when they are asked for.
 """
 
+import families
 import numpy as np
 import pytest
 import unet_oracle
@@ -36,6 +37,31 @@ def test_golden_files_are_what_diffusers_computes():
   for name, contents in make_golden.all_golden().items():
     with np.load(unet_oracle.GOLDEN / f'{name}.npz') as file:
       assert file.keys() == contents.keys()
-      for key in contents.keys() - {'out'}:
+      outputs = contents.keys() if name == 'families' else {'out'}
+      for key in contents.keys() - outputs:
         np.testing.assert_array_equal(file[key], contents[key])
-      assert unet_oracle.rel_l2(contents['out'], file['out']) < 1e-6
+      for key in outputs:
+        assert unet_oracle.rel_l2(contents[key], file[key]) < 1e-6
+
+
+@pytest.mark.parametrize('config', families.CONFIGS.values(),
+                         ids=families.CONFIGS)
+def test_every_family_equals_diffusers(config):
+  import diffusers_oracle
+  state = families.state_of(config, seed=21)
+  inputs = families.inputs_of(config, seed=22)
+  expected = diffusers_oracle.unet_output(config, state, *inputs)
+  actual = families.output_of(config, state, inputs)
+  assert unet_oracle.rel_l2(actual, expected) < 5e-6
+
+
+@pytest.mark.parametrize('config', families.STAGES.values(),
+                         ids=families.STAGES)
+def test_first_stages_equal_diffusers(config):
+  import diffusers_oracle
+  state = families.state_of(config, seed=23)
+  expected = diffusers_oracle.first_stage_outputs(
+      config, state, families.images_of(config), families.latents_of(config))
+  for ours, theirs in zip(
+      families.first_stage_outputs(config, state), expected, strict=True):
+    assert unet_oracle.rel_l2(ours, theirs) < 5e-6
