@@ -17,6 +17,7 @@ from msfp_jax import convert
 from msfp_jax.convert import load
 from msfp_jax.models.autoencoder import Autoencoder
 
+
 def state_of(name, seed=0):
   return families.state_of(families.CONFIGS[name], seed)
 
@@ -268,7 +269,8 @@ def test_shards_that_are_absent_or_disagree(tmp_path):
 
 
 @pytest.mark.parametrize('naming', ['compvis', 'inside', 'diffusers'])
-@pytest.mark.parametrize('config', families.STAGES.values(), ids=families.STAGES)
+@pytest.mark.parametrize('config', families.STAGES.values(),
+                         ids=families.STAGES)
 def test_first_stages_tensor_for_tensor(tmp_path, config, naming):
   abstract = load.abstract_autoencoder(Autoencoder(config))
   state = unet_oracle.random_state_dict(
