@@ -66,6 +66,19 @@ def test_flatten():
   tensor = LazyTensor.of(ARRAYS['float32'])
   tree = [{'a': {'b': tensor, 'step': 1}}, (tensor,), 'x']
   assert flatten(tree) == {'0.a.b': tensor, '1.0': tensor}
+  assert list(flatten({'z': tensor, 'a': {'y': tensor}, 'b': tensor})) == [
+      'z', 'a.y', 'b']
+
+
+def test_flatten_of_what_contains_itself_or_is_deep():
+  tensor = LazyTensor.of(ARRAYS['float32'])
+  tree = {'w': tensor}
+  tree['self'] = [tree]
+  assert flatten(tree) == {'w': tensor}
+  deep = tensor
+  for _ in range(5000):
+    deep = [deep]
+  assert list(flatten(deep).values()) == [tensor]
 
 
 @both_formats

@@ -31,20 +31,26 @@ Tensors = Mapping[str, LazyTensor]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def flatten(tree: Any, prefix: str = '') -> dict[str, LazyTensor]:
+def flatten(tree: Any) -> dict[str, LazyTensor]:
   """Nested dicts and lists of a checkpoint -> {dotted name: tensor}.
 
-  What is no tensor is left out.
+  What is no tensor is left out, and so is a container inside of itself.
   """
-  if isinstance(tree, LazyTensor):
-    return {prefix: tree}
-  if isinstance(tree, Mapping):
-    items = tree.items()
-  elif isinstance(tree, list | tuple):
-    items = enumerate(tree)
-  else:
-    return {}
   found = {}
-  for key, value in items:
-    found |= flatten(value, f'{prefix}.{key}' if prefix else str(key))
+  waiting = [('', tree, ())]  # name, value, the containers around it
+  while waiting:
+    name, value, around = waiting.pop()
+    if isinstance(value, LazyTensor):
+      found[name] = value
+      continue
+    if isinstance(value, Mapping):
+      items = list(value.items())
+    elif isinstance(value, list | tuple):
+      items = list(enumerate(value))
+    else:
+      continue
+    if id(value) in around:
+      continue
+    waiting += [(f'{name}.{key}' if name else str(key), inner,
+                 (*around, id(value))) for key, inner in reversed(items)]
   return found

@@ -1,0 +1,45 @@
+"""An import holds the parameters and little more."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import safetensors.numpy
+import tiny
+import torch_writer
+import unet_oracle
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = '''
+import resource
+import jax
+from msfp_jax import convert
+jax.numpy.zeros(1).block_until_ready()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model, params = convert.load_pretrained({path!r})
+print((peak() - before) / {size})
+'''
+
+
+@pytest.mark.parametrize('kind', ['torch', 'safetensors'])
+def test_peak_is_below_one_and_a_half_files(tmp_path, kind):
+  """CelebA's full-size UNet, 315 MB; measured in a process of its own."""
+  config = tiny.CELEBA64
+  state = unet_oracle.random_state_dict(
+      unet_oracle.state_dict_shapes(config), seed=0)
+  path = tmp_path / ('ckpt.pth' if kind == 'torch' else 'm.safetensors')
+  if kind == 'torch':
+    torch_writer.save_zip(path, state)
+  else:
+    safetensors.numpy.save_file(state, path)
+  del state
+  script = textwrap.dedent(SCRIPT).format(
+      path=str(path), size=path.stat().st_size)
+  done = subprocess.run(
+      [sys.executable, '-c', script], capture_output=True, text=True,
+      cwd=pathlib.Path(__file__).parents[1], check=True)
+  assert float(done.stdout) < 1.5
