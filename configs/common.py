@@ -70,6 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
       'num_steps': 20,
       'spacing': 'uniform',
       'eta': 0.0,  # of DDIM
+      'convention': 'ddim',  # or 'compvis', see msfp_jax/diffusion/ddim.py
   })
   config.pretrain = ml_collections.ConfigDict({
       'num_steps': 10_000,

@@ -14,12 +14,14 @@ from configs import digits
 from configs import images
 from msfp_jax import convert
 from msfp_jax import diffusion
+from msfp_jax import experiment
 from msfp_jax import finetune
 from msfp_jax import losses
 from msfp_jax import pretrain
 from msfp_jax import spec
 from msfp_jax.convert import native
 from msfp_jax.metrics import features
+from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,13 +56,14 @@ def flat(config):
 def test_fields_and_types_are_those_of_common(module, variant):
   known = flat(common.get_config())
   found = flat(module.get_config(variant))
-  model = {name for name in found if name.startswith('model.')}
+  models = {name for name in found
+            if name.startswith(('model.', 'autoencoder.'))}
   assert known.keys() <= found.keys()
-  assert found.keys() - known.keys() <= model
+  assert found.keys() - known.keys() <= models
   for name, value in known.items():
     assert type(found[name]) is type(value), name
-  for name in model:
-    assert isinstance(found[name], int | float | tuple), name
+  for name in models:
+    assert isinstance(found[name], int | float | tuple | str | None), name
 
 
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)
@@ -71,7 +74,11 @@ def test_what_a_config_names_exists(module, variant):
   schedule = diffusion.make_schedule(**config.schedule)
   plan = diffusion.make_plan(schedule, **config.sampler)
   losses.denoising_factors(schedule, plan, config.finetune.gamma)
-  assert not config.pretrained or config.pretrained in native.SHIPPED
+  if config.autoencoder.get('kind'):
+    autoencoder.AutoencoderConfig(**config.autoencoder)
+  if config.pretrained not in ('', experiment.RANDOM, *native.SHIPPED):
+    # A file of the user's; the command says how to name it.
+    assert config.pretrained in module.__doc__
   fields = dict(config.model)
   side = fields['image_size'] or 16
   unet.UNetConfig(**fields | {'image_size': side})

@@ -289,6 +289,7 @@ def test_a_sampler_that_adds_noise_needs_a_key():
     ('ddim', {'num_steps': 10, 'eta': -0.1}, 'eta=-0.1'),
     ('ddpm', {'num_steps': 10, 'eta': 0.5}, "'ddpm' has no option eta=0.5"),
     ('ddim', {'num_steps': 10, 'variance': 'large'}, "no option variance="),
+    ('dpm_solver', {'num_steps': 10, 'speed': 1}, 'no option speed=1'),
     ('ddim', {'num_steps': 10, 'eta': float('nan')}, 'eta=nan'),
     ('ddim', {'num_steps': 0}, 'num_steps=0: .*1..1000'),
     ('ddim', {'num_steps': -5}, 'num_steps=-5'),

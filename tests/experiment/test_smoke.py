@@ -1,0 +1,28 @@
+"""The `:smoke` variant of every model family runs the whole path."""
+
+import importlib
+import json
+
+import pytest
+import runs
+
+from msfp_jax import evaluate
+from msfp_jax import finetune
+
+pytestmark = pytest.mark.slow
+
+FAMILIES = ('cifar10', 'celeba64', 'lsun_bedroom', 'lsun_church', 'imagenet256')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_train_then_eval(tmp_path, name):
+  config = importlib.import_module(f'configs.{name}').get_config('smoke')
+  with runs.compilation_cached(str(tmp_path / 'cache')):
+    finetune.run(config, str(tmp_path / 'run'))
+    evaluate.run(config, str(tmp_path / 'run'))
+  results = json.loads((tmp_path / 'run/results.json').read_text())
+  rows = {row['name']: row for row in results['rows']}
+  assert rows.keys() == {'fp', 'msfp', 'tuned'}
+  assert rows['msfp']['bytes'] < rows['fp']['bytes']
+  assert rows['tuned']['psnr_to_fp'] > 0
+  assert (tmp_path / 'run/samples/methods.png').is_file()
