@@ -38,7 +38,8 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table costs test test-slow parity golden lint clean
+.PHONY: help setup demo table costs test test-slow parity versus golden lint \
+  clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -64,6 +65,9 @@ test-slow: $(TEST_READY) ## the tests that take minutes
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(PARITY_PY) -m pytest -m parity
+
+versus: $(PARITY_READY) ## sampling speed against PyTorch and diffusers
+	$(PARITY_PY) -m benchmarks.versus_diffusers
 
 golden: $(PARITY_READY) ## rewrite tests/golden from PyTorch
 	PYTHONPATH=. $(PARITY_PY) tests/make_golden.py
