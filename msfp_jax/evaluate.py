@@ -90,16 +90,21 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
   images = []
   progress = progress_lib.Progress(name, num_samples)
   for i in range(-(-num_samples // batch_size)):
-    x = np.asarray(draw(deployed.params, deployed.weights,
-                        jax.random.fold_in(key, i)))
-    if bad := np.count_nonzero(~np.isfinite(x)):
-      raise ValueError(f'{name}: {bad} of {x.size} values of batch {i} are NaN '
-                       'or infinite; the model is damaged')
+    x = _finite(np.asarray(draw(
+        deployed.params, deployed.weights, jax.random.fold_in(key, i))),
+                name, i)
     if decode is not None:
-      x = decode(x)
+      x = _finite(np.asarray(decode(x)), name, i)
     images.append(np.asarray(data.to_uint8(x)))
     progress.update(min((i + 1) * batch_size, num_samples))
   return np.concatenate(images)[:num_samples]
+
+
+def _finite(x: np.ndarray, name: str, batch: int) -> np.ndarray:
+  if bad := np.count_nonzero(~np.isfinite(x)):
+    raise ValueError(f'{name}: {bad} of {x.size} values of batch {batch} are '
+                     'NaN or infinite; the model is damaged')
+  return x
 
 
 def draw(experiment: experiment_lib.Experiment,
@@ -276,7 +281,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         'name': row.name, 'weight_bits': row.weight_bits,
         'act_bits': row.act_bits, **found,
         'bytes': packed_bytes(row.deployed)})
-    shown[row.name] = images[:config.eval.pictures]
+    # A copy: a view would keep all images of the row.
+    shown[row.name] = images[:config.eval.pictures].copy()
     logging.info('%s: %s', row.name, ', '.join(
         f'{key} {value:.4g}' for key, value in found.items()))
   shown = {'data': experiment.images[:config.eval.pictures]} | shown

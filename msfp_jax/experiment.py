@@ -129,6 +129,10 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
     decode, stride = _load_decoder(config)
   check_images(images, model.config, stride)
   draw_condition = conditions.none
+  if model.config.by_context:
+    raise ValueError(
+        f'the model takes a context of width {model.config.context_dim}, such '
+        'as a text: experiments have none to give')
   if model.config.by_class:
     model, draw_condition = _conditional(model, config.guidance)
   schedule = diffusion.make_schedule(**config.schedule)
@@ -190,10 +194,15 @@ def _conditional(model: nn.Module, config: ml_collections.ConfigDict
   The last class stands for none where the model is guided.
   """
   count = model.config.num_classes or model.config.context_classes
-  if config.scale == 1.0 and not config.null_class:
+  if config.null_class:
+    count -= 1
+  if config.scale == 1.0:
     return model, conditions.classes(count)
-  guided = Guided(model, config.scale, count - 1)
-  return guided, conditions.classes(count - 1)
+  if not config.null_class:
+    raise ValueError(
+        f'config.guidance.scale={config.scale}: guidance needs a class that '
+        'stands for none; set config.guidance.null_class if the last one does')
+  return Guided(model, config.scale, count), conditions.classes(count)
 
 
 def check_images(images: np.ndarray, config: unet.UNetConfig, stride: int = 1

@@ -103,7 +103,7 @@ _CONTAINERS: dict[Global, Callable[..., Any]] = {
     Global('collections', 'defaultdict'):
         lambda factory=None, items=(): dict(items),
     **{Global(module, name): make for module in _BUILTINS for name, make in {
-        'bytes': lambda items=(): bytes(items),
+        'bytes': lambda items=(): bytes(list(items)),
         'dict': lambda items=(): dict(items),
         'frozenset': lambda items=(): list(items),
         'list': lambda items=(): list(items),
@@ -135,7 +135,7 @@ def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
   except PickleError:
     raise
   except (ValueError, TypeError, KeyError, IndexError, AttributeError,
-          OverflowError, RecursionError, UnicodeError) as error:
+          OverflowError, RecursionError, UnicodeError, MemoryError) as error:
     raise PickleError(f'not a pickle, or a damaged one: {error!r}') from error
   return machine.result
 

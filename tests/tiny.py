@@ -21,6 +21,10 @@ from msfp_jax.models.unet import UNetConfig
 
 CIFAR10 = UNetConfig()
 CELEBA64 = UNetConfig(image_size=64, ch_mult=(1, 2, 2, 2, 4))
+CIN256 = UNetConfig(
+    image_size=64, ch=192, ch_mult=(1, 2, 3, 5), attn_resolutions=(32, 16, 8),
+    num_heads=1, context_dim=512, context_classes=1001, norm_eps=1e-5,
+    downsample_padding=(1, 1), time_order='cos_sin', time_freq_shift=0)
 CONFIG = UNetConfig(
     image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1, 2),
     num_res_blocks=1, attn_resolutions=(4,), norm_groups=4, dropout=0.0)
@@ -53,10 +57,11 @@ NET_ROLES = {'in': 'conv_in', 'time': 'temb', 'body': 'body',
 def layers(config):
   """`list_layers` of a UNet, from shapes alone."""
   side = config.image_size
+  labels = (jax.ShapeDtypeStruct((1,), jnp.int32),) if config.by_class else ()
   return list_layers(
       UNet(config), unet_oracle.abstract_params(config),
       jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32),
-      jax.ShapeDtypeStruct((1,), jnp.float32))
+      jax.ShapeDtypeStruct((1,), jnp.float32), *labels)
 
 
 @functools.cache

@@ -29,6 +29,8 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
                  if name.endswith(_LANDMARK))
   # '0.module.' is the trained model, '4.' its moving average.
   root = roots[-1] if ema else roots[0]
+  if ema and root.startswith('0.'):
+    logging.info('the checkpoint has no moving average; took the weights')
   found = naming.below(tensors, root)
   if found.pop('logvar', None):
     logging.info('left out logvar, which sampling does not use')

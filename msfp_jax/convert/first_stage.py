@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
+from absl import logging
+
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models import autoencoder
@@ -11,7 +13,7 @@ from msfp_jax.models.autoencoder import AutoencoderConfig
 
 _LANDMARK = 'decoder.conv_in.weight'
 _INSIDE = 'first_stage_model.'  # within a checkpoint of latent diffusion
-_SCALE_FACTOR = 'scale_factor'
+_STABLE_DIFFUSION_SCALE = 0.18215
 
 _RESNET = (
     (r'(norm1|conv1|norm2|conv2)', r'\1'), (r'conv_shortcut', 'nin_shortcut'))
@@ -58,6 +60,9 @@ def config(tensors: Mapping[str, LazyTensor],
     scale = given.get('scaling_factor')
   if scale is None:
     scale = _compvis_scale(given)
+  shift = given.get('shift_factor')
+  if scale is None and codebook is None:
+    scale, shift = _published_scale(z, post is not None)
   return AutoencoderConfig(
       kind=autoencoder.VQ if codebook is not None else autoencoder.KL,
       in_channels=tensors['encoder.conv_in.weight'].shape[1],
@@ -77,7 +82,21 @@ def config(tensors: Mapping[str, LazyTensor],
       norm_groups=given.get('norm_num_groups', 32),
       quant_conv=post is not None,
       scale=1.0 if scale is None else float(scale),
-      shift=float(given.get('shift_factor') or 0.0))
+      shift=float(shift or 0.0))
+
+
+def _published_scale(z: int, quant_conv: bool) -> tuple[float, float]:
+  """Scale and shift of Stable Diffusion's KL autoencoder, or of FLUX's.
+
+  Neither is in its files: old config.json lack it, and CompVis keeps it in
+  the yaml of the whole model.
+  """
+  scale, shift = ((0.3611, 0.1159) if z == 16 and not quant_conv
+                  else (_STABLE_DIFFUSION_SCALE, 0.0))
+  logging.warning('nothing tells the scale of the latents: took %s, shift %s, '
+                  'as published; pass the yaml as config if yours differs',
+                  scale, shift)
+  return scale, shift
 
 
 def _compvis_scale(given):
@@ -102,7 +121,7 @@ def rename(tensors: Mapping[str, LazyTensor], config: AutoencoderConfig
 
 
 def _compvis_module(module):
-  return module.replace('quantize.embedding', 'quantize')
+  return 'quantize' if module == 'quantize.embedding' else module
 
 
 def _diffusers_module(module, levels):

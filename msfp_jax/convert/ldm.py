@@ -51,7 +51,11 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
   root = next(name.removesuffix(_LANDMARK) for name in tensors
               if name.endswith(_LANDMARK))
   found = naming.below(tensors, root)
-  averaged = naming.below(tensors, root.removesuffix(_RAW) + _EMA)
+  # Pruned files keep the average's counters and drop the average.
+  averaged = {
+      name: tensor for name, tensor in naming.below(
+          tensors, root.removesuffix(_RAW) + _EMA).items()
+      if name.startswith('diffusion_model')}
   if averaged and ema:
     found = _averaged(found, averaged)
   elif ema:
@@ -65,8 +69,7 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
 def _averaged(raw, averaged):
   """The moving averages under the names of the weights they belong to."""
   dotless = {f'diffusion_model{name.replace(".", "")}': name for name in raw}
-  unknown = [name for name in averaged
-             if name not in dotless and name.startswith('diffusion_model')]
+  unknown = [name for name in averaged if name not in dotless]
   absent = [name for flat, name in dotless.items() if flat not in averaged]
   if unknown or absent:
     raise ValueError(
@@ -107,7 +110,7 @@ def config(tensors: Mapping[str, LazyTensor],
           tensors, r'middle_block\.1\.transformer_blocks\.(\d+)'), default=0),
   }
   if 'image_size' not in fields:
-    fields |= _assumed(fields)
+    fields |= _published(fields)
   side = fields['image_size']
   return UNetConfig(
       dropout=0.0, norm_eps=1e-5, downsample_padding=(1, 1),
@@ -126,34 +129,54 @@ def _given(config):
   if not config:
     return {}
   try:
-    params = config['model']['params']['unet_config']['params']
-  except (KeyError, TypeError):
+    outer = config['model']['params']
+    params = outer['unet_config']['params']
+    # In unet_config Stable Diffusion's own yaml has "32 # unused".
+    side = outer.get('image_size') or params['image_size']
+  except (KeyError, TypeError, AttributeError):
     raise ValueError('the configuration has no model.params.unet_config.params '
-                     'as those of CompVis do') from None
-  found = {'image_size': params['image_size']}
-  if (heads := params.get('num_heads', -1)) != -1:
-    found['num_heads'] = heads
-  if (width := params.get('num_head_channels', -1)) != -1:
-    found['head_channels'] = width
-    found.pop('num_heads', None)
-  return found
+                     'with image_size, as those of CompVis do') from None
+  for field, value, allowed in (
+      ('parameterization', outer.get('parameterization', 'eps'), 'eps'),
+      ('use_new_attention_order',
+       params.get('use_new_attention_order', False), False),
+      ('conv_resample', params.get('conv_resample', True), True)):
+    if value != allowed:
+      raise ValueError(f'the configuration has {field}={value!r}; only '
+                       f'{allowed!r} is supported')
+  heads, width = (params.get(field, -1)
+                  for field in ('num_heads', 'num_head_channels'))
+  if width != -1:
+    return {'image_size': side, 'head_channels': width}
+  if heads == -1:
+    raise ValueError('the configuration has neither num_heads nor '
+                     'num_head_channels')
+  return {'image_size': side, 'num_heads': heads}
 
 
-def _assumed(fields):
-  """Sides and heads of the published models, told by their shapes."""
-  if fields['context_dim']:
-    heads = {768: {'num_heads': 8}, 1024: {'head_channels': 64}}.get(
-        fields['context_dim'], {'num_heads': 1})
-    side = 64
-  elif fields['resample'] == 'resblock':
-    heads, side = {'num_heads': 8}, 32
-  else:
-    heads, side = {'head_channels': 32}, 64
-  logging.warning(
-      'shapes do not tell the attention heads: took %s and latents of side %d, '
-      'as the published models of this form have; pass the yaml as config if '
-      'yours differs', heads, side)
-  return heads | {'image_size': side}
+# Side and heads of the published models, by (width of the context, up- and
+# down-sampling, multipliers): shapes do not tell them.
+_PUBLISHED = {
+    (None, 'conv', (1, 2, 3, 4)): {'image_size': 64, 'head_channels': 32},
+    (None, 'resblock', (1, 2, 2, 4, 4)): {'image_size': 32, 'num_heads': 8},
+    (512, 'conv', (1, 2, 3, 5)): {'image_size': 64, 'num_heads': 1},
+    (512, 'conv', (1, 2, 4)): {'image_size': 32, 'head_channels': 32},
+    (768, 'conv', (1, 2, 4, 4)): {'image_size': 64, 'num_heads': 8},
+    (1024, 'conv', (1, 2, 4, 4)): {'image_size': 64, 'head_channels': 64},
+}
+
+
+def _published(fields):
+  """Side and heads of the published model of this shape."""
+  key = (fields['context_dim'], fields['resample'], fields['ch_mult'])
+  if key not in _PUBLISHED:
+    raise ValueError(
+        'shapes do not tell the attention heads, and no published model has '
+        f'context {key[0]}, resampling {key[1]!r} and multipliers {key[2]}: '
+        'pass its yaml as config')
+  logging.info('heads and side as those of the published model: %s',
+               _PUBLISHED[key])
+  return _PUBLISHED[key]
 
 
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig

@@ -20,7 +20,9 @@ _WEIGHTS = (
     'diffusion_pytorch_model.safetensors',
     'diffusion_pytorch_model.safetensors.index.json',
     'diffusion_pytorch_model.fp16.safetensors',
+    'diffusion_pytorch_model.safetensors.index.fp16.json',
     'diffusion_pytorch_model.bin', 'diffusion_pytorch_model.bin.index.json',
+    'diffusion_pytorch_model.fp16.bin',
     'model.safetensors')
 _DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
            'BF16': tensors_lib.BFLOAT16, 'I64': np.int64, 'I32': np.int32,
@@ -53,7 +55,7 @@ def open_source(path: str | pathlib.Path,
     path: a .safetensors, a file of torch.save, or a folder as diffusers
       writes it.
     config: a config.json or a CompVis yaml that describes the model; by
-      default the config.json beside the weights.
+      default the config.json (diffusers) or config.yaml beside the weights.
     parts: names of the sub-folders of a pipeline that are wanted.
 
   Raises:
@@ -65,11 +67,21 @@ def open_source(path: str | pathlib.Path,
     path = _weights_in(path, parts)
   elif not path.is_file():
     raise FileNotFoundError(f'no checkpoint at {path}')
-  if config is None and (path.parent / 'config.json').is_file():
-    config = path.parent / 'config.json'
   tensors, metadata = _read(path)
+  if config is None:
+    config = _config_beside(path, tensors)
   return Source(path, tensors, metadata,
                 None if config is None else read_config(config))
+
+
+def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
+                   ) -> pathlib.Path | None:
+  """diffusers' config.json, or CompVis' yaml, in the folder of the weights."""
+  blocks = ('down_blocks.', 'encoder.down_blocks.')
+  names = (['config.json'] if any(n.startswith(blocks) for n in tensors)
+           else [f'{path.stem}.yaml', 'config.yaml'])
+  return next((path.parent / name for name in names
+               if (path.parent / name).is_file()), None)
 
 
 def _weights_in(folder: pathlib.Path, parts: tuple[str, ...]) -> pathlib.Path:
@@ -85,7 +97,7 @@ def _weights_in(folder: pathlib.Path, parts: tuple[str, ...]) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-  if path.name.endswith('.index.json'):
+  if path.name.endswith(('.index.json', '.index.fp16.json')):
     return _read_shards(path), {}
   if path.suffix == '.safetensors':
     return read_safetensors(path)
@@ -144,6 +156,10 @@ def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
     files = sorted(set(places.values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{index} is no index of shards: {error!r}') from error
+  if odd := [f for f in files if pathlib.Path(f).name != f
+             or not f.endswith(('.safetensors', '.bin'))]:
+    raise ValueError(f'{index} names {odd}, which are no files of weights '
+                     'beside it')
   if absent := [f for f in files if not (index.parent / f).is_file()]:
     raise FileNotFoundError(f'{index} names files that are absent: {absent}')
   found = {}

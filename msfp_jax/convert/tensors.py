@@ -31,12 +31,19 @@ Tensors = Mapping[str, LazyTensor]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+# More than any checkpoint has; shared containers can multiply without end.
+_MOST_CONTAINERS = 100_000
+
+
 def flatten(tree: Any) -> dict[str, LazyTensor]:
   """Nested dicts and lists of a checkpoint -> {dotted name: tensor}.
 
   What is no tensor is left out, and so is a container inside of itself.
+
+  Raises:
+    ValueError: containers without end.
   """
-  found = {}
+  found, visited = {}, 0
   waiting = [('', tree, ())]  # name, value, the containers around it
   while waiting:
     name, value, around = waiting.pop()
@@ -51,6 +58,9 @@ def flatten(tree: Any) -> dict[str, LazyTensor]:
       continue
     if id(value) in around:
       continue
+    visited += 1
+    if visited > _MOST_CONTAINERS:
+      raise ValueError('the checkpoint nests its containers without end')
     waiting += [(f'{name}.{key}' if name else str(key), inner,
                  (*around, id(value))) for key, inner in reversed(items)]
   return found

@@ -12,6 +12,7 @@ import struct
 import sys
 from typing import Any
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -67,8 +68,9 @@ def load(path: str | pathlib.Path) -> Any:
     if zipfile.is_zipfile(path):
       return _load_zip(path)
     return _load_legacy(path)
-  except (pickles.PickleError, zipfile.BadZipFile, EOFError, struct.error,
-          TorchFileError) as error:
+  except (pickles.PickleError, zipfile.BadZipFile, zlib.error, EOFError,
+          struct.error, NotImplementedError, RuntimeError, TorchFileError
+          ) as error:
     raise TorchFileError(f'{path}: {error}') from error
 
 
@@ -136,12 +138,16 @@ def _load_legacy(path: pathlib.Path) -> Any:
     if view is None:
       return base
     _, start, size = view
+    if not 0 <= start <= start + size <= count:
+      raise TorchFileError(f'damaged: a view {view!r} of {count} elements')
     return Storage(dtype, size, lambda first, number: base.read(
         start + first, number))
 
   with open(path, 'rb') as file:
     head = file.read(2)
     file.seek(0)
+    if head == b'PK':
+      raise TorchFileError('a truncated zip archive: get the file again')
     # A pickle of protocol 2 or later starts so; anything else is no torch file.
     if len(head) < 2 or head[0] != 0x80:
       raise TorchFileError('neither a zip archive nor a stream of pickles')
@@ -155,6 +161,9 @@ def _load_legacy(path: pathlib.Path) -> Any:
     swap = (sys.byteorder == 'little') != bool(little)
     content = pickles.read_pickle(file, _CALLS, resolve)
     keys = pickles.read_pickle(file)
+    if not isinstance(keys, list) or not all(
+        isinstance(key, str) for key in keys):
+      raise TorchFileError('damaged: no list of storages')
     end = path.stat().st_size
     for key in keys:
       count = int.from_bytes(file.read(8), 'little' if little else 'big')
