@@ -116,6 +116,15 @@ def ldm_checkpoint(state, config, averaged=None):
   return {'state_dict': found, 'global_step': 3}
 
 
+def compvis_yaml(config):
+  """The configuration that CompVis keeps beside a checkpoint, as a dict."""
+  return {'model': {'params': {
+      'image_size': config.image_size, 'unet_config': {'params': {
+          'image_size': 32,  # unused
+          **({'num_head_channels': config.head_channels}
+             if config.head_channels else {'num_heads': config.num_heads})}}}}}
+
+
 def diffusers(state, config, attention=None):
   """As UNet2DModel or UNet2DConditionModel names it."""
   attention = attention or DIFFUSERS_ATTENTION

@@ -1,5 +1,6 @@
 """Checkpoints of every family load, tensor for tensor, or say why not."""
 
+import copy
 import json
 
 import families
@@ -14,8 +15,15 @@ import unet_oracle
 import yaml
 
 from msfp_jax import convert
+from msfp_jax.convert import ddim
+from msfp_jax.convert import diffusers_unet
+from msfp_jax.convert import first_stage
+from msfp_jax.convert import ldm
 from msfp_jax.convert import load
+from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.autoencoder import Autoencoder
+from msfp_jax.models.autoencoder import AutoencoderConfig
+from msfp_jax.models.unet import UNetConfig
 
 
 def state_of(name, seed=0):
@@ -32,13 +40,20 @@ def save_state(path, state, config):
   torch_writer.save_legacy(path, dict(state))
 
 
+def write_yaml(path, config):
+  path.with_name('config.yaml').write_text(
+      yaml.safe_dump(foreign.compvis_yaml(config)))
+
+
 def save_ldm(path, state, config):
+  write_yaml(path, config)
   raw = {n: v + 1 for n, v in state.items()}
   torch_writer.save_zip(
       path, foreign.ldm_checkpoint(raw, config, averaged=state))
 
 
 def save_ldm_plain(path, state, config):
+  write_yaml(path, config)
   safetensors.numpy.save_file(
       foreign.ldm_checkpoint(state, config)['state_dict'], path)
 
@@ -137,14 +152,25 @@ def test_other_precisions(tmp_path, dtype):
 def test_a_yaml_tells_what_shapes_do_not(tmp_path):
   config = families.CONFIGS['ldm_beds']
   save_ldm(tmp_path / 'model.ckpt', state_of('ldm_beds'), config)
-  path = tmp_path / 'config.yaml'
-  path.write_text(yaml.safe_dump({'model': {'params': {'unet_config': {
-      'params': {'image_size': 16, 'num_heads': 4}}}}}))
+  (tmp_path / 'config.yaml').unlink()
+  with pytest.raises(ValueError, match='no published model has.*yaml'):
+    convert.load_pretrained(str(tmp_path / 'model.ckpt'))
+  path = tmp_path / 'other.yaml'
+  content = {'model': {'params': {'unet_config': {
+      'params': {'image_size': 16, 'num_heads': 4}}}}}
+  path.write_text(yaml.safe_dump(content))
   model, _ = convert.load_pretrained(
       str(tmp_path / 'model.ckpt'), config=str(path))
   assert model.config.image_size == 16
   assert (model.config.num_heads, model.config.head_channels) == (4, None)
   assert model.config.attn_resolutions == (8,)
+  for field, value in (('use_new_attention_order', True), ('num_heads', -1),
+                       ('conv_resample', False)):
+    changed = copy.deepcopy(content)
+    changed['model']['params']['unet_config']['params'][field] = value
+    path.write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError, match=field):
+      convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
   path.write_text('model: {}')
   with pytest.raises(ValueError, match='unet_config'):
     convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
@@ -175,6 +201,8 @@ def write(path, tensors):
 @bare
 def test_every_damage_is_listed(tmp_path, name, rename):
   state, config = state_of(name), families.CONFIGS[name]
+  if name.startswith('ldm'):
+    write_yaml(tmp_path / 'a', config)
   tensors = rename(state, config)
   assert convert.load_pretrained(write(tmp_path / 'a.safetensors', tensors))
   norms = [n for n in tensors if 'up' in n or 'output' in n]
@@ -202,6 +230,8 @@ def test_every_damage_is_listed(tmp_path, name, rename):
 @bare
 def test_values_that_are_not_finite(tmp_path, name, rename):
   state, config = state_of(name), families.CONFIGS[name]
+  if name.startswith('ldm'):
+    write_yaml(tmp_path / 'a', config)
   tensors = rename(state, config)
   first = sorted(n for n in tensors if n.endswith('.bias'))[0]
   tensors[first] = np.full_like(tensors[first], np.nan)
@@ -209,8 +239,22 @@ def test_values_that_are_not_finite(tmp_path, name, rename):
     convert.load_pretrained(write(tmp_path / 'a.safetensors', tensors))
 
 
+def test_pruned_files_keep_the_counters_of_the_average_only(tmp_path):
+  config = families.CONFIGS['sd1']
+  checkpoint = foreign.ldm_checkpoint(state_of('sd1'), config)
+  checkpoint['state_dict'] |= {
+      'model_ema.decay': np.array(0.9999, np.float32),
+      'model_ema.num_updates': np.array(7, np.int32)}
+  write_yaml(tmp_path / 'a', config)
+  torch_writer.save_zip(tmp_path / 'sd.ckpt', checkpoint)
+  _, params = convert.load_pretrained(str(tmp_path / 'sd.ckpt'))
+  expected = unet_oracle.from_state_dict(config, state_of('sd1'))
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 def test_an_average_that_does_not_fit(tmp_path):
   config = families.CONFIGS['ldm_beds']
+  write_yaml(tmp_path / 'a', config)
   checkpoint = foreign.ldm_checkpoint(
       state_of('ldm_beds'), config, averaged=state_of('ldm_beds'))
   del checkpoint['state_dict']['model_ema.diffusion_modelout2weight']
@@ -302,3 +346,113 @@ def test_a_unet_is_no_first_stage(tmp_path):
   path = write(tmp_path / 'a.safetensors', state_of('ddim'))
   with pytest.raises(ValueError, match='holds no autoencoder'):
     convert.load_first_stage(path)
+
+
+@pytest.mark.parametrize('naming', ['compvis', 'diffusers'])
+def test_the_scale_of_kl_latents_where_nothing_tells_it(tmp_path, naming):
+  """Old config.json of Stable Diffusion's lack it; it is never 1."""
+  for name, scale, shift in (('kl', 0.18215, 0.0),
+                             ('kl, shift', 0.3611, 0.1159)):
+    config = families.STAGES[name]
+    rename = {'compvis': foreign.compvis_first_stage,
+              'diffusers': foreign.diffusers_first_stage}[naming]
+    path = write(tmp_path / 'vae.safetensors',
+                 rename(families.state_of(config), config))
+    (tmp_path / 'config.json').write_text('{"_class_name": "AutoencoderKL"}')
+    model, _ = convert.load_first_stage(path)
+    assert (model.config.scale, model.config.shift) == (scale, shift)
+
+
+def lazy(state):
+  return {n: LazyTensor.of(v) for n, v in state.items()}
+
+
+def zeros(config):
+  """A state dict of full size that takes no memory."""
+  return {name: np.broadcast_to(np.float32(0), shape) for name, shape
+          in unet_oracle.state_dict_shapes(config).items()}
+
+
+def prefixed(state):
+  return {f'model.diffusion_model.{n}': v for n, v in state.items()}
+
+
+# Name: config, family, tensors and parameters of the published models.
+REAL = {
+    'cifar10': (UNetConfig(), ddim, lambda s, c: s, 328, 35_746_307),
+    'celeba64': (UNetConfig(image_size=64, ch_mult=(1, 2, 2, 2, 4)), ddim,
+                 lambda s, c: s, 390, 78_700_803),
+    'bedrooms': (UNetConfig(
+        image_size=64, ch=224, ch_mult=(1, 2, 3, 4),
+        attn_resolutions=(64 // 2, 64 // 4, 64 // 8), head_channels=32,
+        **families.LDM), ldm, lambda s, c: prefixed(foreign.ldm(s, c)),
+                 368, 274_056_163),
+    'churches': (UNetConfig(
+        image_size=32, in_channels=4, out_channels=4, ch=192,
+        ch_mult=(1, 2, 2, 4, 4), attn_resolutions=(32, 16, 8, 4), num_heads=8,
+        resample='resblock', time_injection='scale_shift', **families.LDM),
+                 ldm, lambda s, c: prefixed(foreign.ldm(s, c)),
+                 520, 294_966_916),
+    'cin256-v2': (UNetConfig(
+        image_size=64, ch=192, ch_mult=(1, 2, 3, 5),
+        attn_resolutions=(32, 16, 8), num_heads=1, context_dim=512,
+        context_classes=1001, **families.LDM), ldm,
+                  lambda s, c: foreign.ldm_checkpoint(s, c)['state_dict'],
+                  689, 400_920_579 + 1001 * 512),
+    'sd1': (UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=320,
+        ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), num_heads=8,
+        context_dim=768, **families.LDM), ldm,
+            lambda s, c: prefixed(foreign.ldm(s, c)), 686, 859_520_964),
+    'sd1, diffusers': (UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=320,
+        ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), num_heads=8,
+        context_dim=768, **families.LDM), diffusers_unet, foreign.diffusers,
+                       686, 859_520_964),
+    'ddpm-cifar10-32': (UNetConfig(dropout=0.0), diffusers_unet,
+                        foreign.diffusers, 328, 35_746_307),
+}
+
+
+@pytest.mark.parametrize('config, family, rename, tensors, parameters',
+                         REAL.values(), ids=REAL)
+def test_the_real_models_are_told_by_their_shapes(
+    config, family, rename, tensors, parameters):
+  found = rename(zeros(config), config)
+  weights = {n: v for n, v in found.items() if n != 'betas'}
+  assert len(weights) == tensors
+  assert sum(v.size for v in weights.values()) == parameters
+  selected = family.select(lazy(found), True)
+  assert family.config(selected, None) == config
+  named, leftover = family.rename(selected, config)
+  assert not leftover
+  assert {n: t.shape for n, t in named.items()}.keys() == (
+      unet_oracle.state_dict_shapes(config).keys())
+
+
+# As published: tensors and parameters of first stages.
+REAL_STAGES = {
+    'vq-f4': (AutoencoderConfig('vq', ch_mult=(1, 2, 4), z_channels=3,
+                                embed_dim=3, codebook_size=8192),
+              205, 55_322_782),
+    'vq-f8': (AutoencoderConfig('vq', ch_mult=(1, 2, 2, 4), attn_levels=(3,),
+                                codebook_size=16384), 299, 67_717_295),
+    'kl-f8': (AutoencoderConfig(scale=0.18215), 248, 83_653_863),
+    'flux': (AutoencoderConfig(z_channels=16, embed_dim=16, quant_conv=False,
+                               scale=0.3611, shift=0.1159), 244, 83_819_683),
+}
+
+
+@pytest.mark.parametrize('config, tensors, parameters', REAL_STAGES.values(),
+                         ids=REAL_STAGES)
+def test_the_real_first_stages_are_told_by_their_shapes(
+    config, tensors, parameters):
+  abstract = load.abstract_autoencoder(Autoencoder(config))
+  shapes = unet_oracle.shapes_of(abstract)
+  assert len(shapes) == tensors
+  assert sum(np.prod(s, dtype=int) for s in shapes.values()) == parameters
+  state = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
+  for rename in (foreign.compvis_first_stage, foreign.diffusers_first_stage):
+    found = lazy(rename(state, config))
+    assert first_stage.config(first_stage.select(found)) == config
+    assert first_stage.rename(found, config)[0].keys() == shapes.keys()

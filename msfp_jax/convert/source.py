@@ -55,7 +55,7 @@ def open_source(path: str | pathlib.Path,
     path: a .safetensors, a file of torch.save, or a folder as diffusers
       writes it.
     config: a config.json or a CompVis yaml that describes the model; by
-      default the config.json (diffusers) or config.yaml beside the weights.
+      default the config.json (diffusers) or config.yaml beside it.
     parts: names of the sub-folders of a pipeline that are wanted.
 
   Raises:
