@@ -336,8 +336,7 @@ def test_first_stages_tensor_for_tensor(tmp_path, config, naming):
     path = tmp_path / 'model.ckpt'
     torch_writer.save_zip(path, {'state_dict': tensors | extra})
   model, params = convert.load_first_stage(str(path))
-  assert model.config.scale == pytest.approx(
-      1.0 if naming == 'compvis' else config.scale)
+  assert model.config.scale == pytest.approx(config.scale)
   expected = unet_oracle.restore(abstract, state)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
 
