@@ -187,6 +187,7 @@ def diffusers_config(config):
   if conditional:
     widths = [config.heads(config.ch * m) for m in config.ch_mult]
     found |= {'cross_attention_dim': config.context_dim,
+              'transformer_layers_per_block': config.transformer_depth,
               'attention_head_dim': widths if len(set(widths)) > 1
               else widths[0]}
   else:
