@@ -2,7 +2,7 @@
 
   python train.py --config=configs/celeba64.py --workdir=runs/celeba64 \
       --config.pretrained=ckpt.pth --config.data.path=img_align_celeba
-  python eval.py (the same flags)
+  python eval.py --config=configs/celeba64.py --workdir=runs/celeba64 ...
 
 Protocol: DDIM, 100 steps, spacing "quad", eta 0; 50,000 images. `ckpt.pth` is
 the file that ermongroup/ddim's README links, whose last element is the moving

@@ -2,7 +2,7 @@
 
   python train.py --config=configs/cifar10.py --workdir=runs/cifar10 \
       --config.pretrained=ema_cifar10 --config.data.path=cifar-10-batches-bin
-  python eval.py (the same flags)
+  python eval.py --config=configs/cifar10.py --workdir=runs/cifar10 ...
 
 Protocol, as of the relatives in docs/method.md: DDIM, 100 steps, spacing
 "quad", eta 0; 50,000 images. `ema_cifar10` is ermongroup/ddim's file, or a

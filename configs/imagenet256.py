@@ -3,7 +3,7 @@
   python train.py --config=configs/imagenet256.py --workdir=runs/imagenet \
       --config.pretrained=cin256-v2/model.ckpt \
       --config.first_stage=cin256-v2/model.ckpt --config.data.path=FOLDER
-  python eval.py (the same flags)
+  python eval.py --config=configs/imagenet256.py --workdir=runs/imagenet ...
 
 Protocol: DDIM in CompVis' convention, 20 steps, eta 0, classifier-free
 guidance of scale 3.0, labels drawn at random; 50,000 images. As the original

@@ -3,7 +3,7 @@
   python train.py --config=configs/lsun_bedroom.py --workdir=runs/bedroom \
       --config.pretrained=lsun_beds256/model.ckpt \
       --config.first_stage=lsun_beds256/model.ckpt --config.data.path=FOLDER
-  python eval.py (the same flags)
+  python eval.py --config=configs/lsun_bedroom.py --workdir=runs/bedroom ...
 
 Protocol: DDIM in CompVis' convention, 200 steps, eta 1.0; 50,000 images;
 latents 3 x 64 x 64 decoded by the full-precision VQ first stage, which the

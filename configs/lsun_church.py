@@ -4,7 +4,7 @@
       --config.pretrained=lsun_churches256/model.ckpt \
       --config.first_stage=lsun_churches256/model.ckpt \
       --config.data.path=FOLDER
-  python eval.py (the same flags)
+  python eval.py --config=configs/lsun_church.py --workdir=runs/church ...
 
 Protocol: DDIM in CompVis' convention, "400 steps", which its spacing makes 500
 (1000 is no multiple of 400), eta 0; 50,000 images; latents 4 x 32 x 32 decoded
