@@ -14,6 +14,7 @@ from configs import common
 from msfp_jax import checkpoint
 from msfp_jax import finetune
 from msfp_jax import losses
+from msfp_jax.diffusion import sampling
 from msfp_jax.quantize import apply
 from msfp_jax.quantize import quantize
 
@@ -233,11 +234,12 @@ def test_the_teacher_alone_drives_the_trajectory():
 
 def test_trajectories_start_anew_from_fresh_noise():
   setup = net()
-  first = np.array(setup.run(1)[0].x)
+  first = np.array(setup.run(1)[0].position.x)
   # Whatever x was before: it starts from noise.
-  other = setup.start().replace(x=tiny.noise(9) * 100)
-  np.testing.assert_array_equal(setup.run(1, other)[0].x, first)
-  fifth = np.array(setup.run(5)[0].x)
+  other = setup.start().replace(
+      position=sampling.Position(tiny.noise(9) * 100))
+  np.testing.assert_array_equal(setup.run(1, other)[0].position.x, first)
+  fifth = np.array(setup.run(5)[0].position.x)
   assert abs(np.corrcoef(first.ravel(), fifth.ravel())[0, 1]) < 0.3
   assert 0.5 < fifth.std() / first.std() < 2  # of the same distribution
 
@@ -247,7 +249,7 @@ def test_the_scalars_are_the_dfa_loss_of_the_step():
   setup = net()
   first, _ = setup.run(1)
   _, scalars = setup.run(2)
-  x = np.array(first.x)
+  x = np.array(first.position.x)
   trainable = jax.device_get(first.trainable)
   teacher = tiny.teacher(tiny.NET)(setup.params, x, tiny.t_of(500))
   student, choices = setup.predict(trainable, x, jnp.float32(500))
@@ -306,7 +308,9 @@ def test_the_same_key_gives_the_same_run_and_another_another():
   one, two = (jax.device_get(setup.run(5)[0]) for _ in range(2))
   tiny.assert_trees_equal(one, two)
   other = net(**DEQUANTIZED).run(1)[0]
-  assert (np.asarray(other.x) != np.asarray(setup.run(1)[0].x)).all()
+  x, of_other = (np.asarray(state.position.x)
+                 for state in (setup.run(1)[0], other))
+  assert (of_other != x).all()
 
 
 def test_saved_and_restored_it_goes_on_identically(tmp_path):

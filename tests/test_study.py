@@ -62,8 +62,8 @@ def draws(monkeypatch):
   """Replaces sampling and calibration; lists the names of what was drawn."""
   names = []
 
-  def generate(deployed, plan, count, batch_size, shape, key, name):
-    del deployed, plan, batch_size
+  def generate(deployed, plan, count, batch_size, shape, key, name, **rest):
+    del deployed, plan, batch_size, rest
     names.append(name)
     seed = [*np.asarray(jax.random.key_data(key)), zlib.crc32(name.encode())]
     return np.random.default_rng(seed).integers(

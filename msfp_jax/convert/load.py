@@ -49,7 +49,11 @@ def load_pretrained(path: str, config: str | None = None, ema: bool = True
   """
   if str(path) in native.SHIPPED:
     return native.load_pretrained(path)
-  source = _open(path, config, _UNET_PARTS)
+  try:
+    source = _open(path, config, _UNET_PARTS)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'{error}; give a file, a folder, or one of '
+                            f'{sorted(native.SHIPPED)}') from error
   if source.metadata.get('format') == native.FORMAT:
     return native.load_pretrained(source.path)
   name = family_of(source)
