@@ -126,7 +126,7 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   images = data.load(config.data.name, config.data.path)
   decode, stride = None, 1
   if config.first_stage:
-    decode, stride = _load_decoder(config)
+    decode, stride = _load_decoder(config, model.config)
   check_images(images, model.config, stride)
   draw_condition = conditions.none
   if model.config.by_context:
@@ -171,16 +171,26 @@ def random_params(abstract: Any, key: jax.Array) -> Any:
   return structure.unflatten([draw(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def _load_decoder(config: ml_collections.ConfigDict
+def _load_decoder(config: ml_collections.ConfigDict, of_unet: unet.UNetConfig
                   ) -> tuple[Callable[[jax.Array], jax.Array], int]:
-  """The first stage's decoder, jitted, and its pixels a latent."""
+  """The first stage's decoder, jitted, and its pixels a latent.
+
+  Raises:
+    ValueError: its latents are not what the UNet denoises.
+  """
   if config.first_stage == RANDOM:
     stage = autoencoder.Autoencoder(
         autoencoder.AutoencoderConfig(**config.autoencoder))
     params = random_params(
         convert.abstract_autoencoder(stage), jax.random.key(config.seed))
   else:
-    stage, params = convert.load_first_stage(config.first_stage)
+    stage, params = convert.load_first_stage(
+        config.first_stage, config.pretrained_config or None)
+  if stage.config.embed_dim != of_unet.in_channels:
+    raise ValueError(
+        f'{config.first_stage}: its latents have {stage.config.embed_dim} '
+        f'channels, the UNet of {config.pretrained} takes '
+        f'{of_unet.in_channels}: they do not belong together')
   # Parameters are an argument: as constants they would be folded.
   decode = jax.jit(lambda params, z: stage.apply(
       {'params': params}, z, method='decode'))

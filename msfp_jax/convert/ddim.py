@@ -39,10 +39,31 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From shapes, or from the `model` part of the original yaml."""
+  """From the original yaml (`model`, `data`), or from shapes without one."""
+  if given:
+    found = _from_yaml(given)
+    if absent := _STRUCTURE - found.keys():
+      shapes = _shapes(tensors)
+      found |= {field: shapes[field] for field in absent}
+    return UNetConfig(**found)
+  found = _shapes(tensors)
+  attended = naming.indices(tensors, r'down\.(\d+)\.attn')
+  side = _ATTENTION_SIDE << min(attended, default=1)
+  logging.info('image side %d, as attention at %d pixels suggests; 32 groups',
+               side, _ATTENTION_SIDE)
+  return UNetConfig(image_size=side, dropout=0.1, attn_resolutions=tuple(
+      side >> i for i in attended), **found)
+
+
+_STRUCTURE = frozenset({
+    'in_channels', 'out_channels', 'ch', 'ch_mult', 'num_res_blocks'})
+
+
+def _shapes(tensors):
+  """The fields of _STRUCTURE, as the tensors have them."""
   ch = tensors['conv_in.weight'].shape[0]
   levels = naming.indices(tensors, r'down\.(\d+)\.block')
-  found = {
+  return {
       'in_channels': tensors['conv_in.weight'].shape[1],
       'out_channels': tensors['conv_out.weight'].shape[0],
       'ch': ch,
@@ -51,15 +72,26 @@ def config(tensors: Mapping[str, LazyTensor],
       'num_res_blocks': len(naming.indices(
           tensors, r'down\.0\.block\.(\d+)\.conv1')),
   }
-  attended = naming.indices(tensors, r'down\.(\d+)\.attn')
-  side = _ATTENTION_SIDE << min(attended, default=1)
-  if given and 'model' in given:
-    side = given.get('data', {}).get('image_size', side)
-  else:
-    logging.info('image side %d, as attention at %d pixels suggests; 32 groups',
-                 side, _ATTENTION_SIDE)
-  return UNetConfig(image_size=side, dropout=0.1, attn_resolutions=tuple(
-      side >> i for i in attended), **found)
+
+
+# Fields of `model` in the original yaml that mean one of ours.
+_FIELDS = {'in_channels': 'in_channels', 'out_ch': 'out_channels', 'ch': 'ch',
+           'ch_mult': 'ch_mult', 'num_res_blocks': 'num_res_blocks',
+           'attn_resolutions': 'attn_resolutions', 'dropout': 'dropout'}
+
+
+def _from_yaml(given):
+  try:
+    model, side = given['model'], given['data']['image_size']
+    if not model.get('resamp_with_conv', True):
+      raise ValueError('the configuration has resamp_with_conv=False; only '
+                       'True is supported')
+    return {'image_size': side} | {
+        ours: model[field] for field, ours in _FIELDS.items()
+        if field in model}
+  except (KeyError, TypeError, AttributeError):
+    raise ValueError('the configuration has no model and data.image_size, as '
+                     'those of ermongroup/ddim do') from None
 
 
 def rename(tensors: Mapping[str, LazyTensor], unused_config: UNetConfig

@@ -66,52 +66,110 @@ def select(tensors: Mapping[str, LazyTensor], unused_ema: bool
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From config.json, or from shapes where there is none.
+  """From config.json; without one from shapes, for the published models.
 
   Raises:
-    ValueError: config.json asks for what this UNet does not have.
+    ValueError: config.json asks for what this UNet does not have; or there is
+      none, and no published model has these shapes.
   """
-  found = _from_shapes(tensors)
   if given is None:
-    return UNetConfig(**found)
+    return UNetConfig(**_from_shapes(tensors))
+  if not given.keys() & {'_class_name', 'block_out_channels'}:
+    raise ValueError('the configuration is no config.json of diffusers: it has '
+                     'neither _class_name nor block_out_channels')
   _check_supported(given)
-  conditional = given.get('cross_attention_dim') is not None and any(
-      'transformer_blocks' in name for name in tensors)
-  width = given.get('attention_head_dim', 8)
-  heads = {}
-  if conditional or 'Condition' in given.get('_class_name', ''):
-    # There the field means the number of heads, one for all or by level.
-    widths = _per_level(given.get('num_attention_heads') or width, found)
-    channels = [found['ch'] * mult for mult in found['ch_mult']]
-    per_head = {c // n for c, n in zip(channels, widths, strict=True)}
-    if len(set(widths)) == 1:
-      heads = {'num_heads': widths[0]}
-    elif len(per_head) == 1:
-      heads = {'head_channels': per_head.pop()}
-    else:
-      raise ValueError(f'attention_head_dim={width}: neither one number of '
-                       'heads for all levels nor one width of a head')
-  elif width is not None:
-    heads = {'head_channels': width}
-  side = given.get('sample_size') or found['image_size']
-  if not isinstance(side, int):
-    side = max(side)
-  levels = [found['image_size'] // s for s in found['attn_resolutions']]
-  resample = (given.get('downsample_type') or given.get('upsample_type')
-              or 'conv')
-  return UNetConfig(**found | {
-      'num_heads': None, 'head_channels': None, **heads,
+  found = _DEFAULTS | _structure(given)
+  # A field that the file leaves out is as the tensors have it.
+  if absent := _STRUCTURE - found.keys():
+    shapes = _shapes(tensors)
+    found |= {field: shapes[field] for field in absent}
+  attended = found.pop('attended')
+  side = given.get('sample_size') or (64 if found['context_dim'] else 32)
+  side = side if isinstance(side, int) else max(side)
+  return UNetConfig(**found | _heads(given, found) | {
       'image_size': side,
-      'attn_resolutions': tuple(side // ratio for ratio in levels),
+      'attn_resolutions': tuple(side >> i for i in attended),
       'norm_groups': given.get('norm_num_groups', 32),
       'norm_eps': given.get('norm_eps', 1e-5),
       'dropout': given.get('dropout', 0.0),
       'downsample_padding': (
           (1, 1) if given.get('downsample_padding', 1) else (0, 1)),
-      'resample': 'resblock' if resample == 'resnet' else found['resample'],
       'time_order': (
           'cos_sin' if given.get('flip_sin_to_cos', True) else 'sin_cos'),
       'time_freq_shift': given.get('freq_shift', 0)})
+
+
+# What shapes tell as well, `attended` being the levels with attention.
+_STRUCTURE = frozenset({
+    'in_channels', 'out_channels', 'ch', 'ch_mult', 'num_res_blocks',
+    'attended', 'resample', 'time_injection', 'num_classes', 'context_dim',
+    'transformer_depth'})
+
+
+# What diffusers takes where config.json lacks the field.
+_DEFAULTS = {'time_injection': 'add', 'num_classes': None,
+             'transformer_depth': 1}
+
+
+def _structure(given):
+  """The fields of _STRUCTURE that config.json has."""
+  found = {field: given[field] for field in ('in_channels', 'out_channels')
+           if field in given}
+  if 'block_out_channels' in given:
+    out = given['block_out_channels']
+    if odd := [c for c in out if c % out[0]]:
+      raise ValueError(f'block_out_channels={out}: {odd} are no multiples of '
+                       'the first')
+    found |= {'ch': out[0], 'ch_mult': tuple(c // out[0] for c in out)}
+  if 'down_block_types' in given:
+    types = given['down_block_types']
+    found['attended'] = [i for i, name in enumerate(types) if 'Attn' in name]
+    resnet = any(name.startswith('Resnet') for name in types)
+    found['resample'] = ('resblock' if resnet or 'resnet' in (
+        given.get('downsample_type'), given.get('upsample_type')) else 'conv')
+    conditional = any(name.startswith('CrossAttn') for name in types)
+    if not conditional:
+      found['context_dim'] = None
+    elif 'cross_attention_dim' in given:
+      found['context_dim'] = given['cross_attention_dim']
+  if 'resnet_time_scale_shift' in given:
+    found['time_injection'] = {'default': 'add'}.get(
+        given['resnet_time_scale_shift'], given['resnet_time_scale_shift'])
+  if 'num_class_embeds' in given:
+    found['num_classes'] = given['num_class_embeds']
+  for ours, theirs in (('num_res_blocks', 'layers_per_block'),
+                       ('transformer_depth', 'transformer_layers_per_block')):
+    if theirs in given:
+      value = given[theirs]
+      if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+      if not isinstance(value, int):
+        raise ValueError(f'{theirs}={value}: must be one number for all levels')
+      found[ours] = value
+  return found
+
+
+def _heads(given, found):
+  """Attention heads: one number, or one width, for all levels."""
+  width = given.get('attention_head_dim', 8)
+  if (found['context_dim'] is None
+      and 'Condition' not in given.get('_class_name', '')):
+    return {} if width is None else {'head_channels': width}
+  # There the field means the number of heads, one for all or by level.
+  counts = given.get('num_attention_heads') or width
+  if not isinstance(counts, list):
+    return {'num_heads': counts}
+  channels = [found['ch'] * mult for mult in found['ch_mult']]
+  if len(counts) != len(channels):
+    raise ValueError(f'attention_head_dim={counts}: expected one for each of '
+                     f'{len(channels)} levels')
+  widths = {c // n for c, n in zip(channels, counts, strict=True)}
+  if len(set(counts)) == 1:
+    return {'num_heads': counts[0]}
+  if len(widths) == 1:
+    return {'head_channels': widths.pop()}
+  raise ValueError(f'attention_head_dim={counts}: neither one number of heads '
+                   'for all levels nor one width of a head')
 
 
 def _check_supported(given):
@@ -121,6 +179,12 @@ def _check_supported(given):
   odd += [f'block type {name!r}' for name in
           (*given.get('down_block_types', ()), *given.get('up_block_types', ()))
           if not _BLOCK.fullmatch(name)]
+  down = ['Attn' in name
+          for name in given.get('down_block_types', ())]
+  up = ['Attn' in name
+        for name in given.get('up_block_types', ())]
+  if down and up and down != up[::-1]:
+    odd.append('attention at other levels up than down')
   norm = given.get('attn_norm_num_groups')
   if norm not in (None, given.get('norm_num_groups', 32)):
     odd.append(f'attn_norm_num_groups={norm}')
@@ -128,52 +192,63 @@ def _check_supported(given):
     raise ValueError('this UNet has no: ' + '; '.join(odd))
 
 
-def _per_level(value, found):
-  """A number for all levels, or a list of one for each."""
-  count = len(found['ch_mult'])
-  return list(value) if isinstance(value, list | tuple) else [value] * count
-
-
-def _from_shapes(tensors):
-  """What shapes tell; what they do not, as google/ddpm-cifar10-32 has it."""
+def _shapes(tensors):
+  """The fields of _STRUCTURE, as the tensors have them."""
   levels = naming.indices(tensors, r'down_blocks\.(\d+)\.')
   out = [tensors[f'down_blocks.{i}.resnets.0.conv1.weight'].shape[0]
          for i in levels]
   ch = out[0]
-  attended = naming.indices(tensors, r'down_blocks\.(\d+)\.attentions')
-  context = next((tensor.shape[1] for name, tensor in tensors.items()
-                  if name.endswith('attn2.to_k.weight')), None)
   projection = tensors['down_blocks.0.resnets.0.time_emb_proj.weight'].shape[0]
   labels = tensors.get('class_embedding.weight')
-  resblock = 'down_blocks.0.downsamplers.0.conv1.weight' in tensors
-  ddpm = context is None
-  heads = {}
-  if not ddpm:
-    heads = ({'head_channels': 64} if context == 1024 else {'num_heads': 8})
-  side = 32 if ddpm else 64
-  logging.info('shapes do not tell all: assumed side %d, %s', side,
-               heads or 'one head')
   return {
-      'image_size': side,
       'in_channels': tensors['conv_in.weight'].shape[1],
       'out_channels': tensors['conv_out.weight'].shape[0],
       'ch': ch, 'ch_mult': tuple(c // ch for c in out),
       'num_res_blocks': len(naming.indices(
           tensors, r'down_blocks\.0\.resnets\.(\d+)\.conv1')),
-      'attn_resolutions': tuple(side >> i for i in attended),
-      'dropout': 0.0,
-      'norm_eps': 1e-6 if ddpm else 1e-5,
-      'downsample_padding': (0, 1) if ddpm else (1, 1),
-      'resample': 'resblock' if resblock else 'conv',
+      'attended': naming.indices(
+          tensors, r'down_blocks\.(\d+)\.attentions'),
+      'resample': ('resblock' if 'down_blocks.0.downsamplers.0.conv1.weight'
+                   in tensors else 'conv'),
       'time_injection': 'scale_shift' if projection == 2 * ch else 'add',
-      'time_order': 'sin_cos' if ddpm else 'cos_sin',
-      'time_freq_shift': 1 if ddpm else 0,
       'num_classes': None if labels is None else labels.shape[0],
-      'context_dim': context,
+      'context_dim': next(
+          (tensor.shape[1] for name, tensor in tensors.items()
+           if name.endswith('attn2.to_k.weight')), None),
       'transformer_depth': 1 + max(naming.indices(
           tensors, r'mid_block\.attentions\.0\.transformer_blocks\.(\d+)'),
           default=0),
-      **heads}
+  }
+
+
+# What shapes do not tell, of published models by width of the context,
+# channels and multipliers: google/ddpm-cifar10-32, Stable Diffusion 1 and 2.
+_STABLE_DIFFUSION = {
+    'image_size': 64, 'norm_eps': 1e-5, 'downsample_padding': (1, 1),
+    'time_order': 'cos_sin', 'time_freq_shift': 0}
+_PUBLISHED = {
+    (None, 128, (1, 2, 2, 2)): {
+        'image_size': 32, 'norm_eps': 1e-6, 'downsample_padding': (0, 1),
+        'time_order': 'sin_cos', 'time_freq_shift': 1},
+    (768, 320, (1, 2, 4, 4)): _STABLE_DIFFUSION | {'num_heads': 8},
+    (1024, 320, (1, 2, 4, 4)): _STABLE_DIFFUSION | {'head_channels': 64},
+}
+
+
+def _from_shapes(tensors):
+  found = _shapes(tensors)
+  attended = found.pop('attended')
+  key = (found['context_dim'], found['ch'], found['ch_mult'])
+  if key not in _PUBLISHED:
+    raise ValueError(
+        'there is no config.json, and no published model has context '
+        f'{key[0]}, channels {key[1]} and multipliers {key[2]}: pass its '
+        'config.json as config')
+  rest = _PUBLISHED[key]
+  logging.info('no config.json: took what shapes do not tell as published: %s',
+               rest)
+  return found | rest | {'dropout': 0.0, 'attn_resolutions': tuple(
+      rest['image_size'] >> i for i in attended)}
 
 
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig

@@ -37,52 +37,109 @@ def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None = None,
            scale: float | None = None) -> AutoencoderConfig:
-  """From shapes; scale and shift of the latents from config.json.
+  """From config.json or yaml; what they do not tell, from shapes.
 
   Args:
     tensors: of the autoencoder, in either naming.
-    given: diffusers' config.json or CompVis' yaml.
+    given: diffusers' config.json or CompVis' yaml, of the whole model or of
+      the first stage alone.
     scale: of the checkpoint that the autoencoder came in.
   """
+  given = given or {}
   named = is_diffusers(tensors)
-  down = (r'encoder\.down_blocks\.(\d+)\.resnets' if named
-          else r'encoder\.down\.(\d+)\.block')
-  levels = naming.indices(tensors, down)
+  found = _from_json(given) if named else _from_yaml(given)
+  if _STRUCTURE - found.keys():
+    found = _shapes(tensors, named) | found
+  if scale is None:
+    scale = given.get('scaling_factor', _compvis_scale(given))
+  shift = given.get('shift_factor')
+  if scale is None and found['kind'] == autoencoder.KL:
+    scale, shift = _published_scale(found['z_channels'], found['quant_conv'])
+  return AutoencoderConfig(
+      norm_groups=given.get('norm_num_groups', 32),
+      scale=1.0 if scale is None else float(scale),
+      shift=float(shift or 0.0), **found)
+
+
+# What shapes tell as well.
+_STRUCTURE = frozenset({
+    'kind', 'in_channels', 'out_channels', 'ch', 'ch_mult', 'num_res_blocks',
+    'attn_levels', 'z_channels', 'embed_dim', 'codebook_size', 'quant_conv'})
+
+
+def _shapes(tensors, named):
+  """The fields of _STRUCTURE, as the tensors have them."""
+  level = r'encoder\.down_blocks' if named else r'encoder\.down'
+  block = r'resnets' if named else r'block'
+  ch = tensors['encoder.conv_in.weight'].shape[0]
   first = ('encoder.down_blocks.{}.resnets.0.conv1.weight' if named
            else 'encoder.down.{}.block.0.conv1.weight')
-  ch = tensors['encoder.conv_in.weight'].shape[0]
-  z = tensors[_LANDMARK].shape[1]
+  levels = naming.indices(tensors, rf'{level}\.(\d+)\.{block}')
   latent = tensors['encoder.conv_out.weight'].shape[0]
   codebook = tensors.get('quantize.embedding.weight')
   post = tensors.get('post_quant_conv.weight')
-  given = given or {}
-  if scale is None:
-    scale = given.get('scaling_factor')
-  if scale is None:
-    scale = _compvis_scale(given)
-  shift = given.get('shift_factor')
-  if scale is None and codebook is None:
-    scale, shift = _published_scale(z, post is not None)
-  return AutoencoderConfig(
-      kind=autoencoder.VQ if codebook is not None else autoencoder.KL,
-      in_channels=tensors['encoder.conv_in.weight'].shape[1],
-      out_channels=tensors['decoder.conv_out.weight'].shape[0],
-      ch=ch,
-      ch_mult=tuple(tensors[first.format(i)].shape[0] // ch for i in levels),
-      num_res_blocks=len(naming.indices(
-          tensors, r'encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1' if named
-          else r'encoder\.down\.0\.block\.(\d+)\.conv1')),
-      attn_levels=tuple(naming.indices(
-          tensors, r'encoder\.down_blocks\.(\d+)\.attentions' if named
-          else r'encoder\.down\.(\d+)\.attn')),
-      z_channels=z,
-      embed_dim=latent // (1 if codebook is not None else 2)
-      if post is None else post.shape[1],
-      codebook_size=0 if codebook is None else codebook.shape[0],
-      norm_groups=given.get('norm_num_groups', 32),
-      quant_conv=post is not None,
-      scale=1.0 if scale is None else float(scale),
-      shift=float(shift or 0.0))
+  return {
+      'kind': autoencoder.KL if codebook is None else autoencoder.VQ,
+      'in_channels': tensors['encoder.conv_in.weight'].shape[1],
+      'out_channels': tensors['decoder.conv_out.weight'].shape[0],
+      'ch': ch,
+      'ch_mult': tuple(tensors[first.format(i)].shape[0] // ch for i in levels),
+      'num_res_blocks': len(naming.indices(
+          tensors, rf'{level}\.0\.{block}\.(\d+)\.conv1')),
+      'attn_levels': tuple(naming.indices(
+          tensors, rf'{level}\.(\d+)\.att')),
+      'z_channels': tensors[_LANDMARK].shape[1],
+      'embed_dim': (latent // (2 if codebook is None else 1) if post is None
+                    else post.shape[1]),
+      'codebook_size': 0 if codebook is None else codebook.shape[0],
+      'quant_conv': post is not None,
+  }
+
+
+def _from_json(given):
+  """The fields of _STRUCTURE that diffusers' config.json has."""
+  found = {ours: given[theirs] for ours, theirs in (
+      ('in_channels', 'in_channels'), ('out_channels', 'out_channels'),
+      ('num_res_blocks', 'layers_per_block'), ('z_channels', 'latent_channels'),
+      ('quant_conv', 'use_quant_conv')) if theirs in given}
+  if 'block_out_channels' in given:
+    out = given['block_out_channels']
+    found |= {'ch': out[0], 'ch_mult': tuple(c // out[0] for c in out)}
+  if 'down_block_types' in given:
+    found['attn_levels'] = tuple(
+        i for i, name in enumerate(given['down_block_types']) if 'Attn' in name)
+  if given.get('num_vq_embeddings') and given.get('_class_name') == 'VQModel':
+    found |= {'kind': autoencoder.VQ,
+              'codebook_size': given['num_vq_embeddings']}
+  return found
+
+
+def _from_yaml(given):
+  """The fields of _STRUCTURE that a CompVis yaml has."""
+  try:
+    params = given['model']['params']
+  except (KeyError, TypeError):
+    return {}
+  inside = params.get('first_stage_config', {}).get('params', {})
+  params = params if 'ddconfig' in params else inside
+  shape = params.get('ddconfig')
+  if shape is None:
+    return {}
+  found = {ours: shape[theirs] for ours, theirs in (
+      ('in_channels', 'in_channels'), ('out_channels', 'out_ch'), ('ch', 'ch'),
+      ('num_res_blocks', 'num_res_blocks'), ('z_channels', 'z_channels'))
+           if theirs in shape}
+  if 'ch_mult' in shape:
+    found['ch_mult'] = tuple(shape['ch_mult'])
+    if {'resolution', 'attn_resolutions'} <= shape.keys():
+      found['attn_levels'] = tuple(
+          i for i in range(len(shape['ch_mult']))
+          if shape['resolution'] >> i in shape['attn_resolutions'])
+  if 'embed_dim' in params:
+    found['embed_dim'] = params['embed_dim']
+  if 'n_embed' in params:
+    found |= {'kind': autoencoder.VQ, 'codebook_size': params['n_embed']}
+  return found
 
 
 def _published_scale(z: int, quant_conv: bool) -> tuple[float, float]:

@@ -81,41 +81,62 @@ def _averaged(raw, averaged):
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From shapes; what they do not tell, from the yaml or by assumption."""
+  """From the yaml; without one from shapes, for the published models.
+
+  Raises:
+    ValueError: the yaml asks for what this UNet does not have; or there is
+      none, and no published model has these shapes.
+  """
+  fields = _from_yaml(given) if given else {}
+  if absent := _STRUCTURE - fields.keys():
+    shapes = _shapes(tensors)
+    fields |= {field: shapes[field] for field in absent}
+  if 'image_size' not in fields:
+    fields |= _published(fields)
+  embedder = tensors.get('context_emb.weight')
+  side, attended = fields['image_size'], fields.pop('attended')
+  return UNetConfig(
+      dropout=0.0, norm_eps=1e-5, downsample_padding=(1, 1),
+      time_order='cos_sin', time_freq_shift=0,
+      attn_resolutions=tuple(side >> i for i in attended),
+      context_classes=None if embedder is None else embedder.shape[0],
+      **fields)
+
+
+# What shapes tell as well, `attended` being the levels with attention.
+_STRUCTURE = frozenset({
+    'in_channels', 'out_channels', 'ch', 'ch_mult', 'num_res_blocks',
+    'attended', 'resample', 'time_injection', 'context_dim', 'num_classes',
+    'transformer_depth'})
+
+
+def _shapes(tensors):
+  """The fields of _STRUCTURE, as the tensors have them."""
   ch = tensors['time_embed.0.weight'].shape[1]
   blocks = naming.indices(tensors, r'input_blocks\.(\d+)\.')
   levels = 1 + sum(_is_upsample(tensors, n) for n in blocks)
   res = len(blocks) // levels - 1
   resblock = not any(re.fullmatch(r'output_blocks\.\d+\.\d\.conv\.weight', name)
                      for name in tensors)
-  out = [tensors[f'input_blocks.{1 + i * (res + 1)}.0.out_layers.3.weight']
-         .shape[0] for i in range(levels)]
-  attended = [i for i in range(levels)
-              if f'input_blocks.{1 + i * (res + 1)}.1.norm.weight' in tensors]
+  first = [f'input_blocks.{1 + i * (res + 1)}' for i in range(levels)]
+  out = [tensors[f'{block}.0.out_layers.3.weight'].shape[0] for block in first]
   projection = tensors['input_blocks.1.0.emb_layers.1.weight'].shape[0]
-  context = next((tensor.shape[1] for name, tensor in tensors.items()
-                  if name.endswith('attn2.to_k.weight')), None)
-  embedder = tensors.get('context_emb.weight')
   labels = tensors.get('label_emb.weight')
-  fields = _given(given) | {
+  return {
       'in_channels': tensors['input_blocks.0.0.weight'].shape[1],
       'out_channels': tensors['out.2.weight'].shape[0],
       'ch': ch, 'ch_mult': tuple(c // ch for c in out), 'num_res_blocks': res,
+      'attended': [i for i, block in enumerate(first)
+                   if f'{block}.1.norm.weight' in tensors],
       'resample': 'resblock' if levels > 1 and resblock else 'conv',
       'time_injection': 'scale_shift' if projection == 2 * out[0] else 'add',
-      'context_dim': context,
-      'context_classes': None if embedder is None else embedder.shape[0],
+      'context_dim': next(
+          (tensor.shape[1] for name, tensor in tensors.items()
+           if name.endswith('attn2.to_k.weight')), None),
       'num_classes': None if labels is None else labels.shape[0],
       'transformer_depth': 1 + max(naming.indices(
           tensors, r'middle_block\.1\.transformer_blocks\.(\d+)'), default=0),
   }
-  if 'image_size' not in fields:
-    fields |= _published(fields)
-  side = fields['image_size']
-  return UNetConfig(
-      dropout=0.0, norm_eps=1e-5, downsample_padding=(1, 1),
-      time_order='cos_sin', time_freq_shift=0,
-      attn_resolutions=tuple(side >> i for i in attended), **fields)
 
 
 def _is_upsample(tensors, n):
@@ -124,10 +145,20 @@ def _is_upsample(tensors, n):
                       name) for name in tensors)
 
 
-def _given(config):
-  """The fields of a CompVis yaml that shapes do not tell."""
-  if not config:
-    return {}
+# Fields of unet_config: the values that our UNet computes; else refused.
+_SUPPORTED = {
+    'use_new_attention_order': (False,), 'conv_resample': (True,),
+    'dims': (2,), 'n_embed': (None,)}
+# Fields of unet_config that mean one of ours.
+_FIELDS = {
+    'in_channels': 'in_channels', 'out_channels': 'out_channels',
+    'model_channels': 'ch', 'num_res_blocks': 'num_res_blocks',
+    'context_dim': 'context_dim', 'num_classes': 'num_classes',
+    'transformer_depth': 'transformer_depth'}
+
+
+def _from_yaml(config):
+  """The fields that a CompVis yaml states."""
   try:
     outer = config['model']['params']
     params = outer['unet_config']['params']
@@ -136,22 +167,39 @@ def _given(config):
   except (KeyError, TypeError, AttributeError):
     raise ValueError('the configuration has no model.params.unet_config.params '
                      'with image_size, as those of CompVis do') from None
-  for field, value, allowed in (
-      ('parameterization', outer.get('parameterization', 'eps'), 'eps'),
-      ('use_new_attention_order',
-       params.get('use_new_attention_order', False), False),
-      ('conv_resample', params.get('conv_resample', True), True)):
-    if value != allowed:
-      raise ValueError(f'the configuration has {field}={value!r}; only '
-                       f'{allowed!r} is supported')
+  odd = [f'{field}={params[field]!r} (only {list(allowed)})'
+         for field, allowed in _SUPPORTED.items()
+         if params.get(field, allowed[0]) not in allowed]
+  if outer.get('parameterization', 'eps') != 'eps':
+    odd.append(f"parameterization={outer['parameterization']!r} (only ['eps'])")
+  if odd:
+    raise ValueError('the configuration has ' + '; '.join(odd))
+  found = {ours: params[field] for field, ours in _FIELDS.items()
+           if field in params}
+  if 'channel_mult' in params:
+    found['ch_mult'] = tuple(params['channel_mult'])
+  if 'attention_resolutions' in params:
+    # There they are factors of down-sampling.
+    found['attended'] = sorted(
+        int(factor).bit_length() - 1
+        for factor in params['attention_resolutions'])
+  if 'resblock_updown' in params:
+    found['resample'] = 'resblock' if params['resblock_updown'] else 'conv'
+  if 'use_scale_shift_norm' in params:
+    found['time_injection'] = (
+        'scale_shift' if params['use_scale_shift_norm'] else 'add')
+  return found | {'image_size': side} | _heads(params)
+
+
+def _heads(params):
   heads, width = (params.get(field, -1)
                   for field in ('num_heads', 'num_head_channels'))
   if width != -1:
-    return {'image_size': side, 'head_channels': width}
+    return {'head_channels': width}
   if heads == -1:
     raise ValueError('the configuration has neither num_heads nor '
                      'num_head_channels')
-  return {'image_size': side, 'num_heads': heads}
+  return {'num_heads': heads}
 
 
 # Side and heads of the published models, by (width of the context, up- and
@@ -237,12 +285,13 @@ def _split_qkv(tensors, config):
     for i, part in enumerate('qkv'):
       found[f'{match[1]}.{part}.{match[2]}'] = LazyTensor(
           (channels, *tensor.shape[1:]), tensor.dtype,
-          _part_reader(tensor, config.heads(channels), i))
+          _part_reader(tensor, config, i))
   return found
 
 
-def _part_reader(tensor, heads, part):
+def _part_reader(tensor, config, part):
   def read():
+    heads = config.heads(tensor.shape[0] // 3)
     rows = tensor.read().reshape(heads, 3, -1, *tensor.shape[1:])
     return rows[:, part].reshape(-1, *tensor.shape[1:])
   return read

@@ -56,6 +56,7 @@ def load_pretrained(path: str, config: str | None = None, ema: bool = True
                             f'{sorted(native.SHIPPED)}') from error
   if source.metadata.get('format') == native.FORMAT:
     return native.load_pretrained(source.path)
+  _check_scheduler(source.path)
   name = family_of(source)
   family = FAMILIES[name]
   tensors = family.select(source.tensors, ema)
@@ -116,6 +117,16 @@ def family_of(source: source_lib.Source) -> str:
                    f'({sorted(FAMILIES)}): {_some(source)}')
 
 
+def _check_scheduler(path: pathlib.Path) -> None:
+  """Raises ValueError if the pipeline's scheduler wants no noise predicted."""
+  file = path.parent.parent / 'scheduler' / 'scheduler_config.json'
+  if file.is_file():
+    kind = source_lib.read_config(file).get('prediction_type', 'epsilon')
+    if kind != 'epsilon':
+      raise ValueError(f'{file} has prediction_type={kind!r}: only models that '
+                       "predict the noise ('epsilon') are supported")
+
+
 def _some(source):
   names = sorted(source.tensors)
   return (f'{len(names)} tensors, such as {names[:3]}' if names
@@ -135,5 +146,8 @@ def _configure(source, make):
   except KeyError as error:
     raise ValueError(f'{source.path} lacks {error}, without which its '
                      'configuration cannot be told') from error
-  except (ValueError, TypeError) as error:
+  except IndexError as error:
+    raise ValueError(f'{source.path} lacks the blocks that would tell its '
+                     'configuration') from error
+  except (ValueError, TypeError, AttributeError) as error:
     raise ValueError(f'{source.path}: {error}') from error

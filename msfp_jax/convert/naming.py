@@ -28,10 +28,8 @@ def rename(tensors: Mapping[str, LazyTensor],
     module_of: our module for a foreign one, or None.
 
   Returns:
-    {our name: tensor}, and the names for which there is no rule.
-
-  Raises:
-    ValueError: two tensors get one name.
+    {our name: tensor}, and the names for which there is no rule, or whose
+    place another tensor has taken.
   """
   found, came_from, leftover = {}, {}, []
   for name, tensor in tensors.items():
@@ -42,7 +40,8 @@ def rename(tensors: Mapping[str, LazyTensor],
       continue
     new = f'{ours}.{leaf}'
     if new in found:
-      raise ValueError(f'{name} and {came_from[new]} are both {new}')
+      leftover.append(f'{name}, the same as {came_from[new]}')
+      continue
     found[new], came_from[new] = tensor, name
   return found, tuple(leftover)
 

@@ -4,6 +4,7 @@ Tensors are float32 under the parameters' paths joined with dots; the header
 holds the model's configuration and where it came from.
 """
 
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any
@@ -12,16 +13,18 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from msfp_jax import files
+from msfp_jax.convert import source as source_lib
+from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models import unet
 
 FORMAT = 'msfp-jax/model/1'
 _ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 # Checkpoints that ship with the package, by the name users type.
 SHIPPED = {'digits16': _ASSETS / 'digits16.safetensors'}
+_DTYPES = {np.dtype(dtype): name
+           for name, dtype in source_lib.SAFETENSORS_DTYPES.items()}
 
 
 def flatten(params: Any) -> dict[str, np.ndarray]:
@@ -30,23 +33,27 @@ def flatten(params: Any) -> dict[str, np.ndarray]:
   return {'.'.join(path): np.asarray(value) for path, value in flat.items()}
 
 
-def write_safetensors(path: str | pathlib.Path, tensors: dict[str, np.ndarray],
+def write_safetensors(path: str | pathlib.Path,
+                      tensors: Mapping[str, np.ndarray],
                       metadata: dict[str, str]) -> None:
-  """Writes under a temporary name, then renames."""
-  with files.atomic_path(path) as temporary:
-    # Not save_file, which makes a file that only its owner can read.
-    temporary.write_bytes(
-        _sorted_header(safetensors.numpy.save(tensors, metadata)))
+  """Writes tensors of one type under a temporary name, then renames.
 
-
-def _sorted_header(content: bytes) -> bytes:
-  """The file with its metadata in order: safetensors shuffles them."""
-  end = 8 + int.from_bytes(content[:8], 'little')
-  header = json.loads(content[8:end])
-  header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+  The header is in order, so that equal tensors make equal files (safetensors'
+  own writer shuffles the metadata), and tensors are written one by one, so
+  that no second copy of a model is in memory.
+  """
+  header, end = {'__metadata__': dict(sorted(metadata.items()))}, 0
+  for name in sorted(tensors):
+    array = tensors[name]
+    start, end = end, end + array.nbytes
+    header[name] = {'dtype': _DTYPES[array.dtype], 'shape': list(array.shape),
+                    'data_offsets': [start, end]}
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  return len(text).to_bytes(8, 'little') + text + content[end:]
+  with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for name in sorted(tensors):
+      file.write(np.ascontiguousarray(tensors[name]).data)
 
 
 def save_pretrained(path: str | pathlib.Path, config: unet.UNetConfig,
@@ -75,12 +82,7 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
     raise FileNotFoundError(
         f'no checkpoint at {file}; give a .safetensors file or one of '
         f'{sorted(SHIPPED)}')
-  try:
-    with safetensors.safe_open(file, 'np') as opened:
-      metadata = opened.metadata() or {}
-      tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-  except (OSError, safetensors.SafetensorError) as error:
-    raise ValueError(f'{file} is no safetensors file: {error}') from error
+  tensors, metadata = source_lib.read_safetensors(file)
   if metadata.get('format') != FORMAT:
     raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
                      f'{FORMAT!r}: it was not written by save_pretrained')
@@ -107,7 +109,8 @@ def abstract_params(model: unet.UNet) -> Any:
       model.init, jax.random.key(0), image, t, labels, context)['params']
 
 
-def restore(tensors: dict[str, np.ndarray], abstract: Any, source: str) -> Any:
+def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str
+            ) -> Any:
   """Dotted tensors -> parameters of exactly the structure of `abstract`."""
   expected = {'.'.join(path): path
               for path in traverse_util.flatten_dict(abstract)}
@@ -117,16 +120,18 @@ def restore(tensors: dict[str, np.ndarray], abstract: Any, source: str) -> Any:
               for key in expected if key not in tensors]
   problems += [f'unexpected {key} {tensors[key].shape}'
                for key in tensors if key not in expected]
+  found = {}
   for key in expected.keys() & tensors.keys():
     if tensors[key].shape != shapes[key]:
       problems.append(
           f'{key} is {tensors[key].shape}, the model wants {shapes[key]}')
-    elif not np.isfinite(tensors[key]).all():
-      count = np.count_nonzero(~np.isfinite(tensors[key]))
+      continue
+    value = np.asarray(tensors[key].read(), np.float32)
+    if count := np.count_nonzero(~np.isfinite(value)):
       problems.append(f'{key} holds {count} values that are not finite')
+    found[expected[key]] = jnp.array(value)
   if problems:
     raise ValueError(f'{source} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))
-  return traverse_util.unflatten_dict({
-      path: jnp.asarray(tensors[key], jnp.float32)
-      for key, path in expected.items()})
+  return traverse_util.unflatten_dict(
+      {path: found[path] for path in expected.values()})

@@ -24,9 +24,10 @@ _WEIGHTS = (
     'diffusion_pytorch_model.bin', 'diffusion_pytorch_model.bin.index.json',
     'diffusion_pytorch_model.fp16.bin',
     'model.safetensors')
-_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
-           'BF16': tensors_lib.BFLOAT16, 'I64': np.int64, 'I32': np.int32,
-           'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
+SAFETENSORS_DTYPES = {
+    'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+    'BF16': tensors_lib.BFLOAT16, 'I64': np.int64, 'I32': np.int32,
+    'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +132,11 @@ def read_safetensors(path: pathlib.Path
       for name in opened.keys():
         part = opened.get_slice(name)
         kind = part.get_dtype()
-        if kind not in _DTYPES:
+        if kind not in SAFETENSORS_DTYPES:
           raise ValueError(f'{path}: {name} has type {kind}; convert it to '
                            'float32, float16 or bfloat16 first')
         found[name] = LazyTensor(
-            tuple(part.get_shape()), np.dtype(_DTYPES[kind]),
+            tuple(part.get_shape()), np.dtype(SAFETENSORS_DTYPES[kind]),
             _safetensors_reader(path, name))
       return found, opened.metadata() or {}
   except (OSError, safetensors.SafetensorError) as error:

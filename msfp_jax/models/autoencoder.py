@@ -179,9 +179,15 @@ class Autoencoder(nn.Module):
     return self.decoder(h)
 
   def _nearest(self, z):
-    """The nearest entry of the codebook for every position."""
+    """The nearest entry of the codebook for every position, image by image."""
     book = self.quantize.embedding
-    flat = z.reshape(-1, z.shape[-1])
-    # |z - e|^2 without |z|^2, which is the same for every entry.
-    distance = jnp.sum(book**2, axis=1) - 2 * flat @ book.T
-    return book[jnp.argmin(distance, axis=1)].reshape(z.shape)
+    norms = jnp.sum(book**2, axis=1)
+
+    def nearest(image):
+      # |z - e|^2 without |z|^2, which is the same for every entry; at full
+      # precision, as the entries lie close together.
+      products = jnp.matmul(image, book.T, precision=jax.lax.Precision.HIGHEST)
+      return book[jnp.argmin(norms - 2 * products, axis=-1)]
+
+    # Of a batch at once the distances would be gigabytes.
+    return jax.lax.map(nearest, z)

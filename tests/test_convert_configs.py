@@ -1,0 +1,323 @@
+"""What a configuration, or shapes alone, tell about a checkpoint's model."""
+
+import copy
+import dataclasses
+import json
+
+import checkpoints
+import families
+import foreign
+import jax
+import numpy as np
+import pytest
+import unet_oracle
+import yaml
+
+from msfp_jax import convert
+from msfp_jax.convert import ddim
+from msfp_jax.convert import diffusers_unet
+from msfp_jax.convert import first_stage
+from msfp_jax.convert import ldm
+from msfp_jax.convert import load
+from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models.autoencoder import Autoencoder
+from msfp_jax.models.autoencoder import AutoencoderConfig
+from msfp_jax.models.unet import UNetConfig
+
+
+def test_a_yaml_tells_what_shapes_do_not(tmp_path):
+  config = families.CONFIGS['ldm_beds']
+  checkpoints.save_ldm(
+      tmp_path / 'model.ckpt', checkpoints.state_of('ldm_beds'), config)
+  (tmp_path / 'config.yaml').unlink()
+  with pytest.raises(ValueError, match='no published model has.*yaml'):
+    convert.load_pretrained(str(tmp_path / 'model.ckpt'))
+  path = tmp_path / 'other.yaml'
+  content = {'model': {'params': {'unet_config': {
+      'params': {'image_size': 16, 'num_heads': 4}}}}}
+  path.write_text(yaml.safe_dump(content))
+  model, _ = convert.load_pretrained(
+      str(tmp_path / 'model.ckpt'), config=str(path))
+  assert model.config.image_size == 16
+  assert (model.config.num_heads, model.config.head_channels) == (4, None)
+  assert model.config.attn_resolutions == (8,)
+  for field, value in (('use_new_attention_order', True), ('num_heads', -1),
+                       ('conv_resample', False)):
+    changed = copy.deepcopy(content)
+    changed['model']['params']['unet_config']['params'][field] = value
+    path.write_text(yaml.safe_dump(changed))
+    with pytest.raises(ValueError, match=field):
+      convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
+  path.write_text('model: {}')
+  with pytest.raises(ValueError, match='unet_config'):
+    convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
+  path.write_text('!!python/object/apply:os.system ["touch proof"]')
+  with pytest.raises(ValueError, match='no configuration'):
+    convert.load_pretrained(str(tmp_path / 'model.ckpt'), config=str(path))
+
+
+@pytest.mark.parametrize('field, value', [
+    ('act_fn', 'mish'), ('addition_embed_type', 'text_time'),
+    ('down_block_types', ['KDownBlock2D', 'AttnDownBlock2D']),
+    ('attn_norm_num_groups', 4)])
+def test_an_architecture_that_is_not_ours(tmp_path, field, value):
+  checkpoints.save_diffusers(
+      tmp_path / 'f', checkpoints.state_of('unet2d'),
+      families.CONFIGS['unet2d'])
+  path = tmp_path / 'f' / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+  with pytest.raises(ValueError, match=rf'(?s)f/diffusion.*{value}'
+                     if isinstance(value, str) else 'this UNet has no'):
+    convert.load_pretrained(str(tmp_path / 'f'))
+
+
+@pytest.mark.parametrize('naming', ['compvis', 'diffusers'])
+def test_the_scale_of_kl_latents_where_nothing_tells_it(tmp_path, naming):
+  """Old config.json of Stable Diffusion's lack it; it is never 1."""
+  for name, scale, shift in (('kl', 0.18215, 0.0),
+                             ('kl, shift', 0.3611, 0.1159)):
+    config = families.STAGES[name]
+    rename = {'compvis': foreign.compvis_first_stage,
+              'diffusers': foreign.diffusers_first_stage}[naming]
+    path = checkpoints.write(tmp_path / 'vae.safetensors',
+                 rename(families.state_of(config), config))
+    (tmp_path / 'config.json').write_text('{"_class_name": "AutoencoderKL"}')
+    model, _ = convert.load_first_stage(path)
+    assert (model.config.scale, model.config.shift) == (scale, shift)
+
+
+def test_an_original_yaml_of_ddim(tmp_path):
+  """Sides and attention that shapes do not tell."""
+  config = families.CONFIGS['ddim']
+  path = checkpoints.write(
+      tmp_path / 'm.safetensors', checkpoints.state_of('ddim'))
+  content = {'data': {'image_size': 64}, 'model': {
+      'in_channels': 3, 'out_ch': 3, 'ch': 32, 'ch_mult': [1, 2],
+      'num_res_blocks': 1, 'attn_resolutions': [32], 'dropout': 0.0,
+      'resamp_with_conv': True}}
+  (tmp_path / 'config.yaml').write_text(yaml.safe_dump(content))
+  model, _ = convert.load_pretrained(path)
+  assert model.config == dataclasses.replace(
+      config, image_size=64, attn_resolutions=(32,), dropout=0.0)
+  content['model']['resamp_with_conv'] = False
+  (tmp_path / 'config.yaml').write_text(yaml.safe_dump(content))
+  with pytest.raises(ValueError, match='resamp_with_conv'):
+    convert.load_pretrained(path)
+  (tmp_path / 'config.yaml').write_text('model: {}')
+  with pytest.raises(ValueError, match='no model and data.image_size'):
+    convert.load_pretrained(path)
+
+
+@pytest.mark.parametrize('name, change', [
+    ('unet2d', {'block_out_channels': [32, 96]}),
+    ('unet2d', {'down_block_types': ['DownBlock2D', 'DownBlock2D'],
+                'up_block_types': ['UpBlock2D', 'UpBlock2D']}),
+    ('unet2d', {'num_class_embeds': 4}),
+    ('sd1', {'cross_attention_dim': 96}),
+    ('sd1', {'transformer_layers_per_block': 2}),
+])
+def test_a_config_that_the_tensors_contradict(tmp_path, name, change):
+  """The configuration rules: what differs is listed, not taken over."""
+  folder = tmp_path / 'f'
+  checkpoints.save_diffusers(
+      folder, checkpoints.state_of(name), families.CONFIGS[name])
+  content = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(content | change))
+  with pytest.raises(ValueError, match=r'(?s)does not fit.*(missing|unexpected'
+                                       r'|the model wants)'):
+    convert.load_pretrained(str(folder))
+
+
+def test_with_a_config_a_missing_landmark_is_one_of_the_missing(tmp_path):
+  config = families.CONFIGS['unet2d']
+  tensors = foreign.diffusers(checkpoints.state_of('unet2d'), config)
+  for name in ('conv_in.weight', 'down_blocks.0.resnets.0.conv1.weight'):
+    del tensors[name]
+  path = checkpoints.write(tmp_path / 'a.safetensors', tensors)
+  with pytest.raises(ValueError, match='lacks .*configuration'):
+    convert.load_pretrained(path)
+  checkpoints.describe(tmp_path, 'unet2d', config)
+  with pytest.raises(ValueError, match=r'(?s)missing conv_in.weight.*'
+                                       r'missing down.0.block.0.conv1.weight'):
+    convert.load_pretrained(path)
+
+
+def test_without_a_config_only_published_models_are_assumed(tmp_path):
+  path = checkpoints.write(tmp_path / 'a.safetensors', foreign.diffusers(
+      checkpoints.state_of('unet2d'), families.CONFIGS['unet2d']))
+  with pytest.raises(ValueError, match='no published model.*config.json'):
+    convert.load_pretrained(path)
+  (tmp_path / 'other.json').write_text('{"sample_size": 32}')
+  with pytest.raises(ValueError, match='no config.json of diffusers'):
+    convert.load_pretrained(path, config=str(tmp_path / 'other.json'))
+
+
+def test_a_model_that_predicts_v_is_refused(tmp_path):
+  config = families.CONFIGS['unet2d']
+  checkpoints.save_pipeline(
+      tmp_path / 'p', checkpoints.state_of('unet2d'), config)
+  scheduler = tmp_path / 'p' / 'scheduler'
+  scheduler.mkdir()
+  file = scheduler / 'scheduler_config.json'
+  file.write_text('{"prediction_type": "epsilon"}')
+  assert convert.load_pretrained(str(tmp_path / 'p'))[0].config == config
+  file.write_text('{"prediction_type": "v_prediction"}')
+  with pytest.raises(ValueError, match='v_prediction'):
+    convert.load_pretrained(str(tmp_path / 'p'))
+
+
+def test_two_tensors_for_one_place(tmp_path):
+  config = families.CONFIGS['unet2d']
+  tensors = foreign.diffusers(checkpoints.state_of('unet2d'), config)
+  name = next(n for n in tensors if n.endswith('to_q.weight'))
+  tensors[name.replace('to_q', 'query')] = tensors[name]
+  checkpoints.describe(tmp_path, 'unet2d', config)
+  with pytest.raises(ValueError, match='unexpected .*the same as'):
+    convert.load_pretrained(
+        checkpoints.write(tmp_path / 'a.safetensors', tensors))
+
+
+def test_fused_projections_of_another_width_are_listed(tmp_path):
+  config = families.CONFIGS['ldm_beds']
+  tensors = foreign.ldm_checkpoint(
+      checkpoints.state_of('ldm_beds'), config)['state_dict']
+  for name in [n for n in tensors if n.endswith('qkv.bias')][:2]:
+    tensors[name] = tensors[name][:-3]
+  checkpoints.describe(tmp_path, 'ldm_beds', config)
+  with pytest.raises(ValueError) as error:
+    convert.load_pretrained(
+        checkpoints.write(tmp_path / 'a.safetensors', tensors))
+  assert str(error.value).count('the model wants') == 6
+
+
+@pytest.mark.parametrize('naming', ['compvis', 'diffusers'])
+def test_a_first_stage_described_by_a_config(tmp_path, naming):
+  config = families.STAGES['vq, attention']
+  rename = {'compvis': foreign.compvis_first_stage,
+            'diffusers': foreign.diffusers_first_stage}[naming]
+  path = checkpoints.write(tmp_path / 'vq.safetensors',
+                           rename(families.state_of(config), config))
+  if naming == 'compvis':
+    content = {'model': {'params': {'embed_dim': 4, 'n_embed': 8, 'ddconfig': {
+        'double_z': False, 'z_channels': 4, 'resolution': 32, 'in_channels': 3,
+        'out_ch': 3, 'ch': 32, 'ch_mult': [1, 2], 'num_res_blocks': 1,
+        'attn_resolutions': [16], 'dropout': 0.0}}}}
+    file, key = tmp_path / 'config.yaml', 'ch_mult'
+    inner = content['model']['params']['ddconfig']
+  else:
+    content = inner = {
+        '_class_name': 'VQModel', 'block_out_channels': [32, 64],
+        'layers_per_block': 1, 'latent_channels': 4, 'num_vq_embeddings': 8,
+        'down_block_types': ['DownEncoderBlock2D', 'AttnDownEncoderBlock2D']}
+    file, key = tmp_path / 'config.json', 'block_out_channels'
+  file.write_text(json.dumps(content))
+  assert convert.load_first_stage(path)[0].config == config
+  inner[key] = [1, 3] if naming == 'compvis' else [32, 96]
+  file.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match='does not fit'):
+    convert.load_first_stage(path)
+
+
+def test_half_precision_shards_of_torch_save(tmp_path):
+  state, config = checkpoints.state_of('unet2d'), families.CONFIGS['unet2d']
+  checkpoints.save_diffusers_half(tmp_path / 'f', state, config)
+  model, params = convert.load_pretrained(str(tmp_path / 'f'))
+  assert model.config == config
+  expected = unet_oracle.from_state_dict(
+      config, {n: v.astype(np.float16) for n, v in state.items()})
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def lazy(state):
+  return {n: LazyTensor.of(v) for n, v in state.items()}
+
+
+def zeros(config):
+  """A state dict of full size that takes no memory."""
+  return {name: np.broadcast_to(np.float32(0), shape) for name, shape
+          in unet_oracle.state_dict_shapes(config).items()}
+
+
+def prefixed(state):
+  return {f'model.diffusion_model.{n}': v for n, v in state.items()}
+
+
+# Name: config, family, tensors and parameters of the published models.
+REAL = {
+    'cifar10': (UNetConfig(), ddim, lambda s, c: s, 328, 35_746_307),
+    'celeba64': (UNetConfig(image_size=64, ch_mult=(1, 2, 2, 2, 4)), ddim,
+                 lambda s, c: s, 390, 78_700_803),
+    'bedrooms': (UNetConfig(
+        image_size=64, ch=224, ch_mult=(1, 2, 3, 4),
+        attn_resolutions=(64 // 2, 64 // 4, 64 // 8), head_channels=32,
+        **families.LDM), ldm, lambda s, c: prefixed(foreign.ldm(s, c)),
+                 368, 274_056_163),
+    'churches': (UNetConfig(
+        image_size=32, in_channels=4, out_channels=4, ch=192,
+        ch_mult=(1, 2, 2, 4, 4), attn_resolutions=(32, 16, 8, 4), num_heads=8,
+        resample='resblock', time_injection='scale_shift', **families.LDM),
+                 ldm, lambda s, c: prefixed(foreign.ldm(s, c)),
+                 520, 294_966_916),
+    'cin256-v2': (UNetConfig(
+        image_size=64, ch=192, ch_mult=(1, 2, 3, 5),
+        attn_resolutions=(32, 16, 8), num_heads=1, context_dim=512,
+        context_classes=1001, **families.LDM), ldm,
+                  lambda s, c: foreign.ldm_checkpoint(s, c)['state_dict'],
+                  689, 400_920_579 + 1001 * 512),
+    'sd1': (UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=320,
+        ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), num_heads=8,
+        context_dim=768, **families.LDM), ldm,
+            lambda s, c: prefixed(foreign.ldm(s, c)), 686, 859_520_964),
+    'sd1, diffusers': (UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=320,
+        ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), num_heads=8,
+        context_dim=768, **families.LDM), diffusers_unet, foreign.diffusers,
+                       686, 859_520_964),
+    'ddpm-cifar10-32': (UNetConfig(dropout=0.0), diffusers_unet,
+                        foreign.diffusers, 328, 35_746_307),
+}
+
+
+@pytest.mark.parametrize('config, family, rename, tensors, parameters',
+                         REAL.values(), ids=REAL)
+def test_the_real_models_are_told_by_their_shapes(
+    config, family, rename, tensors, parameters):
+  found = rename(zeros(config), config)
+  weights = {n: v for n, v in found.items() if n != 'betas'}
+  assert len(weights) == tensors
+  assert sum(v.size for v in weights.values()) == parameters
+  selected = family.select(lazy(found), True)
+  assert family.config(selected, None) == config
+  named, leftover = family.rename(selected, config)
+  assert not leftover
+  assert {n: t.shape for n, t in named.items()}.keys() == (
+      unet_oracle.state_dict_shapes(config).keys())
+
+
+# As published: tensors and parameters of first stages.
+REAL_STAGES = {
+    'vq-f4': (AutoencoderConfig('vq', ch_mult=(1, 2, 4), z_channels=3,
+                                embed_dim=3, codebook_size=8192),
+              205, 55_322_782),
+    'vq-f8': (AutoencoderConfig('vq', ch_mult=(1, 2, 2, 4), attn_levels=(3,),
+                                codebook_size=16384), 299, 67_717_295),
+    'kl-f8': (AutoencoderConfig(scale=0.18215), 248, 83_653_863),
+    'flux': (AutoencoderConfig(z_channels=16, embed_dim=16, quant_conv=False,
+                               scale=0.3611, shift=0.1159), 244, 83_819_683),
+}
+
+
+@pytest.mark.parametrize('config, tensors, parameters', REAL_STAGES.values(),
+                         ids=REAL_STAGES)
+def test_the_real_first_stages_are_told_by_their_shapes(
+    config, tensors, parameters):
+  abstract = load.abstract_autoencoder(Autoencoder(config))
+  shapes = unet_oracle.shapes_of(abstract)
+  assert len(shapes) == tensors
+  assert sum(np.prod(s, dtype=int) for s in shapes.values()) == parameters
+  state = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
+  for rename in (foreign.compvis_first_stage, foreign.diffusers_first_stage):
+    found = lazy(rename(state, config))
+    assert first_stage.config(first_stage.select(found)) == config
+    assert first_stage.rename(found, config)[0].keys() == shapes.keys()
