@@ -1,7 +1,9 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -21,6 +23,7 @@ from msfp_jax import pictures
 from msfp_jax import progress as progress_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
+from msfp_jax.data import stream
 from msfp_jax.metrics import digits_checks
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
@@ -28,6 +31,7 @@ from msfp_jax.metrics import similarity
 from msfp_jax.report import grid
 
 FULL_PRECISION, TUNED = 'fp', 'tuned'
+_CHUNK_BYTES = 2**26  # of pixels that pass the feature network at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +207,8 @@ def packed_bytes(deployed: student_lib.Deployed) -> int:
 class Scorer:
   """Measures images against the data and against the first images it saw."""
 
-  def __init__(self, images: np.ndarray, feature_name: str):
-    """Takes the statistics of the data set `images`."""
+  def __init__(self, images: data.Images, feature_name: str):
+    """Takes the statistics of the data set `images`, read once in chunks."""
     self._network = features.get(feature_name, images.shape[1:])
     self._data = self._stats(images)
     self._teacher = None
@@ -214,9 +218,18 @@ class Scorer:
     """Name of the Frechet distance: fd_<features>."""
     return self._network.metric
 
-  def _stats(self, images: np.ndarray) -> frechet.GaussianStats:
-    stats = frechet.GaussianStats()
-    stats.update(self._network.features(images))
+  def _stats(self, images: data.Images) -> frechet.GaussianStats:
+    stats, count = frechet.GaussianStats(), len(images)
+    # Whole batches of the network, and no more than a set needs in memory.
+    size = 256 * max(1, _CHUNK_BYTES // (256 * math.prod(images.shape[1:])))
+    chunks = [slice(i, i + size) for i in range(0, count, size)]
+    progress = progress_lib.Progress(self.metric, count)
+    with contextlib.closing(
+        stream.read_ahead(images.__getitem__, chunks)) as read:
+      for chunk, some in zip(chunks, read, strict=True):
+        stats.update(self._network.features(some))
+        if len(chunks) > 1:
+          progress.update(min(chunk.stop, count))
     return stats
 
   def score(self, images: np.ndarray) -> dict[str, float]:

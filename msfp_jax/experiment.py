@@ -47,7 +47,7 @@ class Experiment:
     params: its parameters.
     schedule: of the forward process.
     plan: the sampler.
-    images: the data, uint8 `[N, H, W, C]`.
+    images: the data.
     draw_condition: what a conditional model is asked for.
     decode: latents `[B, h, w, c]` -> images, float32 in [-1, 1]; None where
       the model works on pixels.
@@ -58,7 +58,7 @@ class Experiment:
   params: Any
   schedule: diffusion.NoiseSchedule
   plan: diffusion.SamplerPlan
-  images: np.ndarray
+  images: data.Images
   draw_condition: conditions.Draw = conditions.none
   decode: Callable[[jax.Array], jax.Array] | None = None
 
@@ -215,12 +215,12 @@ def _conditional(model: nn.Module, config: ml_collections.ConfigDict
   return Guided(model, config.scale, count), conditions.classes(count)
 
 
-def check_images(images: np.ndarray, config: unet.UNetConfig, stride: int = 1
-                 ) -> None:
+def check_images(images: data.Images, config: unet.UNetConfig,
+                 stride: int = 1) -> None:
   """Raises ValueError unless images are what the model's samples become.
 
   Args:
-    images: uint8 `[N, H, W, C]`.
+    images: the data.
     config: of the model.
     stride: pixels along a side of what the model denoises.
   """

@@ -1,5 +1,7 @@
 """Training the full-precision teacher, for people without a checkpoint."""
 
+from collections.abc import Callable
+import contextlib
 import functools
 from typing import Any
 
@@ -17,6 +19,7 @@ from msfp_jax import diffusion
 from msfp_jax import loop
 from msfp_jax import pictures
 from msfp_jax import writer as writer_lib
+from msfp_jax.data import stream
 from msfp_jax.models import unet
 
 
@@ -52,17 +55,20 @@ def init_state(model: unet.UNet, tx: optax.GradientTransformation,
                        opt_state=tx.init(params))
 
 
-def make_step(model: unet.UNet, schedule: diffusion.NoiseSchedule,
-              tx: optax.GradientTransformation, images: jax.Array,
-              batch_size: int, ema_decay: float, key: jax.Array):
-  """The update: state -> (state, scalars), on eps-prediction (DDPM eq. 14).
+# (state, key -> uint8 images `[B, H, W, C]`) -> (state, scalars)
+Update = Callable[[PretrainState, Callable[[jax.Array], jax.Array]],
+                  tuple[PretrainState, dict[str, jax.Array]]]
+
+
+def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
+                tx: optax.GradientTransformation, ema_decay: float,
+                key: jax.Array) -> Update:
+  """The update on a batch, on eps-prediction (DDPM eq. 14); to be jitted.
 
   Args:
     model: predicts the noise.
     schedule: of the forward process.
     tx: the optimizer.
-    images: uint8 `[N, H, W, C]`, kept on the device.
-    batch_size: drawn with replacement at every step.
     ema_decay: reached after a warm-up of (1 + step) / (10 + step).
     key: folded with the step, so that a resumed run repeats itself.
   """
@@ -73,13 +79,11 @@ def make_step(model: unet.UNet, schedule: diffusion.NoiseSchedule,
                       rngs={'dropout': key})
     return jnp.mean((eps - noise)**2)
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: PretrainState):
+  def update(state, take):
     keys = jax.random.split(jax.random.fold_in(key, state.step), 4)
-    rows = jax.random.randint(keys[0], (batch_size,), 0, len(images))
-    x = data.to_float(images[rows])
+    x = data.to_float(take(keys[0]))
     noise = jax.random.normal(keys[1], x.shape)
-    t = jax.random.randint(keys[2], (batch_size,), 0, schedule.num_train_steps)
+    t = jax.random.randint(keys[2], (len(x),), 0, schedule.num_train_steps)
     loss, grads = jax.value_and_grad(loss_fn)(
         state.params, x, noise, t, keys[3])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -91,7 +95,55 @@ def make_step(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     return PretrainState(step=state.step + 1, params=params, ema_params=ema,
                          opt_state=opt_state), scalars
 
-  return step
+  return update
+
+
+def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
+              stack: contextlib.ExitStack):
+  """The update with its images: state -> (state, scalars), jitted.
+
+  An array is kept on the device, and every step draws from it with
+  replacement. Other images are streamed in the order of the seed, every one
+  once an epoch. Either way a step's images depend on the step alone.
+
+  Args:
+    update: of `make_update`.
+    images: the data set.
+    batch_size: images at a step.
+    seed: of the order of streamed images.
+    stack: ends the reading of streamed images when it is closed.
+
+  Returns:
+    The step. Of streamed images the first state given says where to begin;
+    the states that follow must be the step's own.
+  """
+  if isinstance(images, np.ndarray):
+    resident = jnp.asarray(images)
+
+    def take(key):
+      rows = jax.random.randint(key, (batch_size,), 0, len(resident))
+      return resident[rows]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: PretrainState):
+      return update(state, take)
+
+    return step
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def streamed(state: PretrainState, batch: jax.Array):
+    return update(state, lambda unused_key: batch)
+
+  batches = None
+
+  def next_step(state: PretrainState):
+    nonlocal batches
+    if batches is None:
+      batches = stack.enter_context(contextlib.closing(
+          stream.batches(images, batch_size, seed, int(state.step))))
+    return streamed(state, next(batches))
+
+  return next_step
 
 
 def run(config: ml_collections.ConfigDict, workdir: str,
@@ -118,8 +170,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   logging.info('pre-training a UNet of %s parameters on %d images of %s',
                f'{count:,}', len(images), images.shape[1:])
-  step = make_step(model, schedule, tx, jnp.asarray(images), cfg.batch_size,
-                   cfg.ema_decay, jax.random.fold_in(key, 1))
+  update = make_update(
+      model, schedule, tx, cfg.ema_decay, jax.random.fold_in(key, 1))
   noise = jax.random.normal(jax.random.fold_in(key, 2), (64, *images.shape[1:]))
 
   @jax.jit
@@ -128,7 +180,9 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     return data.to_uint8(diffusion.sample(
         eps_fn, plan, noise, jax.random.fold_in(key, 3)))
 
-  with writer_lib.MetricWriter(workdir) as writer:
+  with (contextlib.ExitStack() as stack,
+        writer_lib.MetricWriter(workdir) as writer):
+    step = make_step(update, images, cfg.batch_size, config.seed, stack)
 
     def on_step(done: int, state: PretrainState) -> None:
       if done % cfg.sample_every == 0 or done == cfg.num_steps:
@@ -149,7 +203,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
 
 def model_config(fields: ml_collections.ConfigDict,
-                 images: np.ndarray) -> unet.UNetConfig:
+                 images: data.Images) -> unet.UNetConfig:
   """The UNet of config.model; sizes and channels of 0 are the images'."""
   fields = dict(fields)
   height, width, channels = images.shape[1:]
@@ -161,7 +215,7 @@ def model_config(fields: ml_collections.ConfigDict,
   return config
 
 
-def check_images(images: np.ndarray, config: unet.UNetConfig) -> None:
+def check_images(images: data.Images, config: unet.UNetConfig) -> None:
   """Raises ValueError unless the images fit the model."""
   height, width, channels = images.shape[1:]
   config.check_size(height, width)

@@ -187,6 +187,32 @@ def test_digits_are_also_classified():
       'fd_digits_to_fp', 'psnr_to_fp', 'label_agreement'}
 
 
+class Counted:
+  """Images of which only so many may be asked for at once."""
+
+  def __init__(self, images):
+    self.images, self.shape, self.asked = images, images.shape, []
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, rows):
+    self.asked.append(rows)
+    return self.images[rows]
+
+
+def test_the_data_are_read_in_chunks(monkeypatch, caplog):
+  images = smooth(600, 0)
+  whole = evaluate.Scorer(images, 'random').score(images[:300])
+  monkeypatch.setattr(evaluate, '_CHUNK_BYTES', 1)  # a network's batch
+  counted = Counted(images)
+  with caplog.at_level('INFO', 'absl'):
+    scorer = evaluate.Scorer(counted, 'random')
+  assert counted.asked == [slice(i, i + 256) for i in (0, 256, 512)]
+  assert 'fd_random 600/600 (100%)' in caplog.text
+  assert scorer.score(images[:300]) == pytest.approx(whole)
+
+
 def test_features_that_do_not_fit_the_data():
   with pytest.raises(ValueError, match="'digits' takes.*use 'random'"):
     evaluate.Scorer(smooth(4, 0), 'digits')
