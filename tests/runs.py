@@ -1,6 +1,9 @@
 """Tiny runs of train.py and eval.py, for the tests in experiment/."""
 
 import contextlib
+import itertools
+import os
+import signal
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -55,6 +58,23 @@ def config_of(path, changes=None):
   config.update_from_flattened_dict(
       {'data.path': str(path)} | SMALL | (changes or {}))
   return config
+
+
+def interrupt(patch, module, at):
+  """SIGTERM reaches this process during step `at` of the module's loop."""
+  make_step = module.make_step
+
+  def patched(*args):
+    step, count = make_step(*args), itertools.count(1)
+
+    def stopped(state):
+      if next(count) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return step(state)
+
+    return stopped
+
+  patch.setattr(module, 'make_step', patched)
 
 
 def contents(folder):

@@ -1,13 +1,16 @@
 """CIFAR-10 in both published forms, CelebA's crop, parquet."""
 
+import io
 import os
 import pickle
+import sys
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from msfp_jax import data
+from msfp_jax.data import parquet as parquet_lib
 
 RNG = np.random.default_rng(0)
 
@@ -123,7 +126,7 @@ def test_celeba_is_cropped_around_the_face(tmp_path):
   Image.fromarray(pixels).save(tmp_path / '000001.png')
   loaded = data.load('celeba', str(tmp_path))
   assert loaded.shape == (1, 64, 64, 3)
-  assert (loaded == pixels[60, 30]).all()
+  assert (loaded[:] == pixels[60, 30]).all()
 
 
 def test_celeba_of_another_size_is_named(tmp_path):
@@ -134,18 +137,103 @@ def test_celeba_of_another_size_is_named(tmp_path):
     data.load('celeba', str(tmp_path / 'absent'))
 
 
-def test_parquet(tmp_path):
+@pytest.fixture
+def write_parquet(tmp_path):
+  """Writes images, two to a row group."""
   arrow = pytest.importorskip('pyarrow')
   parquet = pytest.importorskip('pyarrow.parquet')
-  images = RNG.integers(0, 256, (3, 8, 8, 3), np.uint8)
-  encoded = []
-  for i, image in enumerate(images):
-    Image.fromarray(image).save(tmp_path / f'{i}.png')
-    encoded.append({'bytes': (tmp_path / f'{i}.png').read_bytes(), 'path': ''})
-  parquet.write_table(arrow.table({'label': [0, 1, 2], 'img': encoded}),
-                      tmp_path / 'a.parquet')
-  np.testing.assert_array_equal(
-      data.load('parquet', str(tmp_path / 'a.parquet')), images)
+
+  def write(name, images):
+    encoded = []
+    for image in images:
+      out = io.BytesIO()
+      if image is not None:
+        Image.fromarray(image).save(out, 'PNG')
+      encoded.append({'bytes': out.getvalue(), 'path': ''})
+    parquet.write_table(
+        arrow.table({'label': list(range(len(images))), 'img': encoded}),
+        tmp_path / name, row_group_size=2)
+    return tmp_path
+
+  return write
+
+
+def test_parquet(write_parquet):
+  """Two files, any rows in any order, also twice."""
+  images = RNG.integers(0, 256, (8, 4, 6, 3), np.uint8)
+  write_parquet('a.parquet', images[:3])
+  loaded = data.load('parquet', str(write_parquet('b.parquet', images[3:])))
+  assert loaded.shape == images.shape and len(loaded) == 8
+  for rows in (slice(None), slice(1, 6), [7, 0, 3, 3, 2], [-1]):
+    np.testing.assert_array_equal(loaded[rows], images[rows])
+
+
+def test_parquet_keeps_no_more_row_groups_than_fit(write_parquet, monkeypatch):
+  parquet = pytest.importorskip('pyarrow.parquet')
+  read, groups = parquet.ParquetFile.read_row_group, []
+  monkeypatch.setattr(
+      parquet.ParquetFile, 'read_row_group',
+      lambda self, index, columns: groups.append(index) or read(
+          self, index, columns=columns))
+  images = RNG.integers(0, 256, (6, 8, 8, 3), np.uint8)
+  path = str(write_parquet('a.parquet', images))
+  loaded = data.load('parquet', path)
+  loaded[[5, 0, 4, 1]]
+  loaded[:]
+  assert groups == [0, 2, 1]  # the first for the shape
+  groups.clear()
+  monkeypatch.setattr(parquet_lib, '_KEPT_BYTES', 1)
+  loaded = data.load('parquet', path)
+  loaded[[5, 0, 4, 1]]
+  loaded[:]
+  assert groups == [0, 2, 0, 1, 2]
+
+
+def test_parquet_of_grey_images(write_parquet):
+  images = RNG.integers(0, 256, (3, 4, 6), np.uint8)
+  loaded = data.load('parquet', str(write_parquet('a.parquet', images)))
+  np.testing.assert_array_equal(loaded[:], images[..., None])
+
+
+def test_an_image_in_parquet_that_cannot_be_read_is_named(write_parquet):
+  image = np.zeros((4, 6, 3), np.uint8)
+  loaded = data.load('parquet', str(write_parquet(
+      'a.parquet', [image, image, image, None, image[:2]])))
+  assert loaded[:3].shape == (3, 4, 6, 3)
+  with pytest.raises(ValueError, match='a.parquet: image 3 is no readable'):
+    loaded[3:]
+  with pytest.raises(ValueError, match='image 4 is 6 x 2 .*image 0 is 6 x 4'):
+    loaded[4:]
+
+
+def test_parquet_that_holds_no_images(tmp_path, write_parquet):
+  arrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  path = tmp_path / 'a.parquet'
+  parquet.write_table(arrow.table({'label': [1]}), path)
+  with pytest.raises(ValueError, match=r"a.parquet .*no column.*\['label'\]"):
+    data.load('parquet', str(path))
+  path.write_bytes(b'nothing')
+  with pytest.raises(ValueError, match='a.parquet is no .parquet of images'):
+    data.load('parquet', str(path))
+  write_parquet('a.parquet', [np.zeros((4, 6, 3), np.uint8)])
+  table = parquet.read_table(path)
+  parquet.write_table(table.slice(0, 0), path)
+  with pytest.raises(ValueError, match='hold no rows'):
+    data.load('parquet', str(path))
+
+
+def test_parquet_that_is_absent_says_what_to_get(tmp_path):
+  for path in (tmp_path, tmp_path / 'a.parquet'):
+    with pytest.raises(FileNotFoundError, match='download.*config.data.path'):
+      data.load('parquet', str(path))
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+  (tmp_path / 'a.parquet').write_bytes(b'')
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  with pytest.raises(ValueError, match='pip install pyarrow'):
+    data.load('parquet', str(tmp_path))
 
 
 def test_synthetic():

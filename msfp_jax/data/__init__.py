@@ -1,5 +1,4 @@
-"""Images in: uint8 `[N, H, W, C]` on the host; models see float32 in [-1, 1].
-"""
+"""Images in: uint8 `[N, H, W, C]` by rows; models see float32 in [-1, 1]."""
 
 from collections.abc import Callable
 
@@ -11,8 +10,9 @@ from msfp_jax.data import cifar10
 from msfp_jax.data import files
 from msfp_jax.data import parquet
 from msfp_jax.data.digits import digits
+from msfp_jax.data.images import Images
 
-__all__ = ['DATASETS', 'digits', 'load', 'to_float', 'to_uint8']
+__all__ = ['DATASETS', 'Images', 'digits', 'load', 'to_float', 'to_uint8']
 
 
 def synthetic(path: str) -> np.ndarray:
@@ -31,7 +31,7 @@ def synthetic(path: str) -> np.ndarray:
 
 
 # Name -> reader of a path; a new data set is one entry.
-DATASETS: dict[str, Callable[[str], np.ndarray]] = {
+DATASETS: dict[str, Callable[[str], Images]] = {
     'digits': lambda path: digits()[0],
     'images': files.read,
     'celeba': files.read_celeba,
@@ -55,8 +55,10 @@ def to_uint8(x: jax.Array) -> jax.Array:
   return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def load(name: str, path: str = '') -> np.ndarray:
-  """The images of a data set, uint8 `[N, H, W, C]`.
+def load(name: str, path: str = '') -> Images:
+  """The images of a data set.
+
+  Folders and parquet files stay on the disk; the others are arrays.
 
   Args:
     name: a name in DATASETS.

@@ -1,6 +1,7 @@
 """Images in files: an `.npz`, or a folder of pictures."""
 
 from collections.abc import Callable
+import os
 import pathlib
 import zipfile
 import zlib
@@ -8,25 +9,33 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from msfp_jax.data.images import EncodedImages
+from msfp_jax.data.images import Images
+
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 
 
-def read(path: str) -> np.ndarray:
-  """The images at a path, uint8 `[N, H, W, C]`.
+def read(path: str) -> Images:
+  """The images at a path: an array, or a folder's, decoded when asked for.
 
   Args:
     path: a folder of image files of one size, or an `.npz` with one uint8
       array `[N, H, W]` or `[N, H, W, C]`.
 
   Raises:
-    ValueError: files that do not hold such images.
+    ValueError: files that do not hold such images; of a folder, those that
+      are met.
     FileNotFoundError: nothing at `path`.
   """
   root = pathlib.Path(path).expanduser()
   if not root.exists():
-    raise FileNotFoundError(f'no images at {root}: neither a folder nor a '
-                            'file; check --config.data.path')
-  images = _read_folder(root) if root.is_dir() else _read_npz(root)
+    raise FileNotFoundError(
+        f'no images at {root}: put a folder of images of one size there, or '
+        'an .npz of uint8 [N, H, W] or [N, H, W, C]; or pass another '
+        '--config.data.path')
+  if root.is_dir():
+    return _read_folder(root)
+  images = _read_npz(root)
   if images.ndim == 3:
     images = images[..., None]
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
@@ -57,7 +66,7 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
   return images
 
 
-def read_celeba(path: str) -> np.ndarray:
+def read_celeba(path: str) -> EncodedImages:
   """CelebA's aligned photographs as DDIM's models saw them, 64 x 64.
 
   The 128 x 128 pixels around (89, 121), halved with a bilinear filter, as
@@ -68,7 +77,7 @@ def read_celeba(path: str) -> np.ndarray:
 
   Raises:
     FileNotFoundError: no such folder.
-    ValueError: pictures of another size.
+    ValueError: no pictures, or one met is of another size.
   """
   root = pathlib.Path(path).expanduser()
   if not root.is_dir():
@@ -90,31 +99,20 @@ def _celeba_crop(image: Image.Image) -> Image.Image:
 
 def _read_folder(root: pathlib.Path,
                  change: Callable[[Image.Image], Image.Image] = lambda i: i
-                 ) -> np.ndarray:
-  files = sorted(
-      p for p in root.rglob('*') if p.suffix.lower() in _SUFFIXES)
-  if not files:
+                 ) -> EncodedImages:
+  # Strings: a million paths are many times their size.
+  names = [
+      os.path.join(folder, name)
+      for folder, _, files in os.walk(root, onerror=_raise) for name in files
+      if os.path.splitext(name)[1].lower() in _SUFFIXES]
+  if not names:
     raise ValueError(f'{root} holds no images ({", ".join(_SUFFIXES)})')
-  images = []
-  for file in files:
-    try:
-      with Image.open(file) as image:
-        if image.mode.startswith('I;16'):
-          # Pillow's conversion would saturate.
-          image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        grey = image.mode in ('1', 'L')
-        image = change(image.convert('L' if grey else 'RGB'))
-        images.append(np.asarray(image))
-    except ValueError as error:
-      raise ValueError(f'{file} {error}') from error
-    except OSError as error:
-      raise ValueError(f'{file} is no readable image: {error}') from error
-    if images[-1].shape[:2] != images[0].shape[:2]:
-      raise ValueError(
-          f'{file} is {images[-1].shape[1]} x {images[-1].shape[0]} pixels, '
-          f'{files[0].name} is {images[0].shape[1]} x {images[0].shape[0]}: '
-          'all images must have one size')
-  if len({image.ndim for image in images}) > 1:
-    images = [image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
-              for image in images]
-  return np.stack(images)
+  # In the order of paths: what is in a folder stays together.
+  names.sort(key=lambda name: name.replace(os.sep, '\0'))
+  return EncodedImages(
+      len(names), lambda rows: [(names[i], names[i]) for i in rows], change)
+
+
+def _raise(error: OSError) -> None:
+  """os.walk would leave out a folder that it cannot read."""
+  raise error

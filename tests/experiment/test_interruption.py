@@ -1,7 +1,6 @@
 """Stopped runs and damaged checkpoints end as uninterrupted runs do."""
 
 import gc
-import itertools
 import os
 import pathlib
 import signal
@@ -23,30 +22,13 @@ LONG = {'pretrain.num_steps': 240, 'pretrain.save_every': 50,
         'finetune.save_every': 50}
 
 
-def interrupt(patch, module, at):
-  """SIGTERM reaches this process during step `at` of the module's loop."""
-  make_step = module.make_step
-
-  def patched(*args):
-    step, count = make_step(*args), itertools.count(1)
-
-    def stopped(state):
-      if next(count) == at:
-        os.kill(os.getpid(), signal.SIGTERM)
-      return step(state)
-
-    return stopped
-
-  patch.setattr(module, 'make_step', patched)
-
-
 def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
   """Stopped once in pre-training and once in fine-tuning."""
   config = runs.config_of(npz)
   for module, folder in ((pretrain, tmp_path / 'pretrain'),
                          (finetune, tmp_path)):
     with monkeypatch.context() as patch:
-      interrupt(patch, module, 3)
+      runs.interrupt(patch, module, 3)
       with pytest.raises(checkpoint.Preempted) as stop:
         finetune.run(config, str(tmp_path))
     assert stop.value.code == 143
