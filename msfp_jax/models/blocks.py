@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from msfp_jax.models import attention
+from msfp_jax.models import convolution
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:
@@ -17,6 +18,7 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
 def conv3x3(channels: int, name: str, stride: int = 1,
             padding: tuple[int, int] = (1, 1)) -> nn.Conv:
   return nn.Conv(channels, (3, 3), (stride, stride), (padding, padding),
+                 conv_general_dilated=convolution.conv_general_dilated,
                  name=name)
 
 
