@@ -2,10 +2,9 @@
 
   make versus     # or: python -m benchmarks.versus_diffusers [--batch=32]
 
-The CIFAR-10 UNet (35.7 million parameters, random weights) predicts the noise
-of the same batch in both, in turn, in one process on the same cores; what
-counts is the median of the pairs' ratios. Needs the environment of `make
-parity`.
+The CIFAR-10 UNet (35.7 million parameters, random weights) samples the same
+batch by DDIM in both, in turn, in one process on the same cores; what counts is
+the median of the pairs' ratios. Needs the environment of `make parity`.
 """
 
 from collections.abc import Sequence
@@ -17,11 +16,12 @@ import time
 
 from absl import app
 from absl import flags
+import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
+from msfp_jax import diffusion
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
@@ -30,8 +30,37 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
 import diffusers_oracle  # noqa: E402
 import unet_oracle  # noqa: E402
 
+_BETAS = {'beta_start': 1e-4, 'beta_end': 0.02}
 _BATCH = flags.DEFINE_integer('batch', 32, 'Images at once.')
-_PAIRS = flags.DEFINE_integer('pairs', 10, 'Timed pairs.')
+_STEPS = flags.DEFINE_integer('steps', 4, 'Steps of a trajectory.')
+_PAIRS = flags.DEFINE_integer('pairs', 5, 'Timed pairs.')
+
+
+def sampler(config: UNetConfig, params):
+  """Noise `[B, H, W, C]` -> samples, by ours."""
+  schedule = diffusion.make_schedule('linear', num_train_steps=1000, **_BETAS)
+  plan = diffusion.make_plan(schedule, 'ddim', num_steps=_STEPS.value)
+  model = UNet(config)
+  run = jax.jit(lambda params, x: diffusion.sample(
+      lambda x, t, step: model.apply({'params': params}, x, t), plan, x))
+  return lambda x: np.asarray(run(params, x))
+
+
+def diffusers_sampler(config: UNetConfig, state):
+  """As `sampler`, by diffusers."""
+  model = diffusers_oracle.unet(config, state)
+  scheduler = diffusers.DDIMScheduler(
+      beta_schedule='linear', clip_sample=False, **_BETAS)
+  scheduler.set_timesteps(_STEPS.value)
+
+  @torch.no_grad()
+  def run(x):
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    for t in scheduler.timesteps:
+      x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
+
+  return run
 
 
 def main(unused_argv: Sequence[str]) -> None:
@@ -39,34 +68,24 @@ def main(unused_argv: Sequence[str]) -> None:
   config = UNetConfig(dropout=0.0)
   state = unet_oracle.random_state_dict(
       unet_oracle.state_dict_shapes(config), seed=0)
-  params = unet_oracle.from_state_dict(config, state)
   x = np.random.default_rng(0).normal(
       size=(_BATCH.value, 32, 32, 3)).astype(np.float32)
-  t = np.full(_BATCH.value, 500)
-  ours = jax.jit(UNet(config).apply)
-  theirs = diffusers_oracle.unet(config, state)
-  image, step = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t)
-
-  def run_ours():
-    return np.asarray(ours({'params': params}, jnp.asarray(x), jnp.asarray(t)))
-
-  @torch.no_grad()
-  def run_theirs():
-    return theirs(image, step).sample.permute(0, 2, 3, 1).numpy()
-
-  error = unet_oracle.rel_l2(run_ours(), run_theirs())
+  both = (sampler(config, unet_oracle.from_state_dict(config, state)),
+          diffusers_sampler(config, state))
+  error = unet_oracle.rel_l2(*(run(x) for run in both))
   pairs = []
   for _ in range(_PAIRS.value):
     times = []
-    for run in (run_ours, run_theirs):
+    for run in both:
       start = time.perf_counter()
-      run()
-      times.append((time.perf_counter() - start) / _BATCH.value)
+      run(x)
+      times.append((time.perf_counter() - start)
+                   / _BATCH.value / _STEPS.value)
     pairs.append(times)
   a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
   ratio = statistics.median(two / one for one, two in pairs)
-  print(f'{os.cpu_count()} cores, batch {_BATCH.value}, {_PAIRS.value} pairs, '
-        f'relative L2 {error:.1e}\n'
+  print(f'{os.cpu_count()} cores, batch {_BATCH.value}, {_STEPS.value} steps, '
+        f'{_PAIRS.value} pairs, relative L2 {error:.1e}\n'
         '| seconds an image and step | ours | diffusers | speed-up |\n'
         '|---|---|---|---|\n'
         f'| CIFAR-10 UNet, float32 | {a:.4f} | {b:.4f} | {ratio:.2f}x |')
