@@ -4,6 +4,7 @@ The public names. MSFP, TALoRA and DFA are those of arXiv 2505.21591.
 """
 
 from msfp_jax.calibrate import calibrate
+from msfp_jax.convert import load_first_stage
 from msfp_jax.convert import load_pretrained
 from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
@@ -16,6 +17,7 @@ from msfp_jax.spec import QuantSpec
 
 __all__ = [
     'FPFormat', 'QuantSpec', 'QuantizedModel', 'calibrate', 'fake_quant',
-    'load_pretrained', 'make_plan', 'make_schedule', 'quantize', 'sample',
+    'load_first_stage', 'load_pretrained', 'make_plan', 'make_schedule',
+    'quantize', 'sample',
 ]
 __version__ = '0.1.0'

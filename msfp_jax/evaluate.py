@@ -1,9 +1,7 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
 from collections.abc import Callable
-import contextlib
 import dataclasses
-import math
 import pathlib
 from typing import Any
 
@@ -23,15 +21,10 @@ from msfp_jax import pictures
 from msfp_jax import progress as progress_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
-from msfp_jax.data import stream
-from msfp_jax.metrics import digits_checks
-from msfp_jax.metrics import features
-from msfp_jax.metrics import frechet
-from msfp_jax.metrics import similarity
+from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.report import grid
 
 FULL_PRECISION, TUNED = 'fp', 'tuned'
-_CHUNK_BYTES = 2**26  # of pixels that pass the feature network at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,55 +197,6 @@ def packed_bytes(deployed: student_lib.Deployed) -> int:
   return total
 
 
-class Scorer:
-  """Measures images against the data and against the first images it saw."""
-
-  def __init__(self, images: data.Images, feature_name: str):
-    """Takes the statistics of the data set `images`, read once in chunks."""
-    self._network = features.get(feature_name, images.shape[1:])
-    self._data = self._stats(images)
-    self._teacher = None
-
-  @property
-  def metric(self) -> str:
-    """Name of the Frechet distance: fd_<features>."""
-    return self._network.metric
-
-  def _stats(self, images: data.Images) -> frechet.GaussianStats:
-    stats, count = frechet.GaussianStats(), len(images)
-    # Whole batches of the network, and no more than a set needs in memory.
-    size = 256 * max(1, _CHUNK_BYTES // (256 * math.prod(images.shape[1:])))
-    chunks = [slice(i, i + size) for i in range(0, count, size)]
-    progress = progress_lib.Progress(self.metric, count)
-    with contextlib.closing(
-        stream.read_ahead(images.__getitem__, chunks)) as read:
-      for chunk, some in zip(chunks, read, strict=True):
-        stats.update(self._network.features(some))
-        if len(chunks) > 1:
-          progress.update(min(chunk.stop, count))
-    return stats
-
-  def score(self, images: np.ndarray) -> dict[str, float]:
-    """Metrics of images; the first call's are the reference of the others."""
-    stats = self._stats(images)
-    found = {self.metric: frechet.frechet_distance(stats, self._data)}
-    probabilities = None
-    if self._network.num_classes:
-      probabilities = self._network.probabilities(images)
-      found |= {'confidence': digits_checks.confidence(probabilities),
-                'class_balance': digits_checks.class_balance(probabilities)}
-    if self._teacher is None:
-      self._teacher = (images, stats, probabilities)
-      return found
-    fp_images, fp_stats, fp_probabilities = self._teacher
-    found[f'{self.metric}_to_fp'] = frechet.frechet_distance(stats, fp_stats)
-    found['psnr_to_fp'] = similarity.psnr(images, fp_images)
-    if probabilities is not None:
-      found['label_agreement'] = digits_checks.label_agreement(
-          probabilities, fp_probabilities)
-    return found
-
-
 def results_head(config: ml_collections.ConfigDict,
                  plan: diffusion.SamplerPlan) -> dict[str, Any]:
   """The fields of results.json that hold for all rows."""
@@ -284,7 +228,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   experiment_lib.prepare_workdir(config, workdir)
   experiment = experiment_lib.load(config, workdir)
   check_rows(config, workdir)
-  scorer = Scorer(experiment.images, config.eval.features)
+  scorer = scorer_lib.Scorer(experiment.images, config.eval.features)
   names = [FULL_PRECISION] + [
       name for name in config.eval.rows if name != FULL_PRECISION]
   results = results_head(config, experiment.plan) | {'rows': []}

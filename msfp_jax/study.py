@@ -28,6 +28,7 @@ from msfp_jax import finetune
 from msfp_jax import progress as progress_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
+from msfp_jax.metrics import scorer as scorer_lib
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
 
@@ -85,7 +86,7 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   if not todo:
     return
   experiment = experiment_lib.load(base, workdir)
-  scorer = evaluate.Scorer(experiment.images, base.eval.features)
+  scorer = scorer_lib.Scorer(experiment.images, base.eval.features)
   full = evaluate.untuned(experiment, None)
   images = evaluate.draw(experiment, full, f'seed {seed}, fp')
   reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,

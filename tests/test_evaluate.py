@@ -18,6 +18,7 @@ from msfp_jax import quantizers
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 from msfp_jax.formats import FPFormat
+from msfp_jax.metrics import scorer as scorer_lib
 
 SHAPE = (8, 8, 1)
 KEY = jax.random.key(5)
@@ -154,7 +155,7 @@ def smooth(count, seed, size=8):
 @pytest.fixture(scope='module')
 def scores():
   """Scores of three sets: the data itself, itself again, and others."""
-  scorer = evaluate.Scorer(smooth(200, 0), 'random')
+  scorer = scorer_lib.Scorer(smooth(200, 0), 'random')
   return scorer, [scorer.score(smooth(200, seed)) for seed in (0, 0, 1)]
 
 
@@ -179,7 +180,7 @@ def test_the_reference_stays_the_first(scores):
 
 def test_digits_are_also_classified():
   images = smooth(140, 0, 16)
-  scorer = evaluate.Scorer(images, 'digits')
+  scorer = scorer_lib.Scorer(images, 'digits')
   first, second = scorer.score(images), scorer.score(images)
   assert list(first) == ['fd_digits', 'confidence', 'class_balance']
   assert second['label_agreement'] == 1
@@ -203,11 +204,11 @@ class Counted:
 
 def test_the_data_are_read_in_chunks(monkeypatch, caplog):
   images = smooth(600, 0)
-  whole = evaluate.Scorer(images, 'random').score(images[:300])
-  monkeypatch.setattr(evaluate, '_CHUNK_BYTES', 1)  # a network's batch
+  whole = scorer_lib.Scorer(images, 'random').score(images[:300])
+  monkeypatch.setattr(scorer_lib, '_CHUNK_BYTES', 1)  # a network's batch
   counted = Counted(images)
   with caplog.at_level('INFO', 'absl'):
-    scorer = evaluate.Scorer(counted, 'random')
+    scorer = scorer_lib.Scorer(counted, 'random')
   assert counted.asked == [slice(i, i + 256) for i in (0, 256, 512)]
   assert 'fd_random 600/600 (100%)' in caplog.text
   assert scorer.score(images[:300]) == pytest.approx(whole)
@@ -215,9 +216,9 @@ def test_the_data_are_read_in_chunks(monkeypatch, caplog):
 
 def test_features_that_do_not_fit_the_data():
   with pytest.raises(ValueError, match="'digits' takes.*use 'random'"):
-    evaluate.Scorer(smooth(4, 0), 'digits')
+    scorer_lib.Scorer(smooth(4, 0), 'digits')
   with pytest.raises(ValueError, match="'nope': must be one of"):
-    evaluate.Scorer(smooth(4, 0), 'nope')
+    scorer_lib.Scorer(smooth(4, 0), 'nope')
 
 
 def fake_experiment(num_updates=3):
