@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import unet_oracle
 
+from msfp_jax import diffusion
 from msfp_jax.models.unet import UNetConfig
 
 pytestmark = pytest.mark.parity
@@ -41,7 +42,7 @@ def test_golden_files_are_what_diffusers_computes():
       for key in contents.keys() - outputs:
         np.testing.assert_array_equal(file[key], contents[key])
       for key in outputs:
-        assert unet_oracle.rel_l2(contents[key], file[key]) < 1e-6
+        assert unet_oracle.rel_l2(contents[key], file[key]) < 3e-6
 
 
 @pytest.mark.parametrize('config', families.CONFIGS.values(),
@@ -65,3 +66,44 @@ def test_first_stages_equal_diffusers(config):
   for ours, theirs in zip(
       families.first_stage_outputs(config, state), expected, strict=True):
     assert unet_oracle.rel_l2(ours, theirs) < 5e-6
+
+
+SCHEDULERS = {
+    'ddim': ('DDIMScheduler', dict(clip_sample=False), {}),
+    'ddim, compvis': (
+        'DDIMScheduler',
+        dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        dict(name='ddim', convention='compvis')),
+    'plms': (
+        'PNDMScheduler',
+        dict(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1), {}),
+    'dpm_solver': (
+        'DPMSolverMultistepScheduler', dict(final_sigmas_type='zero'), {}),
+}
+
+
+@pytest.mark.filterwarnings('ignore:__array__ impl:DeprecationWarning')
+@pytest.mark.parametrize('name', SCHEDULERS)
+def test_samplers_equal_diffusers(name):
+  import diffusers
+  import torch
+  kind, fields, options = SCHEDULERS[name]
+  schedule = diffusion.make_schedule(
+      'scaled_linear', num_train_steps=1000, beta_start=0.0015, beta_end=0.0195)
+  plan = diffusion.make_plan(
+      schedule, **({'name': name} | options), num_steps=20)
+  scheduler = getattr(diffusers, kind)(
+      beta_schedule='scaled_linear', beta_start=0.0015, beta_end=0.0195,
+      **fields)
+  scheduler.set_timesteps(20)
+  x = np.random.default_rng(0).standard_normal((2, 4, 4, 3))
+  eps_fn = lambda x, t: 0.4 * x + 0.001 * t
+  expected = torch.from_numpy(x)
+  for t in scheduler.timesteps:
+    expected = scheduler.step(
+        eps_fn(expected, t.double()), t, expected).prev_sample
+  assert plan.timesteps.tolist() == scheduler.timesteps.tolist()
+  actual = diffusion.sample(
+      lambda x, t, i: eps_fn(x, t[:, None, None, None]), plan,
+      x.astype(np.float32))
+  assert unet_oracle.rel_l2(actual, expected.numpy()) < 1e-5

@@ -22,7 +22,6 @@ __all__ = [
     'make_schedule', 'plms_plan', 'sample', 'trajectory',
 ]
 
-_NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim'}
 _PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan, 'dpm_solver': dpm_solver_plan,
           'plms': plms_plan}
 # Values of options that change nothing where a sampler does not have them.
