@@ -264,6 +264,12 @@ REAL = {
         context_classes=1001, **families.LDM), ldm,
                   lambda s, c: foreign.ldm_checkpoint(s, c)['state_dict'],
                   689, 400_920_579 + 1001 * 512),
+    'cin256': (UNetConfig(
+        image_size=32, in_channels=4, out_channels=4, ch=256, ch_mult=(1, 2, 4),
+        attn_resolutions=(32, 16, 8), head_channels=32, context_dim=512,
+        context_classes=1000, **families.LDM), ldm,
+               lambda s, c: foreign.ldm_checkpoint(s, c)['state_dict'],
+               627, 394_984_196 + 1000 * 512),
     'sd1': (UNetConfig(
         image_size=64, in_channels=4, out_channels=4, ch=320,
         ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), num_heads=8,

@@ -61,7 +61,8 @@ def test_the_schema_of_the_results(trained, npz):
   rows = results.pop('rows')
   assert results == {
       'dataset': npz, 'num_samples': 160, 'sampler': 'ddim', 'steps': 2,
-      'eta': 0, 'seed': 0, 'features': 'random', 'exceptions': 'all-4'}
+      'eta': 0, 'spacing': 'uniform', 'convention': 'ddim', 'guidance': 1,
+      'seed': 0, 'features': 'random', 'exceptions': 'all-4'}
   common = {'name', 'weight_bits', 'act_bits', 'fd_random', 'bytes'}
   assert [row['name'] for row in rows] == ['fp', 'msfp', 'tuned']
   assert [(row['weight_bits'], row['act_bits']) for row in rows] == [
