@@ -111,15 +111,19 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
   """
   step_seen = {}
   noise, *condition = batch
+  sizes = jnp.asarray(_input_sizes(model, params, batch))
 
   def eps_fn(x, t, index):
     step_seen.clear()
+    # For all layers at once: a generator a layer would take long to compile.
+    step_key = jax.random.fold_in(key, index)
+    rows = jax.vmap(lambda number, size: jax.random.randint(
+        jax.random.fold_in(step_key, number), (count,), 0, size))(
+            jnp.arange(1, len(sizes) + 1), sizes)
 
     def visit(name, value):
-      choice = jax.random.fold_in(
-          jax.random.fold_in(key, index), len(step_seen) + 1)
-      rows = jax.random.randint(choice, (count,), 0, value.size)
-      step_seen[name] = (value.ravel()[rows], value.min(), value.max())
+      chosen = value.ravel()[rows[len(step_seen)]]
+      step_seen[name] = (chosen, value.min(), value.max())
       return value
 
     with layers_lib.intercept_inputs(visit):
@@ -128,6 +132,21 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
   return diffusion.trajectory(
       eps_fn, plan, noise, jax.random.fold_in(key, plan.num_steps),
       visit=lambda x, eps, step: dict(step_seen))[1]
+
+
+def _input_sizes(model, params, batch) -> list[int]:
+  """Values in every layer's input, in order of execution."""
+  sizes = []
+
+  def visit(unused_name, value):
+    sizes.append(value.size)
+    return value
+
+  noise, *condition = batch
+  with layers_lib.intercept_inputs(visit):
+    jax.eval_shape(model.apply, {'params': params}, noise,
+                   jnp.zeros(len(noise)), *condition)
+  return sizes
 
 
 def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',

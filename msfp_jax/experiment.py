@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -147,8 +148,7 @@ def _load_model(config: ml_collections.ConfigDict, workdir: str
   path = config.pretrained
   if path == RANDOM:
     model = unet.UNet(unet.UNetConfig(**config.model))
-    return model, random_params(
-        convert.abstract_params(model), jax.random.key(config.seed))
+    return model, random_params(convert.abstract_params(model), config.seed)
   if not path:
     path = f'{workdir}/pretrain/model.safetensors'
     if not pathlib.Path(path).is_file():
@@ -158,17 +158,17 @@ def _load_model(config: ml_collections.ConfigDict, workdir: str
       path, config.pretrained_config or None, config.ema)
 
 
-def random_params(abstract: Any, key: jax.Array) -> Any:
+def random_params(abstract: Any, seed: int) -> Any:
   """Parameters that keep activations near 1, none of them neutral."""
-  leaves, structure = jax.tree.flatten(abstract)
+  rng = np.random.default_rng(seed)
 
-  def draw(i, leaf):
-    noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+  def draw(leaf):
+    noise = rng.standard_normal(leaf.shape, np.float32)
     if len(leaf.shape) == 1:
-      return 0.2 * noise + 1.0
-    return noise / np.sqrt(np.prod(leaf.shape[:-1]))
+      return jnp.asarray(0.2 * noise + 1)
+    return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
 
-  return structure.unflatten([draw(i, leaf) for i, leaf in enumerate(leaves)])
+  return jax.tree.map(draw, abstract)
 
 
 def _load_decoder(config: ml_collections.ConfigDict, of_unet: unet.UNetConfig
@@ -181,8 +181,7 @@ def _load_decoder(config: ml_collections.ConfigDict, of_unet: unet.UNetConfig
   if config.first_stage == RANDOM:
     stage = autoencoder.Autoencoder(
         autoencoder.AutoencoderConfig(**config.autoencoder))
-    params = random_params(
-        convert.abstract_autoencoder(stage), jax.random.key(config.seed))
+    params = random_params(convert.abstract_autoencoder(stage), config.seed)
   else:
     stage, params = convert.load_first_stage(
         config.first_stage, config.pretrained_config or None)
