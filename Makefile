@@ -17,6 +17,8 @@ PYTHON := $(shell for p in python3.12 python3.11 python3; do \
 endif
 
 JAX_EXTRA ?=
+# Files are spread over processes, as compiling uses one core.
+WORKERS ?= -n auto --dist loadfile
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
@@ -58,10 +60,10 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(PY) -m pytest -m 'not slow and not parity'
+	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
-	$(PY) -m pytest -m 'slow and not parity'
+	$(PY) -m pytest $(WORKERS) -m 'slow and not parity'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(PARITY_PY) -m pytest -m parity

@@ -17,7 +17,7 @@ from configs import common
 
 VARIANTS = {
     'smoke': common.SMOKE | {
-        'model.attn_resolutions': (8,), 'model.image_size': 16,
+        'model.attn_resolutions': (), 'model.image_size': 16,
         'data.name': 'synthetic', 'data.path': '3x16x16'},
 }
 

@@ -39,9 +39,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.pretrained = ''
   # Of checkpoints that do not tell their own configuration: a CompVis yaml.
   config.pretrained_config = ''
-  config.ema = True  # take the moving average where the checkpoint has one
+  # Take the moving average where the checkpoint has one.
+  config.ema = True
   # Latent diffusion: checkpoint of the first stage, which decodes.
   config.first_stage = ''
+  config.first_stage_config = ''  # as pretrained_config, of the first stage
   # Of a random first stage.
   config.autoencoder = ml_collections.ConfigDict(
       {'num_res_blocks': 2, 'norm_groups': 32})
@@ -53,8 +55,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.stage = 'quantize'  # or 'pretrain': stop after the teacher
 
   config.data = ml_collections.ConfigDict({
-      'name': 'digits',  # or 'images'
-      'path': '',  # for 'images': a folder or an .npz
+      'name': 'digits',  # a name in msfp_jax/data, DATASETS
+      'path': '',  # of its files: a folder, an .npz, ...
   })
   # Of the UNet that pre-training makes, or of a random one; a checkpoint
   # brings its own.

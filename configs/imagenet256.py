@@ -5,7 +5,7 @@
       --config.first_stage=cin256-v2/model.ckpt --config.data.path=FOLDER
   python eval.py --config=configs/imagenet256.py --workdir=runs/imagenet ...
 
-Protocol: DDIM in CompVis' convention, 20 steps, eta 0, classifier-free
+Protocol: DDIM in CompVis' convention, 20 uniform steps, eta 0, classifier-free
 guidance of scale 3.0, labels drawn at random; 50,000 images. As the original
 does for this model, the weights are taken, not their moving average. What is
 calibrated and distilled is the guided prediction. The UNet has 400,920,579

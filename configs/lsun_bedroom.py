@@ -5,10 +5,10 @@
       --config.first_stage=lsun_beds256/model.ckpt --config.data.path=FOLDER
   python eval.py --config=configs/lsun_bedroom.py --workdir=runs/bedroom ...
 
-Protocol: DDIM in CompVis' convention, 200 steps, eta 1.0; 50,000 images;
-latents 3 x 64 x 64 decoded by the full-precision VQ first stage, which the
-checkpoint holds. FOLDER has the data's images at 256 x 256. The UNet has
-274,056,163 parameters. `:smoke` runs the whole path in under a minute on a
+Protocol: DDIM in CompVis' convention, 200 uniform steps, eta 1.0, no guidance;
+50,000 images; latents 3 x 64 x 64 decoded by the full-precision VQ first stage,
+which the checkpoint holds. FOLDER has the data's images at 256 x 256. The UNet
+has 274,056,163 parameters. `:smoke` runs the whole path in under a minute on a
 random model of the same family.
 
 Not measured by us yet: fine-tuning settings as in configs/cifar10.py, 80
@@ -19,7 +19,7 @@ from configs import common
 
 VARIANTS = {
     'smoke': common.SMOKE | {
-        'first_stage': 'random', 'model.attn_resolutions': (8,),
+        'first_stage': 'random', 'model.attn_resolutions': (),
         'model.image_size': 16, 'model.head_channels': 4,
         'autoencoder.ch': 8, 'autoencoder.ch_mult': (1, 2),
         'autoencoder.norm_groups': 4, 'autoencoder.num_res_blocks': 1,

@@ -19,7 +19,6 @@ from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import files
-from msfp_jax import pretrain
 from msfp_jax import spec as spec_lib
 from msfp_jax.calibrate import Activations
 from msfp_jax.calibrate import calibrate
@@ -125,10 +124,11 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   """
   model, params = _load_model(config, workdir)
   images = data.load(config.data.name, config.data.path)
-  decode, stride = None, 1
+  decode, stride, channels = None, 1, model.config.in_channels
   if config.first_stage:
-    decode, stride = _load_decoder(config, model.config)
-  check_images(images, model.config, stride)
+    decode, stage = _load_decoder(config, model.config)
+    stride, channels = stage.stride, stage.out_channels
+  check_images(images, model.config, stride, channels)
   draw_condition = conditions.none
   if model.config.by_context:
     raise ValueError(
@@ -172,8 +172,9 @@ def random_params(abstract: Any, seed: int) -> Any:
 
 
 def _load_decoder(config: ml_collections.ConfigDict, of_unet: unet.UNetConfig
-                  ) -> tuple[Callable[[jax.Array], jax.Array], int]:
-  """The first stage's decoder, jitted, and its pixels a latent.
+                  ) -> tuple[Callable[[jax.Array], jax.Array],
+                             autoencoder.AutoencoderConfig]:
+  """The first stage's decoder, jitted, and its configuration.
 
   Raises:
     ValueError: its latents are not what the UNet denoises.
@@ -184,7 +185,7 @@ def _load_decoder(config: ml_collections.ConfigDict, of_unet: unet.UNetConfig
     params = random_params(convert.abstract_autoencoder(stage), config.seed)
   else:
     stage, params = convert.load_first_stage(
-        config.first_stage, config.pretrained_config or None)
+        config.first_stage, config.first_stage_config or None)
   if stage.config.embed_dim != of_unet.in_channels:
     raise ValueError(
         f'{config.first_stage}: its latents have {stage.config.embed_dim} '
@@ -193,7 +194,7 @@ def _load_decoder(config: ml_collections.ConfigDict, of_unet: unet.UNetConfig
   # Parameters are an argument: as constants they would be folded.
   decode = jax.jit(lambda params, z: stage.apply(
       {'params': params}, z, method='decode'))
-  return functools.partial(decode, params), stage.config.stride
+  return functools.partial(decode, params), stage.config
 
 
 def _conditional(model: nn.Module, config: ml_collections.ConfigDict
@@ -214,17 +215,22 @@ def _conditional(model: nn.Module, config: ml_collections.ConfigDict
   return Guided(model, config.scale, count), conditions.classes(count)
 
 
-def check_images(images: data.Images, config: unet.UNetConfig,
-                 stride: int = 1) -> None:
+def check_images(images: data.Images, config: unet.UNetConfig, stride: int,
+                 channels: int) -> None:
   """Raises ValueError unless images are what the model's samples become.
 
   Args:
     images: the data.
     config: of the model.
     stride: pixels along a side of what the model denoises.
+    channels: of its images.
   """
-  if stride == 1:
-    pretrain.check_images(images, config)
+  if images.shape[-1] != channels:
+    raise ValueError(
+        f'the images have {images.shape[-1]} channels, the model makes '
+        f'{channels}; convert the images, or train a model on them: '
+        'config.pretrained empty, config.model.in_channels and out_channels '
+        f'{images.shape[-1]}')
   side = config.image_size * stride
   height, width = images.shape[1:3]
   if (height, width) != (side, side):

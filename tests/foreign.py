@@ -183,7 +183,8 @@ def diffusers_config(config):
       'downsample_padding': config.downsample_padding[0],
       'flip_sin_to_cos': config.time_order == 'cos_sin',
       'freq_shift': config.time_freq_shift, 'act_fn': 'silu',
-      'attention_head_dim': config.head_channels, 'dropout': config.dropout}
+      'attention_head_dim': config.head_channels, 'dropout': config.dropout,
+      'num_class_embeds': config.num_classes}
   if conditional:
     widths = [config.heads(config.ch * m) for m in config.ch_mult]
     found |= {'cross_attention_dim': config.context_dim,

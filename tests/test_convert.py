@@ -125,11 +125,13 @@ def test_values_that_are_not_finite(tmp_path, name, rename):
   state, config = checkpoints.state_of(name), families.CONFIGS[name]
   checkpoints.describe(tmp_path, name, config)
   tensors = rename(state, config)
-  first = sorted(n for n in tensors if n.endswith('.bias'))[0]
-  tensors[first] = np.full_like(tensors[first], np.nan)
-  with pytest.raises(ValueError, match='not finite'):
+  for bias in sorted(n for n in tensors if n.endswith('.bias'))[:2]:
+    tensors[bias] = np.full_like(tensors[bias], np.nan)
+  with pytest.raises(ValueError) as error:
     convert.load_pretrained(
         checkpoints.write(tmp_path / 'a.safetensors', tensors))
+  # Fused projections are three of ours.
+  assert str(error.value).count('not finite') >= 2
 
 
 def test_pruned_files_keep_the_counters_of_the_average_only(tmp_path):
@@ -221,6 +223,30 @@ def test_first_stages_tensor_for_tensor(tmp_path, config, naming):
   assert model.config.scale == pytest.approx(config.scale)
   expected = unet_oracle.restore(abstract, state)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize('rename', [
+    foreign.compvis_first_stage, foreign.diffusers_first_stage],
+                         ids=['compvis', 'diffusers'])
+@pytest.mark.parametrize('stage', ['vq', 'kl'])
+def test_every_damage_of_a_first_stage_is_listed(tmp_path, stage, rename):
+  config = families.STAGES[stage]
+  tensors = rename(families.state_of(config), config)
+  biases = sorted(n for n in tensors if 'up' in n and n.endswith('.bias'))
+  turned = next(n for n, v in sorted(tensors.items())
+                if 'up' in n and v.ndim == 4 and v.shape[0] != v.shape[1])
+  del tensors[biases[0]]
+  tensors['decoder.extra.weight'] = np.zeros(3, np.float32)
+  tensors[biases[1]] = tensors[biases[1]][:-1]
+  tensors[biases[2]] = tensors[biases[2]].astype(np.int32)
+  tensors[turned] = tensors[turned].swapaxes(0, 1)
+  with pytest.raises(ValueError) as error:
+    convert.load_first_stage(
+        checkpoints.write(tmp_path / 'a.safetensors', tensors))
+  message = str(error.value)
+  for text, count in (('missing ', 1), ('unexpected ', 1),
+                      ('the model wants', 2), ('holds no weights', 1)):
+    assert message.count(text) == count
 
 
 def test_a_unet_is_no_first_stage(tmp_path):

@@ -190,6 +190,82 @@ def test_fused_projections_of_another_width_are_listed(tmp_path):
   assert str(error.value).count('the model wants') == 6
 
 
+@pytest.mark.parametrize('name, save, file', [
+    ('ldm_beds', 'ldm', 'm.ckpt'), ('unet2d', 'diffusers', 'folder')])
+def test_class_embeddings_in_foreign_names(tmp_path, name, save, file):
+  config = dataclasses.replace(families.CONFIGS[name], num_classes=5)
+  state = families.state_of(config)
+  checkpoints.SAVE[save](tmp_path / file, state, config)
+  model, params = convert.load_pretrained(str(tmp_path / file))
+  assert model.config == config
+  jax.tree.map(np.testing.assert_array_equal, params,
+               unet_oracle.from_state_dict(config, state))
+
+
+@pytest.mark.parametrize('stated, expected', [
+    ({}, 0), ({'use_ema': False}, 1), ({'use_ema': True}, 0)])
+def test_the_yaml_says_whether_to_average(tmp_path, stated, expected):
+  config, state = families.CONFIGS['ldm_beds'], checkpoints.state_of('ldm_beds')
+  checkpoints.save_ldm(tmp_path / 'm.ckpt', state, config)
+  content = foreign.compvis_yaml(config)
+  content['model']['params'] |= stated
+  (tmp_path / 'config.yaml').write_text(yaml.safe_dump(content))
+  _, params = convert.load_pretrained(str(tmp_path / 'm.ckpt'))
+  np.testing.assert_array_equal(
+      params['conv_in']['bias'], state['conv_in.bias'] + expected)
+
+
+@pytest.mark.parametrize('field, value', [
+    ('num_res_blocks', [1, 2]), ('num_classes', 'sequential'),
+    ('attention_resolutions', [3]), ('num_heads_upsample', 4),
+    ('disable_self_attentions', [True])])
+def test_fields_of_a_yaml_that_are_not_ours(tmp_path, field, value):
+  config = families.CONFIGS['ldm_beds']
+  checkpoints.save_ldm(
+      tmp_path / 'm.ckpt', checkpoints.state_of('ldm_beds'), config)
+  content = foreign.compvis_yaml(config)
+  content['model']['params']['unet_config']['params'][field] = value
+  (tmp_path / 'config.yaml').write_text(yaml.safe_dump(content))
+  with pytest.raises(ValueError, match=rf'm.ckpt.*{field}'):
+    convert.load_pretrained(str(tmp_path / 'm.ckpt'))
+
+
+def test_one_number_for_all_levels_may_be_a_list(tmp_path):
+  config = families.CONFIGS['sd1']
+  folder = tmp_path / 'f'
+  checkpoints.save_diffusers(folder, checkpoints.state_of('sd1'), config)
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {
+      'only_cross_attention': [False, False], 'layers_per_block': [1, 1],
+      'cross_attention_dim': [768, 768]}))
+  assert convert.load_pretrained(str(folder))[0].config == config
+
+
+def test_several_models_in_one_file(tmp_path):
+  state = checkpoints.state_of('ddim')
+  path = checkpoints.write(tmp_path / 'm.safetensors', {
+      f'{root}.{n}': v for n, v in state.items() for root in ('ema', 'model')})
+  with pytest.raises(ValueError, match='several models'):
+    convert.load_pretrained(path)
+
+
+def test_stable_diffusion_2_without_a_configuration_warns(caplog):
+  config, family, rename, *_ = REAL['sd2']
+  with caplog.at_level('WARNING'):
+    family.config(lazy(rename(zeros(config), config)), None)
+  assert 'predicts the noise' in caplog.text
+
+
+def test_latents_with_a_scale_for_every_channel(tmp_path):
+  config = families.STAGES['kl']
+  path = checkpoints.write(tmp_path / 'vae.safetensors',
+                           foreign.diffusers_first_stage(
+                               families.state_of(config), config))
+  (tmp_path / 'config.json').write_text('{"latents_mean": [1, 2, 3, 4]}')
+  with pytest.raises(ValueError, match='latents_mean'):
+    convert.load_first_stage(path)
+
+
 @pytest.mark.parametrize('naming', ['compvis', 'diffusers'])
 def test_a_first_stage_described_by_a_config(tmp_path, naming):
   config = families.STAGES['vq, attention']
@@ -280,6 +356,11 @@ REAL = {
         ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), num_heads=8,
         context_dim=768, **families.LDM), diffusers_unet, foreign.diffusers,
                        686, 859_520_964),
+    'sd2': (UNetConfig(
+        image_size=64, in_channels=4, out_channels=4, ch=320,
+        ch_mult=(1, 2, 4, 4), attn_resolutions=(64, 32, 16), head_channels=64,
+        context_dim=1024, **families.LDM), diffusers_unet, foreign.diffusers,
+            686, 865_910_724),
     'ddpm-cifar10-32': (UNetConfig(dropout=0.0), diffusers_unet,
                         foreign.diffusers, 328, 35_746_307),
 }

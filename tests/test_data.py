@@ -149,8 +149,10 @@ def test_nothing_there(tmp_path):
 
 
 def test_no_path():
-  with pytest.raises(ValueError, match='needs a path.*config.data.path'):
-    data.load('images')
+  for name in ('images', 'celeba', 'cifar10'):
+    with pytest.raises(FileNotFoundError,
+                       match='no --config.data.path was given'):
+      data.load(name)
 
 
 def test_unknown_name():

@@ -16,7 +16,8 @@ from msfp_jax.convert import native
 _CONFIG = flags.DEFINE_string(
     'config', None, 'config.json or CompVis yaml that describes the model.')
 _EMA = flags.DEFINE_bool(
-    'ema', True, 'Take the moving average where the file has one.')
+    'ema', None, 'Take the moving average where the file has one; by default '
+    'yes, unless the yaml says otherwise.')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
 
 def convert(source: str, target: str) -> None:
   """Loads SRC, strictly, and writes DST, whole or not at all."""
+  if not target.endswith('.safetensors'):
+    raise ValueError(f'DST is {target}: it must end in .safetensors')
   model, params = load.load_pretrained(source, _CONFIG.value, _EMA.value)
   native.save_pretrained(target, model.config, params, source=source)
   logging.info('wrote %s', target)

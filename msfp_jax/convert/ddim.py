@@ -28,6 +28,9 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
   roots = sorted(name.removesuffix(_LANDMARK) for name in tensors
                  if name.endswith(_LANDMARK))
   # '0.module.' is the trained model, '4.' its moving average.
+  if len(roots) > 1 and roots not in (['0.', '4.'], ['0.module.', '4.']):
+    raise ValueError(f'it holds several models, below {roots}: save the one '
+                     'that is wanted alone')
   root = roots[-1] if ema else roots[0]
   if ema and root.startswith('0.'):
     logging.info('the checkpoint has no moving average; took the weights')

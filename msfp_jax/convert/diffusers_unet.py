@@ -106,6 +106,11 @@ _STRUCTURE = frozenset({
     'transformer_depth'})
 
 
+# Fields of config.json that mean one of ours.
+_FIELDS = {
+    'in_channels': 'in_channels', 'out_channels': 'out_channels',
+    'num_class_embeds': 'num_classes', 'layers_per_block': 'num_res_blocks',
+    'transformer_layers_per_block': 'transformer_depth'}
 # What diffusers takes where config.json lacks the field.
 _DEFAULTS = {'time_injection': 'add', 'num_classes': None,
              'transformer_depth': 1}
@@ -113,8 +118,8 @@ _DEFAULTS = {'time_injection': 'add', 'num_classes': None,
 
 def _structure(given):
   """The fields of _STRUCTURE that config.json has."""
-  found = {field: given[field] for field in ('in_channels', 'out_channels')
-           if field in given}
+  found = {ours: naming.single(given[theirs], theirs)
+           for theirs, ours in _FIELDS.items() if theirs in given}
   if 'block_out_channels' in given:
     out = given['block_out_channels']
     if odd := [c for c in out if c % out[0]]:
@@ -131,21 +136,11 @@ def _structure(given):
     if not conditional:
       found['context_dim'] = None
     elif 'cross_attention_dim' in given:
-      found['context_dim'] = given['cross_attention_dim']
+      found['context_dim'] = naming.single(
+          given['cross_attention_dim'], 'cross_attention_dim')
   if 'resnet_time_scale_shift' in given:
     found['time_injection'] = {'default': 'add'}.get(
         given['resnet_time_scale_shift'], given['resnet_time_scale_shift'])
-  if 'num_class_embeds' in given:
-    found['num_classes'] = given['num_class_embeds']
-  for ours, theirs in (('num_res_blocks', 'layers_per_block'),
-                       ('transformer_depth', 'transformer_layers_per_block')):
-    if theirs in given:
-      value = given[theirs]
-      if isinstance(value, list) and len(set(value)) == 1:
-        value = value[0]
-      if not isinstance(value, int):
-        raise ValueError(f'{theirs}={value}: must be one number for all levels')
-      found[ours] = value
   return found
 
 
@@ -175,7 +170,7 @@ def _heads(given, found):
 def _check_supported(given):
   odd = [f'{field}={given[field]!r} (only {list(allowed)})'
          for field, allowed in _SUPPORTED.items()
-         if field in given and given[field] not in allowed]
+         if any(value not in allowed for value in _values(given, field))]
   odd += [f'block type {name!r}' for name in
           (*given.get('down_block_types', ()), *given.get('up_block_types', ()))
           if not _BLOCK.fullmatch(name)]
@@ -190,6 +185,12 @@ def _check_supported(given):
     odd.append(f'attn_norm_num_groups={norm}')
   if odd:
     raise ValueError('this UNet has no: ' + '; '.join(odd))
+
+
+def _values(given, field):
+  """What a field says, be it once for all levels or in a list."""
+  value = given.get(field, _SUPPORTED[field][0])
+  return value if isinstance(value, list) else [value]
 
 
 def _shapes(tensors):
@@ -245,6 +246,8 @@ def _from_shapes(tensors):
         f'{key[0]}, channels {key[1]} and multipliers {key[2]}: pass its '
         'config.json as config')
   rest = _PUBLISHED[key]
+  if key[0] == naming.STABLE_DIFFUSION_2:
+    logging.warning(naming.MAY_PREDICT_V)
   logging.info('no config.json: took what shapes do not tell as published: %s',
                rest)
   return found | rest | {'dropout': 0.0, 'attn_resolutions': tuple(

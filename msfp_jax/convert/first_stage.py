@@ -46,6 +46,10 @@ def config(tensors: Mapping[str, LazyTensor],
     scale: of the checkpoint that the autoencoder came in.
   """
   given = given or {}
+  for field in ('latents_mean', 'latents_std'):
+    if given.get(field) is not None:
+      raise ValueError(f'the configuration has {field}: only one scale and '
+                       'shift for all channels are supported')
   named = is_diffusers(tensors)
   found = _from_json(given) if named else _from_yaml(given)
   if _STRUCTURE - found.keys():

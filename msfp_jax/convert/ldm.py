@@ -148,7 +148,9 @@ def _is_upsample(tensors, n):
 # Fields of unet_config: the values that our UNet computes; else refused.
 _SUPPORTED = {
     'use_new_attention_order': (False,), 'conv_resample': (True,),
-    'dims': (2,), 'n_embed': (None,)}
+    'dims': (2,), 'n_embed': (None,), 'num_heads_upsample': (-1, None),
+    'disable_self_attentions': (None,)}
+_FACTORS = [2**i for i in range(16)]
 # Fields of unet_config that mean one of ours.
 _FIELDS = {
     'in_channels': 'in_channels', 'out_channels': 'out_channels',
@@ -174,15 +176,17 @@ def _from_yaml(config):
     odd.append(f"parameterization={outer['parameterization']!r} (only ['eps'])")
   if odd:
     raise ValueError('the configuration has ' + '; '.join(odd))
-  found = {ours: params[field] for field, ours in _FIELDS.items()
-           if field in params}
+  found = {ours: naming.single(params[field], field)
+           for field, ours in _FIELDS.items() if field in params}
   if 'channel_mult' in params:
     found['ch_mult'] = tuple(params['channel_mult'])
   if 'attention_resolutions' in params:
     # There they are factors of down-sampling.
-    found['attended'] = sorted(
-        int(factor).bit_length() - 1
-        for factor in params['attention_resolutions'])
+    factors = params['attention_resolutions']
+    if odd := [f for f in factors if f not in _FACTORS]:
+      raise ValueError(f'attention_resolutions={factors}: {odd} are no powers '
+                       'of two')
+    found['attended'] = sorted(_FACTORS.index(f) for f in factors)
   if 'resblock_updown' in params:
     found['resample'] = 'resblock' if params['resblock_updown'] else 'conv'
   if 'use_scale_shift_norm' in params:
@@ -192,8 +196,9 @@ def _from_yaml(config):
 
 
 def _heads(params):
-  heads, width = (params.get(field, -1)
-                  for field in ('num_heads', 'num_head_channels'))
+  heads, width = (
+      -1 if params.get(field) is None else naming.single(params[field], field)
+      for field in ('num_heads', 'num_head_channels'))
   if width != -1:
     return {'head_channels': width}
   if heads == -1:
@@ -224,6 +229,8 @@ def _published(fields):
         'pass its yaml as config')
   logging.info('heads and side as those of the published model: %s',
                _PUBLISHED[key])
+  if key[0] == naming.STABLE_DIFFUSION_2:
+    logging.warning(naming.MAY_PREDICT_V)
   return _PUBLISHED[key]
 
 

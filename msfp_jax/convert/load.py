@@ -25,8 +25,8 @@ _UNET_PARTS = ('unet',)
 _FIRST_STAGE_PARTS = ('vae', 'vqvae', 'vqmodel')
 
 
-def load_pretrained(path: str, config: str | None = None, ema: bool = True
-                    ) -> tuple[unet.UNet, Any]:
+def load_pretrained(path: str, config: str | None = None,
+                    ema: bool | None = None) -> tuple[unet.UNet, Any]:
   """Loads a UNet, whoever trained it.
 
   The family is told from the tensors' names; the configuration comes from the
@@ -37,7 +37,8 @@ def load_pretrained(path: str, config: str | None = None, ema: bool = True
       (.ckpt, .pth, .bin, ema_cifar10); a folder of diffusers. Files of
       torch.save are read as data: nothing in them runs.
     config: a config.json or CompVis yaml that describes the model.
-    ema: take the moving average of the weights where the file has one.
+    ema: whether to take the moving average of the weights where the file has
+      one; None: yes, unless the yaml says otherwise (`use_ema`).
 
   Returns:
     The Flax model and its parameters, float32.
@@ -59,7 +60,8 @@ def load_pretrained(path: str, config: str | None = None, ema: bool = True
   _check_scheduler(source.path)
   name = family_of(source)
   family = FAMILIES[name]
-  tensors = family.select(source.tensors, ema)
+  tensors = _configure(source, lambda: family.select(
+      source.tensors, _wants_ema(source.config) if ema is None else ema))
   model = unet.UNet(_configure(source, lambda: family.config(
       tensors, source.config)))
   logging.info('%s: %s, %s', source.path, name, model.config)
@@ -115,6 +117,14 @@ def family_of(source: source_lib.Source) -> str:
       return name
   raise ValueError(f'{source.path} is of no family that is known '
                    f'({sorted(FAMILIES)}): {_some(source)}')
+
+
+def _wants_ema(config):
+  """What a CompVis yaml says of sampling; by default yes."""
+  try:
+    return bool(config['model']['params'].get('use_ema', True))
+  except (KeyError, TypeError, AttributeError):
+    return True
 
 
 def _check_scheduler(path: pathlib.Path) -> None:

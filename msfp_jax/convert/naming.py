@@ -2,8 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import re
+from typing import Any
 
 from msfp_jax.convert.tensors import LazyTensor
+
+STABLE_DIFFUSION_2 = 1024  # width of its context
+MAY_PREDICT_V = (
+    'shapes do not tell whether this Stable Diffusion 2 predicts the noise '
+    '(512 pixels) or v (768): took the noise; a configuration would tell')
 
 # A pattern of a whole module name, and what it becomes (as re.sub's).
 Rule = tuple[str, str]
@@ -44,6 +50,22 @@ def rename(tensors: Mapping[str, LazyTensor],
       continue
     found[new], came_from[new] = tensor, name
   return found, tuple(leftover)
+
+
+def single(value: Any, field: str) -> int | None:
+  """A field of a configuration that must be one number, or none.
+
+  A list of equal numbers, one for each level, is one as well.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  if isinstance(value, list | tuple) and len(set(value)) == 1:
+    value = value[0]
+  if value is not None and (not isinstance(value, int)
+                            or isinstance(value, bool)):
+    raise ValueError(f'{field}={value!r}: must be one number for all levels')
+  return value
 
 
 def below(tensors: Mapping[str, LazyTensor], prefix: str

@@ -126,6 +126,10 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str
       problems.append(
           f'{key} is {tensors[key].shape}, the model wants {shapes[key]}')
       continue
+    if not jnp.issubdtype(tensors[key].dtype, jnp.floating):
+      problems.append(
+          f'{key} has type {tensors[key].dtype}, which holds no weights')
+      continue
     value = np.asarray(tensors[key].read(), np.float32)
     if count := np.count_nonzero(~np.isfinite(value)):
       problems.append(f'{key} holds {count} values that are not finite')

@@ -46,25 +46,28 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
   problems += [f'unexpected {name} {tensors[name].shape}'
                for name in tensors if name not in expected]
   problems += [f'unexpected {name}' for name in leftover]
-  found = {}
-  for name, path in expected.items():
-    if name not in tensors:
-      continue
-    tensor, shape = tensors[name], flat[path].shape
-    wanted = torch_shape(shape, path[-1])
+  for name in expected.keys() & tensors.keys():
+    tensor, path = tensors[name], expected[name]
+    wanted = torch_shape(flat[path].shape, path[-1])
     if not _fits(tensor.shape, wanted):
       problems.append(f'{name} is {tensor.shape}, the model wants {wanted}')
     elif not _is_float(tensor.dtype):
       problems.append(f'{name} has type {tensor.dtype}, which holds no weights')
-    elif not problems:  # else there is no use in reading on
-      value = np.asarray(tensor.read(), np.float32)
-      if count := np.count_nonzero(~np.isfinite(value)):
-        problems.append(f'{name} holds {count} values that are not finite')
-      found[path] = _to_flax(value, shape, path[-1])
+  _refuse(source, problems)
+  found = {}
+  for name, path in expected.items():
+    value = np.asarray(tensors[name].read(), np.float32)
+    if count := np.count_nonzero(~np.isfinite(value)):
+      problems.append(f'{name} holds {count} values that are not finite')
+    found[path] = _to_flax(value, flat[path].shape, path[-1])
+  _refuse(source, problems)
+  return traverse_util.unflatten_dict(found)
+
+
+def _refuse(source, problems):
   if problems:
     raise ValueError(f'{source} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))
-  return traverse_util.unflatten_dict(found)
 
 
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
   """The files that an index.json lists, as one."""
   try:
     places = json.loads(index.read_text())['weight_map']
-    files = sorted(set(places.values()))
+    files = sorted({str(file) for file in places.values()})
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{index} is no index of shards: {error!r}') from error
   if odd := [f for f in files if pathlib.Path(f).name != f

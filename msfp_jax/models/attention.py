@@ -4,16 +4,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Scores of one head held at once: 32 MB in float32. Up to here all of them,
-# beyond it as many queries at a time as fit.
-_SCORES_AT_ONCE = 2**23
+# Scores held at once: 256 MB in float32. Up to here all of them, beyond it as
+# many queries at a time as fit, but no fewer than keep the products efficient.
+_SCORES_AT_ONCE, _LEAST_QUERIES = 2**26, 64
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """softmax(q k^T / sqrt(D)) v.
 
   Where the scores are many, queries are taken in pieces, so that they are
-  never all in memory: at 64 x 64 pixels they would be 64 MB a head and image.
+  never all in memory: at 64 x 64 pixels they are 64 MB a head and image.
 
   Args:
     q: `[B, N, heads, D]`.
@@ -23,8 +23,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Returns:
     Like q.
   """
-  count, keys = q.shape[1], k.shape[1]
-  piece = max(_SCORES_AT_ONCE // keys, 1)
+  images, count, heads = q.shape[:3]
+  piece = max(_SCORES_AT_ONCE // (images * heads * k.shape[1]), _LEAST_QUERIES)
   if count <= piece:
     return jax.nn.dot_product_attention(q, k, v)
   pieces = -(-count // piece)

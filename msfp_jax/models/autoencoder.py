@@ -5,7 +5,6 @@ without a timestep.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,11 +53,6 @@ class AutoencoderConfig:
   def stride(self) -> int:
     """Pixels along a side of a latent."""
     return 2 ** (len(self.ch_mult) - 1)
-
-  def to_dict(self) -> dict[str, Any]:
-    """Plain JSON-able form; `AutoencoderConfig(**d)` is its inverse."""
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in dataclasses.asdict(self).items()}
 
 
 class _Stack(nn.Module):
