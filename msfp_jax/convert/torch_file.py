@@ -34,7 +34,7 @@ _DTYPES = {
     'ComplexFloatStorage': np.complex64, 'ComplexDoubleStorage': np.complex128,
 }
 
-# A deflated list of tensors is a twentieth of its size; zeros, a thousandth.
+# Deflate shrinks the pickle of a model about five times, of zeros a thousand.
 _MOST_INFLATED = 100
 _LONGEST_KEY = 255
 _MOST_DIMENSIONS = 32
