@@ -8,26 +8,17 @@ whose pickle names classes of a training framework opens without it.
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import pickletools
-import sys
 from typing import Any, BinaryIO
 
-
-class PickleError(ValueError):
-  """The pickle is damaged, or asks for what no checkpoint needs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Global:
-  """A name that the pickle mentions, e.g. torch.FloatStorage. Never looked up.
-  """
-
-  module: str
-  name: str
-
-  def __str__(self):
-    return f'{self.module}.{self.name}'
+from msfp_jax.pickle_names import BUILTINS
+from msfp_jax.pickle_names import check_global
+from msfp_jax.pickle_names import check_key
+from msfp_jax.pickle_names import first_words
+from msfp_jax.pickle_names import Global
+from msfp_jax.pickle_names import Opaque
+from msfp_jax.pickle_names import PickleError
+from msfp_jax.pickle_names import shown
 
 
 class Buildable:
@@ -38,77 +29,43 @@ class Buildable:
     raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Opaque:
-  """Stands for an object that the pickle wanted made by a call of `made_by`."""
-
-  made_by: str
-
-
-# Modules of the standard library that checkpoints name for plain values.
-# Any other one is refused: there is no harm in it here, but in a checkpoint
-# os.system and its like mean that someone wants them run elsewhere.
-_HARMLESS_MODULES = frozenset({
-    '_codecs', '_collections', 'argparse', 'collections', 'copyreg',
-    'copy_reg', 'dataclasses', 'datetime', 'decimal', 'enum', 'fractions',
-    'functools', 'pathlib', 'types', 'typing', 'uuid', 'zoneinfo'})
-_HARMLESS_BUILTINS = frozenset({
-    'bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset',
-    'int', 'list', 'object', 'range', 'set', 'slice', 'str', 'tuple', 'type'})
-_BUILTINS = ('builtins', '__builtin__')
-# Of other systems' standard libraries, or of Python 2's.
-_FOREIGN_MODULES = frozenset({
-    'nt', 'ntpath', 'posix', 'posixpath', 'commands', 'popen2', 'winreg',
-    '_winreg', 'msvcrt', 'os2'})
-
-
-def check_global(name: Global) -> Global:
-  """Returns the name.
-
-  Raises:
-    PickleError: it is a function of the standard library that has no place
-      in a checkpoint.
-  """
-  module = name.module.partition('.')[0]
-  if module in _BUILTINS:
-    refused = name.name not in _HARMLESS_BUILTINS
-  else:
-    known = module in sys.stdlib_module_names or module in _FOREIGN_MODULES
-    refused = known and module not in _HARMLESS_MODULES
-  if refused:
-    raise PickleError(
-        f'the pickle names {name}, which has no place in a checkpoint: loading '
-        'it elsewhere may run code. Nothing was run here. Get the file from a '
-        'source that you trust, best as .safetensors')
-  return name
-
-
 class _Mark:
   """The pickle machine's mark on its stack."""
 
 
 _MARK = _Mark()
 
+
 def _latin1(text: str, encoding: str) -> bytes:
   """How protocols before 3 spell bytes."""
   if encoding not in ('latin1', 'latin-1'):
-    raise TypeError(f'encoding {encoding!r}')
+    raise PickleError(f'damaged: encoding {shown(encoding)}')
   return text.encode('latin1')
+
+
+def _dict(items: Any = ()) -> dict[Any, Any]:
+  if isinstance(items, dict):
+    return dict(items)
+  return {check_key(key): value for key, value in items}
 
 
 # Calls that make plain containers, in every spelling.
 _CONTAINERS: dict[Global, Callable[..., Any]] = {
     Global('_codecs', 'encode'): _latin1,
-    Global('collections', 'OrderedDict'): lambda items=(): dict(items),
+    Global('collections', 'OrderedDict'): _dict,
     Global('collections', 'defaultdict'):
-        lambda factory=None, items=(): dict(items),
-    **{Global(module, name): make for module in _BUILTINS for name, make in {
+        lambda factory=None, items=(): _dict(items),
+    **{Global(module, name): make for module in BUILTINS for name, make in {
         'bytes': lambda items=(): bytes(list(items)),
-        'dict': lambda items=(): dict(items),
+        'dict': _dict,
         'frozenset': lambda items=(): list(items),
         'list': lambda items=(): list(items),
         'set': lambda items=(): list(items)}.items()},
 }
+
+# How many values calls may copy: what a file holds, it holds about once.
+_COPIES_PER_BYTE = 4
+_COPIES_OF_ANY = 1_000_000
 
 
 def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
@@ -130,13 +87,17 @@ def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
   """
   machine = _Machine({**_CONTAINERS, **calls}, persistent)
   try:
-    for opcode, argument, _ in pickletools.genops(file):
+    start = file.tell()
+    for opcode, argument, position in pickletools.genops(file):
+      machine.consumed = position - start
       machine.step(opcode.name, argument)
   except PickleError:
     raise
   except (ValueError, TypeError, KeyError, IndexError, AttributeError,
           OverflowError, RecursionError, UnicodeError, MemoryError) as error:
-    raise PickleError(f'not a pickle, or a damaged one: {error!r}') from error
+    raise PickleError('not a pickle, or a damaged one: '
+                      f'{type(error).__name__}: {first_words(error)}'
+                      ) from error
   return machine.result
 
 
@@ -149,6 +110,8 @@ class _Machine:
     self.calls = calls
     self.persistent = persistent
     self.result = None
+    self.consumed = 0  # bytes of the pickle
+    self.copied = 0  # values, by calls
 
   def step(self, name: str, argument: Any) -> None:
     """Executes one instruction, by its name in `pickletools`."""
@@ -183,16 +146,28 @@ class _Machine:
         return values
     raise PickleError('damaged: no mark on the stack')
 
-  def call(self, function: Any, args: Any) -> Any:
+  def call(self, function: Any, args: Any, kwargs: Any = None) -> Any:
     """What REDUCE and its like push."""
     if not isinstance(function, Global):
       raise PickleError(f'damaged: a call of {type(function).__name__}')
-    if function not in self.calls:
+    if kwargs or function not in self.calls:
       return Opaque(str(function))
+    if not isinstance(args, tuple | list):
+      raise PickleError(f'damaged: {function} called with {shown(args)}')
+    self.charge(args)
     try:
       return self.calls[function](*args)
     except TypeError as error:
-      raise PickleError(f'{function}: {error}') from error
+      raise PickleError(f'{function}: {first_words(error)}') from error
+
+  def charge(self, args):
+    """Counts what a call copies: the memo gives it the same again and again."""
+    self.copied += len(args) + sum(
+        len(arg) for arg in args
+        if isinstance(arg, str | bytes | bytearray | list | tuple | dict))
+    if self.copied > _COPIES_PER_BYTE * self.consumed + _COPIES_OF_ANY:
+      raise PickleError(f'damaged: its first {self.consumed} bytes copy '
+                        f'{self.copied} values')
 
   # Instructions, in the order of pickle's documentation.
 
@@ -257,7 +232,8 @@ class _Machine:
 
   def op_DICT(self, _):
     items = self.pop_to_mark()
-    self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+    self.stack.append({})
+    self.set_items(items)
 
   def op_SETITEM(self, _):
     value, key = self.pop(), self.pop()
@@ -268,7 +244,8 @@ class _Machine:
 
   def set_items(self, items):
     if isinstance(self.stack[-1], dict):
-      self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+      keys = map(check_key, items[::2])
+      self.stack[-1].update(zip(keys, items[1::2], strict=True))
     elif not isinstance(self.stack[-1], Opaque):
       raise PickleError('damaged: items for what is no dict')
 
@@ -290,8 +267,7 @@ class _Machine:
 
   def op_NEWOBJ_EX(self, _):
     kwargs, args, function = self.pop(), self.pop(), self.pop()
-    self.stack.append(
-        Opaque(str(function)) if kwargs else self.call(function, args))
+    self.stack.append(self.call(function, args, kwargs))
 
   def op_INST(self, argument):
     args = self.pop_to_mark()

@@ -95,6 +95,14 @@ class Attack:
     (pickle.dumps({b'labels': []}), 'data'),
     (pickle.dumps({b'data': np.zeros((4, 3072), np.uint8)}), r'\(4, 3072\)'),
     (pickle.dumps({b'data': np.zeros((4, 3072), np.float32)}), 'f4'),
+    (pickle.dumps({b'data': 5}), "'data' is 5, expected an array"),
+    (pickle.dumps([1]), r'\[1\], expected a dict'),
+    (b'\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\n)R('
+     b'K\x01K\x02N\x89Ntbs.', 'pixels of type None'),
+    # The name of the type is a tuple whose text never ends.
+    (b'\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\n)R('
+     b'K\x01K\x02cnumpy\ndtype\nN\x85' + b'2\x86' * 40
+     + b'\x85R\x89Ntbs.', 'pixels of type .*<tuple>'),
 ])
 def test_a_damaged_python_batch_is_named(tmp_path, planes, content, message):
   write_python3(tmp_path, planes[:, :1])

@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'msfp_jax'
 
 # A module imports only rooms of rows above its own (and its own room).
 ORDER = [
+    {'pickle_names'},
     {'files', 'pickles', 'progress'},
     {'conditions', 'formats', 'layers', 'pictures', 'data', 'diffusion',
      'models',

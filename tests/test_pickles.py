@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import random
 
 import pytest
 
@@ -182,3 +183,100 @@ def test_persistent_ids_and_calls():
   assert read(pickle.dumps(Harm(), 2), calls={name: lambda x: x + 1}) == 2
   with pytest.raises(pickles.PickleError, match=r'harm.*positional'):
     read(pickle.dumps(Harm(), 2), calls={name: lambda: 0})
+
+
+# A tuple of 2**40 leaves in 80 bytes: whoever prints or hashes it never ends.
+ENDLESS = b'N\x85' + b'2\x86' * 40
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'\x80\x04' + ENDLESS + b')}K\x01K\x02s\x92.', 'a call of tuple'),
+    (b'\x80\x04' + ENDLESS + b')}\x92.', 'a call of tuple'),
+    (b'\x80\x02}' + ENDLESS + b'Ns.', '<tuple>.* as the key of a dict'),
+    (b'\x80\x02(' + ENDLESS + b'Nd.', '<tuple>.* as the key of a dict'),
+    (b'\x80\x02}(' + ENDLESS + b'Nu.', '<tuple>.* as the key of a dict'),
+    (b'\x80\x02c__builtin__\ndict\n]' + ENDLESS + b'N\x86a\x85R.',
+     '<tuple>.* as the key of a dict'),
+    (b'\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a' + ENDLESS + b'\x86R.',
+     'encoding .*<tuple>'),
+    (b'\x80\x02c__builtin__\nlist\n' + b'I7\nR.', 'list called with 7'),
+], ids=['newobj_ex', 'newobj_ex_plain', 'setitem', 'dict', 'setitems',
+        'call_of_dict', 'encoding', 'arguments'])
+def test_shared_structures_are_neither_printed_nor_hashed(content, message):
+  pickletools.dis(content, io.StringIO())  # well formed
+  with pytest.raises(pickles.PickleError, match=message):
+    read(content)
+
+
+@pytest.mark.parametrize('key', [
+    ((1,),), 'x' * 20_000, b'x' * 20_000, 2**100, tuple(range(100))],
+    ids=lambda key: type(key).__name__)
+def test_keys_that_are_slow_to_hash_or_compare_are_refused(key):
+  with pytest.raises(pickles.PickleError, match='the key of a dict'):
+    read(pickle.dumps({key: 1}))
+
+
+def test_keys_of_every_plain_kind():
+  content = {'a': 0, 1: 1, 2.5: 2, False: 3, None: 4, b'b': 5,
+             ('a', 1, None, b'c', 2.5): 6, (): 7, 2**63: 8, 'x' * 9_000: 9}
+  assert read(pickle.dumps(content)) == content
+
+
+def test_names_are_short():
+  with pytest.raises(pickles.PickleError, match='name of 100003 characters'):
+    read(b'\x80\x02cabc\n' + b'x' * 100_000 + b'\n.')
+
+
+@pytest.mark.parametrize('protocol', [0, 1, 2, 4])
+def test_large_files_of_the_ordinary_kind(protocol):
+  content = {
+      'bytes': bytes(range(256)) * 20_000,  # one call of encode
+      'set': set(range(300_000)),
+      'small': [collections.OrderedDict(step=i, data=bytes([i % 256]))
+                for i in range(20_000)],
+      'wide': collections.OrderedDict((f'p{i}', (i,)) for i in range(50_000)),
+  }
+  loaded = read(pickle.dumps(content, protocol))
+  assert loaded == content | {'set': list(content['set'])}
+
+
+def test_errors_of_the_caller_pass_unchanged():
+  class CallersError(pickles.PickleError):
+    pass
+
+  def fail(pid):
+    raise CallersError('truncated: x')
+
+  with pytest.raises(CallersError, match='^truncated: x$'):
+    read(b'\x80\x02NQ.', persistent=fail)
+
+
+@pytest.mark.parametrize('content', [
+    b'I' + b'9' * 1_000_000 + b'\n.', b'L' + b'9' * 1_000_000 + b'L\n.',
+    b'Np' + b'9' * 1_000_000 + b'\n.', b'g' + b'9' * 1_000_000 + b'\n.',
+    b'I' + b'9' * 1_000_000, b"S'" + b'x' * 1_000_000 + b'\n.',
+    b'\x8d' + b'\xff' * 8 + b'x.', b'\x8e' + b'\xff' * 7 + b'\x0fx.',
+    b'T\xff\xff\xff\x7fx.', b'\x8b\xff\xff\xff\x7fx.', b'jxxxx.', b'NI1'],
+    ids=lambda content: repr(content[:3]))
+def test_huge_arguments_are_short_errors(content):
+  with pytest.raises(pickles.PickleError) as error:
+    read(content)
+  assert len(str(error.value)) < 500
+
+
+def test_huge_indices_of_the_memo_take_no_memory():
+  assert read(b'I5\np' + b'9' * 4_000 + b'\n0g' + b'9' * 4_000 + b'\n.') == 5
+  assert read(b'\x80\x02K\x05r\xff\xff\xff\xff0j\xff\xff\xff\xff.') == 5
+  assert read(b'F' + b'9' * 100_000 + b'\n.') == float('inf')
+
+
+@pytest.mark.filterwarnings('ignore:invalid escape')
+def test_garbage_is_an_error_or_a_value():
+  rng = random.Random(0)
+  codes = [op.code.encode('latin1') for op in pickletools.opcodes]
+  for _ in range(5_000):
+    try:
+      read(b''.join(rng.choice(codes) + rng.randbytes(rng.randrange(3))
+                    for _ in range(rng.randrange(30))) + b'.')
+    except pickles.PickleError:
+      pass

@@ -76,9 +76,29 @@ def test_flatten_of_what_contains_itself_or_is_deep():
   tree['self'] = [tree]
   assert flatten(tree) == {'w': tensor}
   deep = tensor
-  for _ in range(5000):
+  for _ in range(1000):
     deep = [deep]
   assert list(flatten(deep).values()) == [tensor]
+  with pytest.raises(ValueError, match='more than 1000 levels'):
+    flatten([deep])
+
+
+def test_flatten_of_what_shares_its_parts():
+  """n lists that are one of n tensors; 2**40 leaves; names of any length."""
+  tensor = LazyTensor.of(ARRAYS['float32'])
+  with pytest.raises(ValueError, match='more than 1000000 entries'):
+    flatten([[tensor] * 2000] * 2000)
+  with pytest.raises(ValueError, match='more than 1000000 entries'):
+    flatten([[1] * 2000] * 2000)
+  tree = {}
+  for _ in range(40):
+    tree = [tree, tree]
+  with pytest.raises(ValueError, match='10000000 letters'):
+    flatten(tree)
+  tree = {'x' * 10_000: [tensor] * 5_000}
+  with pytest.raises(ValueError, match='10000000 letters'):
+    flatten(tree)
+  assert len(flatten({'a': [tensor] * 100_000})) == 100_000
 
 
 @both_formats
@@ -213,3 +233,20 @@ def test_reading_one_tensor_reads_only_its_bytes(tmp_path, monkeypatch):
       sizes.append(len(content)), np.frombuffer(content, np.float32))[1])
   np.testing.assert_array_equal(loaded['part'].read(), base[500:510])
   assert sizes == [40]
+
+
+def test_a_large_checkpoint_with_its_optimizer(tmp_path):
+  names = [f'model.blocks.{i}.attention.weight' for i in range(3_000)]
+  base = np.arange(6_000, dtype=np.float32)
+  weights = {name: base[i:i + 2] for i, name in enumerate(names)}
+  content = {
+      'state_dict': collections.OrderedDict(weights),
+      'optimizer': {'state': {i: {'step': i, 'exp_avg': weight}
+                              for i, weight in enumerate(weights.values())},
+                    'param_groups': [{'params': list(range(3_000))}]}}
+  torch_writer.save_zip(tmp_path / 'f', content,
+                        compression=zipfile.ZIP_DEFLATED)
+  loaded = torch_file.load(tmp_path / 'f')
+  assert len(flatten(loaded)) == 6_000
+  np.testing.assert_array_equal(
+      loaded['state_dict'][names[7]].read(), [7, 8])

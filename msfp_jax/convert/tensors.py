@@ -26,13 +26,30 @@ class LazyTensor:
     return cls(array.shape, array.dtype, lambda: array)
 
 
+@dataclasses.dataclass
+class Storage:
+  """A flat array in the file that tensors are views of.
+
+  Attributes:
+    dtype: of its elements.
+    count: how many elements it has.
+    read: (first, number of elements) -> `[number]`, from the file.
+  """
+
+  dtype: np.dtype
+  count: int
+  read: Callable[[int, int], np.ndarray] | None = None
+
+
 Tensors = Mapping[str, LazyTensor]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 # More than any checkpoint has; shared containers can multiply without end.
-_MOST_CONTAINERS = 100_000
+_MOST_ENTRIES = 1_000_000
+_MOST_LETTERS = 10_000_000  # of all names together
+_DEEPEST = 1_000
 
 
 def flatten(tree: Any) -> dict[str, LazyTensor]:
@@ -41,26 +58,40 @@ def flatten(tree: Any) -> dict[str, LazyTensor]:
   What is no tensor is left out, and so is a container inside of itself.
 
   Raises:
-    ValueError: containers without end.
+    ValueError: more entries, or deeper ones, than a checkpoint has.
   """
-  found, visited = {}, 0
-  waiting = [('', tree, ())]  # name, value, the containers around it
-  while waiting:
-    name, value, around = waiting.pop()
-    if isinstance(value, LazyTensor):
-      found[name] = value
-      continue
-    if isinstance(value, Mapping):
-      items = list(value.items())
-    elif isinstance(value, list | tuple):
-      items = list(enumerate(value))
+  found, entries, letters = {}, 0, 0
+  around = set()  # ids of the containers that are open
+  levels = [(None, '', iter([('', tree)]))]  # id, name, items still to visit
+  while levels:
+    here, prefix, items = levels[-1]
+    for key, value in items:
+      entries += 1
+      _check_size(entries, letters, len(levels) - 1)
+      is_tensor = isinstance(value, LazyTensor)
+      if not is_tensor and (not isinstance(value, Mapping | list | tuple)
+                            or id(value) in around):
+        continue
+      name = f'{prefix}.{key}' if prefix else str(key)
+      letters += len(name)
+      if is_tensor:
+        found[name] = value
+        continue
+      around.add(id(value))
+      levels.append((id(value), name, iter(
+          value.items() if isinstance(value, Mapping) else enumerate(value))))
+      break
     else:
-      continue
-    if id(value) in around:
-      continue
-    visited += 1
-    if visited > _MOST_CONTAINERS:
-      raise ValueError('the checkpoint nests its containers without end')
-    waiting += [(f'{name}.{key}' if name else str(key), inner,
-                 (*around, id(value))) for key, inner in reversed(items)]
+      levels.pop()
+      around.discard(here)
   return found
+
+
+def _check_size(entries, letters, depth):
+  for count, most, what in ((entries, _MOST_ENTRIES, 'entries'),
+                            (letters, _MOST_LETTERS, 'letters in its names'),
+                            (depth, _DEEPEST, 'levels of containers')):
+    if count > most:
+      raise ValueError(
+          f'the checkpoint has more than {most} {what}: damaged, or made to '
+          'keep its reader busy. Save its state_dict alone')

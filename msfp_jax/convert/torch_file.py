@@ -5,8 +5,7 @@ pickle is read as data (`pickles.py`), and tensors stay in the file until they
 are needed.
 """
 
-from collections.abc import Callable
-import dataclasses
+import math
 import pathlib
 import struct
 import sys
@@ -19,6 +18,8 @@ import numpy as np
 from msfp_jax import pickles
 from msfp_jax.convert.tensors import BFLOAT16
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.convert.tensors import Storage
+from msfp_jax.pickle_names import shown
 from msfp_jax.pickles import Global
 
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
@@ -33,24 +34,15 @@ _DTYPES = {
     'ComplexFloatStorage': np.complex64, 'ComplexDoubleStorage': np.complex128,
 }
 
+# Deflate shrinks the pickle of a model about five times, of zeros a thousand.
+_MOST_INFLATED = 100
+_LONGEST_KEY = 255
+_MOST_DIMENSIONS = 32
+_LARGEST = 2**62  # what NumPy counts with
 
-class TorchFileError(ValueError):
+
+class TorchFileError(pickles.PickleError):
   """The file is no torch checkpoint, or is damaged; names what is wrong."""
-
-
-@dataclasses.dataclass
-class Storage:
-  """A flat array in the file that tensors are views of.
-
-  Attributes:
-    dtype: of its elements.
-    count: how many elements it has.
-    read: (first, number of elements) -> `[number]`, from the file.
-  """
-
-  dtype: np.dtype
-  count: int
-  read: Callable[[int, int], np.ndarray] | None = None
 
 
 def load(path: str | pathlib.Path) -> Any:
@@ -68,9 +60,8 @@ def load(path: str | pathlib.Path) -> Any:
     if zipfile.is_zipfile(path):
       return _load_zip(path)
     return _load_legacy(path)
-  except (pickles.PickleError, zipfile.BadZipFile, zlib.error, EOFError,
-          struct.error, NotImplementedError, RuntimeError, TorchFileError
-          ) as error:
+  except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, struct.error,
+          NotImplementedError, RuntimeError) as error:
     raise TorchFileError(f'{path}: {error}') from error
 
 
@@ -84,10 +75,12 @@ def _load_zip(path: pathlib.Path) -> Any:
           'a zip archive, but no checkpoint of torch.save: it holds '
           f'{len(roots)} files named */data.pkl, not one')
     root, = roots
-    order = 'little'
-    if f'{root}byteorder' in members:
-      order = archive.read(f'{root}byteorder').decode('ascii', 'replace')
-    swap = order.strip() != sys.byteorder
+    size_on_disk = path.stat().st_size
+    for info in members.values():
+      _check_member(info, size_on_disk)
+    _check_pickle_size(members[f'{root}data.pkl'], size_on_disk)
+    order = _byte_order(archive, members.get(f'{root}byteorder'))
+    swap = order != sys.byteorder
 
     def resolve(pid):
       dtype, key, count = _parse_id(pid)
@@ -106,13 +99,40 @@ def _load_zip(path: pathlib.Path) -> Any:
       return pickles.read_pickle(file, _CALLS, resolve)
 
 
+def _check_member(info, size_on_disk):
+  name, size, method = shown(info.filename), info.file_size, info.compress_type
+  if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise TorchFileError(f'its member {name} is compressed by method {method}, '
+                         'which torch does not know')
+  if method == zipfile.ZIP_STORED and size > size_on_disk:
+    raise TorchFileError(f'truncated: its member {name} has {size} bytes, the '
+                         f'file {size_on_disk}')
+
+
+def _check_pickle_size(info, size_on_disk):
+  held = min(info.compress_size, size_on_disk)
+  if info.file_size > _MOST_INFLATED * held:
+    raise TorchFileError(f'damaged: {held} bytes inflate to {info.file_size} '
+                         'of data.pkl; torch.save compresses nothing')
+
+
+def _byte_order(archive, info):
+  if info is None:
+    return 'little'
+  if info.file_size > 16:
+    raise TorchFileError(f'damaged: its byteorder has {info.file_size} bytes, '
+                         'expected "little" or "big"')
+  return archive.read(info).decode('ascii', 'replace').strip()
+
+
 def _zip_reader(path, info, dtype, swap):
   """Reads parts of a member; those of torch.save are not compressed."""
   if info.compress_type != zipfile.ZIP_STORED:
     def read_compressed(first, count):
-      with zipfile.ZipFile(path) as archive:
-        content = archive.read(info)
-      return _from_bytes(content[first * dtype.itemsize:], dtype, count, swap)
+      with zipfile.ZipFile(path) as archive, archive.open(info) as member:
+        member.seek(first * dtype.itemsize)  # inflates and drops
+        return _from_bytes(
+            member.read(count * dtype.itemsize), dtype, count, swap)
     return read_compressed
 
   def read(first, count):
@@ -134,12 +154,17 @@ def _load_legacy(path: pathlib.Path) -> Any:
   def resolve(pid):
     dtype, key, count = _parse_id(pid)
     base = storages.setdefault(key, Storage(dtype, count))
+    if (base.dtype, base.count) != (dtype, count):
+      raise TorchFileError(
+          f'damaged: storage {key!r} of {count} {dtype}, elsewhere of '
+          f'{base.count} {base.dtype}')
     view = pid[5] if len(pid) > 5 else None
     if view is None:
       return base
+    if not _is_view(view, count):
+      raise TorchFileError(
+          f'damaged: a view {shown(view)} of {count} elements')
     _, start, size = view
-    if not 0 <= start <= start + size <= count:
-      raise TorchFileError(f'damaged: a view {view!r} of {count} elements')
     return Storage(dtype, size, lambda first, number: base.read(
         start + first, number))
 
@@ -154,15 +179,14 @@ def _load_legacy(path: pathlib.Path) -> Any:
     if pickles.read_pickle(file) != _LEGACY_MAGIC:
       raise TorchFileError("a pickle, but without torch.save's magic number")
     if (protocol := pickles.read_pickle(file)) != _LEGACY_PROTOCOL:
-      raise TorchFileError(f'torch protocol {protocol!r}, expected '
+      raise TorchFileError(f'torch protocol {shown(protocol)}, expected '
                            f'{_LEGACY_PROTOCOL}')
     system = pickles.read_pickle(file)
     little = not isinstance(system, dict) or system.get('little_endian', True)
     swap = (sys.byteorder == 'little') != bool(little)
     content = pickles.read_pickle(file, _CALLS, resolve)
     keys = pickles.read_pickle(file)
-    if not isinstance(keys, list) or not all(
-        isinstance(key, str) for key in keys):
+    if not isinstance(keys, list) or not all(map(_is_key, keys)):
       raise TorchFileError('damaged: no list of storages')
     end = path.stat().st_size
     for key in keys:
@@ -178,7 +202,8 @@ def _load_legacy(path: pathlib.Path) -> Any:
       storage.read = _legacy_reader(path, offset, storage.dtype, swap)
       file.seek(offset + count * storage.dtype.itemsize)
     if missing := sorted(k for k, s in storages.items() if s.read is None):
-      raise TorchFileError(f'truncated: it lacks the storages {missing}')
+      raise TorchFileError(f'truncated: it lacks {len(missing)} storages, e.g. '
+                           f'{missing[0]!r}')
     return content
 
 
@@ -199,37 +224,68 @@ def _from_bytes(content, dtype, count, swap):
 def _parse_id(pid: Any) -> tuple[np.dtype, str, int]:
   """('storage', type, key, location, count, ...) -> dtype, key, count."""
   if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
-    raise TorchFileError(f'a reference to {pid!r}, which is no storage')
+    raise TorchFileError(f'a reference to {shown(pid)}, which is no storage')
   _, kind, key, _, count = pid[:5]
-  name = kind.name if isinstance(kind, Global) else repr(kind)
-  if name not in _DTYPES or not str(kind).startswith('torch.'):
-    raise TorchFileError(f'a storage of type {kind}, which is unknown')
-  if not isinstance(count, int) or count < 0:
-    raise TorchFileError(f'a storage of {count!r} elements')
-  return np.dtype(_DTYPES[name]), str(key), count
+  if (not isinstance(kind, Global) or kind.name not in _DTYPES
+      or not str(kind).startswith('torch.')):
+    raise TorchFileError(f'a storage of type {shown(kind)}, which is unknown')
+  if not _is_key(key):
+    raise TorchFileError(f'a storage called {shown(key)}, expected a string')
+  if not _is_size(count):
+    raise TorchFileError(f'a storage of {shown(count)} elements')
+  return np.dtype(_DTYPES[kind.name]), key, count
+
+
+def _is_key(value):
+  return isinstance(value, str) and len(value) <= _LONGEST_KEY
+
+
+def _is_size(value):
+  return isinstance(value, int) and 0 <= value < _LARGEST
+
+
+def _is_view(view, count):
+  """(key, start, size) within `count` elements."""
+  return (isinstance(view, tuple) and len(view) == 3
+          and all(map(_is_size, view[1:])) and sum(view[1:]) <= count)
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *unused) -> LazyTensor:
   """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
   if not isinstance(storage, Storage):
-    raise TorchFileError(f'a tensor made of {type(storage).__name__}')
-  numbers = (offset, *shape, *strides)
-  if len(shape) != len(strides) or not all(
-      isinstance(n, int) and n >= 0 for n in numbers):
-    raise TorchFileError(f'a tensor of shape {shape}, strides {strides}')
+    raise TorchFileError(f'a tensor made of {shown(storage)}')
+  text = f'a tensor of shape {shown(shape)}, strides {shown(strides)}'
+  if not _are_sizes(shape) or not _are_sizes(strides) or not _is_size(offset):
+    raise TorchFileError(text)
+  # The pickle could still append to its lists.
+  shape, strides = tuple(shape), tuple(strides)
+  if len(shape) != len(strides):
+    raise TorchFileError(text)
   count = 0
   if 0 not in shape:
     count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if offset + count > storage.count:
-    raise TorchFileError(f'a tensor of shape {shape} at {offset} reaches '
-                         f'beyond its storage of {storage.count} elements')
+    raise TorchFileError(f'{text} at {offset} reaches beyond its storage of '
+                         f'{storage.count} elements')
+  if math.prod(shape) > storage.count:
+    raise TorchFileError(
+        f'{text} is larger than its storage of {storage.count} elements: '
+        'checkpoints hold no expanded tensors. Save it with .contiguous()')
 
   def read():
     flat = storage.read(offset, count)
+    if 0 in shape:
+      return flat.reshape(shape)
     return np.lib.stride_tricks.as_strided(
-        flat, shape, [s * storage.dtype.itemsize for s in strides],
+        flat, shape, [s * storage.dtype.itemsize if n > 1 else 0
+                      for n, s in zip(shape, strides, strict=True)],
         writeable=False)
-  return LazyTensor(tuple(shape), storage.dtype, read)
+  return LazyTensor(shape, storage.dtype, read)
+
+
+def _are_sizes(values):
+  return (isinstance(values, tuple | list) and len(values) <= _MOST_DIMENSIONS
+          and all(map(_is_size, values)))
 
 
 _CALLS = {

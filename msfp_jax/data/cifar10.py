@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from msfp_jax import pickles
+from msfp_jax.pickle_names import shown
 
 _BINARY = [f'data_batch_{i}.bin' for i in range(1, 6)]
 _PYTHON = [f'data_batch_{i}' for i in range(1, 6)]
@@ -60,7 +61,11 @@ def _parse_python(file: pathlib.Path) -> np.ndarray:
   """A pickled dict whose 'data' is an array."""
   with open(file, 'rb') as opened:
     content = pickles.read_pickle(opened, _CALLS)
+  if not isinstance(content, dict):
+    raise ValueError(f'a pickle of {shown(content)}, expected a dict')
   rows = content['data'] if 'data' in content else content[b'data']
+  if not isinstance(rows, _Array):
+    raise ValueError(f"its 'data' is {shown(rows)}, expected an array")
   return rows.array()
 
 
@@ -84,8 +89,10 @@ class _Array(pickles.Buildable):
 
   def array(self) -> np.ndarray:
     _, shape, dtype, fortran, content = self.state
-    if dtype.name != b'u1' or fortran:
-      raise ValueError(f'pixels of type {dtype.name!r}')
+    if not isinstance(dtype, _Dtype) or dtype.name != b'u1' or fortran:
+      kind = shown(getattr(dtype, 'name', dtype))
+      raise ValueError(f'pixels of type {kind}, fortran order '
+                       f'{shown(fortran)}')
     return np.frombuffer(_bytes(content), np.uint8).reshape(shape)
 
 
