@@ -68,24 +68,30 @@ _COPIES_PER_BYTE = 4
 _COPIES_OF_ANY = 1_000_000
 
 
+def _opaque(name: Global) -> Opaque:
+  return Opaque(str(name))
+
+
 def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
-                persistent: Callable[[Any], Any] | None = None) -> Any:
+                persistent: Callable[[Any], Any] | None = None,
+                other: Callable[[Global], Any] = _opaque) -> Any:
   """Reads one pickle and leaves the file behind its end.
 
   Args:
     file: binary, at the start of a pickle.
     calls: for names whose calls are understood, what to call instead.
     persistent: resolves persistent ids; without it they are refused.
+    other: what stands for the result of a call of any other name.
 
   Returns:
     Numbers, strings, bytes, None, lists (also for sets), tuples, dicts, what
-    `calls` and `persistent` returned, `Global` and `Opaque`.
+    `calls`, `persistent` and `other` returned, `Global` and `Opaque`.
 
   Raises:
     PickleError: not a pickle, a truncated one, or one with names that have no
       place in a checkpoint.
   """
-  machine = _Machine({**_CONTAINERS, **calls}, persistent)
+  machine = _Machine({**_CONTAINERS, **calls}, persistent, other)
   try:
     start = file.tell()
     for opcode, argument, position in pickletools.genops(file):
@@ -104,11 +110,12 @@ def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
 class _Machine:
   """The stack, the memo, and a method for every kind of instruction."""
 
-  def __init__(self, calls, persistent):
+  def __init__(self, calls, persistent, other):
     self.stack = []
     self.memo = {}
     self.calls = calls
     self.persistent = persistent
+    self.other = other
     self.result = None
     self.consumed = 0  # bytes of the pickle
     self.copied = 0  # values, by calls
@@ -151,7 +158,7 @@ class _Machine:
     if not isinstance(function, Global):
       raise PickleError(f'damaged: a call of {type(function).__name__}')
     if kwargs or function not in self.calls:
-      return Opaque(str(function))
+      return self.other(function)
     if not isinstance(args, tuple | list):
       raise PickleError(f'damaged: {function} called with {shown(args)}')
     self.charge(args)

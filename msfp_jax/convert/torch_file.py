@@ -1,8 +1,9 @@
 """Reads what torch.save wrote (.ckpt, .pth, .pt, .bin) without torch.
 
-Both containers: the zip of torch >= 1.6 and the older stream of pickles. The
-pickle is read as data (`pickles.py`), and tensors stay in the file until they
-are needed.
+Both containers: the zip of torch >= 1.6 and the older stream of pickles; and
+the zip of torch.jit.save, whose modules become dicts of their attributes. The
+pickle is read as data (`pickles.py`), the code of a script is not looked at,
+and tensors stay in the file until they are needed.
 """
 
 import math
@@ -43,6 +44,19 @@ _LARGEST = 2**62  # what NumPy counts with
 
 class TorchFileError(pickles.PickleError):
   """The file is no torch checkpoint, or is damaged; names what is wrong."""
+
+
+class _Scripted(dict, pickles.Buildable):
+  """A module or object of TorchScript: its attributes."""
+
+  def build(self, state: Any) -> None:
+    if isinstance(state, dict):
+      self.update(state)
+
+
+def _other(name: Global) -> Any:
+  scripted = name.module.partition('.')[0] == '__torch__'
+  return _Scripted() if scripted else pickles.Opaque(str(name))
 
 
 def load(path: str | pathlib.Path) -> Any:
@@ -96,7 +110,7 @@ def _load_zip(path: pathlib.Path) -> Any:
           dtype, count, _zip_reader(path, members[name], dtype, swap))
 
     with archive.open(f'{root}data.pkl') as file:
-      return pickles.read_pickle(file, _CALLS, resolve)
+      return pickles.read_pickle(file, _CALLS, resolve, _other)
 
 
 def _check_member(info, size_on_disk):
