@@ -40,8 +40,8 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table costs test test-slow parity versus golden lint \
-  clean
+.PHONY: help setup demo table costs test test-slow parity versus inception \
+  golden lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -71,6 +71,9 @@ parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 versus: $(PARITY_READY) ## sampling speed against PyTorch and diffusers
 	$(PARITY_PY) -m benchmarks.versus_diffusers
 
+inception: $(PARITY_READY) ## speed of FID's features against torch-fidelity
+	$(PARITY_PY) -m benchmarks.inception_speed
+
 golden: $(PARITY_READY) ## rewrite tests/golden from PyTorch
 	PYTHONPATH=. $(PARITY_PY) tests/make_golden.py
 
@@ -94,4 +97,5 @@ $(PARITY_READY): requirements.txt tests/requirements.txt \
 	$(call create_venv,$(PARITY_VENV))
 	@$(PARITY_PY) $(PIP_INSTALL) -r requirements.txt \
 	  -r tests/requirements.txt -r tests/parity-requirements.txt
+	@$(PARITY_PY) $(PIP_INSTALL) --no-deps 'torch-fidelity>=0.4,<0.5'
 	@touch $@

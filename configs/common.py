@@ -123,6 +123,10 @@ def get_config() -> ml_collections.ConfigDict:
       'num_samples': 2048,
       'batch_size': 256,
       'features': 'digits',  # see msfp_jax/metrics/features.py
+      # Of features 'inception': the file of its weights, which is downloaded
+      # if empty; and how images are prepared, see metrics/preprocess.py.
+      'inception': '',
+      'preprocessing': 'tf',
       'pictures': 16,  # images a row in samples/methods.png
   })
   return config

@@ -228,7 +228,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   experiment_lib.prepare_workdir(config, workdir)
   experiment = experiment_lib.load(config, workdir)
   check_rows(config, workdir)
-  scorer = scorer_lib.Scorer(experiment.images, config.eval.features)
+  scorer = scorer_lib.Scorer(
+      experiment.images, config.eval.features, inception=config.eval.inception,
+      preprocessing=config.eval.preprocessing)
   names = [FULL_PRECISION] + [
       name for name in config.eval.rows if name != FULL_PRECISION]
   results = results_head(config, experiment.plan) | {'rows': []}

@@ -86,7 +86,9 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   if not todo:
     return
   experiment = experiment_lib.load(base, workdir)
-  scorer = scorer_lib.Scorer(experiment.images, base.eval.features)
+  scorer = scorer_lib.Scorer(
+      experiment.images, base.eval.features, inception=base.eval.inception,
+      preprocessing=base.eval.preprocessing)
   full = evaluate.untuned(experiment, None)
   images = evaluate.draw(experiment, full, f'seed {seed}, fp')
   reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,

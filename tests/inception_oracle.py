@@ -13,6 +13,8 @@ import numpy as np
 
 from msfp_jax.metrics import inception
 
+# Of the images of tests/golden/inception.npz.
+GOLDEN_SHAPE = (2, 40, 32, 3)
 _STUBS = {'torchvision': (), 'torchvision.transforms': (),
           'torchvision.transforms.functional': (),
           'torchvision.datasets': ('CIFAR10', 'CIFAR100', 'STL10')}

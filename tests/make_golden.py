@@ -1,6 +1,6 @@
-"""Writes tests/golden/unet_*.npz: what diffusers' UNet2DModel computes.
+"""Writes tests/golden: what diffusers and torch-fidelity compute.
 
-`make golden` runs it where PyTorch and diffusers are installed. The weights
+`make golden` runs it where PyTorch and both of them are installed. The weights
 are renamed backwards, into the names of ermongroup/ddim, so that the files
 stand in for an original checkpoint.
 """
@@ -11,6 +11,7 @@ import re
 import diffusers
 import diffusers_oracle
 import families
+import inception_oracle
 import numpy as np
 import torch
 import unet_oracle
@@ -142,9 +143,17 @@ def golden_families() -> dict[str, np.ndarray]:
   return found
 
 
+def golden_inception() -> dict[str, np.ndarray]:
+  """Outputs; the test draws weights and images again."""
+  images = inception_oracle.random_images(inception_oracle.GOLDEN_SHAPE)
+  return inception_oracle.outputs(
+      inception_oracle.random_state(), images)._asdict()
+
+
 def all_golden() -> dict[str, dict[str, np.ndarray]]:
   return {
       'families': golden_families(),
+      'inception': golden_inception(),
       'unet_tiny': golden(unet_oracle.TINY, seed=0),
       'unet_tiny_relative': golden(unet_oracle.TINY_RELATIVE, seed=1),
       'unet_cifar10': golden_cifar10(seed=2),

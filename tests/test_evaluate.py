@@ -18,6 +18,7 @@ from msfp_jax import quantizers
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 from msfp_jax.formats import FPFormat
+from msfp_jax.metrics import collect
 from msfp_jax.metrics import scorer as scorer_lib
 
 SHAPE = (8, 8, 1)
@@ -205,7 +206,7 @@ class Counted:
 def test_the_data_are_read_in_chunks(monkeypatch, caplog):
   images = smooth(600, 0)
   whole = scorer_lib.Scorer(images, 'random').score(images[:300])
-  monkeypatch.setattr(scorer_lib, '_CHUNK_BYTES', 1)  # a network's batch
+  monkeypatch.setattr(collect, '_CHUNK_BYTES', 1)  # a network's batch
   counted = Counted(images)
   with caplog.at_level('INFO', 'absl'):
     scorer = scorer_lib.Scorer(counted, 'random')

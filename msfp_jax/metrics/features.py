@@ -1,19 +1,42 @@
-"""Feature networks for the Frechet distance, each under a name.
+"""Feature networks for distances between sets of images, each under a name.
 
 A distance on one network's features says nothing about a distance on
 another's, so the network's name is part of the metric's: `fd_digits`,
-`fd_random`. A new network is a function and its line in `_NETWORKS`.
+`fd_random`; Inception's have the names that everyone uses, `fid` and `kid`. A
+new network is a function and its line in `_NETWORKS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.metrics import digits_classifier
+from msfp_jax.metrics import inception
+from msfp_jax.metrics import inception_weights
+from msfp_jax.metrics import preprocess
 
 _RANDOM_WIDTHS = (8, 16, 16, 24)
+# What Inception's metrics are called, by what others' names begin with.
+_INCEPTION_METRICS = {
+    'fd': 'fid', 'fd_spatial': 'sfid', 'kd': 'kid', 'is': 'is',
+    'precision': 'precision', 'recall': 'recall'}
+
+
+class Outputs(NamedTuple):
+  """What a network gives of N images, float32.
+
+  Attributes:
+    features: `[N, D]`.
+    logits: `[N, K]` of a classifier (Inception's: without their bias), or
+      None.
+    spatial: `[N, E]`, features that know places, as sFID's, or None.
+  """
+  features: jax.Array
+  logits: jax.Array | None = None
+  spatial: jax.Array | None = None
 
 
 class FeatureNetwork:
@@ -24,47 +47,87 @@ class FeatureNetwork:
     image_shape: (H, W, C) of the images it takes.
     dim: length of a feature vector.
     num_classes: of `probabilities`; 0 for a network that does not classify.
+    numbers_per_image: length of all outputs together.
+    provenance: JSON-like, what statistics of these features hold for.
   """
 
   def __init__(
       self,
       name: str,
       image_shape: tuple[int, int, int],
-      apply: Callable[[dict, jax.Array], tuple[jax.Array, jax.Array | None]],
+      apply: Callable[[dict, jax.Array], Outputs],
       params: dict,
       batch_size: int = 256,
+      metrics: Mapping[str, str] | None = None,
+      provenance: Mapping[str, str] | None = None,
   ):
     """Wraps a function.
 
     Args:
       name: see above.
       image_shape: (H, W, C).
-      apply: (params, uint8 images `[N, H, W, C]`) -> float32 features
-        `[N, D]` and logits `[N, K]` or None; images must not influence each
-        other.
+      apply: (params, uint8 images `[N, H, W, C]`) -> outputs; images must
+        not influence each other.
       params: a pytree of arrays.
       batch_size: images at a time.
+      metrics: kind of metric -> its name, where that is not
+        '<kind>_<name of the network>'.
+      provenance: what stands there beside the name.
     """
     self.name = name
     self.image_shape = image_shape
     self._params = jax.device_put(params)
     self._batch_size = batch_size
+    self._metrics = metrics or {}
+    self.provenance = {'features': name} | dict(provenance or {})
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
-    features, logits = jax.eval_shape(apply, params, images)
-    self.dim = features.shape[1]
-    self.num_classes = 0 if logits is None else logits.shape[1]
-
-    @jax.jit
-    def outputs(params, images):
-      features, logits = apply(params, images)
-      return features, None if logits is None else jax.nn.softmax(logits)
-
-    self._outputs = outputs
+    shapes = jax.eval_shape(apply, params, images)
+    self.dim = shapes.features.shape[1]
+    self.num_classes = 0 if shapes.logits is None else shapes.logits.shape[1]
+    self.numbers_per_image = sum(
+        x.shape[1] for x in jax.tree.leaves(shapes))
+    self._shapes = shapes
+    self._apply = jax.jit(apply)
 
   @property
   def metric(self) -> str:
     """What a Frechet distance on these features is called."""
-    return f'fd_{self.name}'
+    return self.named('fd')
+
+  def named(self, kind: str) -> str:
+    """What a metric on these features is called.
+
+    Args:
+      kind: 'fd' for the Frechet distance, 'fd_spatial' for that of the spatial
+        features, 'kd' for the kernel distance, 'is' for the inception score,
+        'precision' or 'recall'.
+    """
+    return self._metrics.get(kind, f'{kind}_{self.name}')
+
+  def outputs(self, images: np.ndarray) -> Outputs:
+    """uint8 images `[N, H, W, C]` -> all that the network gives, on the host.
+
+    Raises:
+      ValueError: images of another type or shape.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+      wanted = ', '.join(map(str, self.image_shape))
+      raise ValueError(
+          f'feature network {self.name!r} takes uint8 images [N, {wanted}], '
+          f'got {images.dtype} {list(images.shape)}')
+    found = jax.tree.map(
+        lambda x: np.empty((len(images), *x.shape[1:]), x.dtype), self._shapes)
+    for start in range(0, len(images), self._batch_size):
+      batch = images[start:start + self._batch_size]
+      count = len(batch)
+      missing = self._batch_size - count
+      batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+      out = jax.device_get(self._apply(self._params, batch))
+      for whole, part in zip(
+          jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
+        whole[start:start + count] = part[:count]
+    return found
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """uint8 images `[N, H, W, C]` -> float32 features `[N, dim]`.
@@ -72,7 +135,7 @@ class FeatureNetwork:
     Raises:
       ValueError: images of another type or shape.
     """
-    return self._run(images, 0, self.dim)
+    return self.outputs(images).features
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
     """uint8 images `[N, H, W, C]` -> float32 `[N, num_classes]`, rows sum to 1.
@@ -83,27 +146,11 @@ class FeatureNetwork:
     if not self.num_classes:
       raise ValueError(f'feature network {self.name!r} does not classify; '
                        "'digits' does")
-    return self._run(images, 1, self.num_classes)
-
-  def _run(self, images: np.ndarray, output: int, width: int) -> np.ndarray:
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
-      wanted = ', '.join(map(str, self.image_shape))
-      raise ValueError(
-          f'feature network {self.name!r} takes uint8 images [N, {wanted}], '
-          f'got {images.dtype} {list(images.shape)}')
-    result = np.empty((len(images), width), np.float32)
-    for start in range(0, len(images), self._batch_size):
-      batch = images[start:start + self._batch_size]
-      count = len(batch)
-      missing = self._batch_size - count
-      batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-      out = self._outputs(self._params, batch)[output]
-      result[start:start + count] = jax.device_get(out)[:count]
-    return result
+    return np.asarray(jax.nn.softmax(self.outputs(images).logits))
 
 
-def get(name: str, image_shape: tuple[int, int, int]) -> FeatureNetwork:
+def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
+        preprocessing: str = 'tf') -> FeatureNetwork:
   """The feature network `name` for images of `image_shape` = (H, W, C).
 
   'digits': the penultimate layer (64) of `digits_classifier`, for 16 x 16 x 1
@@ -114,8 +161,19 @@ def get(name: str, image_shape: tuple[int, int, int]) -> FeatureNetwork:
   texture and has learned nothing about objects: a distance on it ranks models
   roughly, and compares only with itself at the same image shape.
 
+  'inception': FID's network, for images of any size, grey or in colours. It
+  alone takes the other arguments.
+
+  Args:
+    name: one of these.
+    image_shape: (H, W, C).
+    weights: file of Inception's weights, see `inception_weights.find`.
+    preprocessing: of Inception's input, see `preprocess.to_inception`.
+
   Raises:
-    ValueError: unknown name, or a shape that the network cannot take.
+    ValueError: unknown name, a shape that the network cannot take, or other
+      weights than expected.
+    OSError: Inception's weights are not there and cannot be downloaded.
   """
   if name not in _NETWORKS:
     raise ValueError(f'feature network {name!r}: must be one of '
@@ -124,10 +182,10 @@ def get(name: str, image_shape: tuple[int, int, int]) -> FeatureNetwork:
   if len(shape) != 3 or min(shape) < 1:
     raise ValueError(f'feature network {name!r}: image_shape must be '
                      f'(H, W, C), got {shape}')
-  return _NETWORKS[name](shape)
+  return _NETWORKS[name](shape, weights, preprocessing)
 
 
-def _digits(image_shape: tuple[int, int, int]) -> FeatureNetwork:
+def _digits(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
   if image_shape != digits_classifier.IMAGE_SHAPE:
     raise ValueError(
         f"feature network 'digits' takes {digits_classifier.IMAGE_SHAPE} "
@@ -135,11 +193,34 @@ def _digits(image_shape: tuple[int, int, int]) -> FeatureNetwork:
   params, _ = digits_classifier.load()
   model = digits_classifier.DigitsClassifier()
   return FeatureNetwork(
-      'digits', image_shape,
-      lambda params, images: model.apply({'params': params}, images), params)
+      'digits', image_shape, lambda params, images: Outputs(
+          *model.apply({'params': params}, images)), params)
 
 
-def _random(image_shape: tuple[int, int, int]) -> FeatureNetwork:
+def _inception(image_shape: tuple[int, int, int], weights: str,
+               preprocessing: str) -> FeatureNetwork:
+  if image_shape[-1] not in (1, 3):
+    raise ValueError("feature network 'inception' takes images with 1 or 3 "
+                     f'channels, got {image_shape}')
+  preprocess.check(preprocessing)
+
+  def apply(params, images):
+    found = inception.apply(
+        params, preprocess.to_inception(images, preprocessing))
+    return Outputs(found.pool, found.logits_unbiased, found.spatial)
+
+  path = inception_weights.find(weights)
+  suffix = '' if preprocessing == 'tf' else f'_{preprocessing}'
+  return FeatureNetwork(
+      'inception', image_shape, apply, inception_weights.load(path),
+      batch_size=16 if jax.default_backend() == 'cpu' else 256,
+      metrics={kind: name + suffix
+               for kind, name in _INCEPTION_METRICS.items()},
+      provenance={'preprocessing': preprocessing,
+                  'weights_sha256': inception_weights.digest(path)})
+
+
+def _random(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
   rng = np.random.RandomState(0)  # its stream is frozen, default_rng's is not
   kernels = []
   channels = image_shape[-1]
@@ -153,8 +234,7 @@ def _random(image_shape: tuple[int, int, int]) -> FeatureNetwork:
                         {'kernels': kernels}, batch_size)
 
 
-def _apply_random(params: dict,
-                  images: jax.Array) -> tuple[jax.Array, None]:
+def _apply_random(params: dict, images: jax.Array) -> Outputs:
   """Means and deviations over the image of each layer's channels."""
   x = images.astype(jnp.float32) / 127.5 - 1.0
   pooled = []
@@ -166,7 +246,7 @@ def _apply_random(params: dict,
         precision=jax.lax.Precision.HIGHEST)
     x = jax.nn.leaky_relu(x, 0.2)
     pooled += [x.mean(axis=(1, 2)), x.std(axis=(1, 2))]
-  return jnp.concatenate(pooled, axis=-1), None
+  return Outputs(jnp.concatenate(pooled, axis=-1))
 
 
-_NETWORKS = {'digits': _digits, 'random': _random}
+_NETWORKS = {'digits': _digits, 'inception': _inception, 'random': _random}

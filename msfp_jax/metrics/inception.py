@@ -265,9 +265,8 @@ def _run_last(p, x):
 
 def _forks(p, one, three, double):
   double = _chain(p, double, 'branch3x3dbl_2')
-  return [one, _chain(p, three, 'branch3x3_2a'),
-          _chain(p, three, 'branch3x3_2b'), _chain(p, double, 'branch3x3dbl_3a'),
-          _chain(p, double, 'branch3x3dbl_3b')]
+  return [one, *(_chain(p, three, f'branch3x3_2{i}') for i in 'ab'),
+          *(_chain(p, double, f'branch3x3dbl_3{i}') for i in 'ab')]
 
 
 _RUN = {

@@ -14,6 +14,13 @@ _SIZE = 299
 CONVENTIONS = ('tf', 'pytorch', 'clean')
 
 
+def check(convention: str) -> None:
+  """Raises ValueError unless it is one of CONVENTIONS."""
+  if convention not in CONVENTIONS:
+    raise ValueError(f'preprocessing {convention!r}: must be one of '
+                     f'{", ".join(map(repr, CONVENTIONS))}')
+
+
 def to_inception(images: jax.Array, convention: str = 'tf') -> jax.Array:
   """Resizes to 299 x 299 and scales.
 
@@ -39,9 +46,7 @@ def to_inception(images: jax.Array, convention: str = 'tf') -> jax.Array:
   if images.ndim != 4 or images.shape[-1] not in (1, 3):
     raise ValueError('Inception takes images [N, H, W, C] with C = 1 or 3, got '
                      f'{list(images.shape)}')
-  if convention not in CONVENTIONS:
-    raise ValueError(f'preprocessing {convention!r}: must be one of '
-                     f'{", ".join(map(repr, CONVENTIONS))}')
+  check(convention)
   x = jnp.asarray(images, jnp.float32)
   if convention == 'tf':
     x = (_resize_tf(x) - 128) / 128

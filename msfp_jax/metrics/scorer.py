@@ -1,65 +1,78 @@
 """Images against a data set, and against the full-precision model's."""
 
-import contextlib
-import math
-
+import jax
 import numpy as np
 
 from msfp_jax import data
-from msfp_jax import progress as progress_lib
-from msfp_jax.data import stream
+from msfp_jax.metrics import collect
 from msfp_jax.metrics import digits_checks
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
+from msfp_jax.metrics import inception_score
 from msfp_jax.metrics import similarity
-
-_CHUNK_BYTES = 2**26  # of pixels that pass the feature network at once
 
 
 class Scorer:
   """Measures images against the data and against the first images it saw."""
 
-  def __init__(self, images: data.Images, feature_name: str):
-    """Takes the statistics of the data set `images`, read once in chunks."""
-    self._network = features.get(feature_name, images.shape[1:])
-    self._data = self._stats(images)
+  def __init__(self, images: data.Images, feature_name: str, *,
+               inception: str = '', preprocessing: str = 'tf'):
+    """Takes the statistics of the data set `images`, read once in chunks.
+
+    Args:
+      images: the data set.
+      feature_name: of the feature network, see `features.get`.
+      inception: file of Inception's weights.
+      preprocessing: of Inception's input.
+    """
+    self._network = features.get(
+        feature_name, images.shape[1:], weights=inception,
+        preprocessing=preprocessing)
+    self._data = collect.collect(images, self._network)
     self._teacher = None
 
   @property
   def metric(self) -> str:
-    """Name of the Frechet distance: fd_<features>."""
+    """Name of the Frechet distance: fd_<features>, or fid."""
     return self._network.metric
-
-  def _stats(self, images: data.Images) -> frechet.GaussianStats:
-    stats, count = frechet.GaussianStats(), len(images)
-    # Whole batches of the network, and no more than a set needs in memory.
-    size = 256 * max(1, _CHUNK_BYTES // (256 * math.prod(images.shape[1:])))
-    chunks = [slice(i, i + size) for i in range(0, count, size)]
-    progress = progress_lib.Progress(self.metric, count)
-    with contextlib.closing(
-        stream.read_ahead(images.__getitem__, chunks)) as read:
-      for chunk, some in zip(chunks, read, strict=True):
-        stats.update(self._network.features(some))
-        if len(chunks) > 1:
-          progress.update(min(chunk.stop, count))
-    return stats
 
   def score(self, images: np.ndarray) -> dict[str, float]:
     """Metrics of images; the first call's are the reference of the others."""
-    stats = self._stats(images)
-    found = {self.metric: frechet.frechet_distance(stats, self._data)}
+    is_digits = self._network.name == 'digits'
+    logits, score = [], None
+    if is_digits:
+      watch = lambda outputs: logits.append(outputs.logits)
+    elif self._network.num_classes:
+      score = inception_score.InceptionScore(len(images))
+      watch = lambda outputs: score.update(outputs.logits)
+    else:
+      watch = lambda outputs: None
+    moments = collect.collect(images, self._network, watch)
+    found = self._distances(moments, self._data)
+    if score is not None:
+      name, result = self._network.named('is'), score.result()
+      found |= {name: result.mean, f'{name}_std': result.std}
     probabilities = None
-    if self._network.num_classes:
-      probabilities = self._network.probabilities(images)
+    if is_digits:
+      probabilities = np.asarray(jax.nn.softmax(np.concatenate(logits)))
       found |= {'confidence': digits_checks.confidence(probabilities),
                 'class_balance': digits_checks.class_balance(probabilities)}
     if self._teacher is None:
-      self._teacher = (images, stats, probabilities)
+      self._teacher = (images, moments, probabilities)
       return found
-    fp_images, fp_stats, fp_probabilities = self._teacher
-    found[f'{self.metric}_to_fp'] = frechet.frechet_distance(stats, fp_stats)
+    fp_images, fp_moments, fp_probabilities = self._teacher
+    found |= {f'{name}_to_fp': value for name, value in
+              self._distances(moments, fp_moments).items()}
     found['psnr_to_fp'] = similarity.psnr(images, fp_images)
     if probabilities is not None:
       found['label_agreement'] = digits_checks.label_agreement(
           probabilities, fp_probabilities)
+    return found
+
+  def _distances(self, a: collect.Moments, b: collect.Moments
+                 ) -> dict[str, float]:
+    found = {self.metric: frechet.frechet_distance(a.pool, b.pool)}
+    if a.spatial is not None:
+      found[self._network.named('fd_spatial')] = frechet.frechet_distance(
+          a.spatial, b.spatial)
     return found

@@ -1,0 +1,61 @@
+"""A set of images -> the statistics of its features, in one pass."""
+
+from collections.abc import Callable
+import contextlib
+import math
+from typing import NamedTuple
+
+from msfp_jax import data
+from msfp_jax import progress as progress_lib
+from msfp_jax.data import stream
+from msfp_jax.metrics import features as features_lib
+from msfp_jax.metrics import frechet
+
+_CHUNK_BYTES = 2**26  # of what passes the feature network at once
+_BYTES_A_NUMBER = 20  # of the outputs: float32, and float64 twice
+
+
+class Moments(NamedTuple):
+  """Gaussians of a set.
+
+  Attributes:
+    pool: of the feature vectors.
+    spatial: of the spatial ones; None where the network has none.
+  """
+  pool: frechet.GaussianStats
+  spatial: frechet.GaussianStats | None
+
+
+def collect(images: data.Images, network: features_lib.FeatureNetwork,
+            watch: Callable[[features_lib.Outputs], None] = lambda outputs: None
+            ) -> Moments:
+  """Passes a set through a network in chunks; memory does not grow with it.
+
+  Args:
+    images: the set.
+    network: of the images' shape.
+    watch: called with the outputs of every chunk, in order.
+
+  Raises:
+    ValueError: images of another type or shape than the network's, or
+      features that are not finite.
+  """
+  pool, spatial, count = frechet.GaussianStats(), None, len(images)
+  # Whole batches of the network, and no more than a set needs in memory.
+  each = (math.prod(images.shape[1:])
+          + _BYTES_A_NUMBER * network.numbers_per_image)
+  size = 256 * max(1, _CHUNK_BYTES // (256 * each))
+  chunks = [slice(i, i + size) for i in range(0, count, size)]
+  progress = progress_lib.Progress(network.metric, count)
+  with contextlib.closing(
+      stream.read_ahead(images.__getitem__, chunks)) as read:
+    for chunk, some in zip(chunks, read, strict=True):
+      outputs = network.outputs(some)
+      pool.update(outputs.features)
+      if outputs.spatial is not None:
+        spatial = spatial or frechet.GaussianStats()
+        spatial.update(outputs.spatial)
+      watch(outputs)
+      if len(chunks) > 1:
+        progress.update(min(chunk.stop, count))
+  return Moments(pool, spatial)

@@ -1,0 +1,115 @@
+"""Reference statistics in files that the other tools read too.
+
+An `.npz` with `mu` and `sigma` is what pytorch-fid, clean-fid and EDM write and
+read; ADM's has `mu_s` and `sigma_s` beside them, for sFID, and sample images.
+Beside these stands where our own come from.
+"""
+
+from collections.abc import Mapping
+import json
+import os
+from typing import Any, NamedTuple
+import zipfile
+import zlib
+
+import numpy as np
+
+from msfp_jax import data
+from msfp_jax import files
+from msfp_jax.metrics import collect
+from msfp_jax.metrics import features
+from msfp_jax.metrics import frechet
+
+
+class Reference(NamedTuple):
+  """Statistics of a set of images.
+
+  Attributes:
+    pool: of the feature vectors.
+    spatial: of sFID's; None where the file or the network has none.
+    provenance: JSON-like: 'features', 'preprocessing' and more; empty in
+      files of other tools.
+  """
+  pool: frechet.Stats
+  spatial: frechet.Stats | None
+  provenance: Mapping[str, Any]
+
+
+def make(path: str | os.PathLike, images: data.Images,
+         network: features.FeatureNetwork, dataset: str) -> Reference:
+  """Takes the statistics of a set, in chunks, and writes them.
+
+  Args:
+    path: of the `.npz`.
+    images: the set.
+    network: of the images' shape.
+    dataset: what the images are, for the provenance.
+
+  Raises:
+    ValueError: fewer than 2 images, see `collect.collect`.
+    OSError: the file cannot be written.
+  """
+  pool, spatial = collect.collect(images, network)
+  reference = Reference(pool, spatial, {
+      'dataset': dataset, 'num_samples': len(images), **network.provenance})
+  save(path, reference)
+  return reference
+
+
+def save(path: str | os.PathLike, reference: Reference) -> None:
+  """Writes an `.npz`, all or nothing.
+
+  Raises:
+    ValueError: fewer than 2 samples.
+    OSError: the file cannot be written; one already there is kept.
+  """
+  pool, spatial, provenance = reference
+  arrays = {'mu': pool.mean, 'sigma': pool.cov,
+            'provenance': np.array(json.dumps(dict(provenance)))}
+  if pool.num_samples is not None:
+    arrays['num_samples'] = np.int64(pool.num_samples)
+  if spatial is not None:
+    arrays |= {'mu_s': spatial.mean, 'sigma_s': spatial.cov}
+  # Opened here: by name, savez would add a suffix.
+  with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
+    np.savez(file, **arrays)
+
+
+def load(path: str | os.PathLike) -> Reference:
+  """Reads what `save`, pytorch-fid, clean-fid, EDM or ADM wrote.
+
+  Raises:
+    FileNotFoundError: nothing at `path`.
+    ValueError: no `.npz` with a finite `mu` `[D]` and `sigma` `[D, D]`.
+  """
+  try:
+    # np.load leaves a damaged file open, so it does not get to open it.
+    with open(path, 'rb') as file, np.load(file) as arrays:
+      pool = arrays['mu'], arrays['sigma']
+      spatial = ((arrays['mu_s'], arrays['sigma_s'])
+                 if 'mu_s' in arrays else None)
+      count = (int(arrays['num_samples']) if 'num_samples' in arrays else None)
+      provenance = (json.loads(str(arrays['provenance']))
+                    if 'provenance' in arrays else {})
+      if not isinstance(provenance, dict):
+        raise ValueError('its provenance is no JSON object')
+  except FileNotFoundError:
+    raise FileNotFoundError(f'no statistics file at {path}') from None
+  except (OSError, ValueError, KeyError, EOFError, TypeError,
+          zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
+  return Reference(
+      _gaussian(path, '', pool, count),
+      None if spatial is None else _gaussian(path, '_s', spatial, count),
+      provenance)
+
+
+def _gaussian(path, suffix: str, pair, count: int | None) -> frechet.Gaussian:
+  mean, cov = (np.asarray(x, np.float64) for x in pair)
+  if mean.ndim != 1 or cov.shape != mean.shape * 2:
+    raise ValueError(f'{path}: mu{suffix} must be [D] and sigma{suffix} [D, D],'
+                     f' got {mean.shape} and {cov.shape}')
+  if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+    raise ValueError(f'{path}: mu{suffix} or sigma{suffix} holds NaN or '
+                     'infinity; make the statistics anew')
+  return frechet.Gaussian(mean, cov, count)
