@@ -233,7 +233,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       preprocessing=config.eval.preprocessing)
   names = [FULL_PRECISION] + [
       name for name in config.eval.rows if name != FULL_PRECISION]
-  results = results_head(config, experiment.plan) | {'rows': []}
+  results = results_head(config, experiment.plan)
+  results |= {**scorer.provenance, 'rows': []}
   shown = {}
   for name in names:
     row = make_row(experiment, name, workdir)

@@ -13,6 +13,7 @@ import safetensors.numpy
 import torch_writer
 import unet_oracle
 
+from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import features
 from msfp_jax.metrics import inception
 from msfp_jax.metrics import inception_weights
@@ -121,7 +122,7 @@ def test_other_weights_are_refused_and_all_problems_listed(tmp_path, small):
 def test_weights_that_are_not_finite(tmp_path, small):
   small['fc.bias'][1] = np.nan
   torch_writer.save_zip(tmp_path / 'w.pth', small)
-  with pytest.raises(ValueError, match='fc.bias holds NaN'):
+  with pytest.raises(ValueError, match='NaN or infinity in fc.bias'):
     inception_weights.load(tmp_path / 'w.pth')
 
 
@@ -143,7 +144,7 @@ def answer(content):
 def test_a_download_is_checked_and_kept(cache, monkeypatch, tmp_path):
   (tmp_path / 'x').write_bytes(b'weights')
   monkeypatch.setattr(inception_weights, 'SHA256',
-                      inception_weights.digest(tmp_path / 'x'))
+                      classifier_files.digest(tmp_path / 'x'))
   monkeypatch.setattr(urllib.request, 'urlopen', answer(b'weights'))
   path = inception_weights.find()
   assert path == cache / inception_weights.FILE
@@ -263,7 +264,7 @@ def test_inception_as_a_feature_network():
       'fd', 'fd_spatial', 'kd', 'is')] == ['fid', 'sfid', 'kid', 'is']
   assert network.provenance == {
       'features': 'inception', 'preprocessing': 'tf',
-      'weights_sha256': inception_weights.digest(__file__)}
+      'weights_sha256': classifier_files.digest(__file__)}
   clean = features.get('inception', (8, 8, 3), preprocessing='clean')
   assert clean.metric == 'fid_clean'
   with pytest.raises(ValueError, match='1 or 3 channels'):

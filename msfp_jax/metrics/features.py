@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.metrics import cifar_resnet
+from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import digits_classifier
 from msfp_jax.metrics import inception
 from msfp_jax.metrics import inception_weights
@@ -164,6 +166,9 @@ def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
   'inception': FID's network, for images of any size, grey or in colours. It
   alone takes the other arguments.
 
+  'cifar_resnet:PATH': the 64 pooled features of a ResNet for CIFAR-10 in that
+  file, see `cifar_resnet.load`; metrics are named after its depth.
+
   Args:
     name: one of these.
     image_shape: (H, W, C).
@@ -175,14 +180,16 @@ def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
       weights than expected.
     OSError: Inception's weights are not there and cannot be downloaded.
   """
-  if name not in _NETWORKS:
-    raise ValueError(f'feature network {name!r}: must be one of '
-                     f'{", ".join(map(repr, _NETWORKS))}')
+  kind, _, path = name.partition(':')
+  if kind not in _NETWORKS or bool(path) != (kind == 'cifar_resnet'):
+    raise ValueError(
+        f"feature network {name!r}: must be one of 'cifar_resnet:PATH', "
+        "'digits', 'inception', 'random'")
   shape = tuple(image_shape)
   if len(shape) != 3 or min(shape) < 1:
     raise ValueError(f'feature network {name!r}: image_shape must be '
                      f'(H, W, C), got {shape}')
-  return _NETWORKS[name](shape, weights, preprocessing)
+  return _NETWORKS[kind](shape, path or weights, preprocessing)
 
 
 def _digits(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
@@ -195,6 +202,19 @@ def _digits(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
   return FeatureNetwork(
       'digits', image_shape, lambda params, images: Outputs(
           *model.apply({'params': params}, images)), params)
+
+
+def _cifar_resnet(image_shape: tuple[int, int, int], path: str,
+                  *unused: str) -> FeatureNetwork:
+  if image_shape != cifar_resnet.IMAGE_SHAPE:
+    raise ValueError(
+        f"feature network 'cifar_resnet' takes {cifar_resnet.IMAGE_SHAPE} "
+        f"images, got {image_shape}; for these use 'inception' or 'random'")
+  depth, params = cifar_resnet.load(path)
+  return FeatureNetwork(
+      f'resnet{depth}', image_shape,
+      lambda params, images: Outputs(*cifar_resnet.apply(params, images)),
+      params, provenance={'weights_sha256': classifier_files.digest(path)})
 
 
 def _inception(image_shape: tuple[int, int, int], weights: str,
@@ -217,7 +237,7 @@ def _inception(image_shape: tuple[int, int, int], weights: str,
       metrics={kind: name + suffix
                for kind, name in _INCEPTION_METRICS.items()},
       provenance={'preprocessing': preprocessing,
-                  'weights_sha256': inception_weights.digest(path)})
+                  'weights_sha256': classifier_files.digest(path)})
 
 
 def _random(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
@@ -249,4 +269,5 @@ def _apply_random(params: dict, images: jax.Array) -> Outputs:
   return Outputs(jnp.concatenate(pooled, axis=-1))
 
 
-_NETWORKS = {'digits': _digits, 'inception': _inception, 'random': _random}
+_NETWORKS = {'cifar_resnet': _cifar_resnet, 'digits': _digits,
+             'inception': _inception, 'random': _random}

@@ -1,7 +1,6 @@
 """Inception's published weights: found, checked, folded."""
 
 from collections.abc import Mapping
-import hashlib
 import os
 import pathlib
 import shutil
@@ -12,8 +11,7 @@ from absl import logging
 import numpy as np
 
 from msfp_jax import files
-from msfp_jax.convert import source as source_lib
-from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import inception
 
 FILE = 'pt_inception-2015-12-05-6726825d.pth'
@@ -73,16 +71,10 @@ def _download(path: pathlib.Path) -> None:
 
 
 def _check(path: pathlib.Path) -> None:
-  found = digest(path)
+  found = classifier_files.digest(path)
   if found != SHA256:
     raise ValueError(f'{path} is damaged: its SHA-256 is {found}; delete it, '
                      + _ADVICE)
-
-
-def digest(path: str | os.PathLike) -> str:
-  """SHA-256 of a file, in hexadecimal digits."""
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def load(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
@@ -99,31 +91,9 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
     FileNotFoundError: nothing at `path`.
     ValueError: a damaged file, or other tensors; all are listed.
   """
-  tensors = {
-      name: tensor for name, tensor in
-      source_lib.open_source(path).tensors.items()
-      if not name.endswith('.num_batches_tracked')}
-  wanted = state_shapes()
-  problems = [f'missing {name} {shape}' for name, shape in wanted.items()
-              if name not in tensors]
-  for name, tensor in tensors.items():
-    if name not in wanted:
-      problems.append(f'unexpected {name} {tensor.shape}')
-    elif tensor.shape != wanted[name]:
-      problems.append(f'{name} is {tensor.shape}, not {wanted[name]}')
-  if problems:
-    raise ValueError(f'{path} holds other weights than the Inception of '
-                     f'2015-12-05; expected is {FILE}:\n  '
-                     + '\n  '.join(sorted(problems)))
-  return fold({name: _read(path, name, tensor)
-               for name, tensor in tensors.items()})
-
-
-def _read(path, name: str, tensor: LazyTensor) -> np.ndarray:
-  value = np.asarray(tensor.read(), np.float32)
-  if not np.isfinite(value).all():
-    raise ValueError(f'{path}: {name} holds NaN or infinity')
-  return value
+  return fold(classifier_files.read_state(
+      path, classifier_files.open_tensors(path), state_shapes(),
+      f'the Inception of 2015-12-05, as in {FILE}'))
 
 
 def state_shapes() -> dict[str, tuple[int, ...]]:
@@ -131,8 +101,7 @@ def state_shapes() -> dict[str, tuple[int, ...]]:
   shapes = {}
   for name, (height, width, fan, out) in inception.CONVOLUTIONS.items():
     shapes[f'{name}.conv.weight'] = (out, fan, height, width)
-    for leaf in ('weight', 'bias', 'running_mean', 'running_var'):
-      shapes[f'{name}.bn.{leaf}'] = (out,)
+    shapes |= classifier_files.norm_shapes(f'{name}.bn', out)
   return shapes | {
       'fc.weight': (inception.NUM_CLASSES, inception.NUM_FEATURES),
       'fc.bias': (inception.NUM_CLASSES,)}
@@ -147,15 +116,7 @@ def fold(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
   Returns:
     {layer: {'kernel', 'bias'}}, float32, kernels HWIO and `[in, out]`.
   """
-  params = {}
-  for name in inception.CONVOLUTIONS:
-    scale, bias, mean, variance = (
-        np.asarray(state[f'{name}.bn.{leaf}'], np.float64)
-        for leaf in ('weight', 'bias', 'running_mean', 'running_var'))
-    scale = scale / np.sqrt(variance + _EPSILON)
-    kernel = state[f'{name}.conv.weight'].transpose(2, 3, 1, 0) * scale
-    params[name] = {'kernel': kernel.astype(np.float32),
-                    'bias': (bias - mean * scale).astype(np.float32)}
-  return params | {
-      'fc': {'kernel': np.asarray(state['fc.weight'], np.float32).T,
-             'bias': np.asarray(state['fc.bias'], np.float32)}}
+  params = {
+      name: classifier_files.fold(state, f'{name}.conv', f'{name}.bn', _EPSILON)
+      for name in inception.CONVOLUTIONS}
+  return params | {'fc': classifier_files.dense(state, 'fc')}

@@ -1,5 +1,7 @@
 """Images against a data set, and against the full-precision model's."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 
@@ -35,6 +37,11 @@ class Scorer:
   def metric(self) -> str:
     """Name of the Frechet distance: fd_<features>, or fid."""
     return self._network.metric
+
+  @property
+  def provenance(self) -> Mapping[str, str]:
+    """What the distances hold for: features, preprocessing, weights."""
+    return self._network.provenance
 
   def score(self, images: np.ndarray) -> dict[str, float]:
     """Metrics of images; the first call's are the reference of the others."""
