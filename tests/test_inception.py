@@ -13,9 +13,11 @@ import safetensors.numpy
 import torch_writer
 import unet_oracle
 
+from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import features
 from msfp_jax.metrics import inception
+from msfp_jax.metrics import inception_names
 from msfp_jax.metrics import inception_weights
 from msfp_jax.metrics import preprocess
 from msfp_jax.metrics import scorer as scorer_lib
@@ -32,7 +34,7 @@ def small(monkeypatch):
   monkeypatch.setattr(inception, 'NUM_CLASSES', 3)
   rng = np.random.default_rng(0)
   return {name: rng.uniform(0.5, 2, shape).astype(np.float32)
-          for name, shape in inception_weights.state_shapes().items()}
+          for name, shape in inception_names.state_shapes().items()}
 
 
 def nested(state, make):
@@ -74,7 +76,7 @@ def test_the_network_computes_what_torch_fidelity_computes():
 
 
 def test_there_are_94_convolutions_with_the_published_shapes():
-  shapes = inception_weights.state_shapes()
+  shapes = inception_names.state_shapes()
   assert len(inception.CONVOLUTIONS) == 94
   assert len(shapes) + 94 == 566  # with num_batches_tracked
   # The published file has 95,628,359 bytes; the zip takes some of them.
@@ -103,6 +105,46 @@ def test_weights_load_from_every_kind_of_file(tmp_path, small, name):
   expected = inception_weights.fold(small)
   assert loaded.keys() == expected.keys() == {*SMALL, 'fc'}
   jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+# As in the maps by which TensorFlow's weights were first converted.
+@pytest.mark.parametrize('name, scripted', [
+    ('Conv2d_1a_3x3', 'conv'), ('Conv2d_4a_3x3', 'conv_4'),
+    ('Mixed_5b.branch1x1', 'mixed.conv'),
+    ('Mixed_5d.branch5x5_2', 'mixed_2.tower.conv_1'),
+    ('Mixed_6a.branch3x3', 'mixed_3.conv'),
+    ('Mixed_6a.branch3x3dbl_3', 'mixed_3.tower.conv_2'),
+    ('Mixed_6d.branch1x1', 'mixed_6.conv'),
+    ('Mixed_6d.branch7x7dbl_4', 'mixed_6.tower_1.conv_3'),
+    ('Mixed_6e.branch_pool', 'mixed_7.tower_2.conv'),
+    ('Mixed_7a.branch3x3_1', 'mixed_8.tower.conv'),
+    ('Mixed_7a.branch7x7x3_4', 'mixed_8.tower_1.conv_3'),
+    ('Mixed_7b.branch3x3_2a', 'mixed_9.tower_mixed_conv'),
+    ('Mixed_7c.branch3x3dbl_3b', 'mixed_10.tower_1_mixed_conv_1'),
+    ('Mixed_7c.branch_pool', 'mixed_10.tower_2_conv')])
+def test_names_of_the_script(name, scripted):
+  assert inception_names.scripted(name) == scripted
+
+
+def test_tensors_of_the_script_get_the_published_names():
+  leaves = {'conv.weight': 'weight', 'bn.bias': 'beta',
+            'bn.running_mean': 'mean', 'bn.running_var': 'var'}
+  wanted = inception_names.state_shapes()
+  tensors = {'output.weight': wanted['fc.weight'],
+             'output.bias': wanted['fc.bias']}
+  for name in inception.CONVOLUTIONS:
+    tensors |= {f'layers.{inception_names.scripted(name)}.{theirs}':
+                wanted[f'{name}.{ours}'] for ours, theirs in leaves.items()}
+  assert len(tensors) == 4 * 94 + 2
+  empty = lambda shape: LazyTensor(shape, np.dtype(np.float32), lambda: None)
+  found = inception_names.published(
+      {name: empty(shape) for name, shape in tensors.items()})
+  assert {name: tensor.shape for name, tensor in found.items()} == wanted
+  scale = found['Mixed_7c.branch_pool.bn.weight'].read()
+  np.testing.assert_array_equal(scale, np.ones(192))
+  left = inception_names.published(
+      {name: empty((1,)) for name in ('layers.conv.weight', 'layers.x')})
+  assert 'layers.x' in left and 'fc.bias' not in left
 
 
 def test_other_weights_are_refused_and_all_problems_listed(tmp_path, small):
@@ -284,3 +326,4 @@ def test_scores_on_inception_have_the_names_everyone_uses():
   assert first['fid'] == pytest.approx(0, abs=1e-6)
   assert first['sfid'] == pytest.approx(0, abs=1e-6)
   assert 1 < first['is'] < 3
+  assert scorer.provenance['is_splitting'] == 'shuffled'

@@ -13,6 +13,7 @@ import numpy as np
 from msfp_jax import files
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import inception
+from msfp_jax.metrics import inception_names
 
 FILE = 'pt_inception-2015-12-05-6726825d.pth'
 URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/'
@@ -81,8 +82,8 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
   """Reads the network's parameters; nothing in the file is run.
 
   Args:
-    path: the published state dict (.pth), a TorchScript archive (.pt) of a
-      network with the same layer names, or a .safetensors of the same tensors.
+    path: the published state dict (.pth), NVIDIA's TorchScript archive (.pt),
+      or a .safetensors of the tensors of either.
 
   Returns:
     What `inception.apply` takes, float32.
@@ -91,27 +92,17 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
     FileNotFoundError: nothing at `path`.
     ValueError: a damaged file, or other tensors; all are listed.
   """
+  tensors = inception_names.published(classifier_files.open_tensors(path))
   return fold(classifier_files.read_state(
-      path, classifier_files.open_tensors(path), state_shapes(),
+      path, tensors, inception_names.state_shapes(),
       f'the Inception of 2015-12-05, as in {FILE}'))
-
-
-def state_shapes() -> dict[str, tuple[int, ...]]:
-  """{name: shape} of the published tensors, without num_batches_tracked."""
-  shapes = {}
-  for name, (height, width, fan, out) in inception.CONVOLUTIONS.items():
-    shapes[f'{name}.conv.weight'] = (out, fan, height, width)
-    shapes |= classifier_files.norm_shapes(f'{name}.bn', out)
-  return shapes | {
-      'fc.weight': (inception.NUM_CLASSES, inception.NUM_FEATURES),
-      'fc.bias': (inception.NUM_CLASSES,)}
 
 
 def fold(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
   """Batch normalisation into each convolution's weights and bias.
 
   Args:
-    state: as `state_shapes` says; other names are ignored.
+    state: as `inception_names.state_shapes` says; other names are ignored.
 
   Returns:
     {layer: {'kernel', 'bias'}}, float32, kernels HWIO and `[in, out]`.

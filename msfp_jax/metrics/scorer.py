@@ -13,6 +13,8 @@ from msfp_jax.metrics import frechet
 from msfp_jax.metrics import inception_score
 from msfp_jax.metrics import similarity
 
+_SPLITTING = 'shuffled'  # of inception scores
+
 
 class Scorer:
   """Measures images against the data and against the first images it saw."""
@@ -40,27 +42,31 @@ class Scorer:
 
   @property
   def provenance(self) -> Mapping[str, str]:
-    """What the distances hold for: features, preprocessing, weights."""
-    return self._network.provenance
+    """What the metrics hold for: features, preprocessing, weights, splits."""
+    splitting = {'is_splitting': _SPLITTING} if self._scored else {}
+    return {**self._network.provenance, **splitting}
+
+  @property
+  def _scored(self) -> bool:
+    """Whether there is an inception score; digits have checks of their own."""
+    return self._network.num_classes > 0 and self._network.name != 'digits'
 
   def score(self, images: np.ndarray) -> dict[str, float]:
     """Metrics of images; the first call's are the reference of the others."""
-    is_digits = self._network.name == 'digits'
     logits, score = [], None
-    if is_digits:
-      watch = lambda outputs: logits.append(outputs.logits)
-    elif self._network.num_classes:
-      score = inception_score.InceptionScore(len(images))
+    watch = lambda outputs: None
+    if self._scored:
+      score = inception_score.InceptionScore(len(images), _SPLITTING)
       watch = lambda outputs: score.update(outputs.logits)
-    else:
-      watch = lambda outputs: None
+    elif self._network.num_classes:
+      watch = lambda outputs: logits.append(outputs.logits)
     moments = collect.collect(images, self._network, watch)
     found = self._distances(moments, self._data)
     if score is not None:
       name, result = self._network.named('is'), score.result()
       found |= {name: result.mean, f'{name}_std': result.std}
     probabilities = None
-    if is_digits:
+    if logits:
       probabilities = np.asarray(jax.nn.softmax(np.concatenate(logits)))
       found |= {'confidence': digits_checks.confidence(probabilities),
                 'class_balance': digits_checks.class_balance(probabilities)}
