@@ -1,5 +1,6 @@
 """Inception: the network, its weights from every kind of file, its input."""
 
+import http.client
 import io
 import urllib.error
 import urllib.request
@@ -204,7 +205,8 @@ def test_a_damaged_download_leaves_nothing(cache, monkeypatch):
 
 
 @pytest.mark.parametrize('reason', [
-    urllib.error.URLError('no network'), TimeoutError('slow')])
+    urllib.error.URLError('no network'), TimeoutError('slow'),
+    http.client.IncompleteRead(b'')])
 def test_offline_it_says_what_to_get(cache, monkeypatch, reason):
   monkeypatch.setattr(urllib.request, 'urlopen', answer(reason))
   with pytest.raises(OSError) as error:

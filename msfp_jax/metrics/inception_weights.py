@@ -1,6 +1,7 @@
 """Inception's published weights: found, checked, folded."""
 
 from collections.abc import Mapping
+import http.client
 import os
 import pathlib
 import shutil
@@ -54,7 +55,7 @@ def find(path: str | os.PathLike = '') -> pathlib.Path:
       _download(path)
   # Both publishers end the name by the digest's first 8 digits.
   if path.stem.endswith(SHA256[:8]):
-    _check(path)
+    _check(path, str(path))
   return path
 
 
@@ -65,17 +66,17 @@ def _download(path: pathlib.Path) -> None:
           urllib.request.urlopen(URL, timeout=_TIMEOUT) as response):
       with open(temporary, 'wb') as file:
         shutil.copyfileobj(response, file)
-      _check(temporary)
-  except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+      _check(temporary, f'what came from {URL}')
+  except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
+          ConnectionError) as error:
     raise OSError(f'{FILE} is not in {path.parent} and cannot be downloaded '
                   f'from {URL} ({error}); {_ADVICE}') from error
 
 
-def _check(path: pathlib.Path) -> None:
+def _check(path: pathlib.Path, name: str) -> None:
   found = classifier_files.digest(path)
   if found != SHA256:
-    raise ValueError(f'{path} is damaged: its SHA-256 is {found}; delete it, '
-                     + _ADVICE)
+    raise ValueError(f'{name} is damaged: its SHA-256 is {found}; {_ADVICE}')
 
 
 def load(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
