@@ -14,11 +14,10 @@ import jax.numpy as jnp
 
 from msfp_jax.models import convolution
 
-SIZE = 299
+SIZE = 299  # pixels of its input, each way
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
 _SPATIAL_CHANNELS = 7
-NUM_SPATIAL = 17 * 17 * _SPATIAL_CHANNELS
 
 # Name of a convolution -> (height, width, channels in, channels out).
 Shapes = dict[str, tuple[int, int, int, int]]

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SIZE = 299
+from msfp_jax.metrics import inception
+
 CONVENTIONS = ('tf', 'pytorch', 'clean')
 
 
@@ -51,7 +52,7 @@ def to_inception(images: jax.Array, convention: str = 'tf') -> jax.Array:
   if convention == 'tf':
     x = (_resize_tf(x) - 128) / 128
   elif convention == 'pytorch':
-    shape = (x.shape[0], _SIZE, _SIZE, x.shape[3])
+    shape = (x.shape[0], inception.SIZE, inception.SIZE, x.shape[3])
     x = 2 * jax.image.resize(x / 255, shape, 'bilinear', antialias=False) - 1
   else:
     x = (_resize_pillow(x) - 128) / 128
@@ -62,12 +63,12 @@ def _resize_tf(x: jax.Array) -> jax.Array:
   """Bit for bit what TensorFlow 1 computes."""
   for axis in (2, 1):
     size = x.shape[axis]
-    at = (np.arange(_SIZE, dtype=np.float32)
-          * np.float32(size / _SIZE))
+    at = np.arange(inception.SIZE, dtype=np.float32)
+    at *= np.float32(size / inception.SIZE)
     low = at.astype(np.int64)
     high = np.minimum(low + 1, size - 1)
     along = [1] * 4
-    along[axis] = _SIZE
+    along[axis] = inception.SIZE
     weight = (at - low.astype(np.float32)).reshape(along)
     low, high = jnp.take(x, low, axis), jnp.take(x, high, axis)
     # The clip changes nothing, but stands between the product and the sum: a
@@ -87,9 +88,9 @@ def _resize_pillow(x: jax.Array) -> jax.Array:
 @functools.cache
 def _pillow_weights(size: int) -> np.ndarray:
   """`[299, size]` float32: each row sums to 1."""
-  scale = size / _SIZE
+  scale = size / inception.SIZE
   stretch = max(scale, 1.0)  # a smaller image averages
-  centre = (np.arange(_SIZE)[:, None] + 0.5) * scale
+  centre = (np.arange(inception.SIZE)[:, None] + 0.5) * scale
   pixel = np.arange(size)[None]
   weights = _cubic((pixel - centre + 0.5) / stretch)
   first = np.floor(centre - 2 * stretch + 0.5)
