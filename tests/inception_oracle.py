@@ -43,7 +43,11 @@ def random_images(shape, seed: int = 0) -> np.ndarray:
 
 @contextlib.contextmanager
 def imports():
-  """While it is open, torch-fidelity can be imported."""
+  """While it is open, torch-fidelity can be imported.
+
+  Only the stubs go afterwards: what was imported meanwhile stays, since
+  PyTorch cannot be imported twice.
+  """
   stubs = {}
   for name, attributes in _STUBS.items():
     stubs[name] = types.ModuleType(name)
@@ -52,8 +56,12 @@ def imports():
     parent, _, child = name.rpartition('.')
     if parent:
       setattr(stubs[parent], child, stubs[name])
-  with mock.patch.dict(sys.modules, stubs):
+  sys.modules.update(stubs)
+  try:
     yield
+  finally:
+    for name in stubs:
+      del sys.modules[name]
 
 
 def network(state: dict[str, np.ndarray], features: list[str]):
