@@ -233,6 +233,8 @@ def check_images(images: data.Images, config: unet.UNetConfig, stride: int,
         f'{images.shape[-1]}')
   side = config.image_size * stride
   height, width = images.shape[1:3]
+  if stride == 1:
+    config.check_size(height, width)
   if (height, width) != (side, side):
     raise ValueError(
         f'the images are {height} x {width} pixels, the model makes {side} x '

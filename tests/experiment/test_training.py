@@ -16,8 +16,8 @@ from msfp_jax import finetune
 from msfp_jax import pretrain
 
 # What the rows share.
-HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'seed',
-        'features', 'exceptions', 'rows']
+HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
+        'convention', 'guidance', 'seed', 'features', 'exceptions', 'rows']
 
 
 def test_what_a_workdir_holds(trained):
