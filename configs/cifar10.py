@@ -5,9 +5,10 @@
   python eval.py --config=configs/cifar10.py --workdir=runs/cifar10 ...
 
 Protocol, as of the relatives in docs/method.md: DDIM, 100 steps, spacing
-"quad", eta 0; 50,000 images. `ema_cifar10` is ermongroup/ddim's file, or a
-folder of google/ddpm-cifar10-32; 35,746,307 parameters. `:smoke` runs the whole
-path in about a minute on a random model of the same family.
+"quad", eta 0; 50,000 images, FID to the training images. `ema_cifar10` is
+ermongroup/ddim's file, or a folder of google/ddpm-cifar10-32; 35,746,307
+parameters. `:smoke` runs the whole path in about a minute on a random model of
+the same family.
 
 Not measured by us yet: fine-tuning settings are those of the digits, with
 EfficientDM's length (160 trajectories of 100 steps).
@@ -32,5 +33,5 @@ def get_config(variant: str = ''):
   config.data.name = 'cifar10'
   config.sampler.update(num_steps=100, spacing='quad')
   config.finetune.num_updates = 16_000
-  config.eval.update(num_samples=50_000, features='random')
+  config.eval.update(num_samples=50_000, features='inception')
   return common.apply_variant(config, variant, VARIANTS)

@@ -26,7 +26,7 @@ SMOKE = {
     'finetune.num_updates': 8, 'finetune.rank': 2, 'finetune.batch_size': 2,
     'finetune.save_every': 4, 'finetune.log_every': 1,
     'eval.num_samples': 160, 'eval.batch_size': 80,
-    'eval.rows': ('fp', 'tuned')}
+    'eval.rows': ('fp', 'tuned'), 'eval.features': 'random'}
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -82,7 +82,8 @@ def test_what_a_config_names_exists(module, variant):
   fields = dict(config.model)
   side = fields['image_size'] or 16
   unet.UNetConfig(**fields | {'image_size': side})
-  features.get(config.eval.features, (side, side, 1))
+  if config.eval.features != 'inception':  # whose weights are a download
+    features.get(config.eval.features, (side, side, 1))
   for row in config.eval.rows:
     if row not in ('fp', 'tuned'):
       spec.recipe(row.partition(':')[0])
