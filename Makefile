@@ -17,8 +17,8 @@ PYTHON := $(shell for p in python3.12 python3.11 python3; do \
 endif
 
 JAX_EXTRA ?=
-# Files are spread over processes, as compiling uses one core.
-WORKERS ?= -n auto --dist loadfile
+# Files are spread over processes (tests/conftest.py): compiling uses one core.
+WORKERS ?= -n auto --dist loadgroup
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
