@@ -366,8 +366,14 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize('config, family, rename, tensors, parameters',
-                         REAL.values(), ids=REAL)
+# Those of the paper's configs are quick tests, the others slow ones.
+PAPERS = ('cifar10', 'celeba64', 'bedrooms', 'churches', 'cin256-v2')
+
+
+@pytest.mark.parametrize('config, family, rename, tensors, parameters', [
+    pytest.param(*case, id=name,
+                 marks=() if name in PAPERS else pytest.mark.slow)
+    for name, case in REAL.items()])
 def test_the_real_models_are_told_by_their_shapes(
     config, family, rename, tensors, parameters):
   found = rename(zeros(config), config)

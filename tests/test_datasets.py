@@ -65,7 +65,9 @@ def write_python3(folder, planes):
         b'data': batch.reshape(len(batch), -1), b'labels': [0] * len(batch)}))
 
 
-@pytest.mark.parametrize('write', [write_binary, write_python2, write_python3])
+@pytest.mark.parametrize('write', [
+    write_binary, write_python2,
+    pytest.param(write_python3, marks=pytest.mark.slow)])
 def test_cifar10(tmp_path, planes, write):
   write(tmp_path, planes)
   loaded = data.load('cifar10', str(tmp_path))

@@ -40,7 +40,8 @@ PLAIN_LORA = {'num_banks': 1, 'learn_act_ranges': False,
               'gamma': (2.0, 1.0, 1.0, 0.0)}
 DEQUANTIZED = {'num_banks': 3, 'base_weight': 'dequantized', 'seed': 9}
 variants = pytest.mark.parametrize(
-    'options', [{}, PLAIN_LORA, DEQUANTIZED],
+    'options', [{}, PLAIN_LORA,
+                pytest.param(DEQUANTIZED, marks=pytest.mark.slow)],
     ids=['two banks', 'plain LoRA', 'three banks on dequantized weights'])
 
 

@@ -57,6 +57,7 @@ def test_interrupted_is_uninterrupted(
     np.testing.assert_array_equal(found[key], value, key)
 
 
+@pytest.mark.slow
 def test_an_epoch_shows_every_image_once(tmp_path, folder, monkeypatch):
   """Five steps of eight are two epochs of twenty."""
   seen = []
@@ -86,6 +87,7 @@ def test_a_damaged_image_stops_the_run_by_name(tmp_path, folder):
   assert no_reader()
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_folder(folder, reference):
   config = runs.config_of(folder, {
       'pretrained': str(reference / 'pretrain/model.safetensors'),
