@@ -1,5 +1,6 @@
 """Fine-tuning TALoRA against the full-precision teacher with DFA."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import json
@@ -163,10 +164,20 @@ def _bank_shares(student, choices) -> dict[str, jax.Array]:
 
 def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
         workdir: str) -> student_lib.Deployed:
+  """`train`, and the model that it leaves, quantized."""
+  student, trainable = train(experiment, spec, workdir)
+  return student.deploy(trainable, experiment.plan.timesteps)
+
+
+def train(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
+          workdir: str) -> tuple[student_lib.Student, Any]:
   """Fine-tunes a calibrated model, as config.finetune says.
 
   Resumes where the workdir's checkpoints end; if they are complete, only
   loads. Writes router.json: the bank of every layer at every step.
+
+  Returns:
+    The student and what was trained of it.
 
   Raises:
     loop.DivergedError: names the step and the timestep.
@@ -187,17 +198,17 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
     state = loop.run(
         'finetune', state, step, cfg.num_updates, workdir=workdir,
         writer=writer, save_every=cfg.save_every, log_every=cfg.log_every)
-  deployed = student.deploy(state.trainable, plan.timesteps)
   if student.router is not None:
-    _write_router(f'{workdir}/router.json', deployed, plan)
-  return deployed
+    _write_router(f'{workdir}/router.json', plan, student.choices(
+        state.trainable, plan.timesteps))
+  return student, state.trainable
 
 
-def _write_router(path: str, deployed: student_lib.Deployed,
-                  plan: diffusion.SamplerPlan) -> None:
+def _write_router(path: str, plan: diffusion.SamplerPlan,
+                  choices: Mapping[str, jax.Array]) -> None:
   content = {'timesteps': plan.timesteps.tolist(),
              'banks': {name: np.asarray(choice).tolist()
-                       for name, choice in deployed.choices.items()}}
+                       for name, choice in choices.items()}}
   files.write_text(path, json.dumps(content) + '\n')
 
 
@@ -226,7 +237,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   experiment = experiment_lib.load(config, workdir)
   spec = calibrated_spec(experiment, workdir)
   if config.finetune.num_updates:
-    fit(experiment, spec, workdir)
+    train(experiment, spec, workdir)
 
 
 def calibrated_spec(experiment: experiment_lib.Experiment,

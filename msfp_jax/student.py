@@ -134,12 +134,22 @@ class Student:
       kernel = sets.get(name, kernels[name][None])
       weights[name] = (kernel if layer.weight is None
                        else layer.weight.fake_quant(kernel))
+    return Deployed(self.model, self._biased(trainable['biases']), spec,
+                    weights, self.choices(trainable, timesteps))
+
+  def choices(self, trainable: Any, timesteps: np.ndarray
+              ) -> dict[str, jax.Array]:
+    """{layer: the bank of every step, int32 `[S]`} of the layers with banks.
+
+    Args:
+      trainable: what `init` returned, trained.
+      timesteps: of the sampler `[S]`.
+    """
     choices = jnp.zeros((len(timesteps), len(self.banked)), jnp.int32)
     if self.router is not None:
       choices = talora.plan_choices(
           self.router, trainable['router'], timesteps)
-    return Deployed(self.model, self._biased(trainable['biases']), spec,
-                    weights, dict(zip(self.banked, choices.T, strict=True)))
+    return dict(zip(self.banked, choices.T, strict=True))
 
   def _biased(self, offsets: Mapping[str, jax.Array]) -> Any:
     """The parameters with offsets added to the biases."""
