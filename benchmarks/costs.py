@@ -98,7 +98,7 @@ def gathering() -> Iterator[Row]:
   plain = jax.jit(lambda params, noise: diffusion.sample(
       lambda x, t, i: model.apply({'params': params}, x, t), plan, noise))
   gather = jax.jit(lambda params, noise, key: watch(
-      model, plan, 65_536 // 80, params, noise, key))
+      model, plan, 65_536 // 80, params, (noise,), key))
   yield _ratio('sampling 64 images while gathering activations / plain', 1.3,
                lambda: gather(experiment.params, noise, jax.random.key(1)),
                lambda: plain(experiment.params, noise), pairs=7, warmup=1)
