@@ -6,28 +6,13 @@ from typing import Any
 
 from absl import logging
 
+from msfp_jax.convert import diffusers_names
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.unet import UNetConfig
 
 _LANDMARK = 'time_embedding.linear_1.weight'
 
-_RESNET = (
-    (r'(norm1|conv1|norm2|conv2)', r'\1'), (r'time_emb_proj', 'temb_proj'),
-    (r'conv_shortcut', 'nin_shortcut'))
-# Attention of UNet2DModel, in its present and in its old names.
-_ATTENTION = (
-    (r'(?:to_q|query)', 'q'), (r'(?:to_k|key)', 'k'), (r'(?:to_v|value)', 'v'),
-    (r'(?:to_out\.0|proj_attn)', 'proj_out'), (r'group_norm', 'norm'))
-_TRANSFORMER = (
-    (r'(norm|proj_in|proj_out)', r'\1'),
-    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_([qkv])',
-     r'transformer.\1.\2.\3'),
-    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_out\.0',
-     r'transformer.\1.\2.proj_out'),
-    (r'transformer_blocks\.(\d+)\.(norm[123])', r'transformer.\1.\2'),
-    (r'transformer_blocks\.(\d+)\.ff\.net\.0\.proj', r'transformer.\1.ff.proj'),
-    (r'transformer_blocks\.(\d+)\.ff\.net\.2', r'transformer.\1.ff.out'))
 _ROOT = (
     (r'time_embedding\.linear_1', 'temb.dense.0'),
     (r'time_embedding\.linear_2', 'temb.dense.1'),
@@ -257,38 +242,8 @@ def _from_shapes(tensors):
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
   levels = len(config.ch_mult)
-  attention = _ATTENTION if config.context_dim is None else _TRANSFORMER
-  return naming.rename(
-      tensors, lambda module: _module(module, levels, attention))
-
-
-def _module(module, levels, attention):
-  if (ours := naming.rename_module(module, _ROOT)) is not None:
-    return ours
-  if match := re.fullmatch(r'mid_block\.(resnets|attentions)\.(\d)\.(.+)',
-                           module):
-    kind, j, rest = match[1], int(match[2]), match[3]
-    place, rules = (('mid.block', _RESNET) if kind == 'resnets'
-                    else ('mid.attn', attention))
-    ours = naming.rename_module(rest, rules)
-    return None if ours is None else f'{place}_{j + 1}.{ours}'
-  match = re.fullmatch(
-      r'(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)'
-      r'\.(\d+)\.(.+)', module)
-  if not match:
-    return None
-  side, level, kind, j, rest = match.groups()
-  # diffusers numbers the way up as it is executed, we by level.
-  level = int(level) if side == 'down' else levels - 1 - int(level)
-  place = f'{side}.{level}'
-  if kind == 'attentions':
-    ours = naming.rename_module(rest, attention)
-    return None if ours is None else f'{place}.attn.{j}.{ours}'
-  if kind == 'resnets':
-    ours = naming.rename_module(rest, _RESNET)
-    return None if ours is None else f'{place}.block.{j}.{ours}'
-  place = f'{place}.{kind.removesuffix("rs")}'
-  if rest == 'conv':
-    return f'{place}.conv'
-  ours = naming.rename_module(rest, _RESNET)
-  return None if ours is None else f'{place}.{ours}'
+  attention = (diffusers_names.ATTENTION if config.context_dim is None
+               else naming.TRANSFORMER)
+  return naming.rename(tensors, lambda module: (
+      naming.rename_module(module, _ROOT)
+      or diffusers_names.block_module(module, levels, attention)))

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import logging
 
+from msfp_jax.convert import diffusers_names
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models import autoencoder
@@ -14,12 +15,6 @@ from msfp_jax.models.autoencoder import AutoencoderConfig
 _LANDMARK = 'decoder.conv_in.weight'
 _INSIDE = 'first_stage_model.'  # within a checkpoint of latent diffusion
 _STABLE_DIFFUSION_SCALE = 0.18215
-
-_RESNET = (
-    (r'(norm1|conv1|norm2|conv2)', r'\1'), (r'conv_shortcut', 'nin_shortcut'))
-_ATTENTION = (
-    (r'(?:to_q|query)', 'q'), (r'(?:to_k|key)', 'k'), (r'(?:to_v|value)', 'v'),
-    (r'(?:to_out\.0|proj_attn)', 'proj_out'), (r'group_norm', 'norm'))
 
 
 def detect(tensors: Mapping[str, LazyTensor]) -> bool:
@@ -198,24 +193,5 @@ def _diffusers_module(module, levels):
     return module
   if rest == 'conv_norm_out':
     return f'{part}.norm_out'
-  if match := re.fullmatch(r'mid_block\.(resnets|attentions)\.(\d)\.(.+)',
-                           rest):
-    kind, j, leaf = match[1], int(match[2]), match[3]
-    place, rules = (('mid.block', _RESNET) if kind == 'resnets'
-                    else ('mid.attn', _ATTENTION))
-    ours = naming.rename_module(leaf, rules)
-    return None if ours is None else f'{part}.{place}_{j + 1}.{ours}'
-  match = re.fullmatch(
-      r'(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)'
-      r'\.(\d+)\.(.+)', rest)
-  if not match:
-    return None
-  side, level, kind, j, leaf = match.groups()
-  level = int(level) if side == 'down' else levels - 1 - int(level)
-  if kind.endswith('samplers'):
-    place = kind.removesuffix('rs')
-    return f'{part}.{side}.{level}.{place}.conv' if leaf == 'conv' else None
-  name, rules = (('block', _RESNET) if kind == 'resnets'
-                 else ('attn', _ATTENTION))
-  ours = naming.rename_module(leaf, rules)
-  return None if ours is None else f'{part}.{side}.{level}.{name}.{j}.{ours}'
+  ours = diffusers_names.block_module(rest, levels)
+  return None if ours is None else f'{part}.{ours}'

@@ -25,15 +25,7 @@ _RESBLOCK = (
     (r'in_layers\.0', 'norm1'), (r'in_layers\.2', 'conv1'),
     (r'emb_layers\.1', 'temb_proj'), (r'out_layers\.0', 'norm2'),
     (r'out_layers\.3', 'conv2'), (r'skip_connection', 'nin_shortcut'))
-_ATTENTION = (
-    (r'(norm|q|k|v|proj_in|proj_out)', r'\1'),
-    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_([qkv])',
-     r'transformer.\1.\2.\3'),
-    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_out\.0',
-     r'transformer.\1.\2.proj_out'),
-    (r'transformer_blocks\.(\d+)\.(norm[123])', r'transformer.\1.\2'),
-    (r'transformer_blocks\.(\d+)\.ff\.net\.0\.proj', r'transformer.\1.ff.proj'),
-    (r'transformer_blocks\.(\d+)\.ff\.net\.2', r'transformer.\1.ff.out'))
+_ATTENTION = ((r'([qkv])', r'\1'), *naming.TRANSFORMER)
 _ROOT = (
     (r'time_embed\.0', 'temb.dense.0'), (r'time_embed\.2', 'temb.dense.1'),
     (r'label_emb', 'label_emb'), (r'context_emb', 'context_emb'),

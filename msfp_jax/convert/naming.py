@@ -14,6 +14,17 @@ MAY_PREDICT_V = (
 # A pattern of a whole module name, and what it becomes (as re.sub's).
 Rule = tuple[str, str]
 
+# A spatial transformer; diffusers has kept CompVis' names.
+TRANSFORMER: tuple[Rule, ...] = (
+    (r'(norm|proj_in|proj_out)', r'\1'),
+    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_([qkv])',
+     r'transformer.\1.\2.\3'),
+    (r'transformer_blocks\.(\d+)\.(attn[12])\.to_out\.0',
+     r'transformer.\1.\2.proj_out'),
+    (r'transformer_blocks\.(\d+)\.(norm[123])', r'transformer.\1.\2'),
+    (r'transformer_blocks\.(\d+)\.ff\.net\.0\.proj', r'transformer.\1.ff.proj'),
+    (r'transformer_blocks\.(\d+)\.ff\.net\.2', r'transformer.\1.ff.out'))
+
 
 def rename_module(module: str, rules: Sequence[Rule]) -> str | None:
   """The first rule's result that matches the whole name; None without."""
