@@ -66,36 +66,31 @@ def save_diffusers_linear(path, state, config):
   save_diffusers(path, state, config)
 
 
-def save_diffusers_half(path, state, config):
-  """Shards of torch.save in half precision."""
+def save_sharded(path, tensors, config, suffix, save):
+  """Two files and their index, as diffusers writes large models."""
   path.mkdir()
-  tensors = {n: v.astype(np.float16)
-             for n, v in foreign.diffusers(state, config).items()}
-  names = sorted(tensors)
-  places = {}
+  names, places = sorted(tensors), {}
   for i in range(2):
-    file = f'diffusion_pytorch_model-0000{i + 1}-of-00002.bin'
-    torch_writer.save_zip(path / file, {n: tensors[n] for n in names[i::2]})
+    file = f'diffusion_pytorch_model-0000{i + 1}-of-00002.{suffix}'
+    save({n: tensors[n] for n in names[i::2]}, path / file)
     places |= dict.fromkeys(names[i::2], file)
-  (path / 'diffusion_pytorch_model.bin.index.json').write_text(
+  (path / f'diffusion_pytorch_model.{suffix}.index.json').write_text(
       json.dumps({'metadata': {}, 'weight_map': places}))
   (path / 'config.json').write_text(
       json.dumps(foreign.diffusers_config(config)))
+
+
+def save_diffusers_half(path, state, config):
+  """Shards of torch.save in half precision."""
+  tensors = {n: v.astype(np.float16)
+             for n, v in foreign.diffusers(state, config).items()}
+  save_sharded(path, tensors, config, 'bin',
+               lambda part, file: torch_writer.save_zip(file, part))
 
 
 def save_diffusers_shards(path, state, config):
-  path.mkdir()
-  tensors = foreign.diffusers(state, config)
-  names, places = sorted(tensors), {}
-  for i in range(2):
-    file = f'diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors'
-    part = {n: tensors[n] for n in names[i::2]}
-    safetensors.numpy.save_file(part, path / file)
-    places |= dict.fromkeys(part, file)
-  (path / 'diffusion_pytorch_model.safetensors.index.json').write_text(
-      json.dumps({'metadata': {}, 'weight_map': places}))
-  (path / 'config.json').write_text(
-      json.dumps(foreign.diffusers_config(config)))
+  save_sharded(path, foreign.diffusers(state, config), config, 'safetensors',
+               safetensors.numpy.save_file)
 
 
 def save_pipeline(path, state, config):
