@@ -20,7 +20,7 @@ KL = {'kind': 'kl', 'ch': 128, 'ch_mult': (1, 2, 4, 4), 'z_channels': 4,
 # About a minute on 2 cores, on random models: does everything run?
 SMOKE = {
     'pretrained': 'random', 'model.ch': 8, 'model.ch_mult': (1, 1),
-    'model.norm_groups': 4, 'model.num_res_blocks': 1,
+    'model.norm_groups': 4, 'model.num_res_blocks': 0,
     'sampler.num_steps': 4, 'calibrate.batch_size': 4,
     'calibrate.num_batches': 1, 'calibrate.samples_per_layer': 2048,
     'finetune.num_updates': 8, 'finetune.rank': 2, 'finetune.batch_size': 2,

@@ -188,15 +188,16 @@ def train(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
                          experiment.schedule.num_train_steps, cfg)
   tx = optimizer(cfg)
   plan = experiment.plan
-  state = init_state(student, tx, plan, experiment.sample_shape,
-                     experiment.key(experiment_lib.BANKS), cfg)
+  init = functools.partial(
+      init_state, student, tx, plan, experiment.sample_shape,
+      experiment.key(experiment_lib.BANKS), cfg)
   gamma = losses.denoising_factors(experiment.schedule, plan, cfg.gamma)
   step = make_step(student, plan, gamma, tx,
                    experiment.key(experiment_lib.TRAJECTORIES),
                    experiment.draw_condition)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(
-        'finetune', state, step, cfg.num_updates, workdir=workdir,
+        'finetune', init, step, cfg.num_updates, workdir=workdir,
         writer=writer, save_every=cfg.save_every, log_every=cfg.log_every)
   if student.router is not None:
     _write_router(f'{workdir}/router.json', plan, student.choices(

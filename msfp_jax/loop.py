@@ -30,7 +30,7 @@ def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
 
 def run(
     name: str,
-    state: Any,
+    init: Callable[[], Any],
     step_fn: Callable[[Any], tuple[Any, dict[str, jax.Array]]],
     num_steps: int,
     *,
@@ -47,7 +47,8 @@ def run(
 
   Args:
     name: for progress lines and the metrics' prefix.
-    state: the initial state; `state.step` counts the steps done.
+    init: () -> the initial state, whose `state.step` counts the steps done;
+      not run where there is a checkpoint, but traced for its structure.
     step_fn: state -> (state, scalars); jitted, may donate its argument.
     num_steps: steps in all.
     workdir: checkpoints go to `workdir`/checkpoints.
@@ -62,8 +63,10 @@ def run(
     checkpoint.Preempted: SIGTERM or SIGINT; the state has been saved.
   """
   with checkpoint.Checkpointer(f'{workdir}/checkpoints') as checkpointer:
-    restored = checkpointer.restore(state)
-    if restored is not None:
+    restored = checkpointer.restore(jax.eval_shape(init))
+    if restored is None:
+      state = init()
+    else:
       # Uncommitted, as a fresh state is: both run the same compiled program.
       state = jax.tree.map(jnp.array, jax.device_get(restored))
       logging.info('%s: resumed at step %d', name, int(state.step))

@@ -166,8 +166,10 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   plan = diffusion.make_plan(schedule, **config.sampler)
   key = jax.random.key(config.seed)
   tx = optimizer(cfg)
-  state = init_state(model, tx, jax.random.fold_in(key, 0))
-  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  init = functools.partial(
+      init_state, model, tx, jax.random.fold_in(key, 0))
+  count = sum(leaf.size for leaf in jax.tree.leaves(
+      jax.eval_shape(init).params))
   logging.info('pre-training a UNet of %s parameters on %d images of %s',
                f'{count:,}', len(images), images.shape[1:])
   update = make_update(
@@ -191,7 +193,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
         writer.write_images(done, {'samples': grid[None]})
 
     state = loop.run(
-        'pretrain', state, step, cfg.num_steps, workdir=workdir,
+        'pretrain', init, step, cfg.num_steps, workdir=workdir,
         writer=writer, save_every=cfg.save_every, log_every=cfg.log_every,
         on_step=on_step)
   path = f'{workdir}/model.safetensors'

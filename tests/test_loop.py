@@ -43,7 +43,7 @@ def fresh(size=SIZE):
 def run(workdir, num_steps=9, step_fn=step_fn, **options):
   options = {'save_every': 3, 'log_every': 2} | options
   with writer_lib.MetricWriter(workdir) as writer:
-    return loop.run('toy', fresh(), step_fn, num_steps, workdir=str(workdir),
+    return loop.run('toy', fresh, step_fn, num_steps, workdir=str(workdir),
                     writer=writer, **options)
 
 
