@@ -24,7 +24,7 @@ SMOKE = {
     'sampler.num_steps': 4, 'calibrate.batch_size': 4,
     'calibrate.num_batches': 1, 'calibrate.samples_per_layer': 2048,
     'finetune.num_updates': 8, 'finetune.rank': 2, 'finetune.batch_size': 2,
-    'finetune.save_every': 4, 'finetune.log_every': 1,
+    'finetune.save_every': 8, 'finetune.log_every': 1,
     'eval.num_samples': 160, 'eval.batch_size': 80,
     'eval.rows': ('fp', 'tuned'), 'eval.features': 'random'}
 

@@ -19,7 +19,8 @@ from configs import common
 
 VARIANTS = {
     'smoke': common.SMOKE | {
-        'first_stage': 'random', 'model.attn_resolutions': (),
+        'first_stage': 'random', 'model.ch_mult': (1,),
+        'model.attn_resolutions': (),
         'model.image_size': 16, 'model.head_channels': 4,
         'autoencoder.ch': 8, 'autoencoder.ch_mult': (1, 2),
         'autoencoder.norm_groups': 4, 'autoencoder.num_res_blocks': 1,
