@@ -20,12 +20,12 @@ import numpy as np
 from configs import digits
 from msfp_jax import cli
 from msfp_jax import diffusion
-from msfp_jax import evaluate
 from msfp_jax import experiment as experiment_lib
 from msfp_jax import finetune
 from msfp_jax import layers as layers_lib
 from msfp_jax import losses
 from msfp_jax import quantizers
+from msfp_jax import rows as rows_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 from msfp_jax.calibrate import Activations
@@ -107,7 +107,7 @@ def gathering() -> Iterator[Row]:
 def sampling() -> Iterator[Row]:
   """Simulated 4-bit sampling against full precision."""
   experiment = _experiment('all-4,talora')
-  full = evaluate.untuned(experiment, None)
+  full = rows_lib.untuned(experiment, None)
   spec = experiment.calibrate()
   student = _student(experiment, spec)
   trainable = student.init(jax.random.key(0), 2, 16, False, False, False)
@@ -121,7 +121,7 @@ def sampling() -> Iterator[Row]:
     return lambda: draw(deployed.params, deployed.weights)
 
   for name, deployed in (
-      ('MSFP', evaluate.untuned(experiment, spec)), ('two banks', banked)):
+      ('MSFP', rows_lib.untuned(experiment, spec)), ('two banks', banked)):
     yield _ratio(f'sampling 64 images in simulated W4A4, {name} / full '
                  'precision', 1.3, sampler(deployed), sampler(full), pairs=7,
                  warmup=1)

@@ -33,5 +33,5 @@ def get_config(variant: str = ''):
   config.data.name = 'cifar10'
   config.sampler.update(num_steps=100, spacing='quad')
   config.finetune.num_updates = 16_000
-  config.eval.update(num_samples=50_000, features='inception')
+  config.eval.update(num_samples=50_000, features='inception', vectors=10_000)
   return common.apply_variant(config, variant, VARIANTS)

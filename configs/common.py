@@ -26,7 +26,8 @@ SMOKE = {
     'finetune.num_updates': 8, 'finetune.rank': 2, 'finetune.batch_size': 2,
     'finetune.save_every': 8, 'finetune.log_every': 1,
     'eval.num_samples': 160, 'eval.batch_size': 80,
-    'eval.rows': ('fp', 'tuned'), 'eval.features': 'random'}
+    'eval.rows': ('fp', 'tuned'), 'eval.features': 'random',
+    'eval.vectors': 128}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -55,7 +56,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.stage = 'quantize'  # or 'pretrain': stop after the teacher
 
   config.data = ml_collections.ConfigDict({
-      'name': 'digits',  # a name in msfp_jax/data, DATASETS
+      # A name in msfp_jax/data, DATASETS. Empty: none; then evaluation needs
+      # eval.reference, and nothing can be pre-trained.
+      'name': 'digits',
       'path': '',  # of its files: a folder, an .npz, ...
   })
   # Of the UNet that pre-training makes, or of a random one; a checkpoint
@@ -127,6 +130,14 @@ def get_config() -> ml_collections.ConfigDict:
       # if empty; and how images are prepared, see metrics/preprocess.py.
       'inception': '',
       'preprocessing': 'tf',
+      # Statistics to compare with: an .npz of eval.py --make_stats or of other
+      # tools. Empty: those of the data.
+      'reference': '',
+      # Feature vectors kept of each set, for the kernel distance, precision
+      # and recall; 0: without these.
+      'vectors': 0,
+      # All samples as samples/ROW.npz ('npz') or PNG files ('png'); or not.
+      'keep': '',
       'pictures': 16,  # images a row in samples/methods.png
   })
   return config

@@ -43,5 +43,6 @@ def get_config(variant: str = ''):
   config.data.name = 'images'
   config.sampler.update(num_steps=200, eta=1.0, convention='compvis')
   config.finetune.update(num_updates=16_000, batch_size=4)
-  config.eval.update(num_samples=50_000, batch_size=32, features='inception')
+  config.eval.update(
+      num_samples=50_000, batch_size=32, features='inception', vectors=10_000)
   return common.apply_variant(config, variant, VARIANTS)

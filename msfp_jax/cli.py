@@ -34,6 +34,13 @@ def guard(work: Callable[[], _T]) -> _T:
     sys.exit(f'error: {error}')
 
 
+def need(**values: str | None) -> None:
+  """Ends the program unless all of these flags have a value."""
+  if missing := [name for name, value in values.items() if value is None]:
+    sys.exit('error: missing ' + ', '.join(f'--{name}' for name in missing)
+             + '\n--help lists the flags')
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """app.run with JAX's flags, and progress lines on stderr."""
   jax.config.config_with_absl()

@@ -1,8 +1,9 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
-from collections.abc import Callable
-import dataclasses
+import json
+import os
 import pathlib
+import shutil
 from typing import Any
 
 from absl import logging
@@ -10,191 +11,49 @@ import jax
 import ml_collections
 import numpy as np
 
-from msfp_jax import conditions
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
 from msfp_jax import files
-from msfp_jax import finetune
-from msfp_jax import layers as layers_lib
+from msfp_jax import generate
 from msfp_jax import pictures
 from msfp_jax import progress as progress_lib
-from msfp_jax import spec as spec_lib
+from msfp_jax import rows as rows_lib
+from msfp_jax import sample_store
 from msfp_jax import student as student_lib
+from msfp_jax.metrics import classifier_files
+from msfp_jax.metrics import features
 from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.metrics import stats_file
 from msfp_jax.report import grid
-
-FULL_PRECISION, TUNED = 'fp', 'tuned'
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One way of running the model.
-
-  Attributes:
-    name: as it stands in results.json.
-    weight_bits: of the layers that are no exception.
-    act_bits: likewise.
-    deployed: the model.
-  """
-
-  name: str
-  weight_bits: int
-  act_bits: int
-  deployed: student_lib.Deployed
-
-
-def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
-             num_samples: int, batch_size: int, shape: tuple[int, ...],
-             key: jax.Array, name: str = 'sample', *,
-             draw_condition: conditions.Draw = conditions.none,
-             decode: Callable[[jax.Array], jax.Array] | None = None
-             ) -> np.ndarray:
-  """Draws images; image i depends on the key and i's batch alone.
-
-  Args:
-    deployed: the model.
-    plan: the sampler.
-    num_samples: how many; the last batch may be partial.
-    batch_size: images at once.
-    shape: of a sample, `[H, W, C]`.
-    key: of the noise.
-    name: for progress lines.
-    draw_condition: of every batch, for conditional models.
-    decode: latents -> images in [-1, 1]; None where samples are images.
-
-  Returns:
-    uint8 images `[num_samples, H, W, C]`.
-
-  Raises:
-    ValueError: num_samples < 1, or samples that are NaN or infinite.
-  """
-  if num_samples < 1 or batch_size < 1:
-    raise ValueError(f'num_samples={num_samples}, batch_size={batch_size}: '
-                     'must be at least 1')
-
-  # Weights are arguments: constants would be folded at compile time.
-  @jax.jit
-  def draw(params, weights, key):
-    model = dataclasses.replace(deployed, params=params, weights=weights)
-    noise = jax.random.normal(
-        jax.random.fold_in(key, 0), (batch_size, *shape))
-    condition = draw_condition(jax.random.fold_in(key, 2), batch_size)
-    return diffusion.sample(
-        lambda x, t, index: model.eps_fn(x, t, index, *condition), plan, noise,
-        jax.random.fold_in(key, 1))
-
-  images = []
-  progress = progress_lib.Progress(name, num_samples)
-  for i in range(-(-num_samples // batch_size)):
-    x = _finite(np.asarray(draw(
-        deployed.params, deployed.weights, jax.random.fold_in(key, i))),
-                name, i)
-    if decode is not None:
-      x = _finite(np.asarray(decode(x)), name, i)
-    images.append(np.asarray(data.to_uint8(x)))
-    progress.update(min((i + 1) * batch_size, num_samples))
-  return np.concatenate(images)[:num_samples]
-
-
-def _finite(x: np.ndarray, name: str, batch: int) -> np.ndarray:
-  if bad := np.count_nonzero(~np.isfinite(x)):
-    raise ValueError(f'{name}: {bad} of {x.size} values of batch {batch} are '
-                     'NaN or infinite; the model is damaged')
-  return x
 
 
 def draw(experiment: experiment_lib.Experiment,
          deployed: student_lib.Deployed, name: str) -> np.ndarray:
-  """`generate` as config.eval says; every model starts from the same noise."""
+  """Samples as config.eval says; every model starts from the same noise."""
   cfg = experiment.config.eval
-  return generate(
+  return generate.generate(
       deployed, experiment.plan, cfg.num_samples, cfg.batch_size,
       experiment.sample_shape, experiment.key(experiment_lib.SAMPLES), name,
       draw_condition=experiment.draw_condition, decode=experiment.decode)
 
 
-def untuned(experiment: experiment_lib.Experiment,
-            spec: spec_lib.QuantSpec | None) -> student_lib.Deployed:
-  """The calibrated model as it is; without a spec, the full-precision one."""
-  params = experiment.params
-  if spec is None:
-    none = spec_lib.LayerSpec('', '', None, None)
-    spec = spec_lib.QuantSpec(
-        'fp', {name: none for name in layers_lib.leaves(params, 'kernel')})
-  return student_lib.Student(experiment.model, params, spec, None, ()).deploy(
-      {'banks': {}, 'ranges': {'act': {}, 'weight': {}}, 'biases': {}},
-      experiment.plan.timesteps)
-
-
-def make_row(experiment: experiment_lib.Experiment, name: str,
-             workdir: str) -> Row:
-  """The row of a name: 'fp', 'tuned', or a recipe, calibrated here.
-
-  A recipe may carry its bits: 'msfp:w6a6'.
-
-  Raises:
-    experiment.WorkdirError: 'tuned', and the workdir's run is not complete.
-    ValueError: an unknown name.
-  """
-  cfg = experiment.config.quant
-  if name == FULL_PRECISION:
-    full = spec_lib.FULL_PRECISION
-    return Row(name, full, full, untuned(experiment, None))
-  if name == TUNED:
-    check_trained(experiment.config, workdir)
-    spec = finetune.calibrated_spec(experiment, workdir)
-    return Row(name, cfg.weight_bits, cfg.act_bits,
-               finetune.fit(experiment, spec, workdir))
-  recipe, _, bits = name.partition(':')
-  weight_bits, act_bits = (spec_lib.parse_bits(bits) if bits
-                           else (cfg.weight_bits, cfg.act_bits))
-  spec = experiment.calibrate(recipe, weight_bits, act_bits)
-  return Row(name, weight_bits, act_bits, untuned(experiment, spec))
-
-
-def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Raises ValueError unless `make_row` knows every row of config.eval."""
-  for name in config.eval.rows:
-    recipe, _, bits = name.partition(':')
-    if name == TUNED:
-      check_trained(config, workdir)
-    elif name != FULL_PRECISION and recipe not in spec_lib.RECIPES:
-      raise ValueError(
-          f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
-          f'{TUNED!r} or one of {sorted(spec_lib.RECIPES)}, these also with '
-          "bits as in 'msfp:w6a6'")
-    elif bits:
-      spec_lib.parse_bits(bits)
-
-
-def check_trained(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Raises WorkdirError unless the workdir's fine-tuning is complete."""
-  last = pathlib.Path(workdir) / 'checkpoints' / str(
-      config.finetune.num_updates)
-  if not config.finetune.num_updates or not last.is_dir():
-    raise experiment_lib.WorkdirError(
-        f"no finished fine-tuning in {workdir} ({last} is not there): run "
-        "train.py with the same config and workdir first, or leave 'tuned' "
-        'out of config.eval.rows')
-
-
-def packed_bytes(deployed: student_lib.Deployed) -> int:
-  """Size of the model with its kernels packed; everything counted.
-
-  Codes of every bank's weights, scales and zero points in float32, and all
-  other parameters in float32.
-  """
-  total = 4 * sum(leaf.size for leaf in jax.tree.leaves(deployed.params))
-  for name, weight in deployed.weights.items():
-    quantizer = deployed.spec.layers[name].weight
-    if quantizer is not None:
-      total -= 4 * weight[0].size
-      total += -(-weight.size * quantizer.bits // 8)
-      total += 4 * sum(leaf.size for leaf in jax.tree.leaves(quantizer))
-    acts = deployed.spec.layers[name].act
-    total += 4 * sum(np.size(leaf) for leaf in jax.tree.leaves(acts))
-  return total
+def fill(experiment: experiment_lib.Experiment,
+         deployed: student_lib.Deployed, samples: sample_store.SampleStore,
+         name: str) -> None:
+  """As `draw`, into a store: only the batches that it misses."""
+  size, missing = experiment.config.eval.batch_size, samples.missing
+  batches = generate.batches(
+      deployed, experiment.plan, missing, size, experiment.sample_shape,
+      experiment.key(experiment_lib.SAMPLES), name,
+      draw_condition=experiment.draw_condition, decode=experiment.decode)
+  total = len(samples)
+  done = generate.num_batches(total, size) - len(missing)
+  progress = progress_lib.Progress(name, total, min(done * size, total))
+  for number, batch in zip(missing, batches, strict=True):
+    samples.write(number, batch)
+    done += 1
+    progress.update(min(done * size, total))
 
 
 def results_head(config: ml_collections.ConfigDict,
@@ -220,38 +79,142 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   All rows start from the same noise; the full-precision one comes first and
   is what the others are compared with. Writes results.json and
-  samples/methods.png, one row of images per method.
+  samples/methods.png, one row of images per method, and where
+  config.eval.keep says so all samples. Running it again after an interruption
+  goes on with the batch that was missing.
 
   Returns:
     The content of results.json.
+
+  Raises:
+    ValueError: a row, a reference or a form of files that there is not.
   """
+  cfg = config.eval
+  if jax.process_count() > 1:
+    raise ValueError(f'{jax.process_count()} processes: eval.py runs in one, '
+                     'on all devices of its machine')
   experiment_lib.prepare_workdir(config, workdir)
   experiment = experiment_lib.load(config, workdir)
-  check_rows(config, workdir)
-  scorer = scorer_lib.Scorer(
-      experiment.images, config.eval.features, inception=config.eval.inception,
-      preprocessing=config.eval.preprocessing)
-  names = [FULL_PRECISION] + [
-      name for name in config.eval.rows if name != FULL_PRECISION]
+  rows_lib.check_rows(config, workdir)
+  if cfg.keep and cfg.keep not in sample_store.FORMS:
+    raise ValueError(f'config.eval.keep={cfg.keep!r}: must be empty or one of '
+                     f'{sorted(sample_store.FORMS)}')
+  generate.num_batches(cfg.num_samples, cfg.batch_size)
+  network = feature_network(experiment)
+  folder = pathlib.Path(workdir) / 'eval'
+  _claim(folder, cfg, network)
+  scorer = scorer_lib.Scorer(network, reference_of(
+      config, experiment.images, network, folder / 'reference.npz'))
+  names = [rows_lib.FULL_PRECISION] + [
+      name for name in cfg.rows if name != rows_lib.FULL_PRECISION]
   results = results_head(config, experiment.plan)
   results |= {**scorer.provenance, 'rows': []}
   shown = {}
+  if experiment.images is not None:
+    shown['data'] = experiment.images[:cfg.pictures]
   for name in names:
-    row = make_row(experiment, name, workdir)
-    images = draw(experiment, row.deployed, f'sample {row.name}')
-    found = scorer.score(images)
-    results['rows'].append({
-        'name': row.name, 'weight_bits': row.weight_bits,
-        'act_bits': row.act_bits, **found,
-        'bytes': packed_bytes(row.deployed)})
-    # A copy: a view would keep all images of the row.
-    shown[row.name] = images[:config.eval.pictures].copy()
-    logging.info('%s: %s', row.name, ', '.join(
-        f'{key} {value:.4g}' for key, value in found.items()))
-  shown = {'data': experiment.images[:config.eval.pictures]} | shown
+    samples = _store(experiment, folder, name)
+    results['rows'].append(
+        _evaluate_row(experiment, workdir, name, samples, scorer))
+    shown[name] = samples[:cfg.pictures]
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
   files.write_json(f'{workdir}/results.json', results)
+  shutil.rmtree(folder)
   return results
+
+
+def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
+           network: features.FeatureNetwork) -> None:
+  """Empties the folder unless it is of an evaluation that this one goes on."""
+  free = ('rows', 'pictures', 'keep')
+  settings = json.loads(json.dumps({
+      'eval': {name: value for name, value in config.items()
+               if name not in free},
+      'network': network.provenance, 'devices': jax.device_count()}))
+  path = folder / 'settings.json'
+  if path.is_file() and json.loads(path.read_text()) == settings:
+    logging.info('going on with the evaluation begun in %s', folder)
+    return
+  shutil.rmtree(folder, ignore_errors=True)
+  files.write_json(path, settings)
+
+
+def feature_network(experiment: experiment_lib.Experiment
+                    ) -> features.FeatureNetwork:
+  """Of config.eval, for the images that the experiment makes."""
+  cfg = experiment.config.eval
+  return features.get(
+      cfg.features, experiment.image_shape, weights=cfg.inception,
+      preprocessing=cfg.preprocessing)
+
+
+def reference_of(config: ml_collections.ConfigDict, images: data.Images | None,
+                 network: features.FeatureNetwork,
+                 path: pathlib.Path | None = None) -> stats_file.Reference:
+  """Statistics of config.eval.reference, or of the data.
+
+  Args:
+    config: of the experiment.
+    images: the data; None where there are none.
+    network: the feature network.
+    path: where those of the data are kept, and looked for.
+
+  Raises:
+    ValueError: neither a reference nor data, or no statistics file.
+  """
+  cfg = config.eval
+  if cfg.reference:
+    found = stats_file.load(cfg.reference)
+    return found._replace(provenance={
+        **found.provenance, 'file': os.path.basename(cfg.reference),
+        'file_sha256': classifier_files.digest(cfg.reference)})
+  if images is None:
+    raise ValueError('nothing to compare with: set config.eval.reference to a '
+                     'file of statistics, or config.data.name to a data set')
+  if path is not None and path.is_file():
+    return stats_file.load(path)
+  found = stats_file.measure(
+      images, network, config.data.path or config.data.name, cfg.vectors)
+  if path is not None:
+    stats_file.save(path, found)
+  return found
+
+
+def _store(experiment: experiment_lib.Experiment, folder: pathlib.Path,
+           name: str) -> sample_store.SampleStore:
+  cfg = experiment.config.eval
+  return sample_store.SampleStore(
+      folder / name.replace(':', '_'), cfg.num_samples, cfg.batch_size,
+      experiment.image_shape)
+
+
+def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
+                  name: str, samples: sample_store.SampleStore,
+                  scorer: scorer_lib.Scorer) -> dict[str, Any]:
+  """The row of results.json; draws what is missing of the samples.
+
+  A finished row keeps its metrics and the samples that are shown. All of the
+  full-precision model's samples stay: the other rows are compared with them.
+  """
+  cfg = experiment.config.eval
+  path = samples.folder.with_suffix('.json')
+  if name != rows_lib.FULL_PRECISION and path.is_file():
+    return json.loads(path.read_text())
+  row = rows_lib.make_row(experiment, name, workdir)
+  fill(experiment, row.deployed, samples, f'sample {name}')
+  found = scorer.score(samples)
+  logging.info('%s: %s', name, ', '.join(
+      f'{key} {value:.4g}' for key, value in found.items()))
+  if cfg.keep:
+    suffix, save = sample_store.FORMS[cfg.keep]
+    save(f'{workdir}/samples/{samples.folder.name}{suffix}', samples)
+  content = {'name': name, 'weight_bits': row.weight_bits,
+             'act_bits': row.act_bits, **found,
+             'bytes': rows_lib.packed_bytes(row.deployed)}
+  files.write_json(path, content)
+  if name != rows_lib.FULL_PRECISION:
+    samples.keep_first(cfg.pictures)
+  return content
 
 
 def table(results: dict[str, Any]) -> str:

@@ -47,7 +47,8 @@ class Experiment:
     params: its parameters.
     schedule: of the forward process.
     plan: the sampler.
-    images: the data.
+    image_shape: (H, W, C) of what comes out in the end.
+    images: the data; None where the config names none.
     draw_condition: what a conditional model is asked for.
     decode: latents `[B, h, w, c]` -> images, float32 in [-1, 1]; None where
       the model works on pixels.
@@ -58,7 +59,8 @@ class Experiment:
   params: Any
   schedule: diffusion.NoiseSchedule
   plan: diffusion.SamplerPlan
-  images: data.Images
+  image_shape: tuple[int, int, int]
+  images: data.Images | None
   draw_condition: conditions.Draw = conditions.none
   decode: Callable[[jax.Array], jax.Array] | None = None
 
@@ -123,12 +125,16 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
     ValueError: the data does not fit the model.
   """
   model, params = _load_model(config, workdir)
-  images = data.load(config.data.name, config.data.path)
+  images = None
+  if config.data.name:
+    images = data.load(config.data.name, config.data.path)
   decode, stride, channels = None, 1, model.config.in_channels
   if config.first_stage:
     decode, stage = _load_decoder(config, model.config)
     stride, channels = stage.stride, stage.out_channels
-  check_images(images, model.config, stride, channels)
+  if images is not None:
+    check_images(images, model.config, stride, channels)
+  image_shape = (*(model.config.image_size * stride,) * 2, channels)
   draw_condition = conditions.none
   if model.config.by_context:
     raise ValueError(
@@ -139,8 +145,8 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   schedule = diffusion.make_schedule(**config.schedule)
   return Experiment(
       config, model, params, schedule,
-      diffusion.make_plan(schedule, **config.sampler), images, draw_condition,
-      decode)
+      diffusion.make_plan(schedule, **config.sampler), image_shape, images,
+      draw_condition, decode)
 
 
 def _load_model(config: ml_collections.ConfigDict, workdir: str

@@ -26,6 +26,7 @@ from msfp_jax import experiment as experiment_lib
 from msfp_jax import files
 from msfp_jax import finetune
 from msfp_jax import progress as progress_lib
+from msfp_jax import rows as rows_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 from msfp_jax.metrics import scorer as scorer_lib
@@ -86,10 +87,10 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   if not todo:
     return
   experiment = experiment_lib.load(base, workdir)
+  network = evaluate.feature_network(experiment)
   scorer = scorer_lib.Scorer(
-      experiment.images, base.eval.features, inception=base.eval.inception,
-      preprocessing=base.eval.preprocessing)
-  full = evaluate.untuned(experiment, None)
+      network, evaluate.reference_of(base, experiment.images, network))
+  full = rows_lib.untuned(experiment, None)
   images = evaluate.draw(experiment, full, f'seed {seed}, fp')
   reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
                        spec_lib.FULL_PRECISION)
@@ -129,13 +130,13 @@ def _quantized(experiment: experiment_lib.Experiment,
                workdir: str) -> student_lib.Deployed:
   spec = finetune.calibrated_spec(experiment, workdir)
   if not experiment.config.finetune.num_updates:
-    return evaluate.untuned(experiment, spec)
+    return rows_lib.untuned(experiment, spec)
   return finetune.fit(experiment, spec, workdir)
 
 
 def _measure(scorer, deployed, images, weight_bits, act_bits):
   return {'weight_bits': weight_bits, 'act_bits': act_bits,
-          'bytes': evaluate.packed_bytes(deployed), **scorer.score(images)}
+          'bytes': rows_lib.packed_bytes(deployed), **scorer.score(images)}
 
 
 def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import digits
@@ -56,8 +57,29 @@ def test_a_config_that_is_not_there(tmp_path):
                      f'--workdir={tmp_path}/w'), 'configs/digit.py')
 
 
-def test_no_workdir():
-  assert_refused(run('train.py', '--config=configs/digits.py'), '--workdir')
+@pytest.mark.parametrize('program', ['train.py', 'eval.py'])
+def test_no_workdir(program):
+  assert_refused(run(program, '--config=configs/digits.py'), '--workdir')
+
+
+def test_statistics_of_images_are_written(tmp_path):
+  path = tmp_path / 'digits.npz'
+  finished = run('eval.py', '--make_stats=digits', f'--output={path}',
+                 '--features=digits', '--vectors=5')
+  assert finished.returncode == 0, finished.stderr
+  assert "1,797 images of (16, 16, 1), features 'digits'" in finished.stdout
+  with np.load(path) as arrays:
+    assert arrays['mu'].shape == (64,) and arrays['vectors'].shape == (5, 64)
+
+
+@pytest.mark.parametrize('arguments, part', [
+    (['--make_stats=digits'], '--output'),
+    (['--make_stats=nowhere', '--output=x.npz'], 'no images at nowhere'),
+    (['--make_stats=digits', '--output=x.npz', '--inception=nowhere.pth'],
+     'nowhere.pth'),
+])
+def test_statistics_that_cannot_be_made(arguments, part):
+  assert_refused(run('eval.py', *arguments), part)
 
 
 def test_a_workdir_below_a_file(tmp_path):

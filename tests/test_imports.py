@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'msfp_jax'
 # A module imports only rooms of rows above its own (and its own room).
 ORDER = [
     {'pickle_names'},
-    {'files', 'pickles', 'progress'},
+    {'devices', 'files', 'pickles', 'progress'},
     {'conditions', 'formats', 'layers', 'pictures', 'data', 'diffusion',
      'models',
      'checkpoint'},
@@ -22,13 +22,14 @@ ORDER = [
     {'calibrate', 'quantize'},
     {'talora'},
     {'student', 'experiment'},
-    {'finetune'},
+    {'finetune', 'generate', 'sample_store'},
+    {'rows'},
 ]
 # On top of all: they may import each other, and nothing below imports them.
-TOP = {'__init__', 'cli', 'evaluate', 'study'}
+TOP = {'__init__', 'cli', 'evaluate', 'make_stats', 'study'}
 
 QUANTIZATION = {'formats', 'quantizers', 'search', 'spec', 'calibrate',
-                'quantize', 'talora', 'student', 'losses', 'finetune'}
+                'quantize', 'talora', 'student', 'losses', 'finetune', 'rows'}
 ENTRY_POINTS = {'train', 'eval', 'configs'}
 FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
 

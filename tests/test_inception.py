@@ -22,6 +22,7 @@ from msfp_jax.metrics import inception_names
 from msfp_jax.metrics import inception_weights
 from msfp_jax.metrics import preprocess
 from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.metrics import stats_file
 
 # A network of two layers, for what does not run it.
 SMALL = {'first': (3, 3, 3, 4), 'Mixed.second': (1, 7, 4, 2)}
@@ -320,9 +321,12 @@ def test_inception_as_a_feature_network():
 @pytest.mark.usefixtures('fake')
 def test_scores_on_inception_have_the_names_everyone_uses():
   images = inception_oracle.random_images((20, 4, 4, 3))
-  scorer = scorer_lib.Scorer(images, 'inception', inception='f')
+  network = features.get('inception', (4, 4, 3), weights='f')
+  scorer = scorer_lib.Scorer(
+      network, stats_file.measure(images, network, 'noise', 12))
   first, second = scorer.score(images), scorer.score(images)
-  assert list(first) == ['fid', 'sfid', 'is', 'is_std']
+  assert list(first) == ['fid', 'sfid', 'kid', 'kid_std', 'precision',
+                         'recall', 'is', 'is_std']
   assert list(second) == [
       *first, 'fid_to_fp', 'sfid_to_fp', 'psnr_to_fp']
   assert first['fid'] == pytest.approx(0, abs=1e-6)

@@ -11,7 +11,6 @@ from msfp_jax.metrics import digits_checks
 from msfp_jax.metrics import digits_classifier
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
-from msfp_jax.metrics import similarity
 from msfp_jax.metrics import train_digits_classifier
 
 
@@ -300,28 +299,3 @@ def test_checks_refuse_what_is_no_probability(bad, message):
 def test_label_agreement_refuses_unequal_sets():
   with pytest.raises(ValueError, match=r'\[3, 3\] and \[2, 3\]'):
     digits_checks.label_agreement(np.eye(3), np.eye(3)[:2])
-
-
-def test_psnr_is_the_mean_over_images():
-  a = np.zeros((2, 4, 4, 1), np.uint8)
-  b = a.copy()
-  b[0], b[1] = 255, 5  # mse 255^2: 0 dB; mse 25
-  expected = (0 + 10 * np.log10(255**2 / 25)) / 2
-  assert similarity.psnr(a, b) == pytest.approx(expected)
-  assert similarity.psnr(b, a) == pytest.approx(expected)
-
-
-def test_psnr_of_identical_images_is_100():
-  a = _noise(3, (4, 4, 3))
-  assert similarity.psnr(a, a) == pytest.approx(100)
-
-
-@pytest.mark.parametrize('a, b', [
-    (np.zeros((1, 2, 2, 1)), np.zeros((1, 2, 2, 1))),
-    (np.zeros((1, 2, 2, 1), np.uint8), np.zeros((2, 2, 2, 1), np.uint8)),
-    (np.zeros((2, 2, 1), np.uint8), np.zeros((2, 2, 1), np.uint8)),
-    (np.zeros((0, 2, 2, 1), np.uint8), np.zeros((0, 2, 2, 1), np.uint8)),
-])
-def test_psnr_refuses_what_cannot_be_compared(a, b):
-  with pytest.raises(ValueError, match='psnr'):
-    similarity.psnr(a, b)

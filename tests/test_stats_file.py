@@ -1,5 +1,6 @@
 """Statistics files: ours, and those of the other tools."""
 
+import hashlib
 import json
 import os
 
@@ -124,13 +125,18 @@ def test_statistics_are_made_in_chunks(tmp_path, monkeypatch):
   rng = np.random.RandomState(0)
   images = Counted(rng.randint(0, 256, (700, 8, 8, 3), dtype=np.uint8))
   network = features.get('random', (8, 8, 3))
-  made = stats_file.make(tmp_path / 'r.npz', images, network, 'noise')
+  made = stats_file.measure(images, network, 'noise', num_vectors=100)
+  stats_file.save(tmp_path / 'r.npz', made)
   assert images.most == 256
   loaded = stats_file.load(tmp_path / 'r.npz')
   np.testing.assert_allclose(
       loaded.pool.cov, np.cov(network.features(images.images).T),
       rtol=1e-6, atol=1e-9)
   assert loaded.provenance == made.provenance == {
-      'dataset': 'noise', 'num_samples': 700, 'features': 'random'}
+      'dataset': 'noise', 'num_samples': 700, 'features': 'random',
+      'images_sha256': hashlib.sha256(images.images.tobytes()).hexdigest()}
   assert json.dumps(made.provenance)
   assert loaded.spatial is None
+  # Every seventh image's: a set may be in order of classes.
+  np.testing.assert_array_equal(
+      loaded.vectors, network.features(images.images[::7]))

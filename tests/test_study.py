@@ -74,7 +74,7 @@ def draws(monkeypatch):
     return spec_lib.QuantSpec(self.config.quant.recipe, {
         name: none for name in layers_lib.leaves(self.params, 'kernel')})
 
-  monkeypatch.setattr(evaluate, 'generate', generate)
+  monkeypatch.setattr(evaluate.generate, 'generate', generate)
   monkeypatch.setattr(experiment_lib, 'collect', lambda *a, **k: {})
   monkeypatch.setattr(experiment_lib.Experiment, 'calibrate', calibrate)
   return names

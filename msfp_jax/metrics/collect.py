@@ -5,6 +5,8 @@ import contextlib
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from msfp_jax import data
 from msfp_jax import progress as progress_lib
 from msfp_jax.data import stream
@@ -16,31 +18,38 @@ _BYTES_A_NUMBER = 20  # of the outputs: float32, and float64 twice
 
 
 class Moments(NamedTuple):
-  """Gaussians of a set.
+  """What is kept of a set's features.
 
   Attributes:
-    pool: of the feature vectors.
+    pool: Gaussian of the feature vectors.
     spatial: of the spatial ones; None where the network has none.
+    vectors: some of the feature vectors themselves, float32 `[K, D]`, for
+      metrics that a Gaussian is not enough for; None if none were asked for.
   """
-  pool: frechet.GaussianStats
-  spatial: frechet.GaussianStats | None
+  pool: frechet.Stats
+  spatial: frechet.Stats | None
+  vectors: np.ndarray | None = None
 
 
-def collect(images: data.Images, network: features_lib.FeatureNetwork,
-            watch: Callable[[features_lib.Outputs], None] = lambda outputs: None
-            ) -> Moments:
+def collect(
+    images: data.Images, network: features_lib.FeatureNetwork,
+    watch: Callable[[features_lib.Outputs], None] = lambda outputs: None,
+    num_vectors: int = 0) -> Moments:
   """Passes a set through a network in chunks; memory does not grow with it.
 
   Args:
     images: the set.
     network: of the images' shape.
     watch: called with the outputs of every chunk, in order.
+    num_vectors: how many vectors are kept at most: those of images at equal
+      distances, as a set may be in order of classes.
 
   Raises:
     ValueError: images of another type or shape than the network's, or
       features that are not finite.
   """
   pool, spatial, count = frechet.GaussianStats(), None, len(images)
+  kept, vectors = _spread(count, num_vectors), []
   # Whole batches of the network, and no more than a set needs in memory.
   each = (math.prod(images.shape[1:])
           + _BYTES_A_NUMBER * network.numbers_per_image)
@@ -55,7 +64,16 @@ def collect(images: data.Images, network: features_lib.FeatureNetwork,
       if outputs.spatial is not None:
         spatial = spatial or frechet.GaussianStats()
         spatial.update(outputs.spatial)
+      vectors.append(outputs.features[
+          kept[(kept >= chunk.start) & (kept < chunk.stop)] - chunk.start])
       watch(outputs)
       if len(chunks) > 1:
         progress.update(min(chunk.stop, count))
-  return Moments(pool, spatial)
+  return Moments(
+      pool, spatial, np.concatenate(vectors) if num_vectors else None)
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+  """At most `most` rows of `count`, at equal distances, int64."""
+  few = min(count, most)
+  return np.arange(few) * count // max(few, 1)

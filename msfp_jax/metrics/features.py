@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax import devices
 from msfp_jax.metrics import cifar_resnet
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import digits_classifier
@@ -78,8 +79,10 @@ class FeatureNetwork:
     """
     self.name = name
     self.image_shape = image_shape
-    self._params = jax.device_put(params)
-    self._batch_size = batch_size
+    self._params = devices.on_all(jax.device_put(params))
+    # A whole number of images on every device.
+    count = jax.device_count()
+    self._batch_size = batch_size = -(-batch_size // count) * count
     self._metrics = metrics or {}
     self.provenance = {'features': name} | dict(provenance or {})
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
@@ -125,7 +128,8 @@ class FeatureNetwork:
       count = len(batch)
       missing = self._batch_size - count
       batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-      out = jax.device_get(self._apply(self._params, batch))
+      out = jax.device_get(self._apply(
+          self._params, jax.device_put(batch, devices.batch_sharding())))
       for whole, part in zip(
           jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
         whole[start:start + count] = part[:count]

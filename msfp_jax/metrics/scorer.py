@@ -1,6 +1,7 @@
-"""Images against a data set, and against the full-precision model's."""
+"""Images against a reference, and against the full-precision model's."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,28 +12,42 @@ from msfp_jax.metrics import digits_checks
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
 from msfp_jax.metrics import inception_score
+from msfp_jax.metrics import kernel_distance
+from msfp_jax.metrics import neighbours
 from msfp_jax.metrics import similarity
+from msfp_jax.metrics import stats_file
 
 _SPLITTING = 'shuffled'  # of inception scores
+_SUBSET_SIZE = 1000  # of the kernel distance, where there are as many vectors
 
 
 class Scorer:
-  """Measures images against the data and against the first images it saw."""
+  """Measures images against a reference and the first images it saw."""
 
-  def __init__(self, images: data.Images, feature_name: str, *,
-               inception: str = '', preprocessing: str = 'tf'):
-    """Takes the statistics of the data set `images`, read once in chunks.
+  def __init__(self, network: features.FeatureNetwork,
+               reference: stats_file.Reference):
+    """Checks that the reference can be compared with.
 
     Args:
-      images: the data set.
-      feature_name: of the feature network, see `features.get`.
-      inception: file of Inception's weights.
-      preprocessing: of Inception's input.
+      network: the feature network.
+      reference: statistics of the data by that network. Where it has vectors,
+        as many of the images are compared with them as well: kernel distance,
+        precision and recall.
+
+    Raises:
+      ValueError: the reference is another network's.
     """
-    self._network = features.get(
-        feature_name, images.shape[1:], weights=inception,
-        preprocessing=preprocessing)
-    self._data = collect.collect(images, self._network)
+    odd = [f'{name}: {reference.provenance[name]!r} there, {value!r} here'
+           for name, value in network.provenance.items()
+           if reference.provenance.get(name, value) != value]
+    if len(reference.pool.mean) != network.dim:
+      odd.append(f'{len(reference.pool.mean)} features there, {network.dim} '
+                 'here')
+    if odd:
+      raise ValueError('the reference statistics are of other features, so no '
+                       f'distance to them means anything ({"; ".join(odd)}); '
+                       'make them anew with eval.py --make_stats')
+    self._network, self._reference = network, reference
     self._teacher = None
 
   @property
@@ -41,18 +56,29 @@ class Scorer:
     return self._network.metric
 
   @property
-  def provenance(self) -> Mapping[str, str]:
-    """What the metrics hold for: features, preprocessing, weights, splits."""
-    splitting = {'is_splitting': _SPLITTING} if self._scored else {}
-    return {**self._network.provenance, **splitting}
+  def provenance(self) -> Mapping[str, Any]:
+    """What the metrics hold for: network, reference, splits, vectors."""
+    found = {**self._network.provenance, 'reference': {
+        name: value for name, value in self._reference.provenance.items()
+        if name not in self._network.provenance}}
+    if self._reference.vectors is not None:
+      found['reference']['vectors'] = len(self._reference.vectors)
+    if self._scored:
+      found['is_splitting'] = _SPLITTING
+    return found
 
   @property
   def _scored(self) -> bool:
     """Whether there is an inception score; digits have checks of their own."""
     return self._network.num_classes > 0 and self._network.name != 'digits'
 
-  def score(self, images: np.ndarray) -> dict[str, float]:
-    """Metrics of images; the first call's are the reference of the others."""
+  def score(self, images: data.Images) -> dict[str, float]:
+    """Metrics of images; the first call's are the reference of the others.
+
+    Args:
+      images: uint8, of the network's shape; the first call's must stay
+        readable.
+    """
     logits, score = [], None
     watch = lambda outputs: None
     if self._scored:
@@ -60,8 +86,12 @@ class Scorer:
       watch = lambda outputs: score.update(outputs.logits)
     elif self._network.num_classes:
       watch = lambda outputs: logits.append(outputs.logits)
-    moments = collect.collect(images, self._network, watch)
-    found = self._distances(moments, self._data)
+    vectors = self._reference.vectors
+    moments = collect.collect(
+        images, self._network, watch, 0 if vectors is None else len(vectors))
+    found = self._distances(moments, self._reference)
+    if vectors is not None:
+      found |= self._set_distances(moments.vectors, vectors)
     if score is not None:
       name, result = self._network.named('is'), score.result()
       found |= {name: result.mean, f'{name}_std': result.std}
@@ -77,15 +107,29 @@ class Scorer:
     found |= {f'{name}_to_fp': value for name, value in
               self._distances(moments, fp_moments).items()}
     found['psnr_to_fp'] = similarity.psnr(images, fp_images)
+    if similarity.can_ssim(images.shape):
+      found['ssim_to_fp'] = similarity.ssim(images, fp_images)
     if probabilities is not None:
       found['label_agreement'] = digits_checks.label_agreement(
           probabilities, fp_probabilities)
     return found
 
-  def _distances(self, a: collect.Moments, b: collect.Moments
+  def _distances(self, a: collect.Moments,
+                 b: collect.Moments | stats_file.Reference
                  ) -> dict[str, float]:
     found = {self.metric: frechet.frechet_distance(a.pool, b.pool)}
-    if a.spatial is not None:
+    if a.spatial is not None and b.spatial is not None:
       found[self._network.named('fd_spatial')] = frechet.frechet_distance(
           a.spatial, b.spatial)
     return found
+
+  def _set_distances(self, generated: np.ndarray, real: np.ndarray
+                     ) -> dict[str, float]:
+    """Metrics that need the vectors themselves."""
+    name = self._network.named('kd')
+    kernel = kernel_distance.subset_distance(
+        generated, real, size=min(_SUBSET_SIZE, len(generated), len(real)))
+    shares = neighbours.precision_recall(generated, real)
+    return {name: kernel.mean, f'{name}_std': kernel.std,
+            self._network.named('precision'): shares.precision,
+            self._network.named('recall'): shares.recall}

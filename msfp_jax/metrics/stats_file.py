@@ -2,10 +2,12 @@
 
 An `.npz` with `mu` and `sigma` is what pytorch-fid, clean-fid and EDM write and
 read; ADM's has `mu_s` and `sigma_s` beside them, for sFID, and sample images.
-Beside these stands where our own come from.
+Beside these stands where our own come from, and feature vectors themselves
+where metrics need them.
 """
 
 from collections.abc import Mapping
+import hashlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -29,31 +31,51 @@ class Reference(NamedTuple):
     spatial: of sFID's; None where the file or the network has none.
     provenance: JSON-like: 'features', 'preprocessing' and more; empty in
       files of other tools.
+    vectors: some of the feature vectors, float32 `[K, D]`, or None.
   """
   pool: frechet.Stats
   spatial: frechet.Stats | None
   provenance: Mapping[str, Any]
+  vectors: np.ndarray | None = None
 
 
-def make(path: str | os.PathLike, images: data.Images,
-         network: features.FeatureNetwork, dataset: str) -> Reference:
-  """Takes the statistics of a set, in chunks, and writes them.
+class _Hashed:
+  """Images whose bytes are hashed as they are read, in order."""
+
+  def __init__(self, images: data.Images):
+    self._images, self.shape = images, images.shape
+    self.sha256 = hashlib.sha256()
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    found = np.ascontiguousarray(self._images[rows])
+    self.sha256.update(found.data)
+    return found
+
+
+def measure(images: data.Images, network: features.FeatureNetwork,
+            dataset: str, num_vectors: int = 0) -> Reference:
+  """Takes the statistics of a set, in chunks.
 
   Args:
-    path: of the `.npz`.
     images: the set.
     network: of the images' shape.
-    dataset: what the images are, for the provenance.
+    dataset: what the images are, for the provenance, where it stands beside
+      the SHA-256 of their bytes.
+    num_vectors: how many feature vectors are kept at most.
 
   Raises:
-    ValueError: fewer than 2 images, see `collect.collect`.
-    OSError: the file cannot be written.
+    ValueError: see `collect.collect`.
   """
-  pool, spatial = collect.collect(images, network)
-  reference = Reference(pool, spatial, {
-      'dataset': dataset, 'num_samples': len(images), **network.provenance})
-  save(path, reference)
-  return reference
+  images = _Hashed(images)
+  pool, spatial, vectors = collect.collect(
+      images, network, num_vectors=num_vectors)
+  return Reference(pool, spatial, {
+      'dataset': dataset, 'num_samples': len(images),
+      'images_sha256': images.sha256.hexdigest(), **network.provenance},
+      vectors)
 
 
 def save(path: str | os.PathLike, reference: Reference) -> None:
@@ -63,13 +85,15 @@ def save(path: str | os.PathLike, reference: Reference) -> None:
     ValueError: fewer than 2 samples.
     OSError: the file cannot be written; one already there is kept.
   """
-  pool, spatial, provenance = reference
+  pool, spatial, provenance, vectors = reference
   arrays = {'mu': pool.mean, 'sigma': pool.cov,
             'provenance': np.array(json.dumps(dict(provenance)))}
   if pool.num_samples is not None:
     arrays['num_samples'] = np.int64(pool.num_samples)
   if spatial is not None:
     arrays |= {'mu_s': spatial.mean, 'sigma_s': spatial.cov}
+  if vectors is not None:
+    arrays['vectors'] = vectors
   # Opened here: by name, savez would add a suffix.
   with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
     np.savez(file, **arrays)
@@ -89,6 +113,7 @@ def load(path: str | os.PathLike) -> Reference:
       spatial = ((arrays['mu_s'], arrays['sigma_s'])
                  if 'mu_s' in arrays else None)
       count = (int(arrays['num_samples']) if 'num_samples' in arrays else None)
+      vectors = arrays['vectors'] if 'vectors' in arrays else None
       provenance = (json.loads(str(arrays['provenance']))
                     if 'provenance' in arrays else {})
       if not isinstance(provenance, dict):
@@ -98,10 +123,13 @@ def load(path: str | os.PathLike) -> Reference:
   except (OSError, ValueError, KeyError, EOFError, TypeError,
           zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
+  pool = _gaussian(path, '', pool, count)
+  if vectors is not None and vectors.shape[1:] != pool.mean.shape:
+    raise ValueError(f'{path}: vectors must be [K, {len(pool.mean)}] as mu, '
+                     f'got {list(vectors.shape)}')
   return Reference(
-      _gaussian(path, '', pool, count),
-      None if spatial is None else _gaussian(path, '_s', spatial, count),
-      provenance)
+      pool, None if spatial is None else _gaussian(path, '_s', spatial, count),
+      provenance, vectors)
 
 
 def _gaussian(path, suffix: str, pair, count: int | None) -> frechet.Gaussian:

@@ -13,6 +13,7 @@ from configs import images as images_config
 from msfp_jax import evaluate
 from msfp_jax import experiment as experiment_lib
 from msfp_jax import finetune
+from msfp_jax import rows as rows_lib
 from msfp_jax.convert import native
 
 
@@ -79,7 +80,7 @@ def test_a_spec_of_another_model(copy, npz):
   path = copy / 'quant_spec.json'
   path.write_text(path.read_text().replace('"conv_out"', '"conv_away"'))
   with pytest.raises(ValueError, match='conv_away'):
-    evaluate.untuned(
+    rows_lib.untuned(
         experiment_lib.load(runs.config_of(npz), str(copy)),
         finetune.calibrated_spec(
             experiment_lib.load(runs.config_of(npz), str(copy)), str(copy)))
@@ -161,7 +162,7 @@ def never(*unused, **unused_too):
 def test_an_unknown_row_is_refused_before_any_is_sampled(
     copy, npz, monkeypatch, rows, parts):
   results = (copy / 'results.json').read_bytes()
-  monkeypatch.setattr(evaluate, 'generate', never)
+  monkeypatch.setattr(evaluate.generate, 'batches', never)
   with pytest.raises(ValueError) as error:
     evaluate.run(runs.config_of(npz, {'eval.rows': rows}), str(copy))
   for part in parts:

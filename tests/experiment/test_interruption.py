@@ -1,5 +1,6 @@
 """Stopped runs and damaged checkpoints end as uninterrupted runs do."""
 
+import functools
 import gc
 import os
 import pathlib
@@ -80,12 +81,12 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
   runs.assert_same_run(runs.config_of(npz), copy, trained)
 
 
-def start(workdir, npz, cache):
-  flags = {'data.path': npz} | runs.SMALL | LONG
+def start(workdir, npz, cache, program='train.py', changes=LONG):
+  flags = {'data.path': npz} | runs.SMALL | changes
   environment = {name.upper(): str(cache if value == '' else value)
                  for name, value in runs.CACHE.items()}
   return subprocess.Popen(
-      [sys.executable, 'train.py', '--config=configs/images.py:smoke',
+      [sys.executable, program, '--config=configs/images.py:smoke',
        f'--workdir={workdir}',
        *(f'--config.{name}={value}' for name, value in flags.items())],
       cwd=ROOT, stderr=subprocess.PIPE, text=True,
@@ -137,3 +138,25 @@ def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz, cache_folder):
   assert 'finetune: resumed at step' in finish(
       start(workdir, npz, cache_folder))
   runs.assert_same_run(runs.config_of(npz, LONG), workdir, reference)
+
+
+def has_batches(folder, count):
+  return len(list(folder.rglob('*.uint8'))) >= count
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_any_time(copy, npz, cache_folder):
+  """SIGKILL, at different numbers of files, then the same command."""
+  before = runs.contents(copy)
+  (copy / 'results.json').unlink()
+  for count in (1, 3, 6):
+    process = start(copy, npz, cache_folder, 'eval.py', {})
+    wait_until(process, functools.partial(has_batches, copy / 'eval', count))
+    process.kill()
+    process.communicate()
+    assert not (copy / 'results.json').exists()
+  log = finish(start(copy, npz, cache_folder, 'eval.py', {}))
+  assert 'going on with the evaluation' in log
+  after = runs.contents(copy)
+  assert after.pop('config.json') and before.pop('config.json')
+  assert after == before

@@ -1,0 +1,161 @@
+"""Stopped evaluations end as uninterrupted ones do; samples and references."""
+
+import collections
+import json
+import os
+import shutil
+
+import numpy as np
+from PIL import Image
+import pytest
+import runs
+
+from msfp_jax import evaluate
+from msfp_jax import files
+from msfp_jax import make_stats
+from msfp_jax import sample_store
+
+# Batches of 64, 64 and 32 images in three rows.
+NUM_BATCHES = 9
+
+
+class Stopped(BaseException):
+  """What no handler of errors catches, as a kill."""
+
+
+def stop_after(patch, count):
+  """The `count`-th file is written, and nothing after it."""
+  write, left = files.os.replace, [count]
+
+  def replace(*args):
+    if not left[0]:
+      raise Stopped
+    left[0] -= 1
+    write(*args)
+
+  patch.setattr(files.os, 'replace', replace)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """How often each batch of each row was stored."""
+  counts, write = collections.Counter(), sample_store.SampleStore.write
+
+  def counted(self, number, images):
+    write(self, number, images)
+    counts[self.folder.name, number] += 1
+
+  monkeypatch.setattr(sample_store.SampleStore, 'write', counted)
+  return counts
+
+
+def evaluate_in_pieces(config, workdir, each):
+  """Stopped again and again, after `each` files; returns how often."""
+  stops = 0
+  while True:
+    with pytest.MonkeyPatch.context() as patch:
+      stop_after(patch, each)
+      try:
+        evaluate.run(config, str(workdir))
+        return stops
+      except Stopped:
+        stops += 1
+
+
+@pytest.mark.parametrize('each', [
+    5, pytest.param(3, marks=pytest.mark.slow),
+    pytest.param(4, marks=pytest.mark.slow)])
+def test_interrupted_is_uninterrupted(copy, npz, drawn, each):
+  """No batch is drawn twice, and none is lost."""
+  before = runs.contents(copy)
+  (copy / 'results.json').unlink()
+  (copy / 'samples/methods.png').unlink()
+  assert evaluate_in_pieces(runs.config_of(npz), copy, each) >= 3
+  assert runs.contents(copy) == before
+  assert len(drawn) == NUM_BATCHES and set(drawn.values()) == {1}
+
+
+def test_a_batch_that_was_cut_is_drawn_again(copy, npz, drawn):
+  before = runs.contents(copy)
+  with pytest.MonkeyPatch.context() as patch:
+    stop_after(patch, 5)
+    with pytest.raises(Stopped):
+      evaluate.run(runs.config_of(npz), str(copy))
+  cut = copy / 'eval/fp/000001.uint8'
+  os.truncate(cut, cut.stat().st_size // 2)
+  evaluate.run(runs.config_of(npz), str(copy))
+  assert runs.contents(copy) == before
+  assert drawn.pop(('fp', 1)) == 2 and set(drawn.values()) == {1}
+
+
+def test_another_evaluation_starts_anew(copy, npz, drawn):
+  with pytest.MonkeyPatch.context() as patch:
+    stop_after(patch, 5)
+    with pytest.raises(Stopped):
+      evaluate.run(runs.config_of(npz), str(copy))
+  assert drawn['fp', 0] == 1
+  evaluate.run(runs.config_of(npz, {
+      'eval.rows': ('fp',), 'eval.batch_size': 80}), str(copy))
+  assert drawn['fp', 0] == 2
+  assert not (copy / 'eval').exists()
+
+
+def test_samples_are_kept_when_asked_for(copy, npz):
+  config = runs.config_of(npz, {'eval.rows': ('fp',), 'eval.keep': 'npz'})
+  evaluate.run(config, str(copy))
+  with np.load(copy / 'samples/fp.npz') as arrays:
+    assert arrays.files == ['arr_0']
+    images = arrays['arr_0']
+  assert images.shape == (160, 8, 8, 1) and images.dtype == np.uint8
+  config.eval.keep = 'png'
+  evaluate.run(config, str(copy))
+  for i in (0, 64, 159):
+    with Image.open(copy / f'samples/fp/{i:06d}.png') as picture:
+      np.testing.assert_array_equal(np.asarray(picture), images[i, ..., 0])
+  assert len(os.listdir(copy / 'samples/fp')) == 160
+
+
+def test_no_such_form(copy, npz):
+  before = runs.contents(copy)
+  with pytest.raises(ValueError, match="keep='jpg'.*npz.*png"):
+    evaluate.run(runs.config_of(npz, {'eval.keep': 'jpg'}), str(copy))
+  assert runs.contents(copy).keys() == before.keys()
+
+
+def test_a_reference_file_stands_for_the_data(copy, npz, tmp_path):
+  """Made of the same images, it gives the same distances without them."""
+  path = tmp_path / 'reference.npz'
+  line = make_stats.run(npz, str(path), 'random', num_vectors=100)
+  assert '200 images' in line
+  changes = {'eval.rows': ('fp',), 'eval.vectors': 100}
+  of_data = evaluate.run(runs.config_of(npz, changes), str(copy))
+  config = json.loads((copy / 'config.json').read_text())
+  other = tmp_path / 'other'
+  shutil.copytree(copy, other)
+  config['data'] = {'name': '', 'path': ''}
+  (other / 'config.json').write_text(json.dumps(config))
+  found = evaluate.run(runs.config_of('', changes | {
+      'data.name': '', 'eval.reference': str(path)}), str(other))
+  assert found['rows'] == of_data['rows']
+  assert found['rows'][0].keys() > {
+      'kd_random', 'precision_random', 'recall_random'}
+  reference = found['reference']
+  assert reference['file'] == 'reference.npz'
+  assert reference['images_sha256'] == of_data['reference']['images_sha256']
+  assert len(reference['file_sha256']) == 64
+
+
+def test_neither_data_nor_reference(copy, npz):
+  config = json.loads((copy / 'config.json').read_text())
+  config['data'] = {'name': '', 'path': ''}
+  (copy / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match='eval.reference.*data.name'):
+    evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
+
+
+def test_a_reference_of_other_features(copy, npz, tmp_path):
+  path = tmp_path / 'reference.npz'
+  np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+  with pytest.raises(ValueError, match='3 features there.*make_stats'):
+    evaluate.run(
+        runs.config_of(npz, {'eval.reference': str(path)}), str(copy))

@@ -1,0 +1,97 @@
+"""Samples on the disk: whole batches, in any order, read as one set."""
+
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from msfp_jax import sample_store
+from msfp_jax.metrics import collect
+from msfp_jax.metrics import features
+from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.metrics import stats_file
+
+SHAPE = (8, 8, 3)
+
+
+def random_images(count, seed=0):
+  return np.random.default_rng(seed).integers(
+      0, 256, (count, *SHAPE), np.uint8)
+
+
+@pytest.fixture
+def store(tmp_path):
+  return sample_store.SampleStore(tmp_path / 'row', 10, 4, SHAPE)
+
+
+def filled(folder, images, batch_size=4):
+  store = sample_store.SampleStore(folder, len(images), batch_size, SHAPE)
+  for number in store.missing:
+    batch = images[number * batch_size:][:batch_size]
+    store.write(number, np.pad(
+        batch, ((0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0))))
+  return store
+
+
+def test_batches_come_in_any_order_and_the_last_is_cut(store):
+  images = random_images(12)
+  assert store.missing == [0, 1, 2]
+  store.write(2, images[8:])
+  store.write(0, images[:4])
+  assert store.missing == [1]
+  store.write(1, images[4:8])
+  assert store.missing == []
+  for rows in (slice(None), slice(3, 9), slice(9, 99), np.array([9, 0, 5, 0])):
+    np.testing.assert_array_equal(store[rows], images[:10][rows])
+
+
+def test_a_batch_of_the_wrong_size(store):
+  with pytest.raises(ValueError, match=r'batch 1 has shape \[3, 8, 8, 3\]'):
+    store.write(1, random_images(3))
+  assert store.missing == [0, 1, 2]
+
+
+def test_a_missing_batch_is_no_image(store):
+  with pytest.raises(FileNotFoundError, match='000000'):
+    store[:2]
+
+
+def test_what_is_shown_stays(tmp_path):
+  images = random_images(10)
+  store = filled(tmp_path, images)
+  store.keep_first(5)
+  assert store.missing == [2]
+  np.testing.assert_array_equal(store[:5], images[:5])
+
+
+def test_npz_as_adm_reads_it(tmp_path):
+  images = random_images(600)
+  sample_store.save_npz(tmp_path / 'a.npz', filled(tmp_path / 'row', images))
+  with np.load(tmp_path / 'a.npz') as arrays:
+    np.testing.assert_array_equal(arrays['arr_0'], images)
+  assert zipfile.ZipFile(tmp_path / 'a.npz').testzip() is None
+
+
+def peak(folder, count):
+  """Most memory while images on the disk are scored, and the metrics."""
+  images = filled(folder, random_images(count, 1), 64)
+  first = filled(folder / 'fp', random_images(count, 2), 64)
+  network = features.get('random', SHAPE)
+  reference = stats_file.measure(random_images(300), network, 'noise', 100)
+  scorer = scorer_lib.Scorer(network, reference)
+  scorer.score(first)
+  scorer.score(images)  # compiles
+  tracemalloc.start()
+  try:
+    scorer.score(images)
+    return tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path, monkeypatch):
+  monkeypatch.setattr(collect, '_CHUNK_BYTES', 1)  # a network's batch
+  few, many = peak(tmp_path / 'few', 1024), peak(tmp_path / 'many', 4096)
+  image_bytes = np.prod(SHAPE) * (4096 - 1024)
+  assert many - few < 0.2 * image_bytes, (few, many)

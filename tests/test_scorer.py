@@ -1,0 +1,127 @@
+"""Scores of sets of images: against a reference, and against each other."""
+
+import numpy as np
+import pytest
+
+from msfp_jax.metrics import collect
+from msfp_jax.metrics import features
+from msfp_jax.metrics import kernel_distance
+from msfp_jax.metrics import neighbours
+from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.metrics import stats_file
+
+
+def smooth(count, seed, size=8):
+  rng = np.random.default_rng(seed)
+  grid = np.linspace(0, np.pi, size)
+  a = rng.uniform(0.5, 3, (4, count, 1, 1, 1))
+  x = np.sin(a[0] * grid[:, None, None] + a[1]) * np.cos(
+      a[2] * grid[:, None] + a[3])
+  return np.round((x + 1) * 127.5).astype(np.uint8)
+
+
+def scorer_of(images, name, num_vectors=0):
+  network = features.get(name, images.shape[1:])
+  return scorer_lib.Scorer(
+      network, stats_file.measure(images, network, 'test', num_vectors))
+
+
+@pytest.fixture(scope='module')
+def scores():
+  """Scores of three sets: the data itself, itself again, and others."""
+  scorer = scorer_of(smooth(200, 0), 'random')
+  return scorer, [scorer.score(smooth(200, seed)) for seed in (0, 0, 1)]
+
+
+def test_the_first_call_is_the_reference(scores):
+  scorer, (first, same, other) = scores
+  assert scorer.metric == 'fd_random'
+  assert list(first) == ['fd_random']
+  assert list(same) == list(other) == [
+      'fd_random', 'fd_random_to_fp', 'psnr_to_fp']
+  assert same['psnr_to_fp'] == 100
+  assert abs(same['fd_random_to_fp']) < 1e-6
+  assert other['psnr_to_fp'] < 30 and other['fd_random_to_fp'] > 1e-3
+
+
+def test_the_reference_stays_the_first(scores):
+  _, (first, same, other) = scores
+  assert abs(first['fd_random']) < 1e-6
+  assert same['fd_random'] == first['fd_random']
+  # The data are the reference's images here.
+  assert other['fd_random'] == pytest.approx(other['fd_random_to_fp'])
+
+
+def test_digits_are_also_classified():
+  images = smooth(140, 0, 16)
+  scorer = scorer_of(images, 'digits')
+  first, second = scorer.score(images), scorer.score(images)
+  assert list(first) == ['fd_digits', 'confidence', 'class_balance']
+  assert second['label_agreement'] == 1
+  assert second.keys() - first.keys() == {
+      'fd_digits_to_fp', 'psnr_to_fp', 'ssim_to_fp', 'label_agreement'}
+
+
+class Counted:
+  """Images of which only so many may be asked for at once."""
+
+  def __init__(self, images):
+    self.images, self.shape, self.asked = images, images.shape, []
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, rows):
+    self.asked.append(rows)
+    return self.images[rows]
+
+
+def test_the_data_are_read_in_chunks(monkeypatch, caplog):
+  images = smooth(600, 0)
+  whole = scorer_of(images, 'random').score(images[:300])
+  monkeypatch.setattr(collect, '_CHUNK_BYTES', 1)  # a network's batch
+  counted = Counted(images)
+  with caplog.at_level('INFO', 'absl'):
+    scorer = scorer_of(counted, 'random')
+  assert counted.asked == [slice(i, i + 256) for i in (0, 256, 512)]
+  assert 'fd_random 600/600 (100%)' in caplog.text
+  assert scorer.score(images[:300]) == pytest.approx(whole)
+
+
+def test_features_that_do_not_fit_the_data():
+  with pytest.raises(ValueError, match="'digits' takes.*use 'random'"):
+    scorer_of(smooth(4, 0), 'digits')
+  with pytest.raises(ValueError, match="'nope': must be one of"):
+    scorer_of(smooth(4, 0), 'nope')
+
+
+def test_sets_are_compared_by_their_vectors_too():
+  data, images = smooth(150, 0), smooth(140, 1)
+  found = scorer_of(data, 'random', num_vectors=100).score(images)
+  network = features.get('random', data.shape[1:])
+  # Rows at equal distances.
+  real = network.features(data[np.arange(100) * 150 // 100])
+  generated = network.features(images[np.arange(100) * 140 // 100])
+  shares = neighbours.precision_recall(generated, real)
+  assert found['precision_random'] == shares.precision
+  assert found['recall_random'] == shares.recall
+  kernel = kernel_distance.subset_distance(generated, real, size=100)
+  assert found['kd_random'] == pytest.approx(kernel.mean)
+  assert found['kd_random_std'] == pytest.approx(kernel.std)
+
+
+@pytest.mark.parametrize('provenance, told', [
+    ({'features': 'digits'}, "features: 'digits' there, 'random' here"),
+    ({'features': 'random', 'num_samples': 3}, None), ({}, None)])
+def test_statistics_of_other_features_are_refused(provenance, told):
+  images = smooth(150, 0)
+  network = features.get('random', images.shape[1:])
+  reference = stats_file.measure(images, network, 'test')._replace(
+      provenance=provenance)
+  if told is None:
+    assert scorer_lib.Scorer(network, reference).provenance['reference'] == {
+        name: value for name, value in provenance.items()
+        if name != 'features'}
+    return
+  with pytest.raises(ValueError, match=told):
+    scorer_lib.Scorer(network, reference)
