@@ -67,7 +67,8 @@ def load_pretrained(path: str, config: str | None = None,
   logging.info('%s: %s, %s', source.path, name, model.config)
   named, leftover = family.rename(tensors, model.config)
   return model, restore.restore(
-      named, native.abstract_params(model), str(source.path), leftover)
+      named, native.abstract_params(model), str(source.path), restore.TORCH,
+      leftover)
 
 
 def load_first_stage(path: str, config: str | None = None
@@ -95,7 +96,8 @@ def load_first_stage(path: str, config: str | None = None
   logging.info('%s: %s', source.path, model.config)
   named, leftover = first_stage.rename(tensors, model.config)
   return model, restore.restore(
-      named, abstract_autoencoder(model), str(source.path), leftover)
+      named, abstract_autoencoder(model), str(source.path), restore.TORCH,
+      leftover)
 
 
 def abstract_autoencoder(model: autoencoder.Autoencoder) -> Any:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax import files
+from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
-from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models import unet
 
 FORMAT = 'msfp-jax/model/1'
@@ -91,7 +91,8 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{file}: its header describes no UNet of this version '
                      f'({error})') from error
-  return model, restore(tensors, abstract_params(model), str(file))
+  return model, restore_lib.restore(
+      tensors, abstract_params(model), str(file), restore_lib.FLAX)
 
 
 def abstract_params(model: unet.UNet) -> Any:
@@ -107,35 +108,3 @@ def abstract_params(model: unet.UNet) -> Any:
   t = jax.ShapeDtypeStruct((1,), jnp.float32)
   return jax.eval_shape(
       model.init, jax.random.key(0), image, t, labels, context)['params']
-
-
-def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str
-            ) -> Any:
-  """Dotted tensors -> parameters of exactly the structure of `abstract`."""
-  expected = {'.'.join(path): path
-              for path in traverse_util.flatten_dict(abstract)}
-  shapes = {key: traverse_util.flatten_dict(abstract)[path].shape
-            for key, path in expected.items()}
-  problems = [f'missing {key} {shapes[key]}'
-              for key in expected if key not in tensors]
-  problems += [f'unexpected {key} {tensors[key].shape}'
-               for key in tensors if key not in expected]
-  found = {}
-  for key in expected.keys() & tensors.keys():
-    if tensors[key].shape != shapes[key]:
-      problems.append(
-          f'{key} is {tensors[key].shape}, the model wants {shapes[key]}')
-      continue
-    if not jnp.issubdtype(tensors[key].dtype, jnp.floating):
-      problems.append(
-          f'{key} has type {tensors[key].dtype}, which holds no weights')
-      continue
-    value = np.asarray(tensors[key].read(), np.float32)
-    if count := np.count_nonzero(~np.isfinite(value)):
-      problems.append(f'{key} holds {count} values that are not finite')
-    found[expected[key]] = jnp.array(value)
-  if problems:
-    raise ValueError(f'{source} does not fit the model:\n  '
-                     + '\n  '.join(sorted(problems)))
-  return traverse_util.unflatten_dict(
-      {path: found[path] for path in expected.values()})

@@ -1,10 +1,10 @@
 """Named tensors -> parameters of a model, strict both ways."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+import operator
+from typing import Any, NamedTuple
 
 from flax import traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,24 +15,36 @@ _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight',
            'bias': 'bias'}
 
 
+class Form(NamedTuple):
+  """How a code base names and lays out the parameters of our modules.
+
+  Attributes:
+    name: path in the parameters -> dotted name.
+    shape: (our shape, last part of the path) -> its shape.
+    fits: (a tensor's shape, that shape) -> whether it can be taken.
+    place: (float32 values, our shape, last part of the path) -> ours.
+  """
+  name: Callable[[tuple[str, ...]], str]
+  shape: Callable[[tuple[int, ...], str], tuple[int, ...]]
+  fits: Callable[[tuple[int, ...], tuple[int, ...]], bool]
+  place: Callable[[np.ndarray, tuple[int, ...], str], np.ndarray]
+
+
 def torch_names(abstract: Any) -> dict[str, tuple[str, ...]]:
   """{dotted name as PyTorch ends it: path} of a model's parameters."""
-  return {'.'.join((*path[:-1], _LEAVES[path[-1]])): path
+  return {TORCH.name(path): path
           for path in traverse_util.flatten_dict(abstract)}
 
 
 def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
-            leftover: tuple[str, ...] = ()) -> Any:
-  """PyTorch's tensors -> a model's parameters, float32.
-
-  Tensors are read one at a time. Convolutions are turned from OIHW to HWIO,
-  matrices from `[out, in]` to `[in, out]`; a 1x1 convolution may stand for a
-  matrix.
+            form: Form, leftover: tuple[str, ...] = ()) -> Any:
+  """Tensors -> a model's parameters, float32. They are read one at a time.
 
   Args:
-    tensors: {our module name + '.weight' or '.bias': tensor}.
+    tensors: {name as `form` has it: tensor}.
     abstract: the parameters' shapes.
     source: of the tensors, for messages.
+    form: TORCH or FLAX.
     leftover: names in the checkpoint that no rule could name.
 
   Raises:
@@ -40,34 +52,35 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
       that holds no weights, or not finite: all are listed.
   """
   flat = traverse_util.flatten_dict(abstract)
-  expected = torch_names(abstract)
-  problems = [f'missing {name} {torch_shape(flat[path].shape, path[-1])}'
-              for name, path in expected.items() if name not in tensors]
+  expected = {form.name(path): path for path in flat}
+  shapes = {name: form.shape(flat[path].shape, path[-1])
+            for name, path in expected.items()}
+  problems = [f'missing {name} {shapes[name]}'
+              for name in expected if name not in tensors]
   problems += [f'unexpected {name} {tensors[name].shape}'
                for name in tensors if name not in expected]
   problems += [f'unexpected {name}' for name in leftover]
-  for name in expected.keys() & tensors.keys():
-    tensor, path = tensors[name], expected[name]
-    wanted = torch_shape(flat[path].shape, path[-1])
-    if not _fits(tensor.shape, wanted):
-      problems.append(f'{name} is {tensor.shape}, the model wants {wanted}')
-    elif not _is_float(tensor.dtype):
-      problems.append(f'{name} has type {tensor.dtype}, which holds no weights')
-  _refuse(source, problems)
   found = {}
   for name, path in expected.items():
-    value = np.asarray(tensors[name].read(), np.float32)
+    if name not in tensors:
+      continue
+    tensor = tensors[name]
+    if not form.fits(tensor.shape, shapes[name]):
+      problems.append(
+          f'{name} is {tensor.shape}, the model wants {shapes[name]}')
+      continue
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+      problems.append(f'{name} has type {tensor.dtype}, which holds no weights')
+      continue
+    value = np.asarray(tensor.read(), np.float32)
     if count := np.count_nonzero(~np.isfinite(value)):
       problems.append(f'{name} holds {count} values that are not finite')
-    found[path] = _to_flax(value, flat[path].shape, path[-1])
-  _refuse(source, problems)
-  return traverse_util.unflatten_dict(found)
-
-
-def _refuse(source, problems):
+    # A copy of its own: what was read is then let go.
+    found[path] = jnp.array(form.place(value, flat[path].shape, path[-1]))
   if problems:
     raise ValueError(f'{source} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))
+  return traverse_util.unflatten_dict(found)
 
 
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
@@ -83,14 +96,18 @@ def _fits(shape, wanted):
   return shape == wanted
 
 
-def _is_float(dtype):
-  return jnp.issubdtype(dtype, jnp.floating)
-
-
-def _to_flax(value: np.ndarray, shape: tuple[int, ...], leaf: str) -> jax.Array:
+def _to_flax(value: np.ndarray, shape: tuple[int, ...], leaf: str
+             ) -> np.ndarray:
   if leaf == 'kernel':
     axes = tuple(range(2, len(shape)))
     value = value.reshape(shape[-1], shape[-2], *shape[:-2]).transpose(
         *axes, 1, 0)
-  # A copy of its own: what was read is then let go.
-  return jnp.array(value)
+  return value
+
+
+# Convolutions OIHW, matrices `[out, in]`, for which a 1x1 convolution may
+# stand.
+TORCH = Form(lambda path: '.'.join((*path[:-1], _LEAVES[path[-1]])),
+             torch_shape, _fits, _to_flax)
+FLAX = Form('.'.join, lambda shape, leaf: shape, operator.eq,
+            lambda value, shape, leaf: value)
