@@ -1,4 +1,4 @@
-"""Evaluates a workdir of train.py: samples, metrics, results.json, pictures.
+"""Evaluates a workdir of train.py: samples, metrics, results.json, report.
 
   python eval.py --config=configs/digits.py:w4a4 --workdir=runs/w4a4
 
@@ -13,6 +13,8 @@ of a folder of images, an .npz, or a data set as NAME:PATH, and used by
 Kept short: the logic is in msfp_jax, where it can be imported and tested.
 """
 
+import shlex
+import sys
 
 from absl import app
 from absl import flags
@@ -51,7 +53,9 @@ def main(argv):
         num_vectors=_VECTORS.value)))
     return
   cli.need(config=_CONFIG.value, workdir=_WORKDIR.value)
-  results = cli.guard(lambda: evaluate.run(_CONFIG.value, _WORKDIR.value))
+  command = shlex.join(['python', *sys.argv])
+  results = cli.guard(
+      lambda: evaluate.run(_CONFIG.value, _WORKDIR.value, command))
   print(evaluate.table(results))
 
 

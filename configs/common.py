@@ -139,6 +139,7 @@ def get_config() -> ml_collections.ConfigDict:
       # All samples as samples/ROW.npz ('npz') or PNG files ('png'); or not.
       'keep': '',
       'pictures': 16,  # images a row in samples/methods.png
+      'report': True,  # write report.html
   })
   return config
 

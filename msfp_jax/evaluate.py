@@ -18,6 +18,7 @@ from msfp_jax import files
 from msfp_jax import generate
 from msfp_jax import pictures
 from msfp_jax import progress as progress_lib
+from msfp_jax import report
 from msfp_jax import rows as rows_lib
 from msfp_jax import sample_store
 from msfp_jax import student as student_lib
@@ -74,14 +75,21 @@ def results_head(config: ml_collections.ConfigDict,
   }
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str,
+        command: str = '') -> dict[str, Any]:
   """The whole of eval.py.
 
   All rows start from the same noise; the full-precision one comes first and
-  is what the others are compared with. Writes results.json and
+  is what the others are compared with. Writes results.json,
   samples/methods.png, one row of images per method, and where
   config.eval.keep says so all samples. Running it again after an interruption
-  goes on with the batch that was missing.
+  goes on with the batch that was missing. Where config.eval.report says so,
+  report.html shows the last row in detail.
+
+  Args:
+    config: an experiment (configs/).
+    workdir: what `finetune.run` left.
+    command: stands in the report.
 
   Returns:
     The content of results.json.
@@ -119,6 +127,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     shown[name] = samples[:cfg.pictures]
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
   files.write_json(f'{workdir}/results.json', results)
+  if cfg.report:
+    last = rows_lib.make_row(experiment, names[-1], workdir)
+    report.write(workdir, experiment=experiment, results=results,
+                 pictures=shown, row=last.name, deployed=last.deployed,
+                 command=command)
   shutil.rmtree(folder)
   return results
 
@@ -126,7 +139,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
            network: features.FeatureNetwork) -> None:
   """Empties the folder unless it is of an evaluation that this one goes on."""
-  free = ('rows', 'pictures', 'keep')
+  free = ('rows', 'pictures', 'keep', 'report')
   settings = json.loads(json.dumps({
       'eval': {name: value for name, value in config.items()
                if name not in free},

@@ -30,9 +30,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a text file, whole or not at all."""
+  """Writes a text file in UTF-8, whole or not at all."""
   with atomic_path(path) as temporary:
-    temporary.write_text(text)
+    temporary.write_text(text, encoding='utf-8')
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -16,13 +16,13 @@ ORDER = [
      'models',
      'checkpoint'},
     {'writer', 'convert'},
-    {'quantizers', 'losses', 'loop', 'metrics', 'report'},
+    {'quantizers', 'losses', 'loop', 'metrics'},
     {'search', 'pretrain'},
     {'spec'},
     {'calibrate', 'quantize'},
     {'talora'},
     {'student', 'experiment'},
-    {'finetune', 'generate', 'sample_store'},
+    {'finetune', 'generate', 'sample_store', 'report'},
     {'rows'},
 ]
 # On top of all: they may import each other, and nothing below imports them.

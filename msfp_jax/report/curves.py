@@ -1,0 +1,132 @@
+"""Training curves from metrics.jsonl."""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from msfp_jax.report import numbers
+from msfp_jax.report import section as section_lib
+from msfp_jax.report import svg
+from msfp_jax.report.section import Source
+
+_BINS = 120
+# What stands in one drawing: its title, and which scalars it shows. Others
+# have a drawing each; timesteps are no result.
+_DRAWINGS = {
+    'loss': 'loss|mse', 'gradients (L2 norm)': 'l2_grads.*',
+    'learning rate': '.*learning_rate.*', 'share of each bank': r'bank_\d+',
+}
+_HIDDEN = 't'
+# What the names in the log mean.
+_MEANINGS = {
+    'finetune/loss': 'loss weighted with gamma_t',
+    'finetune/mse': 'MSE of the noise, not weighted'}
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def read(path: pathlib.Path) -> Curves:
+  """{scalar: (steps `[N]`, values `[N]`)} of a metrics.jsonl; {} without one.
+
+  Raises:
+    ValueError: a line is damaged; names the file and the line.
+  """
+  if not path.is_file():
+    return {}
+  found = {}
+  with open(path, encoding='utf-8') as file:
+    for number, line in enumerate(file, 1):
+      try:
+        row = json.loads(line)
+        step = row.pop('step')
+      except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f'{path}: line {number} is damaged ({error}); run '
+                         'train.py again, which drops such lines') from error
+      for name, value in row.items():
+        if value is not None:
+          found.setdefault(name, []).append((step, value))
+  return {name: tuple(np.asarray(pairs, np.float64).T)
+          for name, pairs in found.items()}
+
+
+def binned(steps: np.ndarray, values: np.ndarray, bins: int = _BINS
+           ) -> tuple[np.ndarray, ...]:
+  """Centre, mean, least and largest value of groups of consecutive steps.
+
+  Args:
+    steps: `[N]`, ascending.
+    values: `[N]`.
+    bins: groups at most; where N is less, every step is one.
+  """
+  groups = [np.array_split(a, min(bins, len(steps))) for a in (steps, values)]
+  centre = np.array([part.mean() for part in groups[0]])
+  return (centre, *(np.array([reduce(part) for part in groups[1]])
+                    for reduce in (np.mean, np.min, np.max)))
+
+
+def grouped(curves: Curves) -> dict[str, Curves]:
+  """{title: curves} of the drawings of one run."""
+  found = {}
+  for name, curve in curves.items():
+    short = name.rpartition('/')[2]
+    title = next((title for title, pattern in _DRAWINGS.items()
+                  if re.fullmatch(pattern, short)), short)
+    if short != _HIDDEN:
+      found.setdefault(title, {})[name] = curve
+  return found
+
+
+def section(source: Source) -> section_lib.Section | None:
+  workdir = pathlib.Path(source.workdir)
+  drawn = []
+  for run, path in (('fine-tuning', workdir / 'metrics.jsonl'),
+                    ('pre-training', workdir / 'pretrain/metrics.jsonl')):
+    for title, curves in grouped(read(path)).items():
+      drawn.append(_figure(f'curves-{len(drawn)}', run, title, curves))
+  if not drawn:
+    return None
+  text = ('Scalars that training logged, by update. Lines are means of '
+          f'consecutive updates, at most {_BINS} points; bands go from the '
+          'least to the largest value among these. In fine-tuning one update is '
+          'one timestep, so that values differ from update to update.')
+  return section_lib.figures('curves', 'Training curves', 'Training', text,
+                             drawn)
+
+
+def _figure(id: str, run: str, title: str, curves: Mapping
+            ) -> section_lib.Figure:
+  points = {name: binned(*curve) for name, curve in curves.items()}
+  updates = int(max(steps[-1] for steps, _ in curves.values()))
+  said = '; '.join(
+      f'{_name(name)} from {numbers.significant(mean[0])} to '
+      f'{numbers.significant(mean[-1])}'
+      for name, (_, mean, _, _) in points.items())
+
+  def paint(figure):
+    axes = figure.add_subplot()
+    lowest = min(low.min() for _, _, low, _ in points.values())
+    for i, (name, (centre, mean, low, high)) in enumerate(points.items()):
+      colour = svg.SERIES[i % len(svg.SERIES)]
+      if len(points) <= 2:
+        axes.fill_between(centre, low, high, color=colour, alpha=0.18,
+                          linewidth=0)
+      axes.plot(centre, mean, color=colour, label=_name(name),
+                linestyle=svg.DASHES[i % 4])
+    if lowest > 0:
+      svg.log_axis(axes, 'y')
+    axes.set_xlabel('update')
+    axes.set_ylabel(title)
+    axes.set_xlim(0, updates)
+    svg.legend_above(axes, 1)
+
+  return section_lib.Figure(
+      svg.draw(id, 230 + 15 * len(points),
+               f'{run}, {updates:,} updates: {said}.', paint),
+      f'{run.capitalize()}: {title} over {updates:,} updates; {said}.')
+
+
+def _name(name: str) -> str:
+  return _MEANINGS.get(name, name.rpartition('/')[2].replace('_', ' '))

@@ -1,0 +1,50 @@
+"""How far apart teacher and student are at every step of the sampler."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from msfp_jax import diffusion
+from msfp_jax import losses
+from msfp_jax.diffusion import sampling
+
+
+@flax.struct.dataclass
+class Gaps:
+  """Mean squared differences, over a batch, at each of S steps `[S]`.
+
+  Attributes:
+    eps: between the noise predicted by both from the teacher's x_t.
+    step: between the x_{t-1} that these predictions lead to.
+  """
+
+  eps: jax.Array
+  step: jax.Array
+
+
+def along_trajectory(
+    teacher: sampling.NoiseFn, student: sampling.NoiseFn,
+    plan: diffusion.SamplerPlan, x: jax.Array, key: jax.Array | None = None
+) -> Gaps:
+  """Both predict at every x_t of a trajectory that the teacher alone drives.
+
+  So each step shows the difference that it makes by itself, as the loss of
+  fine-tuning sees it (arXiv 2505.21591, figure 3).
+
+  Args:
+    teacher: predicts the noise: (x, t `[B]`, position in the plan) -> eps.
+    student: likewise.
+    plan: the sampler.
+    x: standard normal noise `[B, H, W, C]`.
+    key: for samplers that add noise, the same to both.
+  """
+
+  def body(position, step):
+    t = jnp.full(position.x.shape[:1], step['t'])
+    eps = [predict(position.x, t, step['index'])
+           for predict in (teacher, student)]
+    new = [sampling.advance(plan, step, position, e, key) for e in eps]
+    return new[0], Gaps(losses.dfa_loss(1.0, *eps),
+                        jnp.mean((new[0].x - new[1].x)**2))
+
+  return jax.lax.scan(body, sampling.start(plan, x), plan.steps())[1]

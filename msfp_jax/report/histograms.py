@@ -1,0 +1,127 @@
+"""Inputs of a few layers, with the grids that quantize them (figure 1)."""
+
+from collections.abc import Mapping
+import dataclasses
+
+import numpy as np
+
+from msfp_jax import quantizers
+from msfp_jax import spec as spec_lib
+from msfp_jax.calibrate import Activations
+from msfp_jax.report import layers_table
+from msfp_jax.report import numbers
+from msfp_jax.report import section as section_lib
+from msfp_jax.report import svg
+from msfp_jax.report.section import Source
+
+_LAYERS_PER_CLASS = 3
+_BINS = 120
+_TEXT = (
+    'Inputs of layers of the full-precision model along its trajectories (the '
+    'calibration sample), on a logarithmic scale, and below them the levels '
+    'that the input is rounded to. An AAL follows SiLU: its negative values end '
+    'at -0.28, and a signed format spends half of its levels there. Shown are '
+    'the AALs that gain most from an unsigned format with a zero point, each '
+    'with the best signed grid beside it, and the NALs with the largest error '
+    'relative to their variance.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """The levels that a tensor is rounded to, and what that costs.
+
+  Attributes:
+    name: of the format.
+    levels: float64, ascending.
+    mse: mean squared error on the values shown.
+  """
+
+  name: str
+  levels: np.ndarray
+  mse: float
+
+
+def grid_of(quantizer: quantizers.Quantizer, values: np.ndarray) -> Grid:
+  """The grid of a per-tensor quantizer, and its error on `values`."""
+  levels = quantizer.fmt.levels() * float(quantizer.scale)
+  if quantizer.zero_point is not None:
+    levels = levels + float(quantizer.zero_point)
+  error = np.asarray(quantizer.fake_quant(values), np.float64) - values
+  return Grid(str(quantizer.fmt), levels, float(np.mean(error**2)))
+
+
+def choose(layers: Mapping[str, spec_lib.LayerSpec],
+           activations: Mapping[str, Activations],
+           count: int = _LAYERS_PER_CLASS) -> tuple[list[str], list[str]]:
+  """AALs quantized unsigned with the largest gain; NALs with the largest
+  error relative to their variance. Worst or best first, `count` each.
+  """
+  quantized = {name: layer for name, layer in layers.items()
+               if layer.act is not None and layers_table.gain(layer)}
+  aals = [name for name, layer in quantized.items()
+          if layer.kind == 'AAL' and not layer.act.fmt.signed]
+  aals.sort(key=lambda name: -layers_table.gain(quantized[name]))
+  nals = [name for name, layer in quantized.items() if layer.kind == 'NAL']
+  nals.sort(key=lambda name: -quantized[name].stats['act_mse'] / max(
+      float(np.var(activations[name].values)), 1e-30))
+  return aals[:count], nals[:count]
+
+
+def section(source: Source) -> section_lib.Section | None:
+  layers = source.deployed.spec.layers
+  if all(layer.act is None for layer in layers.values()):
+    return None
+  activations = source.experiment.activations
+  aals, nals = choose(layers, activations)
+  drawn = [_figure(f'histogram-{i}', name, layers[name],
+                   activations[name].values)
+           for i, name in enumerate(aals + nals)]
+  if not drawn:
+    return None
+  return section_lib.figures(
+      'histograms', 'Activations and their grids', 'Histograms', _TEXT, drawn)
+
+
+def _figure(id: str, name: str, layer: spec_lib.LayerSpec,
+            values: np.ndarray) -> section_lib.Figure:
+  grids = [grid_of(layer.act, values)]
+  if layer.kind == 'AAL':
+    signed = spec_lib.SIGNED.search(values, layer.act.bits)
+    grids.append(grid_of(signed.quantizer(), values))
+  costs = ' and '.join(
+      f'{grid.name} with MSE {numbers.significant(grid.mse)}, '
+      f'{np.count_nonzero(grid.levels < 0)} of its {len(grid.levels)} levels '
+      'below zero' for grid in grids)
+  label = (
+      f'Histogram of the inputs of {layer.kind} {name}: from '
+      f'{numbers.significant(float(values.min()))} to '
+      f'{numbers.significant(float(values.max()))}, '
+      f'{100 * float(np.mean(values < 0)):.0f}% negative. Grids: {costs}.')
+  caption = (f'{layer.kind} {name}: number of sampled values over the input\'s '
+             f'value (no unit). Levels of {costs}.')
+  return section_lib.Figure(
+      svg.draw(id, 230, label,
+               lambda figure: _paint(figure, name, layer.kind, values, grids)),
+      caption)
+
+
+def _paint(figure, name: str, kind: str, values: np.ndarray,
+           grids: list[Grid]) -> None:
+  top, rug = figure.subplots(
+      2, sharex=True, height_ratios=[5, 0.9 * len(grids)])
+  counts, edges = np.histogram(values, _BINS)
+  top.stairs(counts, edges, fill=True, baseline=0.5, color=svg.BLUE, alpha=0.35)
+  top.stairs(counts, edges, baseline=0.5, color=svg.BLUE, linewidth=1)
+  svg.log_axis(top, 'y')
+  top.set_ylim(0.5)
+  top.set_title(f'{kind} {name}')
+  top.tick_params(bottom=False, labelbottom=False)
+  for i, (grid, colour) in enumerate(
+      zip(grids, (svg.ORANGE, svg.PURPLE), strict=False)):
+    rug.vlines(grid.levels, i - 0.38, i + 0.38, color=colour, linewidth=1.6)
+  rug.set_yticks(range(len(grids)), [grid.name for grid in grids])
+  rug.set_ylim(len(grids) - 0.5, -0.5)
+  rug.grid(False)
+  rug.spines['left'].set_visible(False)
+  rug.tick_params(left=False)
+  rug.set_xlabel('value of the input')

@@ -1,0 +1,78 @@
+"""Every layer's class, formats, scale, zero point and error."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from msfp_jax import spec as spec_lib
+from msfp_jax.report import numbers
+from msfp_jax.report.section import Section
+from msfp_jax.report.section import Source
+
+# Heading, and what it means.
+COLUMNS = (
+    ('#', 'place in the order of execution'),
+    ('layer', 'name of the layer'),
+    ('role', 'what the layer is; exceptions from the bits go by it'),
+    ('class', 'AAL: its input follows SiLU or the like; NAL: any other'),
+    ('input', 'number format of the input; U is unsigned'),
+    ('scale', 'of the input; the largest level is scale times the format\'s '
+     'maximum'),
+    ('zero point', 'of the input; only unsigned formats have one'),
+    ('MSE', 'mean squared error of the quantized input, at calibration'),
+    ('gain', 'MSE of the best signed format over that of the one chosen, at '
+     'calibration; 1 where signed was chosen'),
+    ('weight', 'number format of the weight; a scale per output channel'),
+    ('weight MSE', 'mean squared error of the quantized weight, at '
+     'calibration'),
+)
+
+
+def gain(layer: spec_lib.LayerSpec) -> float | None:
+  """MSE of the best signed input over the chosen; None where unknown."""
+  signed = layer.stats.get('act_signed_mse')
+  chosen = layer.stats.get('act_mse')
+  return signed / chosen if signed is not None and chosen else None
+
+
+def rows(layers: Mapping[str, spec_lib.LayerSpec]) -> list[list[Any]]:
+  """Values by layer and column; None where there is nothing."""
+  found = []
+  for i, (name, layer) in enumerate(layers.items(), 1):
+    act, weight = layer.act, layer.weight
+    zero_point = None if act is None else act.zero_point
+    found.append([
+        i, name, layer.role, layer.kind,
+        None if act is None else str(act.fmt),
+        None if act is None else float(np.asarray(act.scale)),
+        None if zero_point is None else float(np.asarray(zero_point)),
+        layer.stats.get('act_mse'), gain(layer),
+        None if weight is None else str(weight.fmt),
+        layer.stats.get('weight_mse')])
+  return found
+
+
+def _cell(value: Any) -> dict[str, Any]:
+  number = isinstance(value, int | float)
+  if value is None:
+    return {'text': '', 'value': '', 'number': False}
+  text = value if isinstance(value, str) else str(value)
+  return {'text': numbers.significant(value) if isinstance(value, float)
+          else text, 'value': repr(value) if number else text,
+          'number': number}
+
+
+def section(source: Source) -> Section | None:
+  layers = source.deployed.spec.layers
+  if all(layer.act is None and layer.weight is None
+         for layer in layers.values()):
+    return None
+  gains = [gain(layer) for layer in layers.values() if layer.kind == 'AAL']
+  gains = [value for value in gains if value is not None]
+  return Section('layers', f'Layers of {source.row}', 'Layers', 'layers.html', {
+      'columns': COLUMNS,
+      'rows': [[_cell(value) for value in row] for row in rows(layers)],
+      'kinds': sorted({layer.kind for layer in layers.values()}),
+      'kind_column': [name for name, _ in COLUMNS].index('class'),
+      'median_gain': numbers.ratio(float(np.median(gains))) if gains else ''})

@@ -1,0 +1,46 @@
+"""What was evaluated, and the command and config that did it."""
+
+import json
+
+import jax
+
+from msfp_jax.report.section import Section
+from msfp_jax.report.section import Source
+
+_NAMES = {'num_samples': 'images', 'is_splitting': 'splits of inception scores'}
+
+
+def section(source: Source) -> Section:
+  facts = {_NAMES.get(key, key.replace('_', ' ')): value
+           for key, value in source.results.items() if key != 'rows'}
+  config = json.loads(source.experiment.config.to_json_best_effort())
+  facts['timesteps'] = _timesteps(source)
+  facts['jax'] = jax.__version__
+  return Section('overview', 'What this is', 'Overview', 'overview.html', {
+      'facts': [(name, _text(value)) for name, value in facts.items()],
+      'layers': _layers(source), 'row': source.row,
+      'command': source.command, 'config': json.dumps(config, indent=2)})
+
+
+def _text(value) -> str:
+  if isinstance(value, str | int | float | bool):
+    return f'{value:,}' if type(value) is int else str(value)
+  return json.dumps(value)
+
+
+def _timesteps(source: Source) -> str:
+  t = source.experiment.plan.timesteps
+  return f'{t[0]} to {t[-1]}, {len(t)} steps'
+
+
+def _layers(source: Source) -> str:
+  """One sentence on what the model shown in detail quantizes."""
+  layers = source.deployed.spec.layers.values()
+  kinds = [layer.kind for layer in layers]
+  unsigned = sum(layer.act is not None and not layer.act.fmt.signed
+                 for layer in layers if layer.kind == 'AAL')
+  quantized = sum(layer.act is not None or layer.weight is not None
+                  for layer in layers)
+  return (f'{quantized} of its {len(kinds)} layers are quantized. '
+          f'{kinds.count("AAL")} are AALs, {unsigned} of them in unsigned '
+          f'floating point; {kinds.count("NAL")} are NALs.')

@@ -1,0 +1,74 @@
+"""report.html: one self-contained page about an evaluation."""
+
+from collections.abc import Mapping
+import importlib.resources
+import pathlib
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+
+from msfp_jax import experiment as experiment_lib
+from msfp_jax import files
+from msfp_jax import student as student_lib
+from msfp_jax.report import curves
+from msfp_jax.report import histograms
+from msfp_jax.report import layers_table
+from msfp_jax.report import overview
+from msfp_jax.report import results_table
+from msfp_jax.report import routing
+from msfp_jax.report import samples
+from msfp_jax.report import strategies
+from msfp_jax.report import timesteps
+from msfp_jax.report.section import Section
+from msfp_jax.report.section import Source
+
+# In the order of the page. Each makes a Section, or None without its data.
+SECTIONS = (
+    overview.section, results_table.section, samples.section,
+    layers_table.section, histograms.section, strategies.section,
+    timesteps.section, routing.section, curves.section)
+
+
+def write(workdir: str, *, experiment: experiment_lib.Experiment,
+          results: Mapping[str, Any], pictures: Mapping[str, np.ndarray],
+          row: str, deployed: student_lib.Deployed, command: str = '') -> None:
+  """Writes `workdir`/report.html, whole or not at all, on process 0.
+
+  Args:
+    workdir: of the run; its metrics.jsonl are read.
+    experiment: what was evaluated.
+    results: the content of results.json.
+    pictures: {row: uint8 `[N, H, W, C]`}, 'data' and 'fp' first.
+    row: the name of the model that is shown in detail.
+    deployed: that model.
+    command: that made the evaluation.
+  """
+  source = Source(workdir, experiment, results, pictures, row, deployed,
+                  command)
+  sections = [made for make in SECTIONS if (made := make(source)) is not None]
+  if jax.process_index() == 0:
+    files.write_text(pathlib.Path(workdir) / 'report.html',
+                     render(title(source), sections))
+
+
+def title(source: Source) -> str:
+  """Of the page: the data set, the bits and the recipe shown in detail."""
+  dataset = pathlib.PurePath(str(source.results['dataset'])).name
+  found = next((row for row in source.results['rows']
+                if row['name'] == source.row), None)
+  bits = f', W{found["weight_bits"]}A{found["act_bits"]}' if found else ''
+  return f'{dataset}{bits}: {source.row}'
+
+
+def render(heading: str, sections: list[Section]) -> str:
+  """The page, everything inline; what the sections hold is escaped."""
+  environment = jinja2.Environment(
+      loader=jinja2.PackageLoader('msfp_jax.report', 'templates'), autoescape=True,
+      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+  folder = importlib.resources.files('msfp_jax.report') / 'templates'
+  return environment.get_template('page.html').render(
+      title=heading, sections=sections,
+      style=(folder / 'style.css').read_text(encoding='utf-8'),
+      script=(folder / 'script.js').read_text(encoding='utf-8'))

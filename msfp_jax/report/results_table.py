@@ -1,0 +1,109 @@
+"""The rows of results.json as a table, and their sizes."""
+
+import dataclasses
+import re
+from typing import Any
+
+from msfp_jax import spec as spec_lib
+from msfp_jax.report import numbers
+from msfp_jax.report.section import Section
+from msfp_jax.report.section import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """What a column of the results means.
+
+  Attributes:
+    pattern: of its whole name.
+    meaning: for its title and the legend.
+    better: min or max, of the values of quantized models; None for columns
+      without a winner.
+  """
+
+  pattern: str
+  meaning: str
+  better: Any = None
+
+
+COLUMNS = (
+    Column('weight_bits', 'bits of the weights, but for the exceptions'),
+    Column('act_bits', 'bits of the layers\' inputs, but for the exceptions'),
+    Column('fid', 'Fréchet distance to the data on Inception\'s features; '
+           'low is good', min),
+    Column('sfid', 'the same on features that know places; low is good', min),
+    Column('is', 'inception score; high is good', max),
+    Column('is_std', 'standard deviation of the inception score over splits'),
+    Column('kid', 'kernel distance to the data; low is good', min),
+    Column('precision|recall', 'share of the images that lie among the data\'s '
+           '(precision), and the other way round; high is good', max),
+    Column('label_agreement', 'share of images in which the classifier sees '
+           'the same as in the full-precision model\'s; high is good', max),
+    Column('psnr_to_fp', 'dB, image by image to those that full precision '
+           'makes from the same noise; high is good', max),
+    Column('.*_to_fp', 'the same distance, to the full-precision model\'s '
+           'images; low is good', min),
+    Column('fd_.*', 'Fréchet distance to the data on the named features; '
+           'comparable only on the same features at an equal number of '
+           'images; low is good', min),
+    Column('confidence', 'how sure the classifier is, 0 to 1'),
+    Column('class_balance', 'how evenly the classes appear; 1 is even'),
+    Column('bytes', 'size with weights packed at their bits, all banks, scales '
+           'and zero points counted', min),
+)
+_UNKNOWN = Column('', '')
+
+
+def column_of(name: str) -> Column:
+  """The first of COLUMNS that describes a field; an empty one if none does."""
+  return next((column for column in COLUMNS
+               if re.fullmatch(column.pattern, name)), _UNKNOWN)
+
+
+def best(rows: list[dict[str, Any]], name: str) -> float | None:
+  """The best value of quantized rows; None where there is nothing to win."""
+  better = column_of(name).better
+  values = [row[name] for row in rows if name in row and _quantized(row)]
+  return better(values) if better and len(values) > 1 else None
+
+
+def _quantized(row: dict[str, Any]) -> bool:
+  return min(row['weight_bits'], row['act_bits']) < spec_lib.FULL_PRECISION
+
+
+def section(source: Source) -> Section:
+  rows = source.results['rows']
+  names = list(dict.fromkeys(key for row in rows for key in row))
+  names.remove('name')
+  winners = {name: best(rows, name) for name in names}
+  table = [{'name': row['name'],
+            'cells': [_cell(row.get(name), winners[name]) for name in names]}
+           for row in rows]
+  return Section('results', 'Results', 'Results', 'results.html', {
+      'names': names, 'rows': table, 'sizes': sizes(rows),
+      'meanings': [(name, column_of(name).meaning) for name in names
+                   if column_of(name).meaning],
+      'num_samples': source.results['num_samples'],
+      'marked': any(value is not None for value in winners.values())})
+
+
+def _cell(value: Any, winner: float | None) -> dict[str, Any]:
+  text = ''
+  if isinstance(value, int):
+    text = f'{value:,}'
+  elif value is not None:
+    text = numbers.significant(value, 4)
+  return {'text': text, 'best': value is not None and value == winner}
+
+
+def sizes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Bytes of each row, as text and as a share of the largest."""
+  largest = max(row['bytes'] for row in rows)
+  full = next((row['bytes'] for row in rows if not _quantized(row)), None)
+  return [{'name': row['name'], 'bytes': f'{row["bytes"]:,}',
+           'percent': f'{100 * row["bytes"] / largest:.2f}',
+           'ratio': '' if full is None else
+           f'{full / row["bytes"]:.2f} times smaller' if full > row['bytes']
+           else 'full precision' if full == row['bytes'] else
+           f'{row["bytes"] / full:.2f} times larger'}
+          for row in rows]

@@ -1,0 +1,68 @@
+"""Images of every method, in the same order and from the same noise."""
+
+import base64
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+from msfp_jax import pictures as pictures_lib
+from msfp_jax.report import numbers
+from msfp_jax.report.section import Section
+from msfp_jax.report.section import Source
+
+# Of one method, embedded; larger images are fewer.
+_MAX_IMAGES = 16
+_MAX_PIXELS = 2**18
+_PIXELATED = 64  # images up to this side are shown with hard pixels
+
+
+def count_shown(num_images: int, height: int, width: int) -> int:
+  """How many images of a method the page holds: a square number, at least 1."""
+  allowed = min(num_images, _MAX_IMAGES, _MAX_PIXELS // (height * width))
+  return max(math.isqrt(max(allowed, 1))**2, 1)
+
+
+def data_uri(image: np.ndarray) -> str:
+  """uint8 `[H, W, C]`, C = 1 or 3, as a PNG inside an address."""
+  image = pictures_lib.check_pixels('report', image, 'HWC')
+  buffer = io.BytesIO()
+  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
+      buffer, format='PNG', optimize=True)
+  return 'data:image/png;base64,' + base64.b64encode(
+      buffer.getvalue()).decode()
+
+
+def section(source: Source) -> Section | None:
+  if not source.pictures:
+    return None
+  height, width = next(iter(source.pictures.values())).shape[1:3]
+  count = count_shown(
+      min(map(len, source.pictures.values())), height, width)
+  rows = {row['name']: row for row in source.results['rows']}
+  columns = math.isqrt(count)
+  methods = []
+  for name, images in source.pictures.items():
+    grid = pictures_lib.image_grid(images[:count], columns)
+    note = _note(name, rows.get(name, {}))
+    methods.append({
+        'name': name, 'src': data_uri(grid), 'note': note,
+        'width': grid.shape[1], 'height': grid.shape[0],
+        'alt': f'{count} images, {columns} a row: {name}, {note}'})
+  return Section('samples', 'Samples', 'Samples', 'samples.html', {
+      'methods': methods, 'count': count,
+      'left': 'fp' if 'fp' in source.pictures else methods[0]['name'],
+      'right': source.row if source.row in source.pictures
+      else methods[-1]['name'],
+      'pixelated': max(height, width) <= _PIXELATED,
+      'size': f'{width} x {height}'})
+
+
+def _note(name: str, row: dict) -> str:
+  if name == 'data':
+    return 'images of the data set'
+  if 'psnr_to_fp' in row:
+    psnr = numbers.significant(row['psnr_to_fp'])
+    return f'PSNR to full precision {psnr} dB'
+  return 'what the others are compared with' if name == 'fp' else 'samples'

@@ -1,0 +1,147 @@
+"""Loss and what it should stand for, step by step (figure 3)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from msfp_jax import experiment as experiment_lib
+from msfp_jax import losses
+from msfp_jax import student as student_lib
+from msfp_jax.report import gap
+from msfp_jax.report import numbers
+from msfp_jax.report import section as section_lib
+from msfp_jax.report import svg
+from msfp_jax.report.section import Source
+
+_MAX_IMAGES = 32
+
+
+def measure(experiment: experiment_lib.Experiment,
+            deployed: student_lib.Deployed) -> gap.Gaps:
+  """The gaps of a model on one batch of noise of its own, float64 `[S]`."""
+  count = min(experiment.config.eval.batch_size, _MAX_IMAGES)
+  key = jax.random.fold_in(experiment.key(experiment_lib.SAMPLES), 2**31 - 1)
+
+  # Weights are arguments: constants would be folded at compile time.
+  @jax.jit
+  def run(params, quantized_params, weights, key):
+    model = dataclasses.replace(
+        deployed, params=quantized_params, weights=weights)
+    noise = jax.random.normal(
+        jax.random.fold_in(key, 0), (count, *experiment.sample_shape))
+    condition = experiment.draw_condition(jax.random.fold_in(key, 2), count)
+    return gap.along_trajectory(
+        lambda x, t, index: experiment.model.apply(
+            {'params': params}, x, t, *condition),
+        lambda x, t, index: model.eps_fn(x, t, index, *condition),
+        experiment.plan, noise, jax.random.fold_in(key, 1))
+
+  return jax.tree.map(lambda a: np.asarray(a, np.float64), run(
+      experiment.params, deployed.params, deployed.weights, key))
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+  """`[S]` in percent of their sum; zeros where all are 0."""
+  total = values.sum()
+  return 100 * values / total if total > 0 else np.zeros(len(values))
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+  """How much two distributions over steps have in common, in percent."""
+  return float(np.minimum(shares(a), shares(b)).sum())
+
+
+def section(source: Source) -> section_lib.Section | None:
+  layers = source.deployed.spec.layers.values()
+  if all(layer.act is None and layer.weight is None for layer in layers):
+    return None
+  experiment = source.experiment
+  variant = experiment.config.finetune.gamma
+  if variant == 'none':
+    variant = 'sampler'
+  gamma = losses.denoising_factors(
+      experiment.schedule, experiment.plan, variant)
+  found = measure(experiment, source.deployed)
+  t = experiment.plan.timesteps
+  text = (
+      f'{source.row} against full precision, step by step: both predict the '
+      'noise at the x_t of trajectories that full precision drives. The '
+      'quality gap of a step is the mean squared difference between the '
+      'x_{t-1} that the two predictions lead to. A loss that says where the '
+      'gap is made has the gap\'s shape; what the two shapes share is given '
+      f'with each drawing. gamma_t is the denoising factor {variant!r}, scaled '
+      'to mean 1.')
+  drawn = [
+      _shape('timesteps-plain', t, 'MSE of the noise', found.eps, found.step),
+      _shape('timesteps-gamma', t, 'MSE times gamma_t', gamma * found.eps,
+             found.step),
+      _absolute('timesteps-absolute', t, gamma, found)]
+  return section_lib.figures(
+      'timesteps', 'Loss and quality gap over timesteps', 'Timesteps', text,
+      drawn)
+
+
+def _axes(figure, t):
+  """Axes over timesteps in the order of sampling: noise on the left."""
+  axes = figure.add_subplot()
+  axes.set_xlabel('timestep t (sampling goes from left to right)')
+  axes.set_xlim(max(t.max(), 1), 0)
+  return axes
+
+
+def _shape(id: str, t: np.ndarray, name: str, loss: np.ndarray,
+           step: np.ndarray) -> section_lib.Figure:
+  common = f'{overlap(loss, step):.0f}%'
+  tops = [f't = {t[np.argmax(values)]}' for values in (loss, step)]
+  label = (f'Share of {name} and of the quality gap by timestep. {name} is '
+           f'largest at {tops[0]}, the gap at {tops[1]}; the two shapes '
+           f'share {common}.')
+  caption = (f'{name} and quality gap, each in percent of its sum over the '
+             f'{len(t)} steps. Largest at {tops[0]} and {tops[1]}; they share '
+             f'{common}.')
+
+  def paint(figure):
+    axes = _axes(figure, t)
+    for values, text, colour, dash, marker in (
+        (loss, name, svg.BLUE, *_line(0)),
+        (step, 'quality gap', svg.ORANGE, *_line(1))):
+      axes.plot(t, shares(values), color=colour, linestyle=dash, label=text,
+                marker=marker, markersize=4)
+    axes.set_ylabel('% of the sum')
+    axes.set_ylim(0)
+    svg.legend_above(axes)
+
+  return section_lib.Figure(svg.draw(id, 240, label, paint), caption)
+
+
+def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
+              ) -> section_lib.Figure:
+  series = {'MSE of the noise': found.eps,
+            'MSE times gamma_t': gamma * found.eps,
+            'quality gap': found.step}
+  ends = '; '.join(
+      f'{name} {numbers.significant(values[0])} at t = {t[0]}, '
+      f'{numbers.significant(values[-1])} at t = {t[-1]}'
+      for name, values in series.items())
+  label = f'The same three quantities by timestep, as they are: {ends}.'
+  caption = ('The same as they are: squared units of the noise and of x, '
+             f'logarithmic. {ends}.')
+
+  def paint(figure):
+    axes = _axes(figure, t)
+    for i, (name, colour) in enumerate(zip(
+        series, (svg.BLUE, svg.GREEN, svg.ORANGE), strict=True)):
+      values = np.where(series[name] > 0, series[name], np.nan)
+      dash, marker = _line(i)
+      axes.plot(t, values, color=colour, linestyle=dash, label=name,
+                marker=marker, markersize=4)
+    svg.log_axis(axes, 'y')
+    axes.set_ylabel('mean squared difference')
+    svg.legend_above(axes, 1)
+
+  return section_lib.Figure(svg.draw(id, 280, label, paint), caption)
+
+
+def _line(i: int):
+  return svg.DASHES[i], svg.MARKERS[i]
