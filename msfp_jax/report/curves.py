@@ -12,7 +12,7 @@ from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg
 from msfp_jax.report.section import Source
 
-_BINS = 120
+_MAX_POINTS = 120
 # What stands in one drawing: its title, and which scalars it shows. Others
 # have a drawing each; timesteps are no result.
 _DRAWINGS = {
@@ -52,16 +52,23 @@ def read(path: pathlib.Path) -> Curves:
           for name, pairs in found.items()}
 
 
-def binned(steps: np.ndarray, values: np.ndarray, bins: int = _BINS
-           ) -> tuple[np.ndarray, ...]:
+def binned(steps: np.ndarray, values: np.ndarray, period: int = 1,
+           max_points: int = _MAX_POINTS) -> tuple[np.ndarray, ...]:
   """Centre, mean, least and largest value of groups of consecutive steps.
 
   Args:
     steps: `[N]`, ascending.
     values: `[N]`.
-    bins: groups at most; where N is less, every step is one.
+    period: groups are as long as this or a multiple, so that what repeats
+      with it averages out; the last may be shorter.
+    max_points: groups at most.
+
+  Returns:
+    Four arrays `[G]`.
   """
-  groups = [np.array_split(a, min(bins, len(steps))) for a in (steps, values)]
+  length = period * -(-len(steps) // (period * max_points))
+  starts = np.arange(0, len(steps), length)
+  groups = [np.split(a, starts[1:]) for a in (steps, values)]
   centre = np.array([part.mean() for part in groups[0]])
   return (centre, *(np.array([reduce(part) for part in groups[1]])
                     for reduce in (np.mean, np.min, np.max)))
@@ -76,30 +83,37 @@ def grouped(curves: Curves) -> dict[str, Curves]:
                   if re.fullmatch(pattern, short)), short)
     if short != _HIDDEN:
       found.setdefault(title, {})[name] = curve
-  return found
+  order = [*_DRAWINGS, *found]
+  return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
 def section(source: Source) -> section_lib.Section | None:
   workdir = pathlib.Path(source.workdir)
   drawn = []
-  for run, path in (('fine-tuning', workdir / 'metrics.jsonl'),
-                    ('pre-training', workdir / 'pretrain/metrics.jsonl')):
+  for run, path, period in (
+      ('fine-tuning', workdir / 'metrics.jsonl',
+       source.experiment.plan.num_steps),
+      ('pre-training', workdir / 'pretrain/metrics.jsonl', 1)):
     for title, curves in grouped(read(path)).items():
-      drawn.append(_figure(f'curves-{len(drawn)}', run, title, curves))
+      drawn.append(_figure(f'curves-{len(drawn)}', run, title, {
+          name: (len(curve[0]), binned(*curve, period))
+          for name, curve in curves.items()}))
   if not drawn:
     return None
-  text = ('Scalars that training logged, by update. Lines are means of '
-          f'consecutive updates, at most {_BINS} points; bands go from the '
-          'least to the largest value among these. In fine-tuning one update is '
-          'one timestep, so that values differ from update to update.')
+  text = ('Scalars that training logged, by update. Lines are means over '
+          'consecutive updates, bands go from the least to the largest value '
+          'among these. One update of fine-tuning is one timestep: there, '
+          'means are over whole trajectories.')
   return section_lib.figures('curves', 'Training curves', 'Training', text,
                              drawn)
 
 
-def _figure(id: str, run: str, title: str, curves: Mapping
+def _figure(id: str, run: str, title: str,
+            curves: Mapping[str, tuple[int, tuple[np.ndarray, ...]]]
             ) -> section_lib.Figure:
-  points = {name: binned(*curve) for name, curve in curves.items()}
-  updates = int(max(steps[-1] for steps, _ in curves.values()))
+  """Of {scalar: (updates, what `binned` returned)}."""
+  points = {name: groups for name, (_, groups) in curves.items()}
+  updates = max(count for count, _ in curves.values())
   said = '; '.join(
       f'{_name(name)} from {numbers.significant(mean[0])} to '
       f'{numbers.significant(mean[-1])}'
@@ -110,11 +124,12 @@ def _figure(id: str, run: str, title: str, curves: Mapping
     lowest = min(low.min() for _, _, low, _ in points.values())
     for i, (name, (centre, mean, low, high)) in enumerate(points.items()):
       colour = svg.SERIES[i % len(svg.SERIES)]
-      if len(points) <= 2:
+      if len(points) <= 2 and lowest > 0:
         axes.fill_between(centre, low, high, color=colour, alpha=0.18,
                           linewidth=0)
       axes.plot(centre, mean, color=colour, label=_name(name),
-                linestyle=svg.DASHES[i % 4])
+                linestyle=svg.DASHES[i % 4], markersize=3.5,
+                marker=svg.MARKERS[i % 4] if len(centre) <= 40 else '')
     if lowest > 0:
       svg.log_axis(axes, 'y')
     axes.set_xlabel('update')

@@ -1,6 +1,6 @@
 """Inputs of a few layers, with the grids that quantize them (figure 1)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 
 import numpy as np
@@ -19,11 +19,11 @@ _BINS = 120
 _TEXT = (
     'Inputs of layers of the full-precision model along its trajectories (the '
     'calibration sample), on a logarithmic scale, and below them the levels '
-    'that the input is rounded to. An AAL follows SiLU: its negative values end '
-    'at -0.28, and a signed format spends half of its levels there. Shown are '
-    'the AALs that gain most from an unsigned format with a zero point, each '
-    'with the best signed grid beside it, and the NALs with the largest error '
-    'relative to their variance.')
+    'that the input is rounded to. An AAL follows SiLU: its negative values '
+    'end at -0.28, and a signed format spends half of its levels there. Shown '
+    'are the AALs that gain most from an unsigned format with a zero point, '
+    'each with the best signed grid below, and the NALs with the largest error '
+    'relative to their variance; different roles first, at the fewest bits.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +53,32 @@ def grid_of(quantizer: quantizers.Quantizer, values: np.ndarray) -> Grid:
 def choose(layers: Mapping[str, spec_lib.LayerSpec],
            activations: Mapping[str, Activations],
            count: int = _LAYERS_PER_CLASS) -> tuple[list[str], list[str]]:
-  """AALs quantized unsigned with the largest gain; NALs with the largest
-  error relative to their variance. Worst or best first, `count` each.
+  """The layers worth looking at, among those of the fewest bits.
+
+  Returns:
+    AALs quantized unsigned with the largest gain, and NALs with the largest
+    error relative to their variance; at most `count` each. The first of every
+    role come first: layers of one role look alike.
   """
   quantized = {name: layer for name, layer in layers.items()
                if layer.act is not None and layers_table.gain(layer)}
+  bits = min((layer.act.bits for layer in quantized.values()), default=0)
+  quantized = {name: layer for name, layer in quantized.items()
+               if layer.act.bits == bits}
   aals = [name for name, layer in quantized.items()
           if layer.kind == 'AAL' and not layer.act.fmt.signed]
   aals.sort(key=lambda name: -layers_table.gain(quantized[name]))
   nals = [name for name, layer in quantized.items() if layer.kind == 'NAL']
   nals.sort(key=lambda name: -quantized[name].stats['act_mse'] / max(
       float(np.var(activations[name].values)), 1e-30))
-  return aals[:count], nals[:count]
+  role = lambda name: layers[name].role
+  return _varied(aals, role)[:count], _varied(nals, role)[:count]
+
+
+def _varied(names: list[str], role: Callable[[str], str]) -> list[str]:
+  """The first name of every role, then the others."""
+  firsts = list({role(name): name for name in reversed(names)}.values())
+  return sorted(names, key=lambda name: name not in firsts)
 
 
 def section(source: Source) -> section_lib.Section | None:

@@ -25,8 +25,8 @@ def power_of_ten(exponent: int) -> str:
 
 
 def tick(value: float) -> str:
-  """A label of a logarithmic axis: '0.01', '2', '10⁻⁵', '2·10⁻⁵'."""
-  if 1e-3 < value < 1e4:
+  """A label of a logarithmic axis: '0.01', '200', '2·10⁻⁵'."""
+  if 1e-4 < value < 1e5:
     return f'{value:g}'
   exponent = math.floor(math.log10(value) + 1e-9)
   factor = value / 10.0**exponent

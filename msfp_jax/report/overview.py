@@ -4,6 +4,7 @@ import json
 
 import jax
 
+from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
 
@@ -15,10 +16,10 @@ def section(source: Source) -> Section:
            for key, value in source.results.items() if key != 'rows'}
   config = json.loads(source.experiment.config.to_json_best_effort())
   facts['timesteps'] = _timesteps(source)
-  facts['jax'] = jax.__version__
+  facts['JAX'] = jax.__version__
   return Section('overview', 'What this is', 'Overview', 'overview.html', {
       'facts': [(name, _text(value)) for name, value in facts.items()],
-      'layers': _layers(source), 'row': source.row,
+      'text': f'{_outcome(source)}{_layers(source)}',
       'command': source.command, 'config': json.dumps(config, indent=2)})
 
 
@@ -33,14 +34,29 @@ def _timesteps(source: Source) -> str:
   return f'{t[0]} to {t[-1]}, {len(t)} steps'
 
 
+def _outcome(source: Source) -> str:
+  """What the first metric and the size say of the model shown in detail."""
+  rows = {row['name']: row for row in source.results['rows']}
+  full, row = rows.get('fp'), rows.get(source.row)
+  if full is None or row is None or row is full:
+    return ''
+  metric = next((key for key in row if key in full and key not in (
+      'name', 'weight_bits', 'act_bits', 'bytes')), None)
+  distance = '' if metric is None else (
+      f'{metric} {numbers.significant(row[metric], 4)} '
+      f'(full precision {numbers.significant(full[metric], 4)}), ')
+  return (f'Shown in detail is {source.row}: {distance}'
+          f'{row["bytes"]:,} bytes ({full["bytes"]:,}). ')
+
+
 def _layers(source: Source) -> str:
-  """One sentence on what the model shown in detail quantizes."""
+  """On what the model shown in detail quantizes."""
   layers = source.deployed.spec.layers.values()
   kinds = [layer.kind for layer in layers]
   unsigned = sum(layer.act is not None and not layer.act.fmt.signed
                  for layer in layers if layer.kind == 'AAL')
   quantized = sum(layer.act is not None or layer.weight is not None
                   for layer in layers)
-  return (f'{quantized} of its {len(kinds)} layers are quantized. '
+  return (f'{quantized} of its {len(kinds)} layers are quantized; '
           f'{kinds.count("AAL")} are AALs, {unsigned} of them in unsigned '
           f'floating point; {kinds.count("NAL")} are NALs.')

@@ -65,8 +65,9 @@ def title(source: Source) -> str:
 def render(heading: str, sections: list[Section]) -> str:
   """The page, everything inline; what the sections hold is escaped."""
   environment = jinja2.Environment(
-      loader=jinja2.PackageLoader('msfp_jax.report', 'templates'), autoescape=True,
-      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+      loader=jinja2.PackageLoader('msfp_jax.report', 'templates'),
+      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+      lstrip_blocks=True)
   folder = importlib.resources.files('msfp_jax.report') / 'templates'
   return environment.get_template('page.html').render(
       title=heading, sections=sections,

@@ -12,6 +12,8 @@ from msfp_jax.report import svg
 from msfp_jax.report.section import Source
 
 _MAX_HEIGHT = 900
+# Of the banks in the map: not everyone sees the colours.
+_HATCHES = ('', '////', '....', '----')
 
 
 def choices_of(source: Source) -> dict[str, np.ndarray]:
@@ -62,8 +64,8 @@ def _shares(t: np.ndarray, choices: Mapping[str, np.ndarray]
             ) -> section_lib.Figure:
   found = bank_shares(choices)
   said = '; '.join(
-      f'bank {bank}: {100 * row[0]:.0f}% at t = {t[0]}, {100 * row[-1]:.0f}% at '
-      f't = {t[-1]}, {100 * row.mean():.0f}% on average'
+      f'bank {bank}: {100 * row[0]:.0f}% at t = {t[0]}, {100 * row[-1]:.0f}% '
+      f'at t = {t[-1]}, {100 * row.mean():.0f}% on average'
       for bank, row in enumerate(found))
 
   def paint(figure):
@@ -80,8 +82,8 @@ def _shares(t: np.ndarray, choices: Mapping[str, np.ndarray]
     svg.legend_above(axes, 4)
 
   return section_lib.Figure(
-      svg.draw('routing-shares', 230, f'Share of each bank by timestep. {said}.',
-               paint),
+      svg.draw('routing-shares', 230,
+               f'Share of each bank by timestep. {said}.', paint),
       'Layers that use each bank, in percent of the layers with banks, by '
       f'timestep. {said}.')
 
@@ -95,10 +97,9 @@ def _map(t: np.ndarray, choices: Mapping[str, np.ndarray], changing: int
     axes = _axes(figure, t)
     for bank, colour in enumerate(_colours(banks)):
       if outline := _outline(choices, bank):
-        # The second and third are also lighter: not everyone sees the hue.
         axes.add_patch(patches.PathPatch(
-            outline, facecolor=colour, edgecolor='none',
-            alpha=(1, 0.45, 0.75, 0.6)[bank % 4], label=f'bank {bank}'))
+            outline, facecolor=colour, edgecolor=svg.PAPER, linewidth=0,
+            hatch=_HATCHES[bank % len(_HATCHES)], label=f'bank {bank}'))
     groups = [(name, len(list(rows))) for name, rows in itertools.groupby(
         map(_group, choices))]
     starts = np.cumsum([0] + [size for _, size in groups])

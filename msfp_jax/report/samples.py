@@ -15,6 +15,7 @@ from msfp_jax.report.section import Source
 # Of one method, embedded; larger images are fewer.
 _MAX_IMAGES = 16
 _MAX_PIXELS = 2**18
+_GREY = 127  # between images
 _PIXELATED = 64  # images up to this side are shown with hard pixels
 
 
@@ -44,7 +45,7 @@ def section(source: Source) -> Section | None:
   columns = math.isqrt(count)
   methods = []
   for name, images in source.pictures.items():
-    grid = pictures_lib.image_grid(images[:count], columns)
+    grid = _spaced_grid(images[:count], columns)
     note = _note(name, rows.get(name, {}))
     methods.append({
         'name': name, 'src': data_uri(grid), 'note': note,
@@ -57,6 +58,14 @@ def section(source: Source) -> Section | None:
       else methods[-1]['name'],
       'pixelated': max(height, width) <= _PIXELATED,
       'size': f'{width} x {height}'})
+
+
+def _spaced_grid(images: np.ndarray, columns: int) -> np.ndarray:
+  """`pictures.image_grid` with grey lines between the images."""
+  width = max(images.shape[1] // 32, 1)
+  padded = np.pad(images, ((0, 0), (0, width), (0, width), (0, 0)),
+                  constant_values=_GREY)
+  return pictures_lib.image_grid(padded, columns)[:-width, :-width]
 
 
 def _note(name: str, row: dict) -> str:

@@ -22,7 +22,7 @@ STRATEGIES = {
 BASE, MSFP = 'signed FP', 'unsigned FP + zero point'
 # Of a layer; the least error of so many differs little from that of all.
 _MAX_VALUES = 4096
-_ROWS = 36  # a drawing
+_ROWS = 20  # a drawing
 
 
 def search(activations: Mapping[str, Activations], bits: int
@@ -48,7 +48,8 @@ def search(activations: Mapping[str, Activations], bits: int
 
 
 def section(source: Source) -> section_lib.Section | None:
-  quantized = {name: layer for name, layer in source.deployed.spec.layers.items()
+  layers = source.deployed.spec.layers
+  quantized = {name: layer for name, layer in layers.items()
                if layer.kind == 'AAL' and layer.act is not None}
   if not quantized:
     return None
@@ -75,7 +76,9 @@ def section(source: Source) -> section_lib.Section | None:
       f'Unsigned FP with a zero point has less error than signed FP on {wins} '
       f'of {len(ratios)}.')
   names = sorted(ratios, key=lambda name: ratios[name][MSFP])
-  drawn = [_figure(f'strategies-{i}', {n: ratios[n] for n in part})
+  seen = [value for row in ratios.values() for value in row.values()]
+  limits = 0.85 * min(seen), max(seen) / 0.85
+  drawn = [_figure(f'strategies-{i}', {n: ratios[n] for n in part}, limits)
            for i, part in enumerate(_parts(names))]
   return section_lib.figures(
       'strategies', 'Error by strategy across AALs', 'Strategies', text, drawn)
@@ -86,8 +89,8 @@ def _parts(names: list[str]) -> list[list[str]]:
   return [list(part) for part in np.array_split(names, count)]
 
 
-def _figure(id: str, ratios: Mapping[str, Mapping[str, float]]
-            ) -> section_lib.Figure:
+def _figure(id: str, ratios: Mapping[str, Mapping[str, float]],
+            limits: tuple[float, float]) -> section_lib.Figure:
   names = list(ratios)
   gains = sorted(1 / ratios[name][MSFP] for name in names)
   label = (
@@ -96,8 +99,8 @@ def _figure(id: str, ratios: Mapping[str, Mapping[str, float]]
       f'{numbers.ratio(gains[-1])}, median '
       f'{numbers.ratio(float(np.median(gains)))}; most on {names[0]}.')
   caption = (
-      'Mean squared error over that of signed FP (no unit, logarithmic; left of '
-      '1 is better), by layer, the largest gain of unsigned FP with a zero '
+      'Mean squared error over that of signed FP (no unit, logarithmic; left '
+      'of 1 is better), by layer, the largest gain of unsigned FP with a zero '
       f'point on top: {numbers.ratio(gains[-1])} to '
       f'{numbers.ratio(gains[0])}, median '
       f'{numbers.ratio(float(np.median(gains)))}.')
@@ -105,17 +108,18 @@ def _figure(id: str, ratios: Mapping[str, Mapping[str, float]]
   def paint(figure):
     axes = figure.add_subplot()
     y = range(len(names))
-    axes.axvline(1, color=svg.MUTED, linewidth=1)
+    axes.axvline(1, color=svg.MUTED, linewidth=1.5, label=BASE)
     for strategy, colour, marker in zip(
-        STRATEGIES, (svg.PURPLE, svg.GREEN, svg.ORANGE, svg.BLUE),
-        svg.MARKERS, strict=True):
+        [name for name in STRATEGIES if name != BASE],
+        (svg.GREEN, svg.ORANGE, svg.BLUE), svg.MARKERS, strict=False):
       axes.plot([ratios[name][strategy] for name in names], y, marker,
                 color=colour, markersize=5, label=strategy, linestyle='none')
+    axes.set_xlim(limits)
     svg.log_axis(axes, 'x')
     axes.set_yticks(y, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel('MSE relative to signed FP')
-    axes.figure.legend(loc='outside upper left', ncols=1, handletextpad=0.2)
+    axes.figure.legend(loc='outside upper left', ncols=1)
 
   return section_lib.Figure(
       svg.draw(id, 130 + 16 * len(names), label, paint), caption)

@@ -26,9 +26,10 @@ _FONT_SIZE = 12
 _VARIABLES = {
     '#000001': 'ink', '#000002': 'muted', '#000003': 'rule',
     '#000004': 'blue', '#000005': 'orange', '#000006': 'green',
-    '#000007': 'purple'}
+    '#000007': 'purple', '#000008': 'paper'}
 _STAND_INS = {name: colour for colour, name in _VARIABLES.items()}
-INK, MUTED, RULE = (_STAND_INS[name] for name in ('ink', 'muted', 'rule'))
+INK, MUTED, RULE, PAPER = (
+    _STAND_INS[name] for name in ('ink', 'muted', 'rule', 'paper'))
 # Colours that series take in this order.
 BLUE, ORANGE, GREEN, PURPLE = SERIES = [
     _STAND_INS[name] for name in ('blue', 'orange', 'green', 'purple')]
@@ -37,17 +38,17 @@ DASHES = ['-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
 MARKERS = ['o', 's', '^', 'D']
 
 _STYLE = {
-    'axes.edgecolor': MUTED, 'axes.grid': True, 'axes.labelcolor': INK,
-    'axes.linewidth': 0.8, 'axes.spines.right': False,
+    'axes.axisbelow': True, 'axes.edgecolor': MUTED, 'axes.grid': True,
+    'axes.labelcolor': INK, 'axes.linewidth': 0.8, 'axes.spines.right': False,
     'axes.spines.top': False, 'axes.titlelocation': 'left',
     'axes.titlesize': _FONT_SIZE, 'axes.unicode_minus': True,
     'font.family': ['DejaVu Sans'], 'font.size': _FONT_SIZE,
-    'grid.color': RULE, 'grid.linewidth': 0.6, 'legend.frameon': False,
-    'legend.fontsize': _FONT_SIZE, 'legend.handlelength': 1.8,
+    'grid.color': RULE, 'grid.linewidth': 0.6, 'hatch.linewidth': 0.8,
+    'legend.fontsize': _FONT_SIZE, 'legend.frameon': False,
+    'legend.handlelength': 1.8,
     'lines.linewidth': 1.8, 'svg.fonttype': 'none', 'svg.hashsalt': 'report',
     'text.color': INK, 'text.parse_math': False, 'xtick.color': MUTED,
     'xtick.labelcolor': INK, 'ytick.color': MUTED, 'ytick.labelcolor': INK,
-    'axes.axisbelow': True,
 }
 
 
@@ -89,9 +90,11 @@ def _strip(root: ElementTree.Element) -> None:
     element.tail = None
     for name in list(element.attrib):
       value = element.attrib.pop(name)
+      if value in _VARIABLES:  # an attribute cannot hold a variable
+        name, value = 'style', f'{name}: {value}'
       if name == 'style':
         value = re.sub(r'font-family:[^;]*;? ?', '', value)
-        value = re.sub(r'#00000[1-7]\b',
+        value = re.sub(r'#00000[1-8]\b',
                        lambda m: f'var(--{_VARIABLES[m[0]]})', value)
       if name == 'd':
         value = ' '.join(value.split())
@@ -117,7 +120,7 @@ def log_axis(axes: Axes, axis: str) -> None:
   getattr(axes, f'set_{axis}scale')('log')
   low, high = getattr(axes, f'get_{axis}lim')()
   line = getattr(axes, f'{axis}axis')
-  few = high < 50 * low
+  few = high < 200 * low
   line.set_major_locator(ticker.LogLocator(
       subs=(1, 2, 5) if few else (1,), numticks=6))
   line.set_major_formatter(lambda value, _: numbers.tick(value))

@@ -67,8 +67,8 @@ def section(source: Source) -> section_lib.Section | None:
   text = (
       f'{source.row} against full precision, step by step: both predict the '
       'noise at the x_t of trajectories that full precision drives. The '
-      'quality gap of a step is the mean squared difference between the '
-      'x_{t-1} that the two predictions lead to. A loss that says where the '
+      'quality gap of a step is the mean squared difference between the two '
+      'samples that these predictions step to. A loss that says where the '
       'gap is made has the gap\'s shape; what the two shapes share is given '
       f'with each drawing. gamma_t is the denoising factor {variant!r}, scaled '
       'to mean 1.')
@@ -86,14 +86,15 @@ def _axes(figure, t):
   """Axes over timesteps in the order of sampling: noise on the left."""
   axes = figure.add_subplot()
   axes.set_xlabel('timestep t (sampling goes from left to right)')
-  axes.set_xlim(max(t.max(), 1), 0)
+  margin = max(0.02 * t.max(), 1)
+  axes.set_xlim(t.max() + margin, -margin)
   return axes
 
 
 def _shape(id: str, t: np.ndarray, name: str, loss: np.ndarray,
            step: np.ndarray) -> section_lib.Figure:
   common = f'{overlap(loss, step):.0f}%'
-  tops = [f't = {t[np.argmax(values)]}' for values in (loss, step)]
+  tops = [_at(t[np.argmax(values)]) for values in (loss, step)]
   label = (f'Share of {name} and of the quality gap by timestep. {name} is '
            f'largest at {tops[0]}, the gap at {tops[1]}; the two shapes '
            f'share {common}.')
@@ -109,10 +110,10 @@ def _shape(id: str, t: np.ndarray, name: str, loss: np.ndarray,
       axes.plot(t, shares(values), color=colour, linestyle=dash, label=text,
                 marker=marker, markersize=4)
     axes.set_ylabel('% of the sum')
-    axes.set_ylim(0)
+    axes.set_ylim(-2)
     svg.legend_above(axes)
 
-  return section_lib.Figure(svg.draw(id, 240, label, paint), caption)
+  return section_lib.Figure(svg.draw(id, 250, label, paint), caption)
 
 
 def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
@@ -121,8 +122,8 @@ def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
             'MSE times gamma_t': gamma * found.eps,
             'quality gap': found.step}
   ends = '; '.join(
-      f'{name} {numbers.significant(values[0])} at t = {t[0]}, '
-      f'{numbers.significant(values[-1])} at t = {t[-1]}'
+      f'{name} {numbers.significant(values[0])} at {_at(t[0])}, '
+      f'{numbers.significant(values[-1])} at {_at(t[-1])}'
       for name, values in series.items())
   label = f'The same three quantities by timestep, as they are: {ends}.'
   caption = ('The same as they are: squared units of the noise and of x, '
@@ -141,6 +142,10 @@ def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
     svg.legend_above(axes, 1)
 
   return section_lib.Figure(svg.draw(id, 280, label, paint), caption)
+
+
+def _at(t: int) -> str:
+  return f't\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{t}'
 
 
 def _line(i: int):

@@ -22,7 +22,8 @@ HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
 
 def test_what_a_workdir_holds(trained):
   for name in ('config.json', 'quant_spec.json', 'metrics.jsonl',
-               'router.json', 'results.json', 'samples/methods.png',
+               'router.json', 'results.json', 'report.html',
+               'samples/methods.png',
                'pretrain/model.safetensors', 'pretrain/metrics.jsonl',
                'pretrain/samples/step_000006.png'):
     assert (trained / name).is_file(), name
@@ -106,7 +107,9 @@ def test_the_same_command_again_changes_and_trains_nothing(
 
 def test_eval_again_gives_identical_results(copy, npz):
   before = runs.contents(copy)
-  returned = evaluate.run(runs.config_of(npz), str(copy))
+  returned = evaluate.run(
+      runs.config_of(npz, runs.REPORT), str(copy),
+      'python eval.py --workdir=<run> & more')
   assert runs.contents(copy) == before
   assert returned == json.loads(before['results.json'])
 

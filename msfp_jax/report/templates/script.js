@@ -105,8 +105,13 @@ const mark = () => {
   const current = atEnd ? sections.at(-1) : sections.findLast(
       (section) => section.getBoundingClientRect().top < 120) ?? sections[0];
   for (const [id, link] of links) {
-    if (id === current.id) link.setAttribute('aria-current', 'true');
-    else link.removeAttribute('aria-current');
+    if (id !== current.id) {
+      link.removeAttribute('aria-current');
+    } else if (!link.hasAttribute('aria-current')) {
+      link.setAttribute('aria-current', 'true');
+      const list = link.closest('ul');
+      list.scrollLeft = link.offsetLeft - list.clientWidth / 3;
+    }
   }
 };
 addEventListener('scroll', mark, {passive: true});
