@@ -6,8 +6,10 @@
 
 VENV := .venv
 PARITY_VENV := .venv-parity
+BROWSER_VENV := .venv-browser
 PY := $(VENV)/bin/python
 PARITY_PY := $(PARITY_VENV)/bin/python
+BROWSER_PY := $(BROWSER_VENV)/bin/python
 
 # Run each candidate: a version manager's stub may exist without a Python.
 ifeq ($(origin PYTHON),undefined)
@@ -24,6 +26,7 @@ JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
 TEST_READY := $(RUN_READY)-test
 PARITY_READY := $(PARITY_VENV)/ready
+BROWSER_READY := $(BROWSER_VENV)/ready
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -40,8 +43,8 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table costs test test-slow parity versus inception \
-  golden lint clean
+.PHONY: help setup demo table costs test test-slow parity browser versus \
+  inception golden lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -60,13 +63,16 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity'
+	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity and not browser'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
 	$(PY) -m pytest $(WORKERS) -m 'slow and not parity'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(PARITY_PY) -m pytest -m parity
+
+browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
+	$(BROWSER_PY) -m pytest -m browser
 
 versus: $(PARITY_READY) ## sampling speed against PyTorch and diffusers
 	$(PARITY_PY) -m benchmarks.versus_diffusers
@@ -81,7 +87,7 @@ lint: $(TEST_READY) ## ruff
 	$(PY) -m ruff check .
 
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf $(VENV) $(PARITY_VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY_VENV) $(BROWSER_VENV) .pytest_cache .ruff_cache
 
 $(RUN_READY): requirements.txt
 	$(call create_venv,$(VENV))
@@ -98,4 +104,11 @@ $(PARITY_READY): requirements.txt tests/requirements.txt \
 	@$(PARITY_PY) $(PIP_INSTALL) -r requirements.txt \
 	  -r tests/requirements.txt -r tests/parity-requirements.txt
 	@$(PARITY_PY) $(PIP_INSTALL) --no-deps 'torch-fidelity>=0.4,<0.5'
+	@touch $@
+
+$(BROWSER_READY): requirements.txt tests/requirements.txt \
+    tests/browser-requirements.txt
+	$(call create_venv,$(BROWSER_VENV))
+	@$(BROWSER_PY) $(PIP_INSTALL) -r requirements.txt \
+	  -r tests/requirements.txt -r tests/browser-requirements.txt
 	@touch $@

@@ -26,9 +26,11 @@ def executable():
 
 @pytest.fixture(scope='module')
 def browser():
-  sync_api = pytest.importorskip(
-      'playwright.sync_api', reason='make browser installs playwright',
-      exc_type=ImportError)
+  try:
+    from playwright import sync_api
+  except ImportError:
+    pytest.fail('no playwright: `make browser` installs it (or pip install -r '
+                'tests/browser-requirements.txt)', pytrace=False)
   with sync_api.sync_playwright() as playwright:
     browser = playwright.chromium.launch(
         executable_path=executable(), args=FLAGS)

@@ -100,7 +100,7 @@ def test_the_same_command_again_changes_and_trains_nothing(
 
   monkeypatch.setattr(pretrain, 'make_step', never)
   monkeypatch.setattr(finetune, 'make_step', never)
-  finetune.run(runs.config_of(npz), str(copy))
+  finetune.run(runs.config_of(npz, runs.REPORT), str(copy))
   assert runs.contents(copy) == before
   assert runs.times(copy / 'checkpoints') == stamps
 
