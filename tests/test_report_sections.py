@@ -6,6 +6,7 @@ import json
 import types
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import page as page_lib
 from PIL import Image
@@ -18,6 +19,7 @@ from msfp_jax.formats import FPFormat
 from msfp_jax.report import curves
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table
+from msfp_jax.report import overview
 from msfp_jax.report import page
 from msfp_jax.report import results_table
 from msfp_jax.report import routing
@@ -196,6 +198,23 @@ def source(**changes):
     'room', [layers_table, histograms, strategies, timesteps, routing, curves])
 def test_sections_without_data_are_left_out(room, tmp_path):
   assert room.section(source(workdir=str(tmp_path))) is None
+
+
+def test_the_overview_tells_what_is_quantized():
+  experiment = types.SimpleNamespace(
+      config=ml_collections.ConfigDict({'seed': 7}),
+      plan=types.SimpleNamespace(timesteps=[500, 0]))
+  text = lambda given: overview.section(given).content['text']
+  assert text(source(experiment=experiment, row='fp')) == (
+      'Nothing is quantized.')
+  layers = {'a': layer('AAL', 'UE2M2'), 'b': layer('AAL', 'E2M1'),
+            'c': layer('NAL', 'E2M1')}
+  deployed = types.SimpleNamespace(spec=spec_lib.QuantSpec('msfp', layers))
+  assert text(source(
+      experiment=experiment, row='msfp', deployed=deployed)) == (
+      'Shown in detail is msfp: fd_x 2.000 (full precision 1.000), 1,000 '
+      'bytes (4,000). 3 of its 3 layers are quantized. AALs: 2, 1 of them in '
+      'an unsigned format; NALs: 1.')
 
 
 def test_what_comes_from_files_is_escaped():

@@ -101,7 +101,7 @@ def section(source: Source) -> section_lib.Section | None:
   if not drawn:
     return None
   text = ('Scalars that training logged, by update. Lines are means over '
-          'consecutive updates, bands go from the least to the largest value '
+          'consecutive updates; bands go from the least to the largest value '
           'among these. One update of fine-tuning is one timestep: there, '
           'means are over whole trajectories.')
   return section_lib.figures('curves', 'Training curves', 'Training', text,

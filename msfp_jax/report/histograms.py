@@ -20,10 +20,11 @@ _TEXT = (
     'Inputs of layers of the full-precision model along its trajectories (the '
     'calibration sample), on a logarithmic scale, and below them the levels '
     'that the input is rounded to. An AAL follows SiLU: its negative values '
-    'end at -0.28, and a signed format spends half of its levels there. Shown '
-    'are the AALs that gain most from an unsigned format with a zero point, '
-    'each with the best signed grid below, and the NALs with the largest error '
-    'relative to their variance; different roles first, at the fewest bits.')
+    'end at \N{MINUS SIGN}0.28, yet a signed format has nearly half of its '
+    'levels below zero. Shown are the AALs that gain most from an unsigned '
+    'format with a zero point, each with the best signed grid below, and the '
+    'NALs with the largest error relative to their variance; different roles '
+    'first, at the fewest bits.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,8 @@ def _layers(source: Source) -> str:
                  for layer in layers if layer.kind == 'AAL')
   quantized = sum(layer.act is not None or layer.weight is not None
                   for layer in layers)
-  return (f'{quantized} of its {len(kinds)} layers are quantized; '
-          f'{kinds.count("AAL")} are AALs, {unsigned} of them in unsigned '
-          f'floating point; {kinds.count("NAL")} are NALs.')
+  if not quantized:
+    return 'Nothing is quantized.'
+  return (f'{quantized} of its {len(kinds)} layers are quantized. '
+          f'AALs: {kinds.count("AAL")}, {unsigned} of them in an unsigned '
+          f'format; NALs: {kinds.count("NAL")}.')

@@ -57,9 +57,9 @@ def section(source: Source) -> section_lib.Section | None:
   activations = source.experiment.activations
   errors = search({name: activations[name] for name, layer in quantized.items()
                    if layer.act.bits == bits}, bits)
-  # An input that is constant has no error to compare.
+  # No error at all, as of a constant input, has no place on the axis.
   ratios = {name: {strategy: row[strategy] / row[BASE] for strategy in row}
-            for name, row in errors.items() if row[BASE] > 0}
+            for name, row in errors.items() if min(row.values()) > 0}
   if not ratios:
     return None
   medians = {strategy: float(np.median([row[strategy]

@@ -65,13 +65,14 @@ def section(source: Source) -> section_lib.Section | None:
   found = measure(experiment, source.deployed)
   t = experiment.plan.timesteps
   text = (
-      f'{source.row} against full precision, step by step: both predict the '
-      'noise at the x_t of trajectories that full precision drives. The '
+      f'The model {source.row} and full precision, step by step: both predict '
+      'the noise at the x_t of trajectories that full precision drives. The '
       'quality gap of a step is the mean squared difference between the two '
-      'samples that these predictions step to. A loss that says where the '
-      'gap is made has the gap\'s shape; what the two shapes share is given '
-      f'with each drawing. gamma_t is the denoising factor {variant!r}, scaled '
-      'to mean 1.')
+      'samples that these predictions step to: the MSE of the noise times the '
+      'square of the factor that the step multiplies into the noise. A loss '
+      'that says where the gap is made has the gap\'s shape; what the two '
+      f'shapes share is given with each drawing. gamma_t, the {variant!r} '
+      'denoising factor, weights with the factor itself, scaled to mean 1.')
   drawn = [
       _shape('timesteps-plain', t, 'MSE of the noise', found.eps, found.step),
       _shape('timesteps-gamma', t, 'MSE times gamma_t', gamma * found.eps,
