@@ -105,6 +105,15 @@ def test_models_are_plain_flax(path):
       'models import nothing of the package but models')
 
 
+@by_file
+def test_only_the_report_draws_and_only_evaluation_reports(path):
+  """So that training waits for no drawing library."""
+  heads = {name.split('.')[0] for name in imports(path)}
+  room = room_of(path)
+  assert room == 'report' or not heads & {'matplotlib', 'jinja2'}
+  assert room in ('report', 'evaluate') or 'report' not in rooms_imported(path)
+
+
 @pytest.mark.parametrize('room', ['metrics', 'data', 'writer', 'models'])
 def test_no_quantization_beneath(room):
   """Neither directly nor through another room."""

@@ -103,17 +103,18 @@ def _figure(id: str, name: str, layer: spec_lib.LayerSpec,
   if layer.kind == 'AAL':
     signed = spec_lib.SIGNED.search(values, layer.act.bits)
     grids.append(grid_of(signed.quantizer(), values))
-  costs = ' and '.join(
-      f'{grid.name} with MSE {numbers.significant(grid.mse)}, '
-      f'{np.count_nonzero(grid.levels < 0)} of its {len(grid.levels)} levels '
-      'below zero' for grid in grids)
+  costs = ' and of '.join(
+      f'{grid.name} ({use}; MSE {numbers.significant(grid.mse)}; '
+      f'{np.count_nonzero(grid.levels < 0)} of {len(grid.levels)} levels below '
+      'zero)' for grid, use in zip(
+          grids, ('in use', 'best signed'), strict=False))
   label = (
       f'Histogram of the inputs of {layer.kind} {name}: from '
       f'{numbers.significant(float(values.min()))} to '
       f'{numbers.significant(float(values.max()))}, '
-      f'{100 * float(np.mean(values < 0)):.0f}% negative. Grids: {costs}.')
-  caption = (f'{layer.kind} {name}: number of sampled values over the input\'s '
-             f'value (no unit). Levels of {costs}.')
+      f'{100 * float(np.mean(values < 0)):.0f}% negative. Levels of {costs}.')
+  caption = ('Number of sampled values over the value of the input (no unit), '
+             f'{layer.kind} {name}. Levels of {costs}.')
   return section_lib.Figure(
       svg.draw(id, 230, label,
                lambda figure: _paint(figure, name, layer.kind, values, grids)),
