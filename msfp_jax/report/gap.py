@@ -28,8 +28,9 @@ def along_trajectory(
 ) -> Gaps:
   """Both predict at every x_t of a trajectory that the teacher alone drives.
 
-  So each step shows the difference that it makes by itself, as the loss of
-  fine-tuning sees it (arXiv 2505.21591, figure 3).
+  So each step shows the difference that it makes by itself, at the samples
+  that fine-tuning sees. The quality gap of the paper's figure 3 is not defined
+  in what we read; `Gaps.step` is our choice (docs/method.md, section 6).
 
   Args:
     teacher: predicts the noise: (x, t `[B]`, position in the plan) -> eps.

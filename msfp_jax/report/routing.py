@@ -40,7 +40,7 @@ def section(source: Source) -> section_lib.Section | None:
   text = (
       f'The timestep-aware router picks one LoRA bank a layer at every step. '
       f'{changing} of the {len(choices)} layers with banks use more than one '
-      'over the trajectory.')
+      'over the trajectory. After figure 7 of the paper.')
   return section_lib.figures(
       'routing', 'The router\'s choices', 'Router', text,
       [_shares(t, choices), _map(t, choices, changing)])

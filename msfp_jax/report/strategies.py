@@ -74,7 +74,7 @@ def section(source: Source) -> section_lib.Section | None:
       f'Formats, scales and zero points (-0.3 to 0) are those of the search, '
       f'on at most {_MAX_VALUES:,} sampled values a layer. Medians: {said}. '
       f'Unsigned FP with a zero point has less error than signed FP on {wins} '
-      f'of {len(ratios)}.')
+      f'of {len(ratios)}. After figure 4 of the paper.')
   names = sorted(ratios, key=lambda name: ratios[name][MSFP])
   seen = [value for row in ratios.values() for value in row.values()]
   limits = 0.85 * min(seen), max(seen) / 0.85

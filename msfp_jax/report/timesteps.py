@@ -69,10 +69,11 @@ def section(source: Source) -> section_lib.Section | None:
       'the noise at the x_t of trajectories that full precision drives. The '
       'quality gap of a step is the mean squared difference between the two '
       'samples that these predictions step to: the MSE of the noise times the '
-      'square of the factor that the step multiplies into the noise. A loss '
-      'that says where the gap is made has the gap\'s shape; what the two '
-      f'shapes share is given with each drawing. gamma_t, the {variant!r} '
-      'denoising factor, weights with the factor itself, scaled to mean 1.')
+      'square of the factor that the step multiplies into the noise (our '
+      'measure, after figure 3 of the paper). A loss that says where the gap '
+      'is made has the gap\'s shape; what the two shapes share is given with '
+      f'each drawing. gamma_t, the {variant!r} denoising factor, weights with '
+      'the factor itself, scaled to mean 1.')
   drawn = [
       _shape('timesteps-plain', t, 'MSE of the noise', found.eps, found.step),
       _shape('timesteps-gamma', t, 'MSE times gamma_t', gamma * found.eps,
