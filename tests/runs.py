@@ -23,7 +23,6 @@ SMALL = {
     'finetune.num_updates': 6, 'finetune.save_every': 2,
     'finetune.batch_size': 2, 'finetune.rank': 2, 'eval.report': False,
 }
-REPORT = {'eval.report': True}
 CACHE = {'jax_compilation_cache_dir': '',
          'jax_persistent_cache_min_compile_time_secs': 0,
          'jax_persistent_cache_min_entry_size_bytes': -1}

@@ -31,14 +31,21 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory, npz, cache_folder):
-  """The workdir of one training and evaluation, with report.html.
-
-  Never changed by tests.
-  """
+  """The workdir of one training and evaluation, never changed by tests."""
   workdir = tmp_path_factory.mktemp('trained')
   with runs.compilation_cached(cache_folder):
     finetune.run(runs.config_of(npz), str(workdir))
-    evaluate.run(runs.config_of(npz, runs.REPORT), str(workdir),
+    evaluate.run(runs.config_of(npz), str(workdir))
+  return workdir
+
+
+@pytest.fixture(scope='session')
+def reported(tmp_path_factory, trained, npz, cache_folder):
+  """A copy of it with report.html; never changed by tests."""
+  workdir = tmp_path_factory.mktemp('reported') / 'run'
+  shutil.copytree(trained, workdir)
+  with runs.compilation_cached(cache_folder):
+    evaluate.run(runs.config_of(npz, {'eval.report': True}), str(workdir),
                  'python eval.py --workdir=<run> & more')
   return workdir
 

@@ -41,7 +41,7 @@ def browser():
 @pytest.fixture(params=[(scheme, width) for scheme in ('light', 'dark')
                         for width in (390, 1280)],
                 ids=lambda p: f'{p[0]}-{p[1]}')
-def page(request, browser, trained):
+def page(request, browser, reported):
   """The page, which must neither complain nor ask for anything else."""
   scheme, width = request.param
   context = browser.new_context(
@@ -51,7 +51,7 @@ def page(request, browser, trained):
   page.on('console', lambda message: complaints.append(message.text))
   page.on('pageerror', lambda error: complaints.append(str(error)))
   page.on('request', lambda request: requests.append(request.url))
-  address = (trained / 'report.html').as_uri()
+  address = (reported / 'report.html').as_uri()
   page.goto(address)
   yield page
   context.close()

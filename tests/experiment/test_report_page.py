@@ -4,6 +4,9 @@ import re
 
 import page as page_lib
 import pytest
+import runs
+
+from msfp_jax import evaluate
 
 SECTIONS = ['overview', 'results', 'samples', 'layers', 'histograms',
             'strategies', 'timesteps', 'routing', 'curves']
@@ -12,8 +15,8 @@ SHOWN = SECTIONS[2:3] + SECTIONS[4:]
 
 
 @pytest.fixture(scope='module')
-def html(trained):
-  return (trained / 'report.html').read_text(encoding='utf-8')
+def html(reported):
+  return (reported / 'report.html').read_text(encoding='utf-8')
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +74,19 @@ def test_the_command_and_the_config_are_in_it(page):
   assert '"num_updates": 6' in page.text
 
 
-def test_the_tables_hold_every_row_and_layer(page, trained):
+def test_the_tables_hold_every_row_and_layer(page):
   for name in ('fp', 'msfp', 'tuned', 'conv_in', 'conv_out'):
     assert name in page.text
   assert len(page.all('img')) == 4 + 2  # data and rows; two of the slider
+
+
+def test_without_asking_there_is_none(trained):
+  """The tests' config says eval.report=False."""
+  assert not (trained / 'report.html').exists()
+
+
+@pytest.mark.slow
+def test_the_same_command_writes_the_same_page(copy, npz, html):
+  evaluate.run(runs.config_of(npz, {'eval.report': True}), str(copy),
+               'python eval.py --workdir=<run> & more')
+  assert (copy / 'report.html').read_text(encoding='utf-8') == html

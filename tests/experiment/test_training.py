@@ -22,8 +22,7 @@ HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
 
 def test_what_a_workdir_holds(trained):
   for name in ('config.json', 'quant_spec.json', 'metrics.jsonl',
-               'router.json', 'results.json', 'report.html',
-               'samples/methods.png',
+               'router.json', 'results.json', 'samples/methods.png',
                'pretrain/model.safetensors', 'pretrain/metrics.jsonl',
                'pretrain/samples/step_000006.png'):
     assert (trained / name).is_file(), name
@@ -100,16 +99,14 @@ def test_the_same_command_again_changes_and_trains_nothing(
 
   monkeypatch.setattr(pretrain, 'make_step', never)
   monkeypatch.setattr(finetune, 'make_step', never)
-  finetune.run(runs.config_of(npz, runs.REPORT), str(copy))
+  finetune.run(runs.config_of(npz), str(copy))
   assert runs.contents(copy) == before
   assert runs.times(copy / 'checkpoints') == stamps
 
 
 def test_eval_again_gives_identical_results(copy, npz):
   before = runs.contents(copy)
-  returned = evaluate.run(
-      runs.config_of(npz, runs.REPORT), str(copy),
-      'python eval.py --workdir=<run> & more')
+  returned = evaluate.run(runs.config_of(npz), str(copy))
   assert runs.contents(copy) == before
   assert returned == json.loads(before['results.json'])
 
