@@ -63,11 +63,21 @@ def test_the_best_of_the_quantized_rows_wins():
 
 
 @pytest.mark.parametrize('name', [
-    'weight_bits', 'act_bits', 'fid', 'sfid', 'is', 'is_std', 'kid',
+    'weight_bits', 'act_bits', 'fid', 'sfid', 'is', 'is_std', 'kid', 'kid_std',
     'precision', 'recall', 'fd_digits', 'fd_digits_to_fp', 'fid_to_fp',
-    'psnr_to_fp', 'label_agreement', 'confidence', 'class_balance', 'bytes'])
+    'kd_digits', 'kd_digits_std', 'precision_digits', 'recall_digits',
+    'fd_spatial_x', 'psnr_to_fp', 'ssim_to_fp', 'label_agreement',
+    'confidence', 'class_balance', 'bytes'])
 def test_every_column_of_the_results_is_explained(name):
   assert results_table.column_of(name).meaning
+
+
+@pytest.mark.parametrize('name, better', [
+    ('kid', min), ('kid_std', None), ('kd_x_std', None), ('is', max),
+    ('is_std', None), ('fid_to_fp', min), ('psnr_to_fp', max),
+    ('ssim_to_fp', max), ('precision_x', max), ('fd_spatial_x', min)])
+def test_which_end_of_a_column_is_good(name, better):
+  assert results_table.column_of(name).better is better
 
 
 def test_sizes_are_compared_with_full_precision():
@@ -205,8 +215,13 @@ def test_the_overview_tells_what_is_quantized():
       config=ml_collections.ConfigDict({'seed': 7}),
       plan=types.SimpleNamespace(timesteps=[500, 0]))
   text = lambda given: overview.section(given).content['text']
-  assert text(source(experiment=experiment, row='fp')) == (
-      'Nothing is quantized.')
+  given = source(experiment=experiment, row='fp')
+  assert text(given) == 'Nothing is quantized.'
+  results = given.results | {'reference': {'file': 'r.npz', 'vectors': 1234}}
+  facts = dict(overview.section(
+      source(experiment=experiment, results=results)).content['facts'])
+  assert facts['reference: file'] == 'r.npz'
+  assert facts['reference: vectors'] == '1,234'
   layers = {'a': layer('AAL', 'UE2M2'), 'b': layer('AAL', 'E2M1'),
             'c': layer('NAL', 'E2M1')}
   deployed = types.SimpleNamespace(spec=spec_lib.QuantSpec('msfp', layers))

@@ -1,6 +1,8 @@
 """What was evaluated, and the command and config that did it."""
 
+from collections.abc import Mapping
 import json
+from typing import Any
 
 import jax
 
@@ -12,18 +14,31 @@ _NAMES = {'num_samples': 'images', 'is_splitting': 'splits of inception scores'}
 
 
 def section(source: Source) -> Section:
-  facts = {_NAMES.get(key, key.replace('_', ' ')): value
-           for key, value in source.results.items() if key != 'rows'}
+  facts = _flat({key: value for key, value in source.results.items()
+                 if key != 'rows'})
   config = json.loads(source.experiment.config.to_json_best_effort())
   facts['timesteps'] = _timesteps(source)
   facts['JAX'] = jax.__version__
   return Section('overview', 'What this is', 'Overview', 'overview.html', {
-      'facts': [(name, _text(value)) for name, value in facts.items()],
+      'facts': [(name, _text(value)) for name, value in facts.items()
+                if value not in ('', None)],
       'text': f'{_outcome(source)}{_layers(source)}',
       'command': source.command, 'config': json.dumps(config, indent=2)})
 
 
-def _text(value) -> str:
+def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested fields under names such as 'reference: vectors'."""
+  found = {}
+  for key, value in fields.items():
+    name = prefix + _NAMES.get(key, key.replace('_', ' '))
+    if isinstance(value, Mapping):
+      found |= _flat(value, f'{name}: ')
+    else:
+      found[name] = value
+  return found
+
+
+def _text(value: Any) -> str:
   if isinstance(value, str | int | float | bool):
     return f'{value:,}' if type(value) is int else str(value)
   return json.dumps(value)

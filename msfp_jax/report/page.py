@@ -59,7 +59,7 @@ def title(source: Source) -> str:
   found = next((row for row in source.results['rows']
                 if row['name'] == source.row), None)
   bits = f', W{found["weight_bits"]}A{found["act_bits"]}' if found else ''
-  return f'{dataset}{bits}: {source.row}'
+  return f'{dataset or "Samples"}{bits}: {source.row}'
 
 
 def render(heading: str, sections: list[Section]) -> str:

@@ -29,23 +29,29 @@ class Column:
 COLUMNS = (
     Column('weight_bits', 'bits of the weights, but for the exceptions'),
     Column('act_bits', 'bits of the layers\' inputs, but for the exceptions'),
-    Column('fid', 'Fréchet distance to the data on Inception\'s features; '
-           'low is good', min),
-    Column('sfid', 'the same on features that know places; low is good', min),
-    Column('is', 'inception score; high is good', max),
-    Column('is_std', 'standard deviation of the inception score over splits'),
-    Column('kid', 'kernel distance to the data; low is good', min),
-    Column('precision|recall', 'share of the images that lie among the data\'s '
-           '(precision), and the other way round; high is good', max),
-    Column('label_agreement', 'share of images in which the classifier sees '
-           'the same as in the full-precision model\'s; high is good', max),
     Column('psnr_to_fp', 'dB, image by image to those that full precision '
            'makes from the same noise; high is good', max),
+    Column('ssim_to_fp', 'structural similarity to the same images, 1 where '
+           'equal; high is good', max),
     Column('.*_to_fp', 'the same distance, to the full-precision model\'s '
            'images; low is good', min),
+    Column('is(_.*)?_std', 'standard deviation over the splits'),
+    Column('(kid|kd_.*)_std', 'standard deviation over the subsets'),
+    Column('is(_.*)?', 'inception score; high is good', max),
+    Column('kid|kd_.*', 'kernel distance to the data; low is good', min),
+    Column('sfid|fd_spatial_.*', 'Fréchet distance to the data on features '
+           'that know places; low is good', min),
+    Column('fid', 'Fréchet distance to the data on Inception\'s features; '
+           'low is good', min),
     Column('fd_.*', 'Fréchet distance to the data on the named features; '
            'comparable only on the same features at an equal number of '
            'images; low is good', min),
+    Column('precision(_.*)?', 'share of the images that lie among the '
+           'data\'s; high is good', max),
+    Column('recall(_.*)?', 'share of the data that lie among the images; high '
+           'is good', max),
+    Column('label_agreement', 'share of images in which the classifier sees '
+           'the same as in the full-precision model\'s; high is good', max),
     Column('confidence', 'how sure the classifier is, 0 to 1'),
     Column('class_balance', 'how evenly the classes appear; 1 is even'),
     Column('bytes', 'size with weights packed at their bits, all banks, scales '
