@@ -2,7 +2,7 @@
 
 from html import parser
 
-VOID = {'meta', 'link', 'img', 'input', 'br'}
+VOID = {'meta', 'link', 'img', 'input', 'br', 'wbr'}
 
 
 class Page(parser.HTMLParser):
