@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from msfp_jax import data
+from msfp_jax import devices
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
 from msfp_jax import files
@@ -108,6 +109,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     raise ValueError(f'config.eval.keep={cfg.keep!r}: must be empty or one of '
                      f'{sorted(sample_store.FORMS)}')
   generate.num_batches(cfg.num_samples, cfg.batch_size)
+  devices.check_batch('config.eval.batch_size', cfg.batch_size)
   network = feature_network(experiment)
   folder = pathlib.Path(workdir) / 'eval'
   _claim(folder, cfg, network)
@@ -122,13 +124,13 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     shown['data'] = experiment.images[:cfg.pictures]
   for name in names:
     samples = _store(experiment, folder, name)
-    results['rows'].append(
-        _evaluate_row(experiment, workdir, name, samples, scorer))
+    content, last = _evaluate_row(experiment, workdir, name, samples, scorer)
+    results['rows'].append(content)
     shown[name] = samples[:cfg.pictures]
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
   files.write_json(f'{workdir}/results.json', results)
   if cfg.report:
-    last = rows_lib.make_row(experiment, names[-1], workdir)
+    last = last or rows_lib.make_row(experiment, name, workdir)
     report.write(workdir, experiment=experiment, results=results,
                  pictures=shown, row=last.name, deployed=last.deployed,
                  command=command)
@@ -203,16 +205,20 @@ def _store(experiment: experiment_lib.Experiment, folder: pathlib.Path,
 
 def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
                   name: str, samples: sample_store.SampleStore,
-                  scorer: scorer_lib.Scorer) -> dict[str, Any]:
+                  scorer: scorer_lib.Scorer
+                  ) -> tuple[dict[str, Any], rows_lib.Row | None]:
   """The row of results.json; draws what is missing of the samples.
 
   A finished row keeps its metrics and the samples that are shown. All of the
   full-precision model's samples stay: the other rows are compared with them.
+
+  Returns:
+    Its content, and the model if it had to be made.
   """
   cfg = experiment.config.eval
   path = samples.folder.with_suffix('.json')
-  if name != rows_lib.FULL_PRECISION and path.is_file():
-    return json.loads(path.read_text())
+  if path.is_file():
+    return json.loads(path.read_text()), None
   row = rows_lib.make_row(experiment, name, workdir)
   fill(experiment, row.deployed, samples, f'sample {name}')
   found = scorer.score(samples)
@@ -224,10 +230,10 @@ def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
   content = {'name': name, 'weight_bits': row.weight_bits,
              'act_bits': row.act_bits, **found,
              'bytes': rows_lib.packed_bytes(row.deployed)}
-  files.write_json(path, content)
   if name != rows_lib.FULL_PRECISION:
+    files.write_json(path, content)
     samples.keep_first(cfg.pictures)
-  return content
+  return content, row
 
 
 def table(results: dict[str, Any]) -> str:

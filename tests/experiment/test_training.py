@@ -17,7 +17,8 @@ from msfp_jax import pretrain
 
 # What the rows share.
 HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
-        'convention', 'guidance', 'seed', 'features', 'exceptions', 'rows']
+        'convention', 'guidance', 'seed', 'features', 'exceptions', 'reference',
+        'rows']
 
 
 def test_what_a_workdir_holds(trained):
@@ -58,7 +59,8 @@ def test_the_router_has_a_bank_for_every_layer_and_step(trained):
 def test_the_schema_of_the_results(trained, npz):
   results = json.loads((trained / 'results.json').read_text())
   assert list(results) == HEAD
-  rows = results.pop('rows')
+  rows, reference = results.pop('rows'), results.pop('reference')
+  assert reference.keys() == {'dataset', 'num_samples', 'images_sha256'}
   assert results == {
       'dataset': npz, 'num_samples': 160, 'sampler': 'ddim', 'steps': 2,
       'eta': 0, 'spacing': 'uniform', 'convention': 'ddim', 'guidance': 1,
