@@ -27,7 +27,7 @@ SMOKE = {
     'finetune.save_every': 8, 'finetune.log_every': 1,
     'eval.num_samples': 160, 'eval.batch_size': 80,
     'eval.rows': ('fp', 'tuned'), 'eval.features': 'random',
-    'eval.vectors': 128, 'eval.report': False}
+    'eval.vectors': 100, 'eval.report': False}
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -24,10 +24,13 @@ from msfp_jax import rows as rows_lib
 from msfp_jax import sample_store
 from msfp_jax import student as student_lib
 from msfp_jax.metrics import classifier_files
+from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import stats_file
 from msfp_jax.report import grid
+
+_ROW = '.row.json'  # ends the name of a finished row's file
 
 
 def draw(experiment: experiment_lib.Experiment,
@@ -51,7 +54,8 @@ def fill(experiment: experiment_lib.Experiment,
       draw_condition=experiment.draw_condition, decode=experiment.decode)
   total = len(samples)
   done = generate.num_batches(total, size) - len(missing)
-  progress = progress_lib.Progress(name, total, min(done * size, total))
+  progress = progress_lib.Progress(
+      name, total, min(done * size, total), unit='images')
   for number, batch in zip(missing, batches, strict=True):
     samples.write(number, batch)
     done += 1
@@ -108,13 +112,13 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   if cfg.keep and cfg.keep not in sample_store.FORMS:
     raise ValueError(f'config.eval.keep={cfg.keep!r}: must be empty or one of '
                      f'{sorted(sample_store.FORMS)}')
-  generate.num_batches(cfg.num_samples, cfg.batch_size)
-  devices.check_batch('config.eval.batch_size', cfg.batch_size)
-  network = feature_network(experiment)
+  _check_counts(cfg)
   folder = pathlib.Path(workdir) / 'eval'
-  _claim(folder, cfg, network)
-  scorer = scorer_lib.Scorer(network, reference_of(
-      config, experiment.images, network, folder / 'reference.npz'))
+  scorer = _claim_and_score(experiment, folder)
+  if cfg.num_samples < scorer.least_samples:
+    raise ValueError(
+        f'config.eval.num_samples={cfg.num_samples}: features '
+        f'{cfg.features!r} need at least {scorer.least_samples} images')
   names = [rows_lib.FULL_PRECISION] + [
       name for name in cfg.rows if name != rows_lib.FULL_PRECISION]
   results = results_head(config, experiment.plan)
@@ -134,24 +138,80 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     report.write(workdir, experiment=experiment, results=results,
                  pictures=shown, row=last.name, deployed=last.deployed,
                  command=command)
-  shutil.rmtree(folder)
+  _discard(folder)
   return results
 
 
-def _claim(folder: pathlib.Path, config: ml_collections.ConfigDict,
-           network: features.FeatureNetwork) -> None:
-  """Empties the folder unless it is of an evaluation that this one goes on."""
-  free = ('rows', 'pictures', 'keep', 'report')
-  settings = json.loads(json.dumps({
-      'eval': {name: value for name, value in config.items()
-               if name not in free},
-      'network': network.provenance, 'devices': jax.device_count()}))
-  path = folder / 'settings.json'
-  if path.is_file() and json.loads(path.read_text()) == settings:
+def _check_counts(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for counts that no evaluation can work with."""
+  generate.num_batches(config.num_samples, config.batch_size)
+  devices.check_batch('config.eval.batch_size', config.batch_size)
+  if config.vectors and config.vectors < scorer_lib.LEAST_VECTORS:
+    raise ValueError(f'config.eval.vectors={config.vectors}: must be 0 or at '
+                     f'least {scorer_lib.LEAST_VECTORS}')
+  if config.pictures < 1:
+    raise ValueError(f'config.eval.pictures={config.pictures}: must be at '
+                     'least 1')
+
+
+def _claim_and_score(experiment: experiment_lib.Experiment,
+                     folder: pathlib.Path) -> scorer_lib.Scorer:
+  """The scorer; what can be refused is refused before samples are deleted."""
+  config, images = experiment.config, experiment.images
+  network = feature_network(experiment)
+  make = lambda: scorer_lib.Scorer(network, reference_of(
+      config, images, network, folder / 'reference.npz'))
+  scorer = make() if config.eval.reference or images is None else None
+  cfg = config.eval
+  samples = {
+      'num_samples': cfg.num_samples, 'batch_size': cfg.batch_size,
+      'devices': jax.device_count(), 'backend': jax.default_backend(),
+      'jax': jax.__version__}
+  scores = {
+      'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
+      'network': network.provenance,
+      'reference': classifier_files.digest(cfg.reference) if cfg.reference
+                   else [config.data.name, config.data.path, *images.shape]}
+  _claim(folder, samples, scores)
+  return scorer or make()
+
+
+def _claim(folder: pathlib.Path, samples: dict[str, Any],
+           scores: dict[str, Any]) -> None:
+  """Deletes what was left by an evaluation that this one does not go on.
+
+  Args:
+    folder: of the evaluation.
+    samples: what the samples depend on beside the workdir.
+    scores: what finished rows depend on beside the samples.
+  """
+  for leftover in (folder.parent / 'samples').glob('.*.tmp'):
+    if leftover.is_dir():
+      shutil.rmtree(leftover)
+    else:
+      leftover.unlink()
+  claims = [(folder / 'samples.json', samples),
+            (folder / 'scores.json', scores)]
+  same = [path.is_file() and json.loads(path.read_text()) == json.loads(
+      json.dumps(content)) for path, content in claims]
+  if all(same):
     logging.info('going on with the evaluation begun in %s', folder)
     return
+  if same[0]:
+    logging.info('going on with the samples in %s, measured anew', folder)
+    for path in (folder / 'scores.json', folder / 'reference.npz',
+                 *folder.glob(f'*{_ROW}')):
+      path.unlink(missing_ok=True)
+  else:
+    _discard(folder)
+  for path, content in reversed(claims):
+    files.write_json(path, content)
+
+
+def _discard(folder: pathlib.Path) -> None:
+  """Deletes a folder; where that is interrupted, it is of no evaluation."""
+  (folder / 'samples.json').unlink(missing_ok=True)
   shutil.rmtree(folder, ignore_errors=True)
-  files.write_json(path, settings)
 
 
 def feature_network(experiment: experiment_lib.Experiment
@@ -180,7 +240,13 @@ def reference_of(config: ml_collections.ConfigDict, images: data.Images | None,
   cfg = config.eval
   if cfg.reference:
     found = stats_file.load(cfg.reference)
-    return found._replace(provenance={
+    vectors = found.vectors if cfg.vectors else None
+    if vectors is not None:
+      vectors = collect.spread(vectors, cfg.vectors)
+    elif cfg.vectors:
+      logging.warning('%s holds no feature vectors: no kernel distance, '
+                      'precision and recall', cfg.reference)
+    return found._replace(vectors=vectors, provenance={
         **found.provenance, 'file': os.path.basename(cfg.reference),
         'file_sha256': classifier_files.digest(cfg.reference)})
   if images is None:
@@ -216,12 +282,16 @@ def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
     Its content, and the model if it had to be made.
   """
   cfg = experiment.config.eval
-  path = samples.folder.with_suffix('.json')
+  path = samples.folder.with_name(samples.folder.name + _ROW)
   if path.is_file():
     return json.loads(path.read_text()), None
   row = rows_lib.make_row(experiment, name, workdir)
   fill(experiment, row.deployed, samples, f'sample {name}')
-  found = scorer.score(samples)
+  try:
+    found = scorer.score(samples)
+  except ValueError as error:
+    raise ValueError(f'row {name!r}: {error}; its samples are in '
+                     f'{samples.folder}') from error
   logging.info('%s: %s', name, ', '.join(
       f'{key} {value:.4g}' for key, value in found.items()))
   if cfg.keep:
@@ -254,6 +324,8 @@ def _cell(value: Any) -> str:
   if value is None:
     return ''
   if isinstance(value, float):
-    return f'{value:.3f}' if abs(value) < 1000 else f'{value:.0f}'
+    if abs(value) >= 1000:
+      return f'{value:.0f}'
+    return f'{value:.3g}' if 0 < abs(value) < 0.1 else f'{value:.3f}'
   return f'{value:,}' if isinstance(value, int) else str(value)
 

@@ -88,7 +88,7 @@ def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
     ValueError: num_samples < 1, or as `batches`.
   """
   count = num_batches(num_samples, batch_size)
-  progress = progress_lib.Progress(name, num_samples)
+  progress = progress_lib.Progress(name, num_samples, unit='images')
   images = []
   for batch in batches(deployed, plan, range(count), batch_size, shape, key,
                        name, **options):

@@ -23,6 +23,7 @@ class Progress:
       start: int = 0,
       *,
       every_seconds: float = 10.0,
+      unit: str = 'steps',
       clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the clock.
@@ -32,9 +33,10 @@ class Progress:
       total: steps in all.
       start: steps done before, by the run that this one resumes.
       every_seconds: at most one line in this time, the last one excepted.
+      unit: what is counted, for the rate.
       clock: seconds, monotonic.
     """
-    self._name, self._total = name, total
+    self._name, self._total, self._unit = name, total, unit
     self._every_seconds, self._clock = every_seconds, clock
     self._first = self._last = (start, clock())
 
@@ -58,9 +60,9 @@ class Progress:
       end = 'ETA unknown'
     values = ''.join(f' {key}={value:.4g}' for key, value in scalars.items())
     speed = f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
-    logging.info('%s %d/%d (%d%%) %s steps/s %s%s', self._name, step,
-                 self._total, 100 * step // max(self._total, 1), speed, end,
-                 values)
+    logging.info('%s %d/%d (%d%%) %s %s/s %s%s', self._name, step,
+                 self._total, 100 * step // max(self._total, 1), speed,
+                 self._unit, end, values)
     self._last = (step, now)
 
 

@@ -74,8 +74,11 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
 
 def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Raises ValueError unless `make_row` knows every row of config.eval."""
-  for name in config.eval.rows:
-    recipe, _, bits = name.partition(':')
+  names = list(config.eval.rows)
+  if twice := {name for name in names if names.count(name) > 1}:
+    raise ValueError(f'config.eval.rows names {sorted(twice)} more than once')
+  for name in names:
+    recipe, colon, bits = name.partition(':')
     if name == TUNED:
       check_trained(config, workdir)
     elif name != FULL_PRECISION and recipe not in spec_lib.RECIPES:
@@ -83,7 +86,7 @@ def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
           f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
           f'{TUNED!r} or one of {sorted(spec_lib.RECIPES)}, these also with '
           "bits as in 'msfp:w6a6'")
-    elif bits:
+    elif colon:
       spec_lib.parse_bits(bits)
 
 

@@ -63,7 +63,8 @@ def test_it_computes_the_published_network(tmp_path, state):
       0, 256, (3, 32, 32, 3), dtype=np.uint8)
   network = features.get(f'cifar_resnet:{path}', (32, 32, 3))
   assert (network.name, network.metric) == ('resnet8', 'fd_resnet8')
-  assert network.provenance.keys() == {'features', 'weights_sha256'}
+  assert network.provenance.keys() == {
+      'features', 'image_shape', 'weights_sha256'}
   outputs = network.outputs(images)
   expected = reference(state, images)
   for actual, wanted in zip(outputs[:2], expected, strict=True):

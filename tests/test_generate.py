@@ -85,15 +85,21 @@ from msfp_jax.metrics import features
 from msfp_jax.metrics import features
 assert jax.device_count() == 4
 key = jax.random.key(5)
+devices = []
+def note(x):
+  devices.append((len(x.sharding.device_set), x.sharding.is_fully_replicated))
+  return x
 draw = lambda size: generate.generate(
-    toy.deployed(), toy.plan(), 10, size, toy.SHAPE, key)
+    toy.deployed(), toy.plan(), 10, size, toy.SHAPE, key, decode=note)
 images = draw(8)
+assert devices == [(4, False)] * 2
 seen = features.get('random', toy.SHAPE).features(images)
+np.savez(sys.argv[1], images=images, seen=seen)
 try:
   draw(6)
+  sys.exit('a batch of 6 was split over 4 devices')
 except ValueError as error:
   assert 'batch_size=6: must be a multiple of the 4 devices' in str(error)
-  np.savez(sys.argv[1], images=images, seen=seen)
 """
 
 

@@ -308,7 +308,8 @@ def test_inception_as_a_feature_network():
   assert [network.named(kind) for kind in (
       'fd', 'fd_spatial', 'kd', 'is')] == ['fid', 'sfid', 'kid', 'is']
   assert network.provenance == {
-      'features': 'inception', 'preprocessing': 'tf',
+      'features': 'inception', 'image_shape': [8, 8, 3],
+      'preprocessing': 'tf',
       'weights_sha256': classifier_files.digest(__file__)}
   clean = features.get('inception', (8, 8, 3), preprocessing='clean')
   assert clean.metric == 'fid_clean'
@@ -325,8 +326,8 @@ def test_scores_on_inception_have_the_names_everyone_uses():
   scorer = scorer_lib.Scorer(
       network, stats_file.measure(images, network, 'noise', 12))
   first, second = scorer.score(images), scorer.score(images)
-  assert list(first) == ['fid', 'sfid', 'kid', 'kid_std', 'precision',
-                         'recall', 'is', 'is_std']
+  assert list(first) == ['fid', 'sfid', 'kid', 'precision', 'recall', 'is',
+                         'is_std']
   assert list(second) == [
       *first, 'fid_to_fp', 'sfid_to_fp', 'psnr_to_fp']
   assert first['fid'] == pytest.approx(0, abs=1e-6)

@@ -105,13 +105,23 @@ def test_sets_are_compared_by_their_vectors_too():
   shares = neighbours.precision_recall(generated, real)
   assert found['precision_random'] == shares.precision
   assert found['recall_random'] == shares.recall
-  kernel = kernel_distance.subset_distance(generated, real, size=100)
-  assert found['kd_random'] == pytest.approx(kernel.mean)
-  assert found['kd_random_std'] == pytest.approx(kernel.std)
+  assert found['kd_random'] == kernel_distance.kernel_distance(generated, real)
+
+
+def test_large_sets_have_kernel_distances_of_subsets(monkeypatch):
+  monkeypatch.setattr(scorer_lib, '_SUBSET_SIZE', 60)
+  data, images = smooth(150, 0), smooth(150, 1)
+  found = scorer_of(data, 'random', num_vectors=150).score(images)
+  network = features.get('random', data.shape[1:])
+  kernel = kernel_distance.subset_distance(
+      network.features(images), network.features(data), size=60)
+  assert found['kd_random'] == kernel.mean
+  assert found['kd_random_std'] == kernel.std > 0
 
 
 @pytest.mark.parametrize('provenance, told', [
     ({'features': 'digits'}, "features: 'digits' there, 'random' here"),
+    ({'image_shape': [9, 9, 3]}, r'image_shape: \[9, 9, 3\] there'),
     ({'features': 'random', 'num_samples': 3}, None), ({}, None)])
 def test_statistics_of_other_features_are_refused(provenance, told):
   images = smooth(150, 0)

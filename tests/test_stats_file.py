@@ -134,6 +134,7 @@ def test_statistics_are_made_in_chunks(tmp_path, monkeypatch):
       rtol=1e-6, atol=1e-9)
   assert loaded.provenance == made.provenance == {
       'dataset': 'noise', 'num_samples': 700, 'features': 'random',
+      'image_shape': [8, 8, 3],
       'images_sha256': hashlib.sha256(images.images.tobytes()).hexdigest()}
   assert json.dumps(made.provenance)
   assert loaded.spatial is None

@@ -50,7 +50,7 @@ def to_uint8(x: jax.Array) -> jax.Array:
   """float32, clipped to [-1, 1] -> uint8, rounded to the nearest.
 
   NaN becomes 0 in the cast; callers check samples for NaN before (see
-  `evaluate.generate`).
+  `generate.batches`).
   """
   return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 

@@ -49,13 +49,13 @@ def collect(
       features that are not finite.
   """
   pool, spatial, count = frechet.GaussianStats(), None, len(images)
-  kept, vectors = _spread(count, num_vectors), []
+  kept, vectors = spread(np.arange(count), num_vectors), []
   # Whole batches of the network, and no more than a set needs in memory.
   each = (math.prod(images.shape[1:])
           + _BYTES_A_NUMBER * network.numbers_per_image)
   size = 256 * max(1, _CHUNK_BYTES // (256 * each))
   chunks = [slice(i, i + size) for i in range(0, count, size)]
-  progress = progress_lib.Progress(network.metric, count)
+  progress = progress_lib.Progress(network.metric, count, unit='images')
   with contextlib.closing(
       stream.read_ahead(images.__getitem__, chunks)) as read:
     for chunk, some in zip(chunks, read, strict=True):
@@ -73,7 +73,7 @@ def collect(
       pool, spatial, np.concatenate(vectors) if num_vectors else None)
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-  """At most `most` rows of `count`, at equal distances, int64."""
-  few = min(count, most)
-  return np.arange(few) * count // max(few, 1)
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+  """At most `most` of the rows, at equal distances."""
+  few = min(len(rows), most)
+  return rows[np.arange(few) * len(rows) // max(few, 1)]

@@ -84,7 +84,8 @@ class FeatureNetwork:
     count = jax.device_count()
     self._batch_size = batch_size = -(-batch_size // count) * count
     self._metrics = metrics or {}
-    self.provenance = {'features': name} | dict(provenance or {})
+    self.provenance = {'features': name, 'image_shape': list(image_shape),
+                       **(provenance or {})}
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
     shapes = jax.eval_shape(apply, params, images)
     self.dim = shapes.features.shape[1]

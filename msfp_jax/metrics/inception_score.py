@@ -15,7 +15,8 @@ SPLITTINGS = {
     'shuffled': '10 splits of a permutation by RandomState(2020)',
     'consecutive': 'consecutive splits of 5000',
 }
-_NUM_SPLITS, _SEED, _SPLIT_SIZE = 10, 2020, 5000
+NUM_SPLITS = 10
+_SEED, _SPLIT_SIZE = 2020, 5000
 
 
 class Score(NamedTuple):
@@ -47,7 +48,7 @@ class InceptionScore:
     if splitting not in SPLITTINGS:
       raise ValueError(f'inception score: splitting {splitting!r}, must be one '
                        f'of {", ".join(map(repr, SPLITTINGS))}')
-    least = _NUM_SPLITS if splitting == 'shuffled' else 1
+    least = NUM_SPLITS if splitting == 'shuffled' else 1
     if num_samples < least:
       raise ValueError(f'inception score: {num_samples} images, needs at least '
                        f'{least}')
@@ -108,8 +109,8 @@ def _assign(count: int, splitting: str) -> np.ndarray:
   """The split `[N]` of every image."""
   if splitting == 'consecutive':
     return np.arange(count) // _SPLIT_SIZE
-  ends = np.arange(_NUM_SPLITS + 1) * count // _NUM_SPLITS
+  ends = np.arange(NUM_SPLITS + 1) * count // NUM_SPLITS
   split = np.empty(count, np.int64)
   split[np.random.RandomState(_SEED).permutation(count)] = np.repeat(
-      np.arange(_NUM_SPLITS), np.diff(ends))
+      np.arange(NUM_SPLITS), np.diff(ends))
   return split

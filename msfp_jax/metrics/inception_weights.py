@@ -23,7 +23,8 @@ SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 _EPSILON = 1e-3  # of the batch normalisation
 _TIMEOUT = 30  # seconds without a byte
 _ADVICE = ('get it where there is a network, check that its SHA-256 is '
-           f'{SHA256}, and pass --config.eval.inception=PATH')
+           f'{SHA256}, and pass --config.eval.inception=PATH, or beside '
+           '--make_stats --inception=PATH')
 
 
 def cache_path() -> pathlib.Path:
@@ -54,7 +55,7 @@ def find(path: str | os.PathLike = '') -> pathlib.Path:
     if not path.is_file():
       _download(path)
   # Both publishers end the name by the digest's first 8 digits.
-  if path.stem.endswith(SHA256[:8]):
+  if path.suffix == '.pth' and path.stem.endswith(SHA256[:8]):
     _check(path, str(path))
   return path
 

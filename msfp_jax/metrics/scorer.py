@@ -18,7 +18,8 @@ from msfp_jax.metrics import similarity
 from msfp_jax.metrics import stats_file
 
 _SPLITTING = 'shuffled'  # of inception scores
-_SUBSET_SIZE = 1000  # of the kernel distance, where there are as many vectors
+_SUBSET_SIZE = 1000  # of the kernel distance, where there are more vectors
+LEAST_VECTORS = 4  # of a set, for third neighbours
 
 
 class Scorer:
@@ -43,6 +44,10 @@ class Scorer:
     if len(reference.pool.mean) != network.dim:
       odd.append(f'{len(reference.pool.mean)} features there, {network.dim} '
                  'here')
+    if reference.vectors is not None and len(
+        reference.vectors) < LEAST_VECTORS:
+      odd.append(f'{len(reference.vectors)} vectors there, {LEAST_VECTORS} '
+                 'needed')
     if odd:
       raise ValueError('the reference statistics are of other features, so no '
                        f'distance to them means anything ({"; ".join(odd)}); '
@@ -66,6 +71,13 @@ class Scorer:
     if self._scored:
       found['is_splitting'] = _SPLITTING
     return found
+
+  @property
+  def least_samples(self) -> int:
+    """Images that the metrics need."""
+    if self._scored:
+      return inception_score.NUM_SPLITS
+    return 2 if self._reference.vectors is None else LEAST_VECTORS
 
   @property
   def _scored(self) -> bool:
@@ -101,7 +113,7 @@ class Scorer:
       found |= {'confidence': digits_checks.confidence(probabilities),
                 'class_balance': digits_checks.class_balance(probabilities)}
     if self._teacher is None:
-      self._teacher = (images, moments, probabilities)
+      self._teacher = (images, moments._replace(vectors=None), probabilities)
       return found
     fp_images, fp_moments, fp_probabilities = self._teacher
     found |= {f'{name}_to_fp': value for name, value in
@@ -127,9 +139,12 @@ class Scorer:
                      ) -> dict[str, float]:
     """Metrics that need the vectors themselves."""
     name = self._network.named('kd')
-    kernel = kernel_distance.subset_distance(
-        generated, real, size=min(_SUBSET_SIZE, len(generated), len(real)))
+    if min(len(generated), len(real)) > _SUBSET_SIZE:
+      kernel = kernel_distance.subset_distance(
+          generated, real, size=_SUBSET_SIZE)
+      found = {name: kernel.mean, f'{name}_std': kernel.std}
+    else:
+      found = {name: kernel_distance.kernel_distance(generated, real)}
     shares = neighbours.precision_recall(generated, real)
-    return {name: kernel.mean, f'{name}_std': kernel.std,
-            self._network.named('precision'): shares.precision,
+    return {**found, self._network.named('precision'): shares.precision,
             self._network.named('recall'): shares.recall}

@@ -31,20 +31,18 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 def read(path: pathlib.Path) -> Curves:
   """{scalar: (steps `[N]`, values `[N]`)} of a metrics.jsonl; {} without one.
 
-  Raises:
-    ValueError: a line is damaged; names the file and the line.
+  Lines that are damaged, as the last of a killed training, are left out.
   """
   if not path.is_file():
     return {}
   found = {}
   with open(path, encoding='utf-8') as file:
-    for number, line in enumerate(file, 1):
+    for line in file:
       try:
         row = json.loads(line)
         step = row.pop('step')
-      except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f'{path}: line {number} is damaged ({error}); run '
-                         'train.py again, which drops such lines') from error
+      except (ValueError, KeyError, AttributeError):
+        continue
       for name, value in row.items():
         if value is not None:
           found.setdefault(name, []).append((step, value))

@@ -34,7 +34,7 @@ SECTIONS = (
 def write(workdir: str, *, experiment: experiment_lib.Experiment,
           results: Mapping[str, Any], pictures: Mapping[str, np.ndarray],
           row: str, deployed: student_lib.Deployed, command: str = '') -> None:
-  """Writes `workdir`/report.html, whole or not at all, on process 0.
+  """Writes `workdir`/report.html, whole or not at all.
 
   Args:
     workdir: of the run; its metrics.jsonl are read.

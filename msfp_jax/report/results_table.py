@@ -36,13 +36,13 @@ COLUMNS = (
     Column('.*_to_fp', 'the same distance, to the full-precision model\'s '
            'images; low is good', min),
     Column('is(_.*)?_std', 'standard deviation over the splits'),
-    Column('(kid|kd_.*)_std', 'standard deviation over the subsets'),
+    Column('(kid|kd)(_.*)?_std', 'standard deviation over the subsets'),
     Column('is(_.*)?', 'inception score; high is good', max),
-    Column('kid|kd_.*', 'kernel distance to the data; low is good', min),
-    Column('sfid|fd_spatial_.*', 'Fréchet distance to the data on features '
-           'that know places; low is good', min),
-    Column('fid', 'Fréchet distance to the data on Inception\'s features; '
-           'low is good', min),
+    Column('(kid|kd)(_.*)?', 'kernel distance to the data; low is good', min),
+    Column('sfid(_.*)?|fd_spatial_.*', 'Fréchet distance to the data on '
+           'features that know places; low is good', min),
+    Column('fid(_.*)?', 'Fréchet distance to the data on Inception\'s '
+           'features; low is good', min),
     Column('fd_.*', 'Fréchet distance to the data on the named features; '
            'comparable only on the same features at an equal number of '
            'images; low is good', min),

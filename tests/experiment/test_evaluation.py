@@ -78,7 +78,7 @@ def test_interrupted_is_uninterrupted(copy, npz, drawn, each):
 def test_a_batch_that_was_cut_is_drawn_again(copy, npz, drawn):
   before = runs.contents(copy)
   with pytest.MonkeyPatch.context() as patch:
-    stop_after(patch, 5)
+    stop_after(patch, 6)
     with pytest.raises(Stopped):
       evaluate.run(runs.config_of(npz), str(copy))
   cut = copy / 'eval/fp/000001.uint8'
@@ -88,16 +88,81 @@ def test_a_batch_that_was_cut_is_drawn_again(copy, npz, drawn):
   assert drawn.pop(('fp', 1)) == 2 and set(drawn.values()) == {1}
 
 
-def test_another_evaluation_starts_anew(copy, npz, drawn):
+@pytest.fixture
+def stopped(copy, npz, drawn):
+  """A workdir whose second row was finished and whose third was begun."""
   with pytest.MonkeyPatch.context() as patch:
-    stop_after(patch, 5)
+    stop_after(patch, 11)
     with pytest.raises(Stopped):
       evaluate.run(runs.config_of(npz), str(copy))
-  assert drawn['fp', 0] == 1
+  assert (copy / 'eval/msfp.row.json').is_file()
+  drawn.clear()
+  return copy
+
+
+def test_another_batch_size_starts_anew(stopped, npz, drawn):
   evaluate.run(runs.config_of(npz, {
-      'eval.rows': ('fp',), 'eval.batch_size': 80}), str(copy))
-  assert drawn['fp', 0] == 2
-  assert not (copy / 'eval').exists()
+      'eval.rows': ('fp',), 'eval.batch_size': 80}), str(stopped))
+  assert drawn == {('fp', 0): 1, ('fp', 1): 1}
+  assert not (stopped / 'eval').exists()
+
+
+@pytest.mark.parametrize('changes', [
+    {'eval.pictures': 100, 'eval.keep': 'npz'},
+    pytest.param({'eval.vectors': 50}, marks=pytest.mark.slow)])
+def test_other_measurements_keep_the_samples(stopped, npz, drawn, changes):
+  """Only what the finished row no longer needed is drawn again."""
+  changes = changes | {'eval.rows': ('fp', 'msfp')}
+  found = evaluate.run(runs.config_of(npz, changes), str(stopped))
+  assert drawn == {('msfp', 1): 1, ('msfp', 2): 1}
+  assert found == evaluate.run(runs.config_of(npz, changes), str(stopped))
+  if 'eval.keep' in changes:
+    assert (stopped / 'samples/msfp.npz').is_file()
+
+
+def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
+  before = runs.contents(stopped / 'eval')
+  np.savez(tmp_path / 'other.npz', mu=np.zeros(3), sigma=np.eye(3))
+  for changes, part in (
+      ({'eval.reference': 'nowhere.npz'}, 'nowhere.npz'),
+      ({'eval.reference': str(tmp_path / 'other.npz')}, '3 features there'),
+      ({'eval.features': 'nope'}, "'nope'"),
+      ({'eval.vectors': 3}, 'config.eval.vectors=3: must be 0 or at least 4'),
+      ({'eval.vectors': -1}, 'config.eval.vectors=-1'),
+      ({'eval.pictures': 0}, 'config.eval.pictures=0'),
+      ({'eval.keep': 'jpg'}, "keep='jpg'.*npz.*png"),
+      ({'eval.rows': ('fp', 'msfp', 'msfp')}, 'msfp.*more than once'),
+      ({'eval.rows': ('msfp:',)}, "bits ''")):
+    with pytest.raises((ValueError, OSError), match=part):
+      evaluate.run(runs.config_of(npz, changes), str(stopped))
+  assert runs.contents(stopped / 'eval') == before
+
+
+def test_stopped_while_it_cleans_up(copy, npz):
+  before = runs.contents(copy)
+
+  def rmtree(folder, **unused):
+    if folder.exists():
+      (folder / 'msfp/000000.uint8').unlink()
+      raise Stopped
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate.shutil, 'rmtree', rmtree)
+    with pytest.raises(Stopped):
+      evaluate.run(runs.config_of(npz), str(copy))
+  evaluate.run(runs.config_of(npz), str(copy))
+  assert runs.contents(copy) == before
+
+
+def test_a_collapsed_row_is_named(copy, npz):
+  """Its images are all alike, so that no distance can be taken."""
+  write = sample_store.SampleStore.write
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sample_store.SampleStore, 'write',
+                  lambda self, number, images: write(
+                      self, number, 0 * images))
+    with pytest.raises(ValueError, match="row 'fp': all samples of the first"):
+      evaluate.run(runs.config_of(npz), str(copy))
 
 
 def test_samples_are_kept_when_asked_for(copy, npz):
@@ -113,13 +178,6 @@ def test_samples_are_kept_when_asked_for(copy, npz):
     with Image.open(copy / f'samples/fp/{i:06d}.png') as picture:
       np.testing.assert_array_equal(np.asarray(picture), images[i, ..., 0])
   assert len(os.listdir(copy / 'samples/fp')) == 160
-
-
-def test_no_such_form(copy, npz):
-  before = runs.contents(copy)
-  with pytest.raises(ValueError, match="keep='jpg'.*npz.*png"):
-    evaluate.run(runs.config_of(npz, {'eval.keep': 'jpg'}), str(copy))
-  assert runs.contents(copy).keys() == before.keys()
 
 
 def test_a_reference_file_stands_for_the_data(copy, npz, tmp_path):
@@ -151,11 +209,3 @@ def test_neither_data_nor_reference(copy, npz):
   (copy / 'config.json').write_text(json.dumps(config))
   with pytest.raises(ValueError, match='eval.reference.*data.name'):
     evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
-
-
-def test_a_reference_of_other_features(copy, npz, tmp_path):
-  path = tmp_path / 'reference.npz'
-  np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-  with pytest.raises(ValueError, match='3 features there.*make_stats'):
-    evaluate.run(
-        runs.config_of(npz, {'eval.reference': str(path)}), str(copy))

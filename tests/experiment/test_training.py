@@ -17,8 +17,8 @@ from msfp_jax import pretrain
 
 # What the rows share.
 HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
-        'convention', 'guidance', 'seed', 'features', 'exceptions', 'reference',
-        'rows']
+        'convention', 'guidance', 'seed', 'features', 'exceptions',
+        'image_shape', 'reference', 'rows']
 
 
 def test_what_a_workdir_holds(trained):
@@ -64,7 +64,8 @@ def test_the_schema_of_the_results(trained, npz):
   assert results == {
       'dataset': npz, 'num_samples': 160, 'sampler': 'ddim', 'steps': 2,
       'eta': 0, 'spacing': 'uniform', 'convention': 'ddim', 'guidance': 1,
-      'seed': 0, 'features': 'random', 'exceptions': 'all-4'}
+      'seed': 0, 'features': 'random', 'exceptions': 'all-4',
+      'image_shape': [8, 8, 1]}
   common = {'name', 'weight_bits', 'act_bits', 'fd_random', 'bytes'}
   assert [row['name'] for row in rows] == ['fp', 'msfp', 'tuned']
   assert [(row['weight_bits'], row['act_bits']) for row in rows] == [
