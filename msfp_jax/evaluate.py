@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 from absl import logging
@@ -29,8 +28,6 @@ from msfp_jax.metrics import features
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import stats_file
 from msfp_jax.report import grid
-
-_ROW = '.row.json'  # ends the name of a finished row's file
 
 
 def draw(experiment: experiment_lib.Experiment,
@@ -138,7 +135,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     report.write(workdir, experiment=experiment, results=results,
                  pictures=shown, row=last.name, deployed=last.deployed,
                  command=command)
-  _discard(folder)
+  sample_store.discard(folder)
   return results
 
 
@@ -172,46 +169,8 @@ def _claim_and_score(experiment: experiment_lib.Experiment,
       'network': network.provenance,
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
                    else [config.data.name, config.data.path, *images.shape]}
-  _claim(folder, samples, scores)
+  sample_store.claim(folder, samples, scores)
   return scorer or make()
-
-
-def _claim(folder: pathlib.Path, samples: dict[str, Any],
-           scores: dict[str, Any]) -> None:
-  """Deletes what was left by an evaluation that this one does not go on.
-
-  Args:
-    folder: of the evaluation.
-    samples: what the samples depend on beside the workdir.
-    scores: what finished rows depend on beside the samples.
-  """
-  for leftover in (folder.parent / 'samples').glob('.*.tmp'):
-    if leftover.is_dir():
-      shutil.rmtree(leftover)
-    else:
-      leftover.unlink()
-  claims = [(folder / 'samples.json', samples),
-            (folder / 'scores.json', scores)]
-  same = [path.is_file() and json.loads(path.read_text()) == json.loads(
-      json.dumps(content)) for path, content in claims]
-  if all(same):
-    logging.info('going on with the evaluation begun in %s', folder)
-    return
-  if same[0]:
-    logging.info('going on with the samples in %s, measured anew', folder)
-    for path in (folder / 'scores.json', folder / 'reference.npz',
-                 *folder.glob(f'*{_ROW}')):
-      path.unlink(missing_ok=True)
-  else:
-    _discard(folder)
-  for path, content in reversed(claims):
-    files.write_json(path, content)
-
-
-def _discard(folder: pathlib.Path) -> None:
-  """Deletes a folder; where that is interrupted, it is of no evaluation."""
-  (folder / 'samples.json').unlink(missing_ok=True)
-  shutil.rmtree(folder, ignore_errors=True)
 
 
 def feature_network(experiment: experiment_lib.Experiment
@@ -282,7 +241,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
     Its content, and the model if it had to be made.
   """
   cfg = experiment.config.eval
-  path = samples.folder.with_name(samples.folder.name + _ROW)
+  path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
   if path.is_file():
     return json.loads(path.read_text()), None
   row = rows_lib.make_row(experiment, name, workdir)

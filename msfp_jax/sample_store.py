@@ -5,18 +5,60 @@ run was stopped, the next one draws the batches that are missing, and no other.
 """
 
 from collections.abc import Iterator
+import json
 import os
 import pathlib
 import shutil
+from typing import Any
 import zipfile
 
+from absl import logging
 import numpy as np
 
 from msfp_jax import data
 from msfp_jax import files
 from msfp_jax import pictures
 
+ROW = '.row.json'  # ends the name of a finished row's file
 _ROWS = 256  # images held at once when they are copied
+
+
+def claim(folder: pathlib.Path, samples: dict[str, Any],
+          scores: dict[str, Any]) -> None:
+  """Deletes what was left by an evaluation that this one does not go on.
+
+  Args:
+    folder: of the evaluation.
+    samples: what the samples depend on beside the workdir.
+    scores: what finished rows depend on beside the samples.
+  """
+  for leftover in (folder.parent / 'samples').glob('.*.tmp'):
+    if leftover.is_dir():
+      shutil.rmtree(leftover)
+    else:
+      leftover.unlink()
+  claims = [(folder / 'samples.json', samples),
+            (folder / 'scores.json', scores)]
+  same = [path.is_file() and json.loads(path.read_text()) == json.loads(
+      json.dumps(content)) for path, content in claims]
+  if all(same):
+    logging.info('going on with the evaluation begun in %s', folder)
+    return
+  if same[0]:
+    logging.info('going on with the samples in %s, measured anew', folder)
+    for path in (folder / 'scores.json', folder / 'reference.npz',
+                 *folder.glob(f'*{ROW}')):
+      path.unlink(missing_ok=True)
+  else:
+    discard(folder)
+  for path, content in reversed(claims):
+    files.write_json(path, content)
+
+
+def discard(folder: pathlib.Path) -> None:
+  """Deletes a folder; where that is interrupted, it is of no evaluation."""
+  (folder / 'samples.json').unlink(missing_ok=True)
+  shutil.rmtree(folder, ignore_errors=True)
 
 
 class SampleStore:

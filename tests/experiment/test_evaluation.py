@@ -147,7 +147,7 @@ def test_stopped_while_it_cleans_up(copy, npz):
       raise Stopped
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(evaluate.shutil, 'rmtree', rmtree)
+    patch.setattr(sample_store.shutil, 'rmtree', rmtree)
     with pytest.raises(Stopped):
       evaluate.run(runs.config_of(npz), str(copy))
   evaluate.run(runs.config_of(npz), str(copy))
