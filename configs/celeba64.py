@@ -7,7 +7,7 @@
 Protocol: DDIM, 100 steps, spacing "quad", eta 0; 50,000 images. We know of no
 published protocol for this set's spacing: "quad" is CIFAR-10's. `ckpt.pth` is
 the file that ermongroup/ddim's README links, whose last element is the moving
-average; 78,700,803 parameters. `:smoke` runs the whole path in about a minute
+average; 78,700,803 parameters. `:smoke` runs the whole path in under a minute
 on a random model of the same family.
 
 Not measured by us yet: fine-tuning settings as in configs/cifar10.py.

@@ -7,7 +7,7 @@
 Protocol, as of the relatives in docs/method.md: DDIM, 100 steps, spacing
 "quad", eta 0; 50,000 images, FID to the training images. `ema_cifar10` is
 ermongroup/ddim's file, or a folder of google/ddpm-cifar10-32; 35,746,307
-parameters. `:smoke` runs the whole path in about a minute on a random model of
+parameters. `:smoke` runs the whole path in under a minute on a random model of
 the same family.
 
 Not measured by us yet: fine-tuning settings are those of the digits, with

@@ -17,7 +17,7 @@ VQ = {'kind': 'vq', 'ch': 128, 'ch_mult': (1, 2, 4), 'z_channels': 3,
       'embed_dim': 3, 'codebook_size': 8192}
 KL = {'kind': 'kl', 'ch': 128, 'ch_mult': (1, 2, 4, 4), 'z_channels': 4,
       'embed_dim': 4, 'codebook_size': 0}
-# About a minute on 2 cores, on random models: does everything run?
+# Under a minute on 2 cores, on random models: does everything run?
 SMOKE = {
     'pretrained': 'random', 'model.ch': 8, 'model.ch_mult': (1, 1),
     'model.norm_groups': 4, 'model.num_res_blocks': 0,

@@ -9,8 +9,8 @@ Protocol: DDIM in CompVis' convention, 20 uniform steps, eta 0, classifier-free
 guidance of scale 3.0, labels drawn at random; 50,000 images. As the original
 does for this model, the weights are taken, not their moving average. What is
 calibrated and distilled is the guided prediction. The UNet has 400,920,579
-parameters, its class embedder 512,512. `:smoke` runs the whole path in a minute
-and a half on a random model of the same family.
+parameters, its class embedder 512,512. `:smoke` runs the whole path in under
+a minute on a random model of the same family.
 
 Not measured by us yet: fine-tuning settings as in configs/cifar10.py.
 """

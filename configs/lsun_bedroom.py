@@ -8,7 +8,7 @@
 Protocol: DDIM in CompVis' convention, 200 uniform steps, eta 1.0, no guidance;
 50,000 images; latents 3 x 64 x 64 decoded by the full-precision VQ first stage,
 which the checkpoint holds. FOLDER has the data's images at 256 x 256. The UNet
-has 274,056,163 parameters. `:smoke` runs the whole path in about a minute on a
+has 274,056,163 parameters. `:smoke` runs the whole path in under a minute on a
 random model of the same family.
 
 Not measured by us yet: fine-tuning settings as in configs/cifar10.py, 80

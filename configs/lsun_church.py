@@ -10,7 +10,7 @@ Protocol: DDIM in CompVis' convention, "400 steps", which its uniform spacing
 makes 500 (1000 is no multiple of 400), eta 0, no guidance; 50,000 images;
 latents 4 x 32 x 32 decoded by the full-precision KL first stage, scaled by the
 checkpoint's scale_factor. The UNet has 294,966,916 parameters. `:smoke` runs
-the whole path in about a minute on a random model of the same family.
+the whole path in under a minute on a random model of the same family.
 
 Not measured by us yet: fine-tuning settings as in configs/cifar10.py, 32
 trajectories of 500 steps.
