@@ -20,7 +20,7 @@ endif
 
 JAX_EXTRA ?=
 # Files are spread over processes (tests/conftest.py): compiling uses one core.
-WORKERS ?= -n auto --dist loadgroup
+WORKERS ?= -n auto --dist loadscope
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)

@@ -3,12 +3,19 @@
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
   """A file's tests stay together, as they share compilations.
 
   Those of the folder experiment/ share one training, and stay together too.
   """
-  for item in items:
-    folder, name = item.path.parent.name, item.path.name
-    group = folder if folder == 'experiment' else name
-    item.add_marker(pytest.mark.xdist_group(group))
+  from xdist.scheduler import LoadScopeScheduling
+
+  class ByFile(LoadScopeScheduling):
+
+    def _split_scope(self, nodeid: str) -> str:
+      path = nodeid.split('::')[0]
+      folder = path.rpartition('/')[0]
+      return folder if folder.endswith('experiment') else path
+
+  return ByFile(config, log)

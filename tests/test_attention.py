@@ -33,6 +33,7 @@ def test_the_scores_of_a_large_batch_are_never_all_in_memory():
   assert 'scan' in jaxpr
 
 
+@pytest.mark.slow
 def test_guidance_is_two_predictions():
   config = UNetConfig(
       image_size=8, ch=8, ch_mult=(1,), num_res_blocks=1, norm_groups=4,

@@ -138,6 +138,7 @@ def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
   assert runs.contents(stopped / 'eval') == before
 
 
+@pytest.mark.slow
 def test_stopped_while_it_cleans_up(copy, npz):
   before = runs.contents(copy)
 
