@@ -33,11 +33,18 @@ from msfp_jax.report import grid
 def draw(experiment: experiment_lib.Experiment,
          deployed: student_lib.Deployed, name: str) -> np.ndarray:
   """Samples as config.eval says; every model starts from the same noise."""
-  cfg = experiment.config.eval
   return generate.generate(
-      deployed, experiment.plan, cfg.num_samples, cfg.batch_size,
-      experiment.sample_shape, experiment.key(experiment_lib.SAMPLES), name,
-      draw_condition=experiment.draw_condition, decode=experiment.decode)
+      deployed, experiment.plan, experiment.config.eval.num_samples, name=name,
+      **_how_to_sample(experiment))
+
+
+def _how_to_sample(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+  """What `generate.generate` and `generate.batches` are given alike."""
+  return {'batch_size': experiment.config.eval.batch_size,
+          'shape': experiment.sample_shape,
+          'key': experiment.key(experiment_lib.SAMPLES),
+          'draw_condition': experiment.draw_condition,
+          'decode': experiment.decode}
 
 
 def fill(experiment: experiment_lib.Experiment,
@@ -46,9 +53,8 @@ def fill(experiment: experiment_lib.Experiment,
   """As `draw`, into a store: only the batches that it misses."""
   size, missing = experiment.config.eval.batch_size, samples.missing
   batches = generate.batches(
-      deployed, experiment.plan, missing, size, experiment.sample_shape,
-      experiment.key(experiment_lib.SAMPLES), name,
-      draw_condition=experiment.draw_condition, decode=experiment.decode)
+      deployed, experiment.plan, missing, name=name,
+      **_how_to_sample(experiment))
   total = len(samples)
   done = generate.num_batches(total, size) - len(missing)
   progress = progress_lib.Progress(
