@@ -43,9 +43,9 @@ def compilation_cached(folder):
     compilation_cache.reset_cache()
 
 
-def smooth(count, height, width, channels):
+def smooth(count, height, width, channels, seed=0):
   """Random smooth images, uint8."""
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   rows, columns = (np.linspace(0, np.pi, n) for n in (height, width))
   a = rng.uniform(0.5, 3, (4, count, 1, 1, channels))
   x = np.sin(a[0] * rows[:, None, None] + a[1]) * np.cos(

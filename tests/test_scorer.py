@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import runs
 
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
@@ -12,12 +13,7 @@ from msfp_jax.metrics import stats_file
 
 
 def smooth(count, seed, size=8):
-  rng = np.random.default_rng(seed)
-  grid = np.linspace(0, np.pi, size)
-  a = rng.uniform(0.5, 3, (4, count, 1, 1, 1))
-  x = np.sin(a[0] * grid[:, None, None] + a[1]) * np.cos(
-      a[2] * grid[:, None] + a[3])
-  return np.round((x + 1) * 127.5).astype(np.uint8)
+  return runs.smooth(count, size, size, 1, seed)
 
 
 def scorer_of(images, name, num_vectors=0):
