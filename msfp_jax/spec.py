@@ -145,6 +145,11 @@ class LayerSpec:
   act: quantizers.Quantizer | None
   stats: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+  @property
+  def quantized(self) -> bool:
+    """Whether anything of the layer is."""
+    return self.weight is not None or self.act is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:

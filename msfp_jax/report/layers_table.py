@@ -65,8 +65,7 @@ def _cell(value: Any) -> dict[str, Any]:
 
 def section(source: Source) -> Section | None:
   layers = source.deployed.spec.layers
-  if all(layer.act is None and layer.weight is None
-         for layer in layers.values()):
+  if not any(layer.quantized for layer in layers.values()):
     return None
   gains = [gain(layer) for layer in layers.values() if layer.kind == 'AAL']
   gains = [value for value in gains if value is not None]

@@ -70,8 +70,7 @@ def _layers(source: Source) -> str:
   kinds = [layer.kind for layer in layers]
   unsigned = sum(layer.act is not None and not layer.act.fmt.signed
                  for layer in layers if layer.kind == 'AAL')
-  quantized = sum(layer.act is not None or layer.weight is not None
-                  for layer in layers)
+  quantized = sum(layer.quantized for layer in layers)
   if not quantized:
     return 'Nothing is quantized.'
   return (f'{quantized} of its {len(kinds)} layers are quantized. '

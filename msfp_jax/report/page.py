@@ -5,7 +5,6 @@ import importlib.resources
 import pathlib
 from typing import Any
 
-import jax
 import jinja2
 import numpy as np
 
@@ -48,9 +47,8 @@ def write(workdir: str, *, experiment: experiment_lib.Experiment,
   source = Source(workdir, experiment, results, pictures, row, deployed,
                   command)
   sections = [made for make in SECTIONS if (made := make(source)) is not None]
-  if jax.process_index() == 0:
-    files.write_text(pathlib.Path(workdir) / 'report.html',
-                     render(title(source), sections))
+  files.write_text(pathlib.Path(workdir) / 'report.html',
+                   render(title(source), sections))
 
 
 def title(source: Source) -> str:

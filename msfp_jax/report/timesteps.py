@@ -54,7 +54,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def section(source: Source) -> section_lib.Section | None:
   layers = source.deployed.spec.layers.values()
-  if all(layer.act is None and layer.weight is None for layer in layers):
+  if not any(layer.quantized for layer in layers):
     return None
   experiment = source.experiment
   variant = experiment.config.finetune.gamma
