@@ -17,9 +17,14 @@ def layer_name(module: nn.Module) -> str:
   return '.'.join(module.path)
 
 
+# (module, its input, what the module does) -> its output.
+Visit = Callable[[nn.Module, jax.Array, Callable[[jax.Array], jax.Array]],
+                 jax.Array]
+
+
 @contextlib.contextmanager
-def intercept_inputs(visit: Callable[[str, jax.Array], jax.Array]):
-  """While open, every nn.Conv and nn.Dense sees `visit(name, input)`.
+def intercept(visit: Visit):
+  """While open, every nn.Conv and nn.Dense returns what `visit` does.
 
   The model's own code stays as it is; other modules are untouched.
   """
@@ -29,10 +34,16 @@ def intercept_inputs(visit: Callable[[str, jax.Array], jax.Array]):
         or not isinstance(context.module, _LAYER_TYPES)):
       return next_fun(*args, **kwargs)
     x, *rest = args or (kwargs.pop('inputs'),)
-    return next_fun(visit(layer_name(context.module), x), *rest, **kwargs)
+    return visit(context.module, x, lambda x: next_fun(x, *rest, **kwargs))
 
   with nn.intercept_methods(interceptor):
     yield
+
+
+def intercept_inputs(visit: Callable[[str, jax.Array], jax.Array]):
+  """While open, every nn.Conv and nn.Dense sees `visit(name, input)`."""
+  return intercept(
+      lambda module, x, compute: compute(visit(layer_name(module), x)))
 
 
 def list_layers(model: nn.Module, params: Any, *inputs: Any

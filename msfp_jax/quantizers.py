@@ -45,6 +45,16 @@ def nearest(u, fmt: FPFormat | str) -> jax.Array:
   return _nearest(u.astype(jnp.float32), fmt).astype(u.dtype)
 
 
+def nearest_level(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
+  """nearest((x - zero_point) / scale): `fake_quant` before it scales back.
+
+  Float32, of the shape of `x`; no gradient. Takes and raises what `fake_quant`
+  does.
+  """
+  x, fmt = _check(x, fmt)
+  return _nearest(_normalize(x, *_affine(x.shape, scale, zero_point)), fmt)
+
+
 def fake_quant(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
   """scale * nearest((x - zero_point) / scale) + zero_point.
 
