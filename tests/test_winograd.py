@@ -1,0 +1,222 @@
+"""3x3 convolutions of integers by `winograd`, against int64."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle
+import numpy as np
+import pytest
+
+from msfp_jax import kernels
+from msfp_jax import quantizers
+from msfp_jax.formats import FPFormat
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import winograd
+
+PAIRS = [('E1M2', 'UE1M3'), ('E2M1', 'UE2M2'), ('E2M1', 'UE3M1'),
+         ('E3M0', 'E2M1')]
+
+
+def integers(name):
+  """The values of a format as carried, int64, ascending."""
+  carried = carriers.carry(FPFormat.parse(name), 'f32')
+  return np.unique(carried.values().astype(np.int64))
+
+
+def inputs(kind, levels, shape):
+  """Integers `[B, H, W, C]`."""
+  if kind == 'random':
+    return np.random.default_rng(0).choice(levels, shape)
+  highest, lowest = levels.max(), levels.min()
+  if kind == 'largest':
+    return np.full(shape, highest)
+  if kind == 'smallest':
+    return np.full(shape, lowest)
+  row, column = np.ogrid[:shape[1], :shape[2]]
+  period = {'alternating': 2, 'in pairs': 4}[kind]
+  sign = (row + column) % period < period // 2
+  return np.broadcast_to(np.where(sign, highest, lowest)[..., None], shape)
+
+
+def expected_of(x, w):
+  return kernel_oracle.conv(x, w, (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+@jax.jit
+def one_part(x, w):
+  return run(x, w, 1)
+
+
+def run(x, w, parts):
+  return winograd.conv(
+      jnp.asarray(x), jnp.asarray(w, jnp.float32), parts,
+      lambda x: x.astype(jnp.float32), lambda sums: sums)
+
+
+@pytest.mark.parametrize('size', [(7, 9), (8, 8), (1, 6)])
+def test_equals_the_convolution_of_integers(size):
+  for weight, act in PAIRS:
+    levels = integers(weight)
+    rng = np.random.default_rng(1)
+    for kind, w in itertools.product(
+        ['random', 'largest', 'smallest', 'alternating', 'in pairs'],
+        [rng.choice(levels, (3, 3, 8, 5)),
+         rng.choice(levels[[0, -1]], (3, 3, 8, 5)),
+         np.full((3, 3, 8, 5), levels.max())]):
+      assert winograd.splits(w, FPFormat.parse(act)) == 1
+      x = inputs(kind, integers(act), (2, *size, 8))
+      np.testing.assert_array_equal(
+          np.asarray(one_part(x.astype(np.float32), w), np.int64),
+          expected_of(x, w), f'{weight} {act} {kind}')
+
+
+def largest_sums(w, act, parts):
+  """The largest sum of magnitudes of products, int64, over all tiles.
+
+  At every position of the transform the input of 6x6 that makes its value
+  largest, or smallest, in every channel.
+  """
+  levels = integers(act)
+  transform = lambda matrix, x: np.einsum(
+      'ai,bj,ij...->ab...', matrix, matrix, x)
+  positions = np.abs(transform(winograd._WEIGHTS, w))
+  positions = positions.reshape(6, 6, parts, -1, w.shape[-1]).sum(3)
+  found = 0
+  for a, b, sign in itertools.product(range(6), range(6), (1, -1)):
+    signs = np.outer(winograd._INPUTS[a], winograd._INPUTS[b]) * sign
+    tile = np.where(signs > 0, levels.max(), levels.min())
+    value = abs(transform(winograd._INPUTS, tile)[a, b])
+    found = max(found, value * positions[a, b].max())
+  return found
+
+
+SPLITS = [
+    ('E2M1', 'E2M1', 64, 'random', 1), ('E2M1', 'UE3M1', 64, 'random', 2),
+    ('E3M0', 'UE2M2', 128, 'random', 4), ('E2M1', 'UE2M2', 256, 'largest', 8)]
+
+
+@pytest.mark.parametrize('weight, act, channels, fill, parts', SPLITS)
+def test_splits_keep_every_sum_in_float32(weight, act, channels, fill, parts):
+  w = inputs(fill, integers(weight), (3, 3, channels, 4))
+  assert winograd.splits(w, FPFormat.parse(act)) == parts
+  assert largest_sums(w, act, parts) <= 2**24
+  assert parts == 1 or largest_sums(w, act, parts // 2) > 2**24
+
+
+@pytest.mark.parametrize('weight, act, fill', [
+    ('E2M1', 'UE3M1', 'largest'), ('E3M0', 'UE4M0', 'random'),
+    ('E2M1', 'E5M2', 'random')])
+def test_splits_finds_none_where_sums_are_too_large(weight, act, fill):
+  w = inputs(fill, integers(weight), (3, 3, 512, 4))
+  assert winograd.splits(w, FPFormat.parse(act)) == 0
+
+
+def test_splits_looks_at_every_bank():
+  small = np.ones((3, 3, 256, 4))
+  banks = np.stack([small, 12 * small])
+  act = FPFormat.parse('UE2M2')
+  assert winograd.splits(small, act) == 1
+  assert winograd.splits(banks, act) == winograd.splits(banks[1], act) == 8
+
+
+@pytest.mark.parametrize('weight, act, channels, fill, parts', SPLITS[1:])
+def test_sums_in_parts_are_exact(weight, act, channels, fill, parts):
+  w = inputs(fill, integers(weight), (3, 3, channels, 4))
+  levels = integers(act)
+  worst = np.where(
+      np.outer(winograd._INPUTS[2], winograd._INPUTS[2]) > 0,
+      levels.max(), levels.min())
+  convolve = jax.jit(lambda x, w: run(x, w, parts))
+  for x in (inputs('random', levels, (1, 6, 6, channels)),
+            np.broadcast_to(worst[None, ..., None], (1, 6, 6, channels))):
+    np.testing.assert_array_equal(
+        np.asarray(convolve(x.astype(np.float32), w), np.int64),
+        expected_of(x, w))
+
+
+@pytest.mark.parametrize('at_once', [1, 2 * 36 * 4 * 8, 3 * 36 * 4 * 8])
+def test_images_a_few_at_a_time(monkeypatch, at_once):
+  monkeypatch.setattr(winograd, '_AT_ONCE', at_once)
+  w = inputs('random', integers('E2M1'), (3, 3, 8, 5))
+  x = inputs('random', integers('UE2M2'), (6, 7, 8, 8))
+  convolve = jax.jit(lambda x, w: run(x, w, 1))
+  np.testing.assert_array_equal(
+      np.asarray(convolve(x.astype(np.float32), w), np.int64),
+      expected_of(x, w))
+
+
+def test_nan_spoils_its_image_alone():
+  w = inputs('random', integers('E2M1'), (3, 3, 8, 5))
+  x = inputs('random', integers('UE2M2'), (2, 7, 9, 8))
+  expected = expected_of(x, w).astype(np.float32)
+  x = x.astype(np.float32)
+  x[1, 3, 4, 0] = expected[1] = np.nan
+  np.testing.assert_array_equal(one_part(x, w), expected)
+
+
+def wide_layer(weight, act, zero_point=None):
+  """64 channels to 64, with and without preparation."""
+  rng = np.random.default_rng(3)
+  layer = kernels.make_layer(
+      jnp.asarray(rng.normal(size=(3, 3, 64, 64)), jnp.float32),
+      quantizers.Quantizer(
+          FPFormat.parse(weight), jnp.linspace(0.1, 0.3, 64)),
+      quantizers.Quantizer(
+          FPFormat.parse(act), jnp.float32(0.3), zero_point),
+      jnp.asarray(rng.normal(size=64), jnp.float32))
+  return layer, kernels.prepare(kernels.pack(layer))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """Parts of every call of `winograd.conv`."""
+  found, conv = [], winograd.conv
+
+  def record(x, weights, parts, *functions):
+    found.append(parts)
+    return conv(x, weights, parts, *functions)
+
+  monkeypatch.setattr(winograd, 'conv', record)
+  return found
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.parametrize('weight, act, zero_point, parts', [
+    ('E2M1', 'E2M1', None, [1]), ('E2M1', 'UE3M1', -0.5, [4]),
+    # Levels that are no integers in float32, or too large.
+    ('E5M2', 'E2M1', None, []), ('E3M0', 'UE4M0', None, [])])
+def test_prepared_layers_equal_the_reference(
+    calls, weight, act, zero_point, parts):
+  """Where there is a map to add, but for its own rounding.
+
+  XLA contracts its product and sum, or does not.
+  """
+  zero = 0.0
+  if zero_point is not None:
+    # That of the layer, and half of UE3M1's range.
+    zero = 0.5 + 0.3 * 24 / 2
+    zero_point = jnp.float32(zero_point)
+  layer, prepared = wide_layer(weight, act, zero_point)
+  x = jnp.asarray(
+      np.random.default_rng(4).normal(size=(2, 8, 8, 64)), jnp.float32)
+  expected = jax.jit(functools.partial(
+      kernels.conv, implementation='reference'))(x, layer)
+  assert not calls
+  actual = jax.jit(kernels.conv)(x, prepared)
+  assert calls == parts
+  shift = zero * np.abs(layer.dequantized()).sum((0, 1, 2))
+  assert (np.abs(actual - expected) <= 4 * 2.0**-24 * shift).all()
+
+
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.parametrize('options', [
+    {'strides': 2}, {'padding': 'VALID'}, {'padding': ((0, 2), (1, 1))},
+    {'dilation': 2, 'padding': ((1, 1), (1, 1))}, {'carrier': 'bf16'},
+    {'implementation': 'reference'}], ids=str)
+def test_other_convolutions_are_plain(calls, options):
+  _, prepared = wide_layer('E2M1', 'E2M1')
+  jax.eval_shape(lambda x: kernels.conv(x, prepared, **options),
+                 jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32))
+  assert not calls
