@@ -1,0 +1,202 @@
+"""Block sizes of the TPU kernels, and what a chip offers them."""
+
+import dataclasses
+import math
+
+import jax
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU generation.
+
+  Attributes:
+    carriers: that its matrix unit multiplies natively.
+    vmem: bytes of vector memory of a core.
+  """
+
+  carriers: tuple[str, ...]
+  vmem: int
+
+
+CHIPS = {
+    'v5e': Chip(('int8', 'bf16'), 128 * _MIB),
+    'v5p': Chip(('int8', 'bf16'), 64 * _MIB),
+    'v6e': Chip(('int8', 'bf16'), 128 * _MIB),
+    '7x': Chip(('fp8', 'bf16'), 64 * _MIB),
+}
+_KINDS = {
+    'TPU v5e': 'v5e', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p',
+    'TPU v6e': 'v6e', 'TPU v6 lite': 'v6e', 'TPU7x': '7x'}
+
+# Most rows of x, columns of the weights and packed rows of them in a step, from
+# `python -m benchmarks.tpu_cost`; None is for unknown chips.
+MATMUL = {
+    None: (512, 640, 1280),
+    'v5e': (512, 640, 1280),
+    'v5p': (512, 640, 1280),
+    'v6e': (1024, 640, 1280),
+    '7x': (1024, 640, 1280),
+}
+# Most pixels and channels of the result in a step.
+CONV = {
+    None: (1024, 640),
+    'v5e': (1024, 640),
+    'v5p': (1024, 640),
+    'v6e': (1024, 640),
+    '7x': (1024, 640),
+}
+
+
+def generation() -> str | None:
+  """A key of CHIPS, if the default device is such a chip; else None."""
+  return _KINDS.get(jax.devices()[0].device_kind)
+
+
+def budget(chip: str | None) -> int:
+  """Bytes of vector memory that a kernel may take: half of what there is.
+
+  The rest is XLA's, which keeps there what passes between operations.
+  """
+  if chip is None:
+    return min(c.vmem for c in CHIPS.values()) // 2
+  return CHIPS[chip].vmem // 2
+
+
+def _round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def _share(n: int, most: int, multiple: int) -> int:
+  """Length of each of the fewest even blocks that cover n."""
+  share = _round_up(-(-n // -(-n // most)), multiple)
+  return min(share, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+  """How a product is cut: steps of `[rows, 2 * half] x [2 * half, columns]`.
+
+  Attributes:
+    rows: of x and of the result.
+    columns: of the weights and of the result.
+    half: packed rows of a step.
+    steps: along the contraction; with one, x is not cut in halves.
+  """
+
+  rows: int
+  columns: int
+  half: int
+  steps: int
+
+  def vmem(self, itemsize: int, out_itemsize: int) -> int:
+    """Bytes; what is fetched or written lies there twice."""
+    columns = _round_up(self.columns, 128)
+    x = self.rows * _round_up(2 * self.half, 128) * itemsize
+    decoded = 2 * self.half * self.steps * columns * itemsize
+    out = self.rows * columns
+    return (2 * x + 2 * self.half * columns + decoded
+            + out * (8 + 2 * out_itemsize))
+
+
+def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
+           chip: str | None, blocks=None) -> Matmul | None:
+  """The cut of a product of m rows, n columns, and half packed rows.
+
+  Args:
+    itemsize: bytes of an element of the carrier.
+    out_itemsize: of the result.
+    blocks: in place of the table's.
+
+  Returns:
+    The cut, which covers both halves with `half * steps` rows each or, padded,
+    with more; None if none fits the vector memory.
+  """
+  rows, columns, most = blocks or MATMUL[chip]
+  steps = -(-half // most)
+  step = _round_up(-(-half // steps), 32 if steps == 1 else 128)
+  cut = Matmul(_share(m, rows, 32), _share(n, columns, 128), step, steps)
+  while cut.vmem(itemsize, out_itemsize) > budget(chip):
+    if cut.rows > 128:
+      cut = dataclasses.replace(cut, rows=_round_up(cut.rows // 2, 32))
+    elif cut.columns > 128:
+      cut = dataclasses.replace(cut, columns=_round_up(cut.columns // 2, 128))
+    else:
+      return None
+  return cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+  """How a convolution is cut.
+
+  Attributes:
+    rows: of the result in a step.
+    width: of the result, a multiple of 8.
+    columns: output channels of a step.
+    lanes: channels of a tap in vector memory, a multiple of 128.
+  """
+
+  rows: int
+  width: int
+  columns: int
+  lanes: int
+
+  def patch_rows(self, window, strides) -> int:
+    """Rows of pixels whose taps are put side by side at a time.
+
+    Where a row fills registers, the next row of the window is had from the
+    same patches by an offset, which asks for the rows below as well.
+    """
+    shared = strides[0] == 1 and self.width % 32 == 0
+    return self.rows + (window[0] - 1 if shared else 0)
+
+  def vmem(self, window, strides, itemsize: int, out_itemsize: int) -> int:
+    """Bytes; what is fetched or written lies there twice, a shift map too."""
+    pixels, columns = self.rows * self.width, _round_up(self.columns, 128)
+    taps = window[1] * self.lanes
+    read = (math.prod(strides) * (self.rows + (window[0] - 1) // strides[0])
+            * _round_up(self.width + (window[1] - 1) // strides[1], 32)
+            * self.lanes)
+    packed = window[1] * self.lanes // 2 * columns
+    return (2 * read * itemsize + 2 * packed
+            + window[0] * taps * columns * itemsize
+            + self.patch_rows(window, strides) * _round_up(self.width, 32)
+            * taps * itemsize
+            + pixels * columns * (16 + 2 * out_itemsize))
+
+
+def conv(out_size, window, strides, half: int, n: int, itemsize: int,
+         out_itemsize: int, chip: str | None, blocks=None) -> Conv | None:
+  """The cut of a convolution; None if none fits the vector memory.
+
+  Args:
+    out_size: height and width of the result.
+    window: height and width.
+    strides: of the window.
+    half: packed input channels.
+    n: output channels.
+    itemsize, out_itemsize, chip, blocks: as for `matmul`; blocks are the
+      output pixels and channels of a step.
+  """
+  pixels, columns = blocks or CONV[chip]
+  width = _round_up(out_size[1], 8)
+  cut = Conv(0, width, _share(n, columns, 128),
+             _round_up(2 * _round_up(half, 32), 128))
+  while True:
+    # Even shares of the height, so that few rows are computed in vain.
+    shares = -(-out_size[0] * width // pixels)
+    rows = -(-out_size[0] // min(shares, out_size[0]))
+    cut = dataclasses.replace(cut, rows=rows)
+    if cut.vmem(window, strides, itemsize, out_itemsize) <= budget(chip):
+      return cut
+    if pixels > 256 and rows > 1:
+      pixels //= 2
+    elif cut.columns > 128:
+      cut = dataclasses.replace(cut, columns=_round_up(cut.columns // 2, 128))
+    elif rows > 1:
+      pixels //= 2
+    else:
+      return None

@@ -1,0 +1,108 @@
+"""The TPU kernels compiled to the end for TPUs that need not be there.
+
+libtpu compiles for a chip that it is told about, and refuses what lowering
+lets pass: instructions that a generation lacks, too much vector memory.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import tpu_cost
+from msfp_jax import formats as formats_lib
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import mosaic_tpu
+from msfp_jax.kernels import mosaic_tpu_blocks as blocks_lib
+
+pytestmark = pytest.mark.aot
+pytest.importorskip('libtpu', reason='libtpu compiles for TPUs')
+
+WEIGHTS = formats_lib.formats_of_width(4, signed=True)
+CHIPS = tuple(tpu_cost.TOPOLOGIES)
+NATIVE = [(chip, carrier) for chip in CHIPS
+          for carrier in blocks_lib.CHIPS[chip].carriers]
+# Products and convolutions of U-Nets (x and weights), and odd ones.
+MATMULS = ((4096, 1280, 1280), (1024, 5120, 640), (154, 768, 320),
+           (2, 320, 1280), (40, 1920, 1280), (33, 77, 50))
+CONVS = {  # x, output channels, window, stride
+    'SD 64': ((2, 64, 64, 320), 320, 3, 1),
+    'SD 32 up': ((2, 32, 32, 1920), 640, 3, 1),
+    'SD 16 down': ((2, 32, 32, 640), 640, 3, 2),
+    'SD 8': ((2, 8, 8, 2560), 1280, 3, 1),
+    'first': ((1, 64, 64, 4), 320, 3, 1),
+    'last': ((1, 64, 64, 320), 4, 3, 1),
+    'DDPM 256': ((1, 256, 256, 128), 128, 3, 1),
+    'odd': ((1, 9, 11, 35), 21, 5, 1),
+}
+
+
+@pytest.fixture(scope='module')
+def shardings():
+  """A sharding on one device of each chip."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in tpu_cost.LIBTPU_ENVIRONMENT.items():
+      patch.setenv(name, value)
+    return {chip: tpu_cost.sharding(chip) for chip in CHIPS}
+
+
+@pytest.fixture
+def compile_for(shardings, monkeypatch):
+  """(chip, function, (shape, dtype)...) -> the compiled function."""
+
+  def compile_(chip, function, *args):
+    monkeypatch.setattr(blocks_lib, 'generation', lambda: chip)
+    args = [jax.ShapeDtypeStruct(*a, sharding=shardings[chip]) for a in args]
+    return jax.jit(function).trace(*args).lower(
+        lowering_platforms=('tpu',)).compile()
+
+  return compile_
+
+
+def _compile_matmul(compile_for, chip, carrier, fmt, m, k, n, out_dtype):
+  return compile_for(
+      chip, functools.partial(mosaic_tpu.matmul, fmt=fmt, out_dtype=out_dtype),
+      ((m, k), carriers.DTYPES[carrier][0]), ((-(-k // 2), n), jnp.uint8),
+      ((n,), jnp.float32), ((n,), jnp.float32))
+
+
+def _compile_conv(compile_for, chip, carrier, fmt, case, out_dtype):
+  x, n, window, stride = CONVS[case]
+  pad = ((window // 2,) * 2,) * 2
+  out = tuple(-(-size // stride) for size in x[1:3])
+  return compile_for(
+      chip, functools.partial(
+          mosaic_tpu.conv, fmt=fmt, strides=(stride, stride), padding=pad,
+          out_dtype=out_dtype),
+      (x, carriers.DTYPES[carrier][0]),
+      ((window, window, -(-x[-1] // 2), n), jnp.uint8),
+      ((n,), jnp.float32), ((*out, n), jnp.float32))
+
+
+@pytest.mark.parametrize('chip,carrier', NATIVE)
+@pytest.mark.parametrize('fmt', WEIGHTS, ids=str)
+def test_every_weight_format_compiles(compile_for, chip, carrier, fmt):
+  _compile_matmul(compile_for, chip, carrier, fmt, 256, 640, 320, jnp.bfloat16)
+  _compile_conv(compile_for, chip, carrier, fmt, 'odd', jnp.bfloat16)
+
+
+@pytest.mark.parametrize('chip,carrier', NATIVE)
+@pytest.mark.parametrize('m,k,n', MATMULS)
+def test_matmul_compiles(compile_for, chip, carrier, m, k, n):
+  _compile_matmul(compile_for, chip, carrier, WEIGHTS[1], m, k, n, jnp.float32)
+
+
+@pytest.mark.parametrize('chip,carrier', NATIVE)
+@pytest.mark.parametrize('case', CONVS)
+def test_conv_compiles(compile_for, chip, carrier, case):
+  _compile_conv(compile_for, chip, carrier, WEIGHTS[1], case, jnp.bfloat16)
+
+
+@pytest.mark.parametrize('chip,carrier', [
+    (chip, carrier) for chip in CHIPS for carrier in ('int8', 'fp8')
+    if (chip, carrier) not in NATIVE])
+def test_carriers_that_a_chip_lacks_are_refused(compile_for, chip, carrier):
+  with pytest.raises(ValueError, match=f'TPU {chip} does not .*{carrier}'):
+    _compile_matmul(
+        compile_for, chip, carrier, WEIGHTS[1], 8, 64, 128, jnp.float32)
