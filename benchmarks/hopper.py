@@ -1,0 +1,237 @@
+"""Packed 4-bit products on an H100 or H200: whether right, and how fast.
+
+  python -m benchmarks.hopper [--output=hopper.json] [--aot] [--only=conv,few]
+
+First checks the kernels of `mosaic_gpu` on the device (hopper_checks.py): int8
+bit for bit, fp8 within a bound, and that fp8's subnormals count. Then times
+products and convolutions of real sizes against XLA's in bf16 and against XLA's
+in int8 and fp8 with weights decoded before. Inputs are random levels already
+on the device; every call of a kernel has inputs of its own until these fill
+four times the L2 cache (or there are 16), so that small kernels are not timed
+on data that happens to lie there.
+
+A row has a ratio only where its result was right and no input of 8 bits was
+widened on the way. Without a GPU, --aot compiles all of it for an H200.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import hopper_cases
+from benchmarks import hopper_checks
+from benchmarks.hopper_cases import Case
+from benchmarks.hopper_cases import Method
+from msfp_jax.kernels import carriers
+
+_OUTPUT = flags.DEFINE_string('output', None, 'Where to write the rows, JSON.')
+_AOT = flags.DEFINE_bool('aot', False, 'Compile only, for an H200.')
+_ONLY = flags.DEFINE_list('only', None, 'Parts of names of cases to measure.')
+_MINUTES = flags.DEFINE_float('minutes', 8.0, 'Begins no case after these.')
+
+TARGET = pathlib.Path(__file__).parents[1] / 'tests' / 'h200.txtpb'
+# Of bf16, of 8 bits, and of memory: the H200's as measured (8 bits: twice
+# bf16), the H100's memory as its datasheet has it.
+ROOFLINES = {'H200': (790e12, 1580e12, 4.3e12), 'H100': (790e12, 1580e12,
+                                                         3.35e12)}
+L2_BYTES = 50 * 2**20
+
+
+def widens(hlo: str) -> bool:
+  """Whether compiled code converts an 8-bit array before it multiplies."""
+  types = dict(re.findall(r'%?([\w.-]+)(?: =|:) (\w+)\[', hlo))
+  return any(
+      types.get(operand) in ('s8', 'f8e4m3fn') and wide in ('f32', 'bf16')
+      for wide, operand in re.findall(
+          r'= (\w+)\[\S* convert\((?:\S+ )?%?([\w.-]+)\)', hlo))
+
+
+def seconds(compiled, copies, least: float = 0.15, repeats: int = 3) -> float:
+  """Of one product: the fastest of three runs of `least` seconds or more."""
+  jax.block_until_ready(compiled(copies))
+  best, calls = math.inf, 2
+  for _ in range(repeats):
+    while True:
+      start = time.perf_counter()
+      for _ in range(calls):
+        y = compiled(copies)
+      jax.block_until_ready(y)
+      taken = time.perf_counter() - start
+      if taken >= least:
+        break
+      calls = math.ceil(calls * min(10, 1.2 * least / taken + 1))
+    best = min(best, taken / calls / len(copies))
+  return best
+
+
+def measure(case: Case, method: Method, drawn, truth, roofline
+            ) -> dict[str, Any]:
+  """A row: the time, whether right, and shares of the roofline."""
+  x_bits = {'bf16': 16, 'int8': 8, 'fp8': 8}[method.carrier]
+  size = case.bytes(x_bits, 4 if method.packed else x_bits)
+  args = hopper_cases.arguments(method, drawn)
+  count = max(1, min(16, math.ceil(4 * L2_BYTES / size)))
+  copies = [jax.tree.map(jnp.copy, args) for _ in range(count)]
+  function = jax.jit(method.function)  # lowered once for all copies
+  compiled = jax.jit(lambda copies: [
+      function(*copy) for copy in copies]).lower(copies).compile()
+  error = float(largest_error(compiled(copies)[-1], *truth))
+  # In the sum of magnitudes: y and the truth are rounded to bf16's 8 bits.
+  bound = {'bf16': 2.0**-7, 'int8': 0.0,
+           'fp8': hopper_checks.fp8_bound(case.length) + 2.0**-8}
+  taken = seconds(compiled, copies)
+  peak = roofline and roofline[0 if method.carrier == 'bf16' else 1]
+  floor = roofline and max(case.flop / peak, size / roofline[2])
+  row = {
+      'us': taken * 1e6, 'tflops': case.flop / taken / 1e12,
+      'tbps': size / taken / 1e12, 'share': floor and floor / taken,
+      'error': error, 'working_set': size * count}
+  if not error <= bound[method.carrier]:
+    row['note'] = f'wrong: error {error:.2g} > {bound[method.carrier]:.2g}'
+  elif method.carrier != 'bf16' and widens(compiled.as_text()):
+    row['note'] = 'XLA widens the inputs'
+  return row
+
+
+@jax.jit
+def largest_error(y, truth, magnitudes):
+  """Largest |y - truth| of any element, in the sum of magnitudes."""
+  return jnp.max(jnp.abs(y.astype(jnp.float32) - truth.astype(jnp.float32))
+                 / magnitudes)
+
+
+def truths(case: Case, drawn) -> tuple[jax.Array, jax.Array]:
+  """y by exact sums, and the sums of |x w|, scaled."""
+
+  @jax.jit
+  def run(x, w):
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    y = hopper_checks.exact(x, w, 1 if case.size else 0) * drawn['scale']
+    return y.astype(jnp.bfloat16)
+
+  x, w = jnp.asarray(drawn['x']), jnp.asarray(drawn['levels'])
+  w = jnp.moveaxis(w, 0, -1)
+  return run(x, w), run(jnp.abs(x), jnp.abs(w)).astype(jnp.float32)
+
+
+def compile_case(case: Case, method: Method, sharding) -> None:
+  """Ahead of time, for a device that is not there."""
+  dtype = carriers.DTYPES[method.carrier][0]
+  n, *window = (case.w_shape[-1], *case.w_shape[:-2])
+  weights = (n, *window, case.k)
+  if method.packed:
+    weights = (-(-n // 64) * 64, *window, -(-case.k // 64) * 32)
+  shapes = ((case.x_shape, dtype), (weights, np.uint8 if method.packed
+                                    else dtype), ((n,), np.float32),
+            ((n,), np.float32))
+  jax.jit(method.function).trace(*(
+      jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
+  ).lower(lowering_platforms=('cuda',)).compile()
+
+
+def compile_all(cases) -> int:
+  """Prints what compiles; returns how many do not."""
+  from jax.experimental import topologies
+  jax.config.update('jax_platforms', 'cpu')
+  topology = topologies.get_topology_desc(
+      platform='cuda', topology='1x1x1', target_config=TARGET.read_text())
+  sharding = jax.sharding.NamedSharding(
+      topologies.make_mesh(topology, (1,), ('x',)),
+      jax.sharding.PartitionSpec())
+  failed = 0
+  for case in cases:
+    for method in hopper_cases.methods(case):
+      start = time.perf_counter()
+      try:
+        compile_case(case, method, sharding)
+        said = 'compiles'
+      except Exception as error:  # noqa: BLE001 - the others go on
+        failed += 1
+        said = describe(error)
+      print(f'{case.name:12} {method.name:28} {said} '
+            f'({time.perf_counter() - start:.1f} s)', flush=True)
+  return failed
+
+
+def show(case: Case, method: Method, row, base: float | None) -> str:
+  """A row of the table; the ratio only of what is right."""
+  cell = lambda key, form: format(row[key], form) if row.get(key) else ''
+  ratio = (f'{base / row["us"]:.2f}x' if base and 'note' not in row else '')
+  return ' | '.join([
+      '', case.name, method.name, cell('us', '.1f'), ratio,
+      cell('tflops', '.0f'), cell('tbps', '.2f'), cell('share', '.0%'),
+      row.get('note', ''), '']).strip()
+
+
+def run_case(case: Case, roofline) -> Iterator[dict[str, Any]]:
+  """The rows of a case, printed as they come; an error is a row's note."""
+  drawn, base = hopper_cases.draw(case), None
+  truth = truths(case, drawn)
+  for method in hopper_cases.methods(case):
+    try:
+      row = measure(case, method, drawn, truth, roofline)
+    except Exception as error:  # noqa: BLE001 - the others go on
+      row = {'note': describe(error)}
+    if method.carrier == 'bf16' and 'note' not in row:
+      base = row['us']
+    print(show(case, method, row, base), flush=True)
+    yield dataclasses.asdict(case) | {
+        'method': method.name, 'bf16_us': base, **row}
+
+
+def describe(error: Exception) -> str:
+  return f'{type(error).__name__}: {str(error)[:120]}'.replace('\n', ' ')
+
+
+def run_all(cases, start: float) -> None:
+  """Prints the table, and writes the rows of every finished case."""
+  device = jax.devices()[0]
+  if device.platform != 'gpu':
+    raise app.UsageError(f'{device.device_kind} is no GPU; see --aot')
+  roofline = next(
+      (v for k, v in ROOFLINES.items() if k in device.device_kind), None)
+  print(f'{device.device_kind}, jax {jax.__version__}; roofline (bf16, 8 bits, '
+        f'memory): {roofline}')
+  claims = {}
+  for claim, holds in hopper_checks.check():
+    claims[claim] = holds
+    print(f'{"ok" if holds else "WRONG":5} {claim}', flush=True)
+  print('| case | method | us | to bf16 | TFLOP/s | TB/s | of roofline | note '
+        '|\n|---|---|---|---|---|---|---|---|', flush=True)
+  rows = []
+  for case in cases:
+    if time.perf_counter() - start > 60 * _MINUTES.value:
+      print(f'no time left for {case.name} and what follows')
+      break
+    try:
+      rows.extend(run_case(case, roofline))
+    except Exception as error:  # noqa: BLE001 - the others go on
+      print(f'{case.name}: {describe(error)}')
+    if _OUTPUT.value:
+      pathlib.Path(_OUTPUT.value).write_text(json.dumps(
+          {'device': device.device_kind, 'jax': jax.__version__,
+           'roofline': roofline, 'claims': claims, 'rows': rows}, indent=1))
+
+
+def main(unused_argv) -> None:
+  start = time.perf_counter()
+  cases = [case for case in hopper_cases.CASES if not _ONLY.value or any(
+      part in case.name for part in _ONLY.value)]
+  if _AOT.value:
+    raise SystemExit(min(compile_all(cases), 1))
+  run_all(cases, start)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,165 @@
+"""What benchmarks/hopper.py measures: cases, and ways to compute them."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.formats import FPFormat
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import mosaic_gpu
+from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
+
+E2M1 = FPFormat.parse('E2M1')
+LARGEST = 7  # of the activations, which bf16, int8 and fp8 hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """x [M, K] by [K, N], or, with a size, a 3x3 convolution of B images.
+
+  Attributes:
+    name: of the row.
+    m: rows of x, or images.
+    k: channels of x.
+    n: of y.
+    size: height and width of the images; 0 for a matrix product.
+  """
+
+  name: str
+  m: int
+  k: int
+  n: int
+  size: int = 0
+
+  @property
+  def x_shape(self) -> tuple[int, ...]:
+    image = (self.size, self.size) if self.size else ()
+    return (self.m, *image, self.k)
+
+  @property
+  def w_shape(self) -> tuple[int, ...]:
+    """As codes: HWIO, or `[K, N]`."""
+    return (3, 3, self.k, self.n) if self.size else (self.k, self.n)
+
+  @property
+  def pixels(self) -> int:
+    return math.prod(self.x_shape[:-1])
+
+  @property
+  def length(self) -> int:
+    return math.prod(self.w_shape[:-1])
+
+  @property
+  def flop(self) -> int:
+    return 2 * self.pixels * self.length * self.n
+
+  def bytes(self, x_bits: int, w_bits: int) -> int:
+    """Read and written at least, y in bf16."""
+    return (self.pixels * (self.k * x_bits + self.n * 16)
+            + self.length * self.n * w_bits) // 8
+
+
+CASES = (
+    Case('large', 8192, 8192, 8192), Case('few 16', 16, 8192, 8192),
+    Case('few 64', 64, 8192, 8192), Case('few 128', 128, 8192, 8192),
+    Case('conv SD 64', 8, 320, 320, 64), Case('conv SD 32', 8, 640, 640, 32),
+    Case('conv SD 16', 8, 1280, 1280, 16), Case('conv SD 8', 8, 1280, 1280, 8),
+    Case('conv SD up', 8, 960, 320, 64),
+    Case('DiT qkv', 2048, 1152, 3456), Case('DiT fc1', 2048, 1152, 4608),
+    Case('DiT fc2', 2048, 4608, 1152), Case('SD proj 64', 32768, 320, 320),
+    Case('SD geglu 64', 32768, 320, 2560), Case('SD geglu 32', 8192, 640, 5120),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to compute a case: function(x, weights, scale, shift)."""
+
+  name: str
+  carrier: str
+  function: Callable[..., jax.Array]
+  packed: bool = False
+
+
+def xla(x, w, scale, shift, *, sums):
+  """The product or convolution by XLA; w is `[N, K]` or OHWI."""
+  if x.ndim == 2:
+    y = lax.dot_general(x, w, (((1,), (1,)), ((), ())),
+                        preferred_element_type=sums)
+  else:
+    y = lax.conv_general_dilated(
+        x, w, (1, 1), ((1, 1), (1, 1)), preferred_element_type=sums,
+        dimension_numbers=('NHWC', 'OHWI', 'NHWC'))
+  return (y.astype(jnp.float32) * scale + shift).astype(jnp.bfloat16)
+
+
+def packed(x, w, scale, shift, *, blocks=None):
+  """The same by our kernels."""
+  settings = dict(fmt=E2M1, out_dtype=jnp.bfloat16, blocks=blocks)
+  if x.ndim == 2:
+    return mosaic_gpu.matmul(x, w, scale, shift, **settings)
+  return mosaic_gpu.conv(x, w, scale, shift, strides=(1, 1),
+                         padding=((1, 1), (1, 1)), **settings)
+
+
+def methods(case: Case) -> Iterator[Method]:
+  """bf16 first, then what is compared with it."""
+  # XLA widens bf16 convolutions that are asked for float32 sums.
+  yield Method('XLA bf16', 'bf16', functools.partial(
+      xla, sums=None if case.size else jnp.float32))
+  for carrier in ('int8', 'fp8'):
+    yield Method(f'XLA {carrier}', carrier, functools.partial(
+        xla, sums=carriers.DTYPES[carrier][1]))
+  for carrier in ('int8', 'fp8'):
+    yield Method(f'packed {carrier}, chosen', carrier, packed, True)
+  for blocks in other_blocks(case):
+    name = f'{blocks.rows}x{blocks.depth}x{blocks.stages}/{blocks.split}'
+    yield Method(f'packed int8, {name}', 'int8',
+                 functools.partial(packed, blocks=blocks), True)
+
+
+def other_blocks(case: Case) -> Iterator[blocks_lib.Blocks]:
+  """The model's choice in steps of another depth, and its next two."""
+  taps, row = (3, 3 * case.k) if case.size else (1, case.k)
+  rows = case.pixels
+  if case.size:
+    rows = case.m * (case.size + 1) * case.size  # a row of zeros an image
+  chosen, *others = sorted(
+      blocks_lib.candidates(rows, case.n, row, taps, jnp.bfloat16, True),
+      key=lambda b: blocks_lib.cost(b, rows, case.n, taps * row,
+                                    blocks_lib.multiprocessors()))
+  for depth in blocks_lib.DEPTHS:
+    stages = blocks_lib.most_stages(chosen.rows, depth, jnp.float32)
+    if (depth != chosen.depth and stages > 1 and row % depth == 0
+        and taps * row // depth % chosen.split == 0):
+      yield dataclasses.replace(chosen, depth=depth, stages=stages)
+      break
+  yield from others[:2]
+
+
+def draw(case: Case) -> dict[str, np.ndarray]:
+  """Random x, codes, scales that are powers of two, and the levels."""
+  rng = np.random.default_rng(0)
+  codes = rng.integers(0, 16, case.w_shape, np.uint8)
+  levels = carriers.carry(E2M1, 'int8').values().astype(np.int8)[codes]
+  return {
+      'x': rng.integers(-LARGEST, LARGEST + 1, case.x_shape, np.int8),
+      'packed': mosaic_gpu.prepare(carriers.pack_halves(codes), case.k),
+      'levels': np.ascontiguousarray(np.moveaxis(levels, -1, 0)),
+      'scale': np.ldexp(np.float32(1), rng.integers(-9, -5, case.n)),
+      'shift': np.zeros(case.n, np.float32)}
+
+
+def arguments(method: Method, drawn: dict[str, Any]) -> tuple[Any, ...]:
+  dtype = carriers.DTYPES[method.carrier][0]
+  weights = (jnp.asarray(drawn['packed']) if method.packed
+             else jnp.asarray(drawn['levels'], dtype))
+  return (jnp.asarray(drawn['x'], dtype), weights, drawn['scale'],
+          drawn['shift'])

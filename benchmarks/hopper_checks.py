@@ -1,0 +1,126 @@
+"""Whether the Hopper kernels compute what they should, on this device."""
+
+from collections.abc import Iterator
+import functools
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.formats import FPFormat
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import mosaic_gpu
+from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
+
+E2M1 = FPFormat.parse('E2M1')
+
+
+def fp8_bound(length: int) -> float:
+  """Largest error of a sum in fp8, as a fraction of the sum of magnitudes.
+
+  Hopper adds the 32 products of an instruction to the sum with 13 fractional
+  bits of the largest.
+  """
+  return math.ceil(length / 32) * 2.0**-13
+
+
+def exact(x, w, padding: int = 0, stride: int = 1) -> jax.Array:
+  """x @ w, or the convolution, in float32: exact for integers up to 2^24.
+
+  Pixel by pixel of the window, since cuDNN's fast algorithms round.
+
+  Args:
+    x: float32 `[M, K]` or `[B, H, W, C]`.
+    w: `[K, N]` or HWIO.
+    padding: zeros below and to the right of a stride of 2; else all around.
+    stride: 1 or 2.
+  """
+  dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
+  if x.ndim == 2:
+    return dot(x, w)
+  before = padding if stride == 1 else 0
+  x = jnp.pad(x, ((0, 0), (before, padding), (before, padding), (0, 0)))
+  kh, kw = w.shape[:2]
+  h, width = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+  return sum(dot(x[:, i:i + h:stride, j:j + width:stride], w[i, j])
+             for i in range(kh) for j in range(kw))
+
+
+def check() -> Iterator[tuple[str, bool]]:
+  """Claims about the kernels on this device, and whether they hold."""
+  rng = np.random.default_rng(1)
+  yield from _decoding(rng)
+  yield from _blocks(rng)
+  yield _subnormals(rng)
+  yield from _convolutions(rng)
+
+
+def _multiply(x, codes, fmt=E2M1, blocks=None) -> np.ndarray:
+  """x times codes `[K, N]`, in float32."""
+  ones = np.ones(codes.shape[1], np.float32)
+  run = jax.jit(functools.partial(
+      mosaic_gpu.matmul, fmt=fmt, out_dtype=jnp.float32, blocks=blocks))
+  prepared = mosaic_gpu.prepare(carriers.pack_halves(codes), len(codes))
+  return np.asarray(run(x, prepared, ones, 0 * ones))
+
+
+def _decoding(rng) -> Iterator[tuple[str, bool]]:
+  codes = rng.integers(0, 16, (256, 64), np.uint8)
+  for fmt in map(FPFormat.parse, ('E1M2', 'E2M1', 'E3M0')):
+    for carrier in ('int8', 'fp8'):
+      carried = carriers.carry(fmt, carrier)
+      y = _multiply(jnp.eye(256, dtype=carried.dtype), codes, fmt)
+      yield (f'{fmt} decodes to {carrier}',
+             np.array_equal(y, carried.values()[codes]))
+
+
+def _blocks(rng) -> Iterator[tuple[str, bool]]:
+  """All int8 values, shapes that are multiples of no block, every block."""
+  codes = rng.integers(0, 16, (3072, 1000), np.uint8)
+  x = rng.integers(-128, 128, (500, 3072)).astype(np.int8)
+  levels = carriers.carry(E2M1, 'int8').values()[codes]
+  want = np.float32(x.astype(np.float64) @ levels)  # exact in float64
+  in_xla = np.asarray(jax.jit(functools.partial(
+      lax.dot, preferred_element_type=jnp.int32))(x, levels.astype(np.int8)))
+  yield 'int8 is exact in XLA', np.array_equal(in_xla, want)
+  for rows in blocks_lib.ROWS:
+    for split in (1, 4):
+      blocks = blocks_lib.Blocks(rows, 128, 2, split)
+      yield (f'int8 is exact in {blocks}',
+             np.array_equal(_multiply(x, codes, blocks=blocks), want))
+
+
+def _subnormals(rng) -> tuple[str, bool]:
+  """Inputs below fp8's least normal number, 2^-6."""
+  codes = rng.integers(0, 16, (256, 64), np.uint8)
+  levels = carriers.carry(E2M1, 'fp8').values()[codes]
+  x = np.ldexp(rng.integers(-7, 8, (64, 256)).astype(np.float32), -9)
+  error = np.abs(_multiply(jnp.asarray(x, jnp.float8_e4m3fn), codes)
+                 - x @ levels)
+  bound = fp8_bound(256) * (np.abs(x) @ np.abs(levels))
+  return "fp8's subnormals count", bool((error <= bound).all())
+
+
+def _convolutions(rng) -> Iterator[tuple[str, bool]]:
+  """With a map of shifts."""
+  codes = rng.integers(0, 16, (3, 3, 96, 80), np.uint8)
+  x = rng.integers(-7, 8, (3, 20, 24, 96)).astype(np.int8)
+  levels = carriers.carry(E2M1, 'int8').values()[codes].astype(np.float32)
+  ones = np.ones(80, np.float32)
+  prepared = mosaic_gpu.prepare(carriers.pack_halves(codes), 96)
+  for stride in (1, 2):
+    want = np.asarray(exact(np.float32(x), levels, 1, stride))
+    magnitude = np.asarray(exact(np.abs(np.float32(x)), np.abs(levels), 1,
+                                 stride))
+    shift = rng.integers(-9, 9, want.shape[1:]).astype(np.float32)
+    before = 1 if stride == 1 else 0
+    run = jax.jit(functools.partial(
+        mosaic_gpu.conv, fmt=E2M1, strides=(stride, stride),
+        padding=((before, 1), (before, 1)), out_dtype=jnp.float32))
+    for carrier, bound in (('int8', 0.0), ('fp8', fp8_bound(9 * 96))):
+      y = np.asarray(run(jnp.asarray(x, carriers.DTYPES[carrier][0]), prepared,
+                         ones, shift))
+      yield (f'convolution of stride {stride} in {carrier}', bool(
+          (np.abs(y - want - shift) <= bound * magnitude).all()))

@@ -1,0 +1,121 @@
+"""How the Hopper kernel's work is cut into blocks."""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+WARPGROUP_CHANNELS = 64  # what wgmma takes of its left operand
+CHANNELS = 2 * WARPGROUP_CHANNELS  # of a block
+SHARED_MEMORY = 232_448  # bytes that a block may have
+MULTIPROCESSORS = 132  # of an H100 or H200 with NVLink
+# What blocks may have: widths of wgmma that int8 takes too, and codes of K.
+ROWS = (8, 16, 32, 64, 96, 128, 192, 256)
+DEPTHS = (256, 192, 128, 64)
+SPLITS = (1, 2, 4, 8)
+_DEPTH, _FEW_ROWS_DEPTH, _FEW_ROWS = 128, 256, 64
+_MAX_STAGES = 6
+_BARRIERS = 1024  # bytes, more than they take
+# The model's constants, in the time of one row of 128 channels over 128 codes
+# of K: what a step takes without its rows, and adding split sums up in XLA.
+_STEP_ROWS = 96
+_SPLIT_ROWS = 900
+# Up to 64 rows of y pass through shared memory at a time, by bytes a row.
+_STORED_BYTES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """One way to cut the work.
+
+  Attributes:
+    rows: of y and x in a block, one of ROWS.
+    depth: codes of K in a step, one of DEPTHS.
+    stages: steps whose tiles are in shared memory at once.
+    split: parts of the contraction that are summed apart, for few rows.
+  """
+
+  rows: int
+  depth: int
+  stages: int
+  split: int = 1
+
+
+def stored_rows(rows: int, out_dtype) -> int:
+  """Rows of y that the epilogue stores at a time."""
+  return math.gcd(rows, _STORED_BYTES // jnp.dtype(out_dtype).itemsize)
+
+
+def most_stages(rows: int, depth: int, out_dtype) -> int:
+  """Stages that fit into shared memory beside the epilogue's tiles."""
+  stored = (4 * stored_rows(rows, out_dtype) * WARPGROUP_CHANNELS
+            * jnp.dtype(out_dtype).itemsize)
+  free = SHARED_MEMORY - _BARRIERS - stored
+  return min(_MAX_STAGES, free // (CHANNELS * depth // 2 + rows * depth))
+
+
+def multiprocessors() -> int:
+  """Of the default device; where that is no GPU, of the usual Hopper."""
+  return getattr(jax.devices()[0], 'core_count', None) or MULTIPROCESSORS
+
+
+def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
+               splittable: bool) -> Iterator[Blocks]:
+  """The sensible blocks, one depth for each number of rows and split.
+
+  Sums are split until there is a block for every multiprocessor.
+
+  Args:
+    rows: M.
+    channels: N.
+    row_length: codes of K in a row of x, a multiple of 64.
+    taps: rows of x that go into a row of y.
+    out_dtype: of y.
+    splittable: whether sums may be split.
+  """
+  for tile in ROWS:
+    if tile > ROWS[0] and tile >= 2 * rows:
+      break
+    most = _FEW_ROWS_DEPTH if tile <= _FEW_ROWS else _DEPTH
+    depth = next(d for d in DEPTHS if d <= most and row_length % d == 0)
+    steps = taps * row_length // depth
+    whole = math.ceil(rows / tile) * math.ceil(channels / CHANNELS)
+    for split in SPLITS:
+      if split > 1 and (
+          not splittable or whole * split >= 2 * multiprocessors()):
+        break
+      if steps % split == 0:
+        dtype = jnp.float32 if split > 1 else out_dtype
+        yield Blocks(tile, depth, most_stages(tile, depth, dtype), split)
+
+
+def cost(blocks: Blocks, rows: int, channels: int, length: int,
+         processors: int) -> float:
+  """A model's time, in that of one row: waves of blocks, times their steps.
+
+  Not measured yet: benchmarks/hopper.py times its choices against others.
+
+  Args:
+    blocks: the cut.
+    rows: M.
+    channels: N.
+    length: K.
+    processors: multiprocessors of the device.
+  """
+  blocks_count = (blocks.split * math.ceil(rows / blocks.rows)
+                  * math.ceil(channels / CHANNELS))
+  waves = math.ceil(blocks_count / processors)
+  steps = length / _DEPTH / blocks.split
+  return (waves * steps * (blocks.rows + _STEP_ROWS)
+          + (_SPLIT_ROWS if blocks.split > 1 else 0))
+
+
+def choose(rows: int, channels: int, row_length: int, taps: int, out_dtype,
+           splittable: bool) -> Blocks:
+  """The candidate of the least `cost` on the default device."""
+  return min(
+      candidates(rows, channels, row_length, taps, out_dtype, splittable),
+      key=lambda blocks: cost(blocks, rows, channels, taps * row_length,
+                              multiprocessors()))

@@ -1,0 +1,104 @@
+"""The Hopper kernels compiled to machine code ahead of time, without a GPU.
+
+Needs JAX's plugin for CUDA and nvcc; run by `make aot`.
+"""
+
+import functools
+import pathlib
+import re
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msfp_jax.formats import FPFormat
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import mosaic_gpu
+from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
+
+pytestmark = pytest.mark.aot
+E2M1 = FPFormat.parse('E2M1')
+MULTIPLY = {'int8': 's32.s8.s8', 'fp8': 'f32.e4m3.e4m3'}
+
+
+@pytest.fixture(scope='module')
+def hopper():
+  """A sharding onto an H200 that is not there."""
+  pytest.importorskip('jax_cuda12_plugin')
+  # The plugin then does not look for a driver and cuDNN.
+  jax.config.update('jax_platforms', 'cpu')
+  topology = topologies.get_topology_desc(
+      platform='cuda', topology='1x1x1',
+      target_config=pathlib.Path(__file__).with_name('h200.txtpb').read_text())
+  return jax.sharding.NamedSharding(
+      topologies.make_mesh(topology, (1,), ('x',)),
+      jax.sharding.PartitionSpec())
+
+
+@pytest.fixture
+def build(hopper, monkeypatch, capfd):
+  """Compiles a function; returns what ptxas and Mosaic say of its kernel."""
+  monkeypatch.setenv('MOSAIC_GPU_DUMP_PTXAS', '1')
+  monkeypatch.setenv('MOSAIC_GPU_DUMP_PTX', '1')
+
+  def compile_(function, *shapes):
+    args = [jax.ShapeDtypeStruct(*shape, sharding=hopper) for shape in shapes]
+    jax.jit(function).trace(*args).lower(
+        lowering_platforms=('cuda',)).compile()
+    return ''.join(capfd.readouterr())
+
+  return compile_
+
+
+def check(said, carrier, rows):
+  """No register is spilled, and the tensor cores multiply the carrier."""
+  stores, loads = re.findall(r'(\d+) bytes spill (?:stores|loads)', said)
+  assert (stores, loads) == ('0', '0')
+  # Three warpgroups of 128 threads share 65536 registers.
+  assert int(re.search(r'Used (\d+) registers', said)[1]) <= 168
+  assert set(re.findall(r'wgmma\.mma_async\.sync\.aligned\.(\S+)', said)) == {
+      f'm64n{rows}k32.{MULTIPLY[carrier]}'}
+  assert 'prmt.b32' in said
+
+
+@pytest.mark.parametrize('carrier', MULTIPLY)
+@pytest.mark.parametrize('rows, depth, split', [
+    *((rows, 128, 1) for rows in blocks_lib.ROWS),
+    *((256, depth, 1) for depth in blocks_lib.DEPTHS if depth != 128),
+    (16, 256, 2)])
+def test_matmul(build, rows, depth, split, carrier):
+  stages = blocks_lib.most_stages(rows, depth, jnp.float32)
+  said = build(
+      functools.partial(
+          mosaic_gpu.matmul, fmt=E2M1, out_dtype=jnp.float32,
+          blocks=blocks_lib.Blocks(rows, depth, stages, split)),
+      ((500, 3072), carriers.DTYPES[carrier][0]), ((320, 1536), jnp.uint8),
+      ((320,), jnp.float32), ((320,), jnp.float32))
+  check(said, carrier, rows)
+
+
+@pytest.mark.parametrize('mapped', [False, True])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('carrier', MULTIPLY)
+def test_conv(build, carrier, stride, mapped):
+  size = 64 // stride
+  said = build(
+      functools.partial(
+          mosaic_gpu.conv, fmt=E2M1, out_dtype=jnp.bfloat16,
+          strides=(stride, stride), padding=((1, 1), (1, 1)),
+          blocks=blocks_lib.Blocks(256, 64, 4)),
+      ((8, 64, 64, 320), carriers.DTYPES[carrier][0]),
+      ((320, 3, 3, 160), jnp.uint8), ((320,), jnp.float32),
+      ((size, size, 320) if mapped else (320,), jnp.float32))
+  check(said, carrier, 256)
+
+
+def test_odd_shapes(build):
+  """What the wrapper pads and cuts off compiles too."""
+  said = build(
+      functools.partial(mosaic_gpu.matmul, fmt=E2M1, out_dtype=jnp.bfloat16),
+      ((5, 30), np.int8), ((64, 32), jnp.uint8), ((7,), jnp.float32),
+      ((7,), jnp.float32))
+  check(said, 'int8', 8)
