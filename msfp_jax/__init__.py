@@ -9,15 +9,19 @@ from msfp_jax.convert import load_pretrained
 from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
 from msfp_jax.diffusion import sample
+from msfp_jax.export import load
+from msfp_jax.export import save
 from msfp_jax.formats import FPFormat
+from msfp_jax.packed import pack
+from msfp_jax.packed import PackedModel
 from msfp_jax.quantize import quantize
 from msfp_jax.quantize import QuantizedModel
 from msfp_jax.quantizers import fake_quant
 from msfp_jax.spec import QuantSpec
 
 __all__ = [
-    'FPFormat', 'QuantSpec', 'QuantizedModel', 'calibrate', 'fake_quant',
-    'load_first_stage', 'load_pretrained', 'make_plan', 'make_schedule',
-    'quantize', 'sample',
+    'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'calibrate',
+    'fake_quant', 'load', 'load_first_stage', 'load_pretrained', 'make_plan',
+    'make_schedule', 'pack', 'quantize', 'sample', 'save',
 ]
 __version__ = '0.1.0'

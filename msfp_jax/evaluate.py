@@ -137,7 +137,10 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
   files.write_json(f'{workdir}/results.json', results)
   if cfg.report:
-    last = last or rows_lib.make_row(experiment, name, workdir)
+    if name == rows_lib.PACKED or last is None:
+      # Details are those of the simulation: the last row that is one.
+      name = [n for n in names if n != rows_lib.PACKED][-1]
+      last = rows_lib.make_row(experiment, name, workdir)
     report.write(workdir, experiment=experiment, results=results,
                  pictures=shown, row=last.name, deployed=last.deployed,
                  command=command)

@@ -19,15 +19,20 @@ import optax
 from msfp_jax import conditions
 from msfp_jax import diffusion
 from msfp_jax import experiment as experiment_lib
+from msfp_jax import export
 from msfp_jax import files
 from msfp_jax import loop
 from msfp_jax import losses
+from msfp_jax import packed
 from msfp_jax import pretrain
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 from msfp_jax import talora
 from msfp_jax import writer as writer_lib
 from msfp_jax.diffusion import sampling
+
+# The packed model, in a workdir.
+PACKED_FILE = 'packed.safetensors'
 
 
 @flax.struct.dataclass
@@ -219,13 +224,14 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
   Running it again resumes. Leaves config.json, quant_spec.json (as
   calibrated), checkpoints/, metrics.jsonl, tensorboard/, router.json where
-  there are banks to choose from and, of a teacher trained here, pretrain/ in
-  the workdir; `evaluate.run` goes on from there.
+  there are banks to choose from, packed.safetensors (see `export`) and, of a
+  teacher trained here, pretrain/ in the workdir; `evaluate.run` goes on from
+  there.
 
   Args:
     config: an experiment (configs/).
     workdir: of this run alone.
-    command: goes into the header of a teacher trained here.
+    command: goes into the headers of the models that are written.
   """
   experiment_lib.prepare_workdir(config, workdir)
   if config.stage not in ('pretrain', 'quantize'):
@@ -238,7 +244,13 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   experiment = experiment_lib.load(config, workdir)
   spec = calibrated_spec(experiment, workdir)
   if config.finetune.num_updates:
-    train(experiment, spec, workdir)
+    deployed = fit(experiment, spec, workdir)
+  else:
+    deployed = student_lib.calibrated(
+        experiment.model, experiment.params, spec, experiment.plan.timesteps)
+  path = f'{workdir}/{PACKED_FILE}'
+  export.save(path, packed.pack(deployed, experiment.plan), command=command)
+  logging.info('wrote %s', path)
 
 
 def calibrated_spec(experiment: experiment_lib.Experiment,

@@ -1,7 +1,6 @@
 """Images from a model, batch by batch, on all devices."""
 
 from collections.abc import Callable, Iterable, Iterator
-import dataclasses
 
 import jax
 import numpy as np
@@ -45,8 +44,8 @@ def batches(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
 
   # Weights are arguments: constants would be folded at compile time.
   @jax.jit
-  def draw(params, weights, key):
-    model = dataclasses.replace(deployed, params=params, weights=weights)
+  def draw(arrays, key):
+    model = deployed.with_arrays(arrays)
     noise = jax.random.normal(
         jax.random.fold_in(key, 0), (batch_size, *shape))
     if sharding is not None:
@@ -56,9 +55,9 @@ def batches(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
         lambda x, t, index: model.eps_fn(x, t, index, *condition), plan, noise,
         jax.random.fold_in(key, 1))
 
-  params, weights = devices.on_all((deployed.params, deployed.weights))
+  arrays = devices.on_all(deployed.arrays)
   for number in numbers:
-    x = draw(params, weights, jax.random.fold_in(key, number))
+    x = draw(arrays, jax.random.fold_in(key, number))
     _check_finite(x, name, number)
     if decode is not None:
       x = decode(x)

@@ -8,12 +8,14 @@ import ml_collections
 import numpy as np
 
 from msfp_jax import experiment as experiment_lib
+from msfp_jax import export
 from msfp_jax import finetune
 from msfp_jax import layers as layers_lib
+from msfp_jax import packed as packed_lib
 from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 
-FULL_PRECISION, TUNED = 'fp', 'tuned'
+FULL_PRECISION, TUNED, PACKED = 'fp', 'tuned', 'packed'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Row:
   name: str
   weight_bits: int
   act_bits: int
-  deployed: student_lib.Deployed
+  deployed: student_lib.Deployed | packed_lib.PackedModel
 
 
 def untuned(experiment: experiment_lib.Experiment,
@@ -41,19 +43,20 @@ def untuned(experiment: experiment_lib.Experiment,
     none = spec_lib.LayerSpec('', '', None, None)
     spec = spec_lib.QuantSpec(
         'fp', {name: none for name in layers_lib.leaves(params, 'kernel')})
-  return student_lib.Student(experiment.model, params, spec, None, ()).deploy(
-      {'banks': {}, 'ranges': {'act': {}, 'weight': {}}, 'biases': {}},
-      experiment.plan.timesteps)
+  return student_lib.calibrated(
+      experiment.model, params, spec, experiment.plan.timesteps)
 
 
 def make_row(experiment: experiment_lib.Experiment, name: str,
              workdir: str) -> Row:
-  """The row of a name: 'fp', 'tuned', or a recipe, calibrated here.
+  """The row of a name: 'fp', 'tuned', 'packed', or a recipe, calibrated here.
 
-  A recipe may carry its bits: 'msfp:w6a6'.
+  'packed' is the file that train.py left, run from its packed weights. A
+  recipe may carry its bits: 'msfp:w6a6'.
 
   Raises:
-    experiment.WorkdirError: 'tuned', and the workdir's run is not complete.
+    experiment.WorkdirError: 'tuned' or 'packed', and the workdir's run is not
+      complete.
     ValueError: an unknown name.
   """
   cfg = experiment.config.quant
@@ -65,6 +68,10 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
     spec = finetune.calibrated_spec(experiment, workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
                finetune.fit(experiment, spec, workdir))
+  if name == PACKED:
+    check_packed(workdir)
+    return Row(name, cfg.weight_bits, cfg.act_bits,
+               export.load(f'{workdir}/{finetune.PACKED_FILE}'))
   recipe, _, bits = name.partition(':')
   weight_bits, act_bits = (spec_lib.parse_bits(bits) if bits
                            else (cfg.weight_bits, cfg.act_bits))
@@ -81,11 +88,13 @@ def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
     recipe, colon, bits = name.partition(':')
     if name == TUNED:
       check_trained(config, workdir)
+    elif name == PACKED:
+      check_packed(workdir)
     elif name != FULL_PRECISION and recipe not in spec_lib.RECIPES:
       raise ValueError(
           f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
-          f'{TUNED!r} or one of {sorted(spec_lib.RECIPES)}, these also with '
-          "bits as in 'msfp:w6a6'")
+          f'{TUNED!r}, {PACKED!r} or one of {sorted(spec_lib.RECIPES)}, these '
+          "also with bits as in 'msfp:w6a6'")
     elif colon:
       spec_lib.parse_bits(bits)
 
@@ -101,12 +110,24 @@ def check_trained(config: ml_collections.ConfigDict, workdir: str) -> None:
         'out of config.eval.rows')
 
 
-def packed_bytes(deployed: student_lib.Deployed) -> int:
+def check_packed(workdir: str) -> None:
+  """Raises WorkdirError unless the workdir holds a packed model."""
+  path = pathlib.Path(workdir) / finetune.PACKED_FILE
+  if not path.is_file():
+    raise experiment_lib.WorkdirError(
+        f'no packed model at {path}: run train.py with the same config and '
+        f'workdir first, or leave {PACKED!r} out of config.eval.rows')
+
+
+def packed_bytes(deployed: student_lib.Deployed | packed_lib.PackedModel
+                 ) -> int:
   """Size of the model with its kernels packed; everything counted.
 
   Codes of every bank's weights, scales and zero points in float32, and all
-  other parameters in float32.
+  other parameters in float32. Of a model that was not packed this is computed.
   """
+  if isinstance(deployed, packed_lib.PackedModel):
+    return deployed.stored_bytes
   total = 4 * sum(leaf.size for leaf in jax.tree.leaves(deployed.params))
   for name, weight in deployed.weights.items():
     quantizer = deployed.spec.layers[name].weight

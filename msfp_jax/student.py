@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax import inference
+from msfp_jax import kernels as kernels_lib
 from msfp_jax import layers as layers_lib
 from msfp_jax import quantizers
 from msfp_jax import spec as spec_lib
@@ -176,15 +178,47 @@ class Deployed:
   weights: dict[str, jax.Array]
   choices: dict[str, jax.Array]
 
+  @property
+  def arrays(self) -> Any:
+    """What a jitted sampler takes as an argument."""
+    return self.params, self.weights
+
+  def with_arrays(self, arrays: Any) -> 'Deployed':
+    """The model with other `arrays`."""
+    params, weights = arrays
+    return dataclasses.replace(self, params=params, weights=weights)
+
+  def layers(self) -> dict[str, kernels_lib.PackedLayer]:
+    """{layer: as kernels take it, not packed, `[h, ...]`} where quantized."""
+    biases = layers_lib.leaves(self.params, 'bias')
+    return {
+        name: kernels_lib.make_layer(
+            self.weights[name], layer.weight, layer.act, biases.get(name),
+            banked=True)
+        for name, layer in self.spec.layers.items() if layer.weight is not None}
+
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
-    """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
-    kernels = {
-        name: w[0] if len(w) == 1 else w[self.choices[name][index]]
-        for name, w in self.weights.items()}
-    params = layers_lib.replace(self.params, 'kernel', kernels)
-    return apply(
-        self.model, params, self.spec.act_quantizers, x, t, *condition)
+    """Predicts the noise at a position of the plan; a sampler's NoiseFn.
+
+    A simulation in float32, of the products that packed layers make.
+    """
+    quantized = {
+        name: layer.bank(self.choices[name][index] if name in self.choices
+                         else 0) for name, layer in self.layers().items()}
+    rest = {name: w[0] for name, w in self.weights.items()
+            if name not in quantized}
+    return inference.apply(
+        self.model, layers_lib.replace(self.params, 'kernel', rest), quantized,
+        {name: self.spec.layers[name].act for name in rest}, x, t, *condition)
+
+
+def calibrated(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
+               timesteps: np.ndarray) -> Deployed:
+  """A calibrated model as it is, without banks; see `Student.deploy`."""
+  return Student(model, params, spec, None, ()).deploy(
+      {'banks': {}, 'ranges': {'act': {}, 'weight': {}}, 'biases': {}},
+      timesteps)
 
 
 def _offsets(quantizer: quantizers.Quantizer) -> dict[str, jax.Array]:

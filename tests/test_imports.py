@@ -17,11 +17,13 @@ ORDER = [
      'checkpoint'},
     {'writer', 'convert'},
     {'quantizers', 'losses', 'loop', 'metrics'},
-    {'search', 'pretrain'},
+    {'search', 'pretrain', 'kernels'},
     {'spec'},
-    {'calibrate', 'quantize'},
+    {'calibrate', 'inference', 'quantize'},
     {'talora'},
     {'student', 'experiment'},
+    {'packed'},
+    {'export'},
     {'finetune', 'generate', 'sample_store', 'report'},
     {'rows'},
 ]
@@ -29,7 +31,8 @@ ORDER = [
 TOP = {'__init__', 'cli', 'evaluate', 'make_stats', 'study'}
 
 QUANTIZATION = {'formats', 'quantizers', 'search', 'spec', 'calibrate',
-                'quantize', 'talora', 'student', 'losses', 'finetune', 'rows'}
+                'quantize', 'talora', 'student', 'losses', 'finetune', 'rows',
+                'kernels', 'inference', 'packed', 'export'}
 ENTRY_POINTS = {'train', 'eval', 'configs'}
 FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
 
