@@ -7,9 +7,11 @@
 VENV := .venv
 PARITY_VENV := .venv-parity
 BROWSER_VENV := .venv-browser
+AOT_VENV := .venv-aot
 PY := $(VENV)/bin/python
 PARITY_PY := $(PARITY_VENV)/bin/python
 BROWSER_PY := $(BROWSER_VENV)/bin/python
+AOT_PY := $(AOT_VENV)/bin/python
 
 # Run each candidate: a version manager's stub may exist without a Python.
 ifeq ($(origin PYTHON),undefined)
@@ -27,6 +29,7 @@ RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
 TEST_READY := $(RUN_READY)-test
 PARITY_READY := $(PARITY_VENV)/ready
 BROWSER_READY := $(BROWSER_VENV)/ready
+AOT_READY := $(AOT_VENV)/ready
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -43,8 +46,8 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table costs test test-slow parity browser versus \
-  inception golden lint clean
+.PHONY: help setup demo table costs test test-slow parity browser aot \
+  packed versus inception golden lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
@@ -63,7 +66,7 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity and not browser'
+	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity and not browser and not aot'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
 	$(PY) -m pytest $(WORKERS) -m 'slow and not parity'
@@ -73,6 +76,12 @@ parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 
 browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 	$(BROWSER_PY) -m pytest -m browser
+
+aot: $(AOT_READY) ## compile the kernels for TPUs and Hopper, without either
+	$(AOT_PY) -m pytest $(WORKERS) -m aot
+
+packed: $(RUN_READY) ## speed and memory of packed models
+	$(PY) -m benchmarks.packed
 
 versus: $(PARITY_READY) ## sampling speed against PyTorch and diffusers
 	$(PARITY_PY) -m benchmarks.versus_diffusers
@@ -87,7 +96,8 @@ lint: $(TEST_READY) ## ruff
 	$(PY) -m ruff check .
 
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf $(VENV) $(PARITY_VENV) $(BROWSER_VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY_VENV) $(BROWSER_VENV) $(AOT_VENV) .pytest_cache \
+	  .ruff_cache
 
 $(RUN_READY): requirements.txt
 	$(call create_venv,$(VENV))
@@ -111,4 +121,15 @@ $(BROWSER_READY): requirements.txt tests/requirements.txt \
 	$(call create_venv,$(BROWSER_VENV))
 	@$(BROWSER_PY) $(PIP_INSTALL) -r requirements.txt \
 	  -r tests/requirements.txt -r tests/browser-requirements.txt
+	@touch $@
+
+# The GPU compiler's packages ask for all of CUDA, which compiling does not.
+$(AOT_READY): requirements.txt tests/requirements.txt \
+    tests/aot-requirements.txt
+	$(call create_venv,$(AOT_VENV))
+	@$(AOT_PY) $(PIP_INSTALL) -r requirements.txt -r tests/requirements.txt \
+	  'jax[tpu]'
+	@$(AOT_PY) -c 'import jax; print(f"jax-cuda12-plugin=={jax.__version__}\njax-cuda12-pjrt=={jax.__version__}")' > $(AOT_VENV)/jax.txt
+	@$(AOT_PY) $(PIP_INSTALL) --no-deps -r $(AOT_VENV)/jax.txt \
+	  -r tests/aot-requirements.txt
 	@touch $@
