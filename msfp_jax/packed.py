@@ -68,14 +68,10 @@ class PackedModel:
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
     """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
-    # Bound to the step, XLA does not decode the weights of all layers before
-    # the loop over steps: they would be in memory at once.
-    arrays, index = jax.lax.optimization_barrier((
-        jax.tree.map(jnp.asarray, self.layers), jnp.asarray(index)))
-    banks = {name: jnp.asarray(banks)[index]
-             for name, banks in self.choices.items()}
-    layers = {name: layer.bank(banks.get(name, 0))
-              for name, layer in arrays.items()}
+    layers = {
+        name: jax.tree.map(jnp.asarray, layer).bank(
+            jnp.asarray(self.choices[name])[index] if name in self.choices
+            else 0) for name, layer in self.layers.items()}
     return inference.apply(
         self.model, self.params, layers, self.act_quantizers, x, t, *condition,
         implementation=self.implementation)
@@ -125,7 +121,7 @@ def pack(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan
   layers = {}
   for name, layer in deployed.layers().items():
     try:
-      layers[name] = jax.tree.map(np.asarray, kernels.pack(layer))
+      layers[name] = kernels.pack(layer)
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
   rest = {name: w[0] for name, w in deployed.weights.items()

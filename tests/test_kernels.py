@@ -432,5 +432,5 @@ def test_nan_has_no_code():
   layer = kernels.make_layer(
       jnp.full((2, 4), jnp.nan), quantizers.Quantizer(E2M1, jnp.float32(1)),
       None)
-  with pytest.raises(ValueError, match='8 of 8 values are NaN'):
+  with pytest.raises(ValueError, match='8 of 8 weights are NaN'):
     kernels.pack(layer)

@@ -124,7 +124,7 @@ def test_what_cannot_be_packed_is_named():
   deployed, _ = pair()
   weights = deployed.weights | {
       'conv_out': deployed.weights['conv_out'].at[0, 0, 0, 0].set(jnp.nan)}
-  with pytest.raises(ValueError, match='^layer conv_out: 1 of 36 values'):
+  with pytest.raises(ValueError, match='^layer conv_out: 1 of 36 weights'):
     packed_lib.pack(dataclasses.replace(deployed, weights=weights), toy.plan())
 
 

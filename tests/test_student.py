@@ -13,6 +13,7 @@ import tiny
 from configs import common
 from msfp_jax import checkpoint
 from msfp_jax import finetune
+from msfp_jax import layers as layers_lib
 from msfp_jax import losses
 from msfp_jax.diffusion import sampling
 from msfp_jax.quantize import apply
@@ -106,13 +107,19 @@ def assert_starts_as_plain(setup, recipe='msfp'):
 
 @variants
 def test_step_0_is_plain_msfp_bit_for_bit(options):
-  """Predicted, and deployed."""
+  """Predicted; and deployed, where sums are of other numbers."""
   setup = net(**options)
   deployed = setup.student.deploy(
       setup.start().trainable, tiny.PLAN.timesteps)
+  weights = quantize(tiny.params(tiny.NET), setup.student.spec)
+  for name, kernel in layers_lib.leaves(weights, 'kernel').items():
+    quantizer = deployed.spec.layers[name].weight
+    for bank in deployed.weights[name]:
+      np.testing.assert_array_equal(quantizer.fake_quant(bank), kernel)
   eps_fn = jax.jit(deployed.eps_fn)
   for index, x, t, expected in assert_starts_as_plain(setup):
-    np.testing.assert_array_equal(eps_fn(x, t, index), expected)
+    np.testing.assert_allclose(
+        eps_fn(x, t, index), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_step_0_is_the_plain_int_baseline_bit_for_bit():

@@ -17,6 +17,8 @@ NIBBLES = 'nibbles'  # two codes a byte, see `carriers.pack_halves`
 BYTES = 'bytes'  # formats of more than 4 bits: a code a byte
 VALUES = 'values'  # float32, not packed: the simulation
 HOPPER = 'hopper'  # nibbles in the order of `mosaic_gpu.prepare`
+# Weights that are encoded at once.
+_AT_ONCE = 2**18
 
 
 @flax.struct.dataclass
@@ -76,14 +78,17 @@ class PackedLayer:
   def after(self, x: jax.Array) -> 'PackedLayer':
     """The layer, not to be decoded before its input is there.
 
-    On CPUs XLA drops optimization barriers. It would decode the weights of all
-    layers at once, before the loop over a sampler's steps, and keep them.
+    Else XLA may decode the weights of all layers at once, before the loop over
+    a sampler's steps, and keep them. On CPUs it drops optimization barriers.
     """
-    if self.packing == VALUES or jax.default_backend() != 'cpu' or not x.size:
+    if self.packing == VALUES or not x.size:
       return self
     first = x[(0,) * x.ndim]
-    never = (first < 1) & (first > 1)
-    return self.replace(weights=self.weights | never.astype(jnp.uint8))
+    if jax.default_backend() == 'cpu':
+      never = (first < 1) & (first > 1)
+      return self.replace(weights=self.weights | never.astype(jnp.uint8))
+    weights, _ = jax.lax.optimization_barrier((self.weights, first))
+    return self.replace(weights=weights)
 
   def codes(self) -> jax.Array:
     """uint8 codes `[..., *window, I, O]`."""
@@ -166,11 +171,26 @@ def pack(layer: PackedLayer) -> PackedLayer:
   """
   if layer.packing != VALUES:
     return layer
-  codes = np.asarray(layer.codes())
+  layer = jax.tree.map(np.asarray, layer)
+  if nans := np.isnan(layer.weights).sum():
+    raise ValueError(f'{nans} of {layer.weights.size} weights are NaN')
+  codes = _encode(layer.weights, layer.fmt, layer.scale, layer.zero_point)
   packing = NIBBLES if layer.fmt.bits <= 4 else BYTES
   if packing == NIBBLES:
     codes = carriers.pack_halves(codes)
   return layer.replace(weights=codes, packing=packing)
+
+
+def _encode(weights: np.ndarray, fmt: FPFormat, scale: np.ndarray,
+            zero_point: np.ndarray | None) -> np.ndarray:
+  """`quantizers.encode` by pieces of one size: one compilation for a format."""
+  pieces = -(-weights.size // _AT_ONCE)
+  flat = lambda array: np.resize(
+      np.broadcast_to(array, weights.shape), (pieces, _AT_ONCE))
+  zero = [0] * pieces if zero_point is None else flat(zero_point)
+  codes = [quantizers.encode(x, fmt, s, z) for x, s, z in zip(
+      flat(weights), flat(scale), zero, strict=True)]
+  return np.concatenate(codes)[:weights.size].reshape(weights.shape)
 
 
 def _last_axis(array: Any, outputs: int) -> jax.Array:
