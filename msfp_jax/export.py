@@ -6,17 +6,19 @@ The tensors:
                     `kernels.carriers.pack_halves`); of formats of more than 4
                     bits `[h, *window, I, O]`
     channels        float32: of every layer in the header's order its scale
-                    `[O]`, zero point of the weights and bias, where it has them
-    PARAMETER       whatever stays as it is, under its path joined with '/'
+                    `[O]`, zero point of the weights and bias, where it has
+                    them; then the parameters of one axis that stay as they are
+    PARAMETER       others that stay, under their paths joined with '/'
     choices         uint8 `[L, S]`: the bank of every layer with h > 1, in the
                     header's order, at every step
 
 The header's metadata holds, in JSON, `model` (what to build), `plan` (the
-sampler), `others` (inputs of layers that are not packed) and `layers`, a row of
-each: name, format, I, which channels it has (s, z, b), and if its input is
-quantized its format, scale and, where there is one, zero point. `format` is the
-version. Nothing is pickled, and PyTorch is not needed to read it. Small models
-are the reason for the brevity: their header counts.
+sampler), `others` (inputs of layers that are not packed), `vectors` (paths and
+sizes of the parameters in `channels`) and `layers`, a row of each: name,
+format, I, which channels it has (s, z, b), and if its input is quantized its
+format, scale and, where there is one, zero point. `format` is the version.
+Nothing is pickled, and PyTorch is not needed to read it. Small models are the
+reason for the brevity: their header counts.
 """
 
 from collections.abc import Mapping
@@ -27,31 +29,24 @@ from typing import Any
 
 from flax import traverse_util
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax import packed as packed_lib
-from msfp_jax import quantizers
+from msfp_jax import packed_header as header_lib
+from msfp_jax import packed_reader
 from msfp_jax.convert import abstract_params
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
-from msfp_jax.convert.tensors import LazyTensor
-from msfp_jax.diffusion import sampling
 from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import layer as layer_lib
 from msfp_jax.models.guided import Guided
 from msfp_jax.models.unet import UNet
-from msfp_jax.models.unet import UNetConfig
 
 _FAMILY = 'msfp-jax/packed/'
 FORMAT = _FAMILY + '1'
-_MULTISTEP = ('x_part', 'eps_part', 'weights')
-_PLAN = ('timesteps', 'x_coef', 'eps_factor', 'noise_std')
 _CHOICES, _CHANNELS = 'choices', 'channels'
-# What a layer may have for every output channel, by its letter.
-_PER_CHANNEL = {'s': 'scale', 'z': 'zero_point', 'b': 'bias'}
 
 
 def save(path: str | os.PathLike, model: packed_lib.PackedModel,
@@ -64,38 +59,45 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     **about: goes into the header, such as the command that made the model.
 
   Raises:
-    ValueError: layers laid out for a kernel, or names that cannot be told
-      apart in the file.
+    ValueError: layers laid out for a kernel, names that cannot be told apart
+      in the file, or too many banks.
   """
   tensors: dict[str, np.ndarray] = {}
-  rows, channels = [], [np.zeros(0, np.float32)]
+  channels = [np.zeros(0, np.float32)]
   for name, layer in model.layers.items():
     if layer.packing not in (layer_lib.NIBBLES, layer_lib.BYTES):
       raise ValueError(
           f'layer {name} is stored as {layer.packing}: save the model before '
           'it is laid out for a device, as `packed.pack` and `load` leave it')
     tensors[f'{name}.codes'] = np.asarray(layer.weights)
-    row, found = _layer_to_row(name, layer)
-    rows.append(row)
-    channels += found
+    channels += [np.asarray(getattr(layer, field), np.float32)
+                 for field in header_lib.PER_CHANNEL.values()
+                 if getattr(layer, field) is not None]
+  vectors, rest = _flatten(model.params)
+  channels += vectors.values()
   tensors[_CHANNELS] = np.concatenate(channels)
-  for path_, value in traverse_util.flatten_dict(model.params).items():
-    tensors['/'.join(path_)] = np.asarray(value)
   if model.choices:
-    tensors[_CHOICES] = np.stack([
-        np.asarray(model.choices[name], np.uint8) for name in model.layers
-        if name in model.choices])
-  metadata = {
-      'format': FORMAT,
-      'model': _dumps(_model_to_dict(model.model)),
-      'layers': _dumps(rows),
-      'others': _dumps({
-          name: [] if act is None else _act_to_row(
-              act.fmt, act.scale, act.zero_point)
-          for name, act in model.act_quantizers.items()}),
-      'plan': _dumps(_plan_to_dict(model.plan)),
+    choices = np.stack([model.choices[name] for name in model.layers
+                        if name in model.choices])
+    if choices.max() > 255:
+      raise ValueError(f'{choices.max() + 1} banks: a file holds up to 256')
+    tensors[_CHOICES] = np.uint8(choices)
+  if taken := sorted(tensors.keys() & {*rest, *vectors}):
+    raise ValueError(f'parameters named {taken}, as the file names its own')
+  header = {
+      'model': header_lib.model_to_dict(model.model),
+      'layers': [header_lib.layer_to_row(name, layer)
+                 for name, layer in model.layers.items()],
+      'others': {name: [] if act is None else header_lib.act_to_row(
+          act.fmt, act.scale, act.zero_point)
+                 for name, act in model.act_quantizers.items()},
+      'vectors': {name: len(vector) for name, vector in vectors.items()},
+      'plan': header_lib.plan_to_dict(model.plan),
   }
-  native.write_safetensors(path, tensors, metadata | about)
+  metadata = {key: header_lib.dumps(value) for key, value in header.items()}
+  tensors |= rest
+  native.write_safetensors(path, tensors,
+                           {'format': FORMAT} | metadata | about)
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None,
@@ -118,21 +120,24 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     raise FileNotFoundError(f'no packed model at {file}')
   tensors, metadata = source_lib.read_safetensors(file)
   _check_format(file, metadata.get('format'))
-  reader = _Reader(tensors)
+  reader = packed_reader.Reader(tensors)
   try:
     header = {key: json.loads(metadata[key]) for key in
-              ('model', 'layers', 'others', 'plan')}
-    built = _model_from_dict(header['model']) if model is None else model
-    plan = _plan_from_dict(header['plan'])
-    others = {name: _act_from_row(row)
+              ('model', 'layers', 'others', 'vectors', 'plan')}
+    built = model
+    if model is None:
+      built = header_lib.model_from_dict(header['model'])
+    plan = header_lib.plan_from_dict(header['plan'])
+    others = {name: header_lib.act_from_row(row)
               for name, row in header['others'].items()}
-    layers = _read_layers(header['layers'], reader)
+    layers, vectors = _read_layers(
+        header['layers'], header['vectors'], reader)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError
           ) as error:
     raise ValueError(f'{file}: its header describes no packed model of this '
                      f'version ({error!r})') from error
   choices = _read_choices(layers, plan, reader)
-  params = reader.rest()
+  params = reader.rest(vectors)
   problems = list(reader.problems)
   if isinstance(built, UNet | Guided):
     problems += _misfits(built, layers, others, params)
@@ -157,7 +162,7 @@ def _check_format(file: pathlib.Path, found: str | None) -> None:
 
 
 def _read_choices(layers: Mapping[str, kernels.PackedLayer],
-                  plan: diffusion.SamplerPlan, reader: '_Reader'
+                  plan: diffusion.SamplerPlan, reader: packed_reader.Reader
                   ) -> dict[str, np.ndarray]:
   """{layer: int32 `[S]`} of the layers with several banks."""
   banked = [name for name, layer in layers.items() if len(layer.weights) > 1]
@@ -212,78 +217,43 @@ def _kernel_shape(layer: kernels.PackedLayer) -> tuple[int, ...]:
   return (*window, layer.in_features, outputs)
 
 
-class _Reader:
-  """Takes tensors out of a file and keeps account of what does not fit."""
-
-  def __init__(self, tensors: Mapping[str, LazyTensor]):
-    self._left = dict(tensors)
-    self.problems: list[str] = []
-
-  def take(self, name: str, dtype: Any, shape: tuple[int | None, ...]
-           ) -> np.ndarray:
-    """A tensor of this type and shape (None: any size); zeros if it is not."""
-    zeros = np.zeros([size or 1 for size in shape], dtype)
-    tensor = self._left.pop(name, None)
-    if tensor is None:
-      self.problems.append(f'missing {name} {shape}')
-      return zeros
-    fits = len(shape) == len(tensor.shape) and all(
-        want in (None, size)
-        for want, size in zip(shape, tensor.shape, strict=True))
-    if not fits or tensor.dtype != np.dtype(dtype):
-      self.problems.append(f'{name} is {tensor.dtype} {tensor.shape}, expected '
-                           f'{np.dtype(dtype)} {shape}')
-      return zeros
-    return tensor.read()
-
-  def take_codes(self, name: str, rows: int) -> np.ndarray:
-    """Codes `[h, *window, rows, O]`, whatever the window."""
-    tensor = self._left.get(name)
-    axes = 3 if tensor is None else len(tensor.shape)
-    return self.take(name, np.uint8, (*(None,) * (axes - 2), rows, None))
-
-  def rest(self) -> Any:
-    """What is left, as nested parameters."""
-    flat = {}
-    for name, tensor in self._left.items():
-      value = tensor.read()
-      if not np.isfinite(value).all():
-        self.problems.append(f'{name} holds values that are not finite')
-      flat[tuple(name.split('/'))] = jnp.asarray(value)
-    return traverse_util.unflatten_dict(flat)
+def _flatten(params: Any) -> tuple[dict[str, np.ndarray],
+                                   dict[str, np.ndarray]]:
+  """Parameters of one axis in float32, and the others, by path."""
+  vectors, rest = {}, {}
+  for path, value in traverse_util.flatten_dict(params).items():
+    if odd := [part for part in path if '/' in part]:
+      raise ValueError(f"parameters cannot have '/' in their names: {odd}")
+    value = np.asarray(value)
+    group = vectors if (value.ndim, value.dtype) == (1, np.float32) else rest
+    group['/'.join(path)] = value
+  return vectors, rest
 
 
-def _layer_to_row(name: str, layer: kernels.PackedLayer
-                  ) -> tuple[list[Any], list[np.ndarray]]:
-  """Its row of the header, and what it has for every channel."""
-  has = {letter: np.asarray(getattr(layer, field), np.float32)
-         for letter, field in _PER_CHANNEL.items()
-         if getattr(layer, field) is not None}
-  row = [name, str(layer.fmt), layer.in_features, ''.join(has)]
-  if layer.act_fmt is not None:
-    row += _act_to_row(layer.act_fmt, layer.act_scale, layer.act_zero_point)
-  return row, list(has.values())
-
-
-def _read_layers(rows: list[list[Any]], reader: _Reader
-                 ) -> dict[str, kernels.PackedLayer]:
-  """The inverse of `_layer_to_row`, for all layers."""
+def _read_layers(
+    rows: list[list[Any]], vectors: dict[str, int],
+    reader: packed_reader.Reader
+) -> tuple[dict[str, kernels.PackedLayer], dict[str, np.ndarray]]:
+  """The layers, and what else is in `channels`."""
   codes = {name: reader.take_codes(
       f'{name}.codes', -(-length // 2) if FPFormat.parse(fmt).bits <= 4
       else length) for name, fmt, length, *_ in rows}
   sizes = [codes[row[0]].shape[-1] * len(row[3]) for row in rows]
+  sizes += vectors.values()
+  known = len(reader.problems)
   table = reader.take(_CHANNELS, np.float32, (sum(sizes),))
-  if not np.isfinite(table).all():
+  is_read = len(reader.problems) == known
+  if is_read and not np.isfinite(table).all():
     reader.problems.append(f'{_CHANNELS} holds values that are not finite')
+  pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
   layers = {}
-  for row, channels in zip(rows, np.split(table, np.cumsum(sizes)[:-1]),
-                           strict=True):
+  for row, channels in zip(rows, pieces[:len(rows)], strict=True):
     name, fmt, length, letters, *act = row
     has = dict(zip(letters, channels.reshape(len(letters), -1), strict=True))
-    if 's' not in has or (has['s'] <= 0).any():
+    if 's' not in has or is_read and (has['s'] <= 0).any():
       reader.problems.append(f'{_CHANNELS}: layer {name} has scales that are '
                              'not positive')
-    act, fmt = _act_from_row(act), FPFormat.parse(fmt)
+    act, fmt = header_lib.act_from_row(act), FPFormat.parse(fmt)
     layers[name] = kernels.PackedLayer(
         weights=codes[name], scale=has.get('s'), zero_point=has.get('z'),
         bias=has.get('b'), tap_sums=None, fmt=fmt, in_features=length,
@@ -291,64 +261,4 @@ def _read_layers(rows: list[list[Any]], reader: _Reader
         act_zero_point=None if act is None else act.zero_point,
         act_fmt=None if act is None else act.fmt, banked=True,
         packing=layer_lib.NIBBLES if fmt.bits <= 4 else layer_lib.BYTES)
-  return layers
-
-
-def _act_to_row(fmt: FPFormat, scale: Any, zero_point: Any) -> list[Any]:
-  # As text a float32 is shortest, and survives.
-  short = lambda value: float(str(np.float32(value)))
-  zero = [] if zero_point is None else [short(zero_point)]
-  return [str(fmt), short(scale), *zero]
-
-
-def _act_from_row(row: list[Any]) -> quantizers.Quantizer | None:
-  if not row:
-    return None
-  fmt, *values = row
-  scale, *zero = np.float32(values)
-  if not (np.isfinite(values).all() and scale > 0 and len(zero) < 2):
-    raise ValueError(f'scale and zero point {values} of an input')
-  return quantizers.Quantizer(
-      FPFormat.parse(fmt), scale, zero[0] if zero else None)
-
-
-def _model_to_dict(model: nn.Module) -> dict[str, Any]:
-  """Empty for models that are no UNet of this package."""
-  if isinstance(model, Guided):
-    return {'unet': model.inner.config.to_dict(), 'scale': model.scale,
-            'null_label': model.null_label}
-  return {'unet': model.config.to_dict()} if isinstance(model, UNet) else {}
-
-
-def _model_from_dict(row: dict[str, Any]) -> nn.Module:
-  if not row:
-    raise ValueError('the file does not describe its model: pass '
-                     'load(path, model=...)')
-  unet = UNet(UNetConfig(**row['unet']))
-  if 'scale' in row:
-    return Guided(unet, row['scale'], row['null_label'])
-  return unet
-
-
-def _plan_to_dict(plan: diffusion.SamplerPlan) -> dict[str, Any]:
-  row = {name: np.asarray(getattr(plan, name)).tolist() for name in _PLAN}
-  if plan.multistep is not None:
-    row['multistep'] = {name: getattr(plan.multistep, name).tolist()
-                        for name in _MULTISTEP}
-  return row
-
-
-def _plan_from_dict(row: dict[str, Any]) -> diffusion.SamplerPlan:
-  array = lambda row, name: np.asarray(row[name], np.float64)
-  multistep = row.get('multistep')
-  if multistep is not None:
-    multistep = sampling.Multistep(
-        *(array(multistep, name) for name in _MULTISTEP))
-  timesteps, *others = (array(row, name) for name in _PLAN)
-  if not len(timesteps) or any(a.shape != timesteps.shape for a in others):
-    raise ValueError('a plan of unequal lengths')
-  return diffusion.SamplerPlan(np.int64(timesteps), *others, multistep)
-
-
-def _dumps(content: Any) -> str:
-  return json.dumps(content, separators=(',', ':'))
+  return layers, dict(zip(vectors, pieces[len(rows):], strict=True))

@@ -1,6 +1,8 @@
 """A fine-tuned model on packed weights, ready to sample."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import traverse_util
@@ -78,7 +80,7 @@ class PackedModel:
 
   def sample(self, noise: jax.Array, *condition: jax.Array,
              key: jax.Array | None = None) -> jax.Array:
-    """Samples by the model's plan.
+    """Samples by the model's plan; compiled at the first call for a shape.
 
     Args:
       noise: `[B, H, W, C]`.
@@ -88,10 +90,14 @@ class PackedModel:
     Returns:
       Samples like noise, nominally in [-1, 1].
     """
-    draw = jax.jit(lambda arrays, noise, condition, key: diffusion.sample(
+    return self._draw(self.arrays, noise, condition, key)
+
+  @functools.cached_property
+  def _draw(self) -> Callable[..., jax.Array]:
+    # Weights are arguments: constants would be folded at compile time.
+    return jax.jit(lambda arrays, noise, condition, key: diffusion.sample(
         lambda x, t, index: self.with_arrays(arrays).eps_fn(
             x, t, index, *condition), self.plan, noise, key))
-    return draw(self.arrays, noise, condition, key)
 
   @property
   def memory_bytes(self) -> int:

@@ -23,6 +23,7 @@ ORDER = [
     {'talora'},
     {'student', 'experiment'},
     {'packed'},
+    {'packed_header', 'packed_reader'},
     {'export'},
     {'finetune', 'generate', 'sample_store', 'report'},
     {'rows'},
@@ -32,7 +33,8 @@ TOP = {'__init__', 'cli', 'evaluate', 'make_stats', 'study'}
 
 QUANTIZATION = {'formats', 'quantizers', 'search', 'spec', 'calibrate',
                 'quantize', 'talora', 'student', 'losses', 'finetune', 'rows',
-                'kernels', 'inference', 'packed', 'export'}
+                'kernels', 'inference', 'packed', 'packed_header',
+                'packed_reader', 'export'}
 ENTRY_POINTS = {'train', 'eval', 'configs'}
 FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
 

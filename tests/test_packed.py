@@ -15,11 +15,8 @@ from msfp_jax import diffusion
 from msfp_jax import generate
 from msfp_jax import layers as layers_lib
 from msfp_jax import packed as packed_lib
-from msfp_jax import quantizers
-from msfp_jax import spec as spec_lib
 from msfp_jax import student as student_lib
 from msfp_jax import talora
-from msfp_jax.formats import FPFormat
 from msfp_jax.quantize import apply
 
 # Compiling takes longer than running.
@@ -128,26 +125,10 @@ def test_what_cannot_be_packed_is_named():
     packed_lib.pack(dataclasses.replace(deployed, weights=weights), toy.plan())
 
 
-def by_hand(params):
-  """A spec that takes no calibration; inputs of both kinds."""
-  acts = [
-      quantizers.Quantizer(FPFormat.parse('E2M1'), jnp.float32(0.4)),
-      quantizers.Quantizer(
-          FPFormat.parse('UE3M1'), jnp.float32(0.15), jnp.float32(-0.4))]
-  found = {}
-  for i, (name, kernel) in enumerate(layers_lib.leaves(
-      params, 'kernel').items()):
-    largest = np.abs(kernel).max(
-        tuple(range(kernel.ndim - 1)), keepdims=True)
-    found[name] = spec_lib.LayerSpec('', '', quantizers.Quantizer(
-        FPFormat.parse('E2M1'), largest / 6), acts[i % 2])
-  return spec_lib.QuantSpec('by hand', found)
-
-
 def tuned(model):
   """Two banks in every layer, as `Student.deploy` returns them."""
   params = tiny.params(model)
-  spec = by_hand(params)
+  spec = tiny.by_hand(params)
   banked = tuple(spec.layers)
   router = talora.Router(
       num_layers=len(banked), num_banks=2, num_train_steps=1000, prior=1.0)
@@ -212,7 +193,7 @@ def test_decoded_weights_are_never_in_memory_at_once(num_banks):
   weights = layers_lib.leaves(params, 'kernel')
   plan = tiny.PLAN
   deployed = student_lib.Deployed(
-      Heavy(), params, by_hand(params),
+      Heavy(), params, tiny.by_hand(params),
       {name: jnp.stack([w] * num_banks) for name, w in weights.items()},
       {name: jnp.arange(plan.num_steps) % num_banks for name in weights})
   packed = packed_lib.pack(deployed, plan)

@@ -13,8 +13,12 @@ import numpy as np
 import unet_oracle
 
 from msfp_jax import diffusion
+from msfp_jax import layers as layers_lib
+from msfp_jax import quantizers
+from msfp_jax import spec as spec_lib
 from msfp_jax.calibrate import calibrate
 from msfp_jax.calibrate import collect
+from msfp_jax.formats import FPFormat
 from msfp_jax.layers import list_layers
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
@@ -131,3 +135,19 @@ def assert_trees_equal(a, b):
   """Same structure and, bit for bit, the same values (-0.0 is 0.0)."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def by_hand(params):
+  """A spec that takes no calibration; inputs of both kinds."""
+  acts = [
+      quantizers.Quantizer(FPFormat.parse('E2M1'), jnp.float32(0.4)),
+      quantizers.Quantizer(
+          FPFormat.parse('UE3M1'), jnp.float32(0.15), jnp.float32(-0.4))]
+  found = {}
+  for i, (name, kernel) in enumerate(layers_lib.leaves(
+      params, 'kernel').items()):
+    largest = np.abs(kernel).max(
+        tuple(range(kernel.ndim - 1)), keepdims=True)
+    found[name] = spec_lib.LayerSpec('', '', quantizers.Quantizer(
+        FPFormat.parse('E2M1'), largest / 6), acts[i % 2])
+  return spec_lib.QuantSpec('by hand', found)

@@ -182,6 +182,14 @@ def test_eval_before_train(tmp_path, npz):
     evaluate.run(runs.config_of(npz), str(tmp_path))
 
 
+def test_a_packed_model_that_is_not_there(copy, npz):
+  (copy / 'packed.safetensors').unlink()
+  before = runs.contents(copy)
+  with pytest.raises(experiment_lib.WorkdirError, match='no packed model at'):
+    evaluate.run(runs.config_of(npz, {'eval.rows': ('packed',)}), str(copy))
+  assert runs.contents(copy) == before
+
+
 def test_eval_of_an_unfinished_training(copy, npz):
   shutil.rmtree(copy / 'checkpoints/6')
   before = runs.contents(copy)

@@ -210,3 +210,15 @@ def test_neither_data_nor_reference(copy, npz):
   (copy / 'config.json').write_text(json.dumps(config))
   with pytest.raises(ValueError, match='eval.reference.*data.name'):
     evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
+
+
+def test_the_packed_model_is_a_row(copy, npz):
+  """The file that training left, beside the simulation that it equals."""
+  found = evaluate.run(runs.config_of(
+      npz, {'eval.rows': ('fp', 'tuned', 'packed')}), str(copy))
+  _, tuned, packed = found['rows']
+  assert (packed['weight_bits'], packed['act_bits']) == (4, 4)
+  for key in ('fd_random', 'psnr_to_fp'):
+    assert abs(packed[key] / tuned[key] - 1) < 0.01
+  size = (copy / 'packed.safetensors').stat().st_size
+  assert packed['bytes'] < size < packed['bytes'] + 20_000  # its header

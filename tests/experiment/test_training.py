@@ -23,7 +23,8 @@ HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
 
 def test_what_a_workdir_holds(trained):
   for name in ('config.json', 'quant_spec.json', 'metrics.jsonl',
-               'router.json', 'results.json', 'samples/methods.png',
+               'router.json', 'packed.safetensors', 'results.json',
+               'samples/methods.png',
                'pretrain/model.safetensors', 'pretrain/metrics.jsonl',
                'pretrain/samples/step_000006.png'):
     assert (trained / name).is_file(), name
