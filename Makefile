@@ -85,6 +85,7 @@ packed: $(RUN_READY) ## speed and memory of packed models
 
 versus: $(PARITY_READY) ## sampling speed against PyTorch and diffusers
 	$(PARITY_PY) -m benchmarks.versus_diffusers
+	$(PARITY_PY) -m benchmarks.packed --layers=0
 
 inception: $(PARITY_READY) ## speed of FID's features against torch-fidelity
 	$(PARITY_PY) -m benchmarks.inception_speed

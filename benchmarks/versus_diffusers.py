@@ -16,18 +16,16 @@ import time
 
 from absl import app
 from absl import flags
-import diffusers
 import jax
 import numpy as np
-import torch
 
+from benchmarks import diffusers_sampler
 from msfp_jax import diffusion
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
 # The oracle that the parity tests use.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
-import diffusers_oracle  # noqa: E402
 import unet_oracle  # noqa: E402
 
 _BETAS = {'beta_start': 1e-4, 'beta_end': 0.02}
@@ -46,32 +44,14 @@ def sampler(config: UNetConfig, params):
   return lambda x: np.asarray(run(params, x))
 
 
-def diffusers_sampler(config: UNetConfig, state):
-  """As `sampler`, by diffusers."""
-  model = diffusers_oracle.unet(config, state)
-  scheduler = diffusers.DDIMScheduler(
-      beta_schedule='linear', clip_sample=False, **_BETAS)
-  scheduler.set_timesteps(_STEPS.value)
-
-  @torch.no_grad()
-  def run(x):
-    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-    for t in scheduler.timesteps:
-      x = scheduler.step(model(x, t).sample, t, x).prev_sample
-    return x.permute(0, 2, 3, 1).contiguous().numpy()
-
-  return run
-
-
 def main(unused_argv: Sequence[str]) -> None:
-  torch.set_num_threads(os.cpu_count())
   config = UNetConfig(dropout=0.0)
   state = unet_oracle.random_state_dict(
       unet_oracle.state_dict_shapes(config), seed=0)
   x = np.random.default_rng(0).normal(
       size=(_BATCH.value, 32, 32, 3)).astype(np.float32)
   both = (sampler(config, unet_oracle.from_state_dict(config, state)),
-          diffusers_sampler(config, state))
+          diffusers_sampler.make(config, state, _STEPS.value, _BETAS))
   error = unet_oracle.rel_l2(*(run(x) for run in both))
   pairs = []
   for _ in range(_PAIRS.value):

@@ -13,7 +13,7 @@ from msfp_jax import kernels
 from msfp_jax import quantizers
 from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import ops
+from msfp_jax.kernels import dispatch
 
 WEIGHTS = formats_lib.formats_of_width(4, signed=True)
 ACTS = WEIGHTS + formats_lib.formats_of_width(4, signed=False)
@@ -312,11 +312,11 @@ def test_padding_by_name(padding, strides, dilation):
 
 def test_values_are_simulated_and_codes_are_run():
   case = Case((5, 37), (37, 6), 'E2M1', 'UE2M2')
-  assert ops.pick(case.x.shape, case.layer) == 'reference'
+  assert dispatch.pick(case.x.shape, case.layer) == 'reference'
   if jax.default_backend() == 'cpu':
-    assert ops.pick(case.x.shape, case.packed) == 'xla'
-    assert ops.pick_carrier(case.packed, 'xla') == 'f32'
-  assert ops.pick_carrier(case.packed, 'reference') == 'f32'
+    assert dispatch.pick(case.x.shape, case.packed) == 'xla'
+    assert dispatch.pick_carrier(case.packed, 'xla') == 'f32'
+  assert dispatch.pick_carrier(case.packed, 'reference') == 'f32'
 
 
 @pytest.mark.parametrize('implementation', ['mosaic_tpu', 'mosaic_gpu'])
@@ -324,7 +324,7 @@ def test_values_are_simulated_and_codes_are_run():
     ('E2M1', 'int8'), ('UE3M1', 'int8'), ('UE4M0', 'bf16')])
 def test_carriers_of_kernels(implementation, act, carrier):
   case = Case((5, 37), (37, 6), 'E2M1', act)
-  assert ops.pick_carrier(case.packed, implementation) == carrier
+  assert dispatch.pick_carrier(case.packed, implementation) == carrier
 
 
 REFUSED = {

@@ -1,10 +1,10 @@
 """Low-bit layers: packed weights, quantized inputs, exact products."""
 
+from msfp_jax.kernels.dispatch import IMPLEMENTATIONS
 from msfp_jax.kernels.layer import make_layer
 from msfp_jax.kernels.layer import pack
 from msfp_jax.kernels.layer import PackedLayer
 from msfp_jax.kernels.ops import conv
-from msfp_jax.kernels.ops import IMPLEMENTATIONS
 from msfp_jax.kernels.ops import matmul
 from msfp_jax.kernels.ops import prepare
 

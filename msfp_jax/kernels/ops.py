@@ -24,22 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import dispatch
 from msfp_jax.kernels import layer as layer_lib
 from msfp_jax.kernels import reference
 from msfp_jax.kernels import winograd
 from msfp_jax.kernels.layer import PackedLayer
 from msfp_jax.kernels.reference import Geometry
-
-IMPLEMENTATIONS = ('reference', 'xla', 'mosaic_tpu', 'mosaic_gpu')
-_KERNELS = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
-# Platform -> carriers, of which the first that holds both formats is taken.
-_CARRIERS = {
-    'cpu': ('f32',),
-    'gpu': ('int8', 'bf16'),
-    'tpu': ('int8', 'bf16'),
-}
-# The same of kinds of devices.
-_CARRIERS_OF_KIND = {'TPU7x': ('fp8', 'bf16')}
 
 
 def matmul(x: jax.Array, layer: PackedLayer, *,
@@ -107,11 +97,12 @@ def conv(x: jax.Array, layer: PackedLayer, *,
 
 def _run(x, layer, geometry, implementation, carrier, function):
   if implementation is None:
-    implementation = pick(x.shape, layer, geometry, carrier)
-  if reason := why_not(implementation, x.shape, layer, geometry, carrier):
+    implementation = dispatch.pick(x.shape, layer, geometry, carrier)
+  if reason := dispatch.why_not(
+      implementation, x.shape, layer, geometry, carrier):
     raise ValueError(f'implementation {implementation!r}: {reason}')
-  carrier = carrier or pick_carrier(layer, implementation)
-  if implementation in _KERNELS.values():
+  carrier = carrier or dispatch.pick_carrier(layer, implementation)
+  if implementation in dispatch.KERNELS.values():
     return _run_kernel(x, layer, geometry, implementation, carrier)
   layer = layer.after(x)
   if implementation == 'xla' and layer.parts and _winograd_takes(
@@ -150,7 +141,7 @@ def _run_winograd(x, layer, geometry):
 
 
 def _run_kernel(x, layer, geometry, implementation, carrier):
-  module = _module(implementation)
+  module = dispatch.module_of(implementation)
   act = carriers.carry(layer.act_fmt, carrier)
   v = act.quantize(x, layer.act_scale, layer.act_zero_point)
   scale, shift = reference.epilogue(
@@ -169,102 +160,6 @@ def _run_kernel(x, layer, geometry, implementation, carrier):
     return out.reshape(*x.shape[:-1], -1)
   return module.conv(v, codes, scale, shift, strides=geometry.strides,
                      padding=geometry.padding, **options)
-
-
-def _module(implementation):
-  # Here, so that neither back end's library loads before it is asked for.
-  if implementation == 'mosaic_tpu':
-    from msfp_jax.kernels import mosaic_tpu
-    return mosaic_tpu
-  from msfp_jax.kernels import mosaic_gpu
-  return mosaic_gpu
-
-
-def pick(shape: Sequence[int], layer: PackedLayer,
-         geometry: Geometry | None = None, carrier: str | None = None) -> str:
-  """The implementation that None stands for; arguments as for `why_not`."""
-  if layer.packing == layer_lib.VALUES:
-    return 'reference'
-  kernel = _KERNELS.get(jax.default_backend())
-  if kernel and why_not(kernel, shape, layer, geometry, carrier) is None:
-    return kernel
-  return 'xla'
-
-
-def pick_carrier(layer: PackedLayer, implementation: str) -> str:
-  """The carrier of an implementation on the default device."""
-  if implementation == 'reference' or layer.act_fmt is None:
-    return 'f32'
-  platform = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'gpu'}.get(
-      implementation, jax.default_backend())
-  kind = jax.devices()[0].device_kind
-  choices = _CARRIERS_OF_KIND.get(kind) or _CARRIERS.get(platform, ('f32',))
-  return next((name for name in choices if _carries(layer, name)), 'f32')
-
-
-def _carries(layer, carrier):
-  if layer.act_fmt is None:
-    return carrier == 'f32'
-  formats = (layer.fmt, layer.act_fmt)
-  return None not in [carriers.carry(fmt, carrier) for fmt in formats]
-
-
-def why_not(implementation: str, shape: Sequence[int], layer: PackedLayer,
-            geometry: Geometry | None = None, carrier: str | None = None
-            ) -> str | None:
-  """Why an implementation does not take an operation; None if it does.
-
-  Args:
-    implementation: one of IMPLEMENTATIONS.
-    shape: of the input.
-    layer: one set of weights.
-    geometry: of a convolution; None for a dense layer.
-    carrier: None for the one that would be picked.
-
-  Raises:
-    ValueError: there is no such implementation.
-  """
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'implementation {implementation!r}: must be None or one '
-                     f'of {IMPLEMENTATIONS}')
-  if carrier and not _carries(layer, carrier):
-    inputs = layer.act_fmt or 'full precision'
-    return (f'{carrier} does not hold weights in {layer.fmt} and inputs in '
-            f'{inputs}; choose another carrier, such as '
-            f'{"bf16" if layer.act_fmt else "f32"}')
-  if implementation not in _KERNELS.values():
-    return None
-  return _why_no_kernel(implementation, shape, layer, geometry, carrier)
-
-
-def _why_no_kernel(implementation, shape, layer, geometry, carrier):
-  if layer.act_fmt is None:
-    return 'it multiplies quantized inputs, and those of this layer are not'
-  if layer.zero_point is not None:
-    return 'its weights have no zero point, and those of this layer have'
-  if layer.packing == layer_lib.HOPPER and implementation != 'mosaic_gpu':
-    return 'the weights are laid out for mosaic_gpu'
-  if layer.packing not in (layer_lib.NIBBLES, layer_lib.HOPPER):
-    return (f'it reads weights of 4 bits, and those of this layer are '
-            f'{layer.fmt}, stored as {layer.packing}')
-  if geometry is not None and (
-      geometry.groups != 1 or set(geometry.dilation) != {1}
-      or len(geometry.strides) != 2):
-    return (f'it takes 2-D convolutions without groups and dilation, not '
-            f'{geometry}')
-  carrier = carrier or pick_carrier(layer, implementation)
-  module = _module(implementation)
-  weights = layer.weights
-  if implementation == 'mosaic_gpu' and layer.packing == layer_lib.NIBBLES:
-    weights = jax.eval_shape(functools.partial(
-        module.prepare, length=layer.in_features), weights)
-  if geometry is None:
-    op, rows, more = 'matmul', (int(np.prod(shape[:-1])), shape[-1]), {}
-  else:
-    op, rows = 'conv', tuple(shape)
-    more = {'strides': geometry.strides, 'padding': geometry.padding}
-  x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])
-  return module.why_not(op, x, weights, fmt=layer.fmt, **more)
 
 
 def prepare(layer: PackedLayer, implementation: str | None = None
@@ -291,7 +186,7 @@ def prepare(layer: PackedLayer, implementation: str | None = None
       changes['tap_sums'] = values.sum(-2)
     if wide and _has_winograd(layer, values):
       changes['parts'] = winograd.splits(values, layer.act_fmt)
-  kernel = implementation or _KERNELS.get(jax.default_backend())
+  kernel = implementation or dispatch.KERNELS.get(jax.default_backend())
   if kernel == 'mosaic_gpu' and _is_for_kernels(layer):
     changes |= {'weights': _lay_out(layer), 'packing': layer_lib.HOPPER}
   return layer.replace(**changes)
@@ -307,7 +202,7 @@ def _is_for_kernels(layer):
 def _lay_out(layer):
   """The weights for `mosaic_gpu`, bank by bank."""
   lay = functools.partial(
-      _module('mosaic_gpu').prepare, length=layer.in_features)
+      dispatch.module_of('mosaic_gpu').prepare, length=layer.in_features)
   if not layer.banked:
     return lay(layer.weights)
   return np.stack([lay(bank) for bank in layer.weights])

@@ -1,0 +1,152 @@
+"""The layers of a packed model, one by one, against XLA's."""
+
+from collections.abc import Iterator
+import dataclasses
+import statistics
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import machine
+from msfp_jax import inference
+from msfp_jax import layers as layers_lib
+from msfp_jax import packed as packed_lib
+from msfp_jax.kernels import dispatch
+from msfp_jax.kernels import PackedLayer
+
+
+@dataclasses.dataclass
+class Case:
+  """Layers of equal shape and formats.
+
+  Attributes:
+    names: of the layers.
+    module: of the first, unbound.
+    layer: its packed weights.
+    params: its own, in float32.
+    x: shape of its input.
+    y: of its output.
+  """
+
+  names: list[str]
+  module: nn.Module
+  layer: PackedLayer
+  params: Any
+  x: tuple[int, ...]
+  y: tuple[int, ...]
+
+  @property
+  def flop(self) -> int:
+    """Of the direct product."""
+    return 2 * int(np.prod(self.params['kernel'].shape[:-1]) * np.prod(self.y))
+
+  def bytes(self, weights: int, each: int) -> int:
+    """Of weights, input and output, with `each` bytes a value."""
+    return weights + each * int(np.prod(self.x) + np.prod(self.y))
+
+  def run(self, layer: PackedLayer, x: jax.Array,
+          implementation: str | None) -> jax.Array:
+    return inference.apply(
+        self.module, {}, {'': layer}, {}, x, implementation=implementation)
+
+  def fell_back(self) -> str:
+    """Why the device's kernel does not take the layer; '' if it does."""
+    kernel = dispatch.KERNELS.get(jax.default_backend())
+    if kernel is None:
+      return ''
+    try:
+      jax.eval_shape(lambda layer, x: self.run(layer, x, kernel), self.layer,
+                     jax.ShapeDtypeStruct(self.x, jnp.float32))
+    except ValueError as error:
+      return str(error).removeprefix('layer : ')
+    return ''
+
+
+def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
+          ) -> list[Case]:
+  """The most work first; `params` are those of the model that was packed."""
+  kernels = layers_lib.leaves(params, 'kernel')
+  biases = layers_lib.leaves(params, 'bias')
+  found: dict[Any, Case] = {}
+
+  def visit(module, x, compute):
+    y = compute(x)
+    name = layers_lib.layer_name(module)
+    if name in model.layers:
+      layer = jax.tree.map(jnp.asarray, model.layers[name]).bank(0)
+      key = (x.shape, y.shape, layer.weights.shape, layer.fmt, layer.act_fmt,
+             layer.parts)
+      own = {'kernel': kernels[name]} | (
+          {'bias': biases[name]} if name in biases else {})
+      found.setdefault(key, Case(
+          [], module.clone(parent=None), layer, own, x.shape, y.shape)
+                       ).names.append(name)
+    return y
+
+  def trace(params, *inputs):
+    with layers_lib.intercept(visit):
+      return model.model.apply({'params': params}, *inputs)
+
+  jax.eval_shape(trace, params, *inputs)
+  return sorted(found.values(), key=lambda c: -c.flop * len(c.names))
+
+
+def measure(case: Case, roofline: machine.Roofline, count: int
+            ) -> dict[str, Any]:
+  """A row of the table, and of the JSON beside it."""
+  x = jax.random.normal(jax.random.key(0), case.x)
+  half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
+  apply = jax.jit(lambda params, x: case.module.apply({'params': params}, x))
+  packed = jax.jit(lambda layer, x: case.run(layer, x, None))
+  halves = half(case.params), half(x)
+  times = machine.rounds({
+      'float32': lambda: apply(case.params, x),
+      'bfloat16': lambda: apply(*halves),
+      'packed': lambda: packed(case.layer, x)}, count)
+  weights = sum(a.nbytes for a in jax.tree.leaves(case.params))
+  stored = sum(a.nbytes for a in jax.tree.leaves(case.layer))
+  reason = case.fell_back()
+  kernel = dispatch.KERNELS.get(jax.default_backend(), 'xla')
+  carrier = dispatch.pick_carrier(case.layer, 'xla' if reason else kernel)
+  floors = {
+      'float32': roofline.seconds(case.flop, case.bytes(weights, 4), 'f32'),
+      'bfloat16': roofline.seconds(
+          case.flop, case.bytes(weights // 2, 2), 'bf16'),
+      'packed': roofline.seconds(case.flop, case.bytes(stored, 4), carrier)}
+  return {
+      'layers': case.names, 'input': case.x,
+      'kernel': case.params['kernel'].shape, 'format': str(case.layer.fmt),
+      'act_format': str(case.layer.act_fmt), 'carrier': carrier,
+      'bytes': {'float32': weights, 'bfloat16': weights // 2,
+                'packed': stored},
+      'seconds': {name: statistics.median(t) for name, t in times.items()},
+      'share_of_roofline': {
+          name: floors[name] / statistics.median(t)
+          for name, t in times.items()},
+      'fell_back': reason,
+      'speedup': None if reason else {
+          name: machine.ratio(times[name], times['packed'])
+          for name in ('float32', 'bfloat16')}}
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """Markdown."""
+  yield ('| layers | input | kernel | formats | carrier | KB of float32 | KB | '
+         'ms of float32 | bfloat16 | packed | share of the roofline | times '
+         'float32 | bfloat16 |')
+  yield '|---' * 13 + '|'
+  for row in rows:
+    ms = [f'{t * 1e3:.2f}' for t in row['seconds'].values()]
+    times = [f'fell back: {row["fell_back"]}', '-'] if row['fell_back'] else [
+        f'{value:.2f}x' for value in row['speedup'].values()]
+    cells = [
+        str(len(row['layers'])), 'x'.join(map(str, row['input'])),
+        'x'.join(map(str, row['kernel'])),
+        f'{row["format"]} {row["act_format"]}', row['carrier'],
+        f'{row["bytes"]["float32"] / 1e3:.0f}',
+        f'{row["bytes"]["packed"] / 1e3:.0f}', *ms,
+        f'{row["share_of_roofline"]["packed"]:.0%}', *times]
+    yield '| ' + ' | '.join(cells) + ' |'

@@ -1,0 +1,85 @@
+"""The model that benchmarks/packed.py measures, in all the ways it runs."""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax import calibrate
+from msfp_jax import diffusion
+from msfp_jax import packed as packed_lib
+from msfp_jax import student as student_lib
+from msfp_jax.models.unet import UNet
+from msfp_jax.models.unet import UNetConfig
+
+# The oracle that the parity tests use.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
+import unet_oracle  # noqa: E402
+
+BETAS = {'beta_start': 1e-4, 'beta_end': 0.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """The CIFAR-10 UNet of 35.7 million random weights, calibrated by MSFP.
+
+  Attributes:
+    state: its weights under PyTorch's names.
+    params: the same for Flax.
+    deployed: the simulation.
+    packed: the same, packed.
+  """
+
+  state: dict[str, np.ndarray]
+  params: Any
+  deployed: student_lib.Deployed
+  packed: packed_lib.PackedModel
+
+
+CONFIG = UNetConfig(dropout=0.0)
+
+
+def make(num_steps: int) -> Subject:
+  """Calibrates on one image: only time and agreement are measured."""
+  model = UNet(CONFIG)
+  state = unet_oracle.random_state_dict(
+      unet_oracle.state_dict_shapes(CONFIG), seed=0)
+  params = unet_oracle.from_state_dict(CONFIG, state)
+  schedule = diffusion.make_schedule('linear', num_train_steps=1000, **BETAS)
+  plan = diffusion.make_plan(schedule, 'ddim', num_steps=num_steps)
+  spec = calibrate(
+      model, params, recipe='msfp', bits=4, plan=plan,
+      batches=[jax.random.normal(jax.random.key(0), (1, *shape()))])
+  deployed = student_lib.calibrated(model, params, spec, plan.timesteps)
+  return Subject(state, params, deployed, packed_lib.pack(deployed, plan))
+
+
+def shape() -> tuple[int, ...]:
+  """Of an image."""
+  return (CONFIG.image_size, CONFIG.image_size, CONFIG.in_channels)
+
+
+def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
+  """{name: (noise `[B, H, W, C]` -> samples, bytes of the weights)}."""
+  plan, model = subject.packed.plan, subject.packed.model
+  # The sampler's own sums are in float32 always.
+  sample = jax.jit(lambda params, x: diffusion.sample(
+      lambda x, t, index: model.apply(
+          {'params': params}, x.astype(jax.tree.leaves(params)[0].dtype), t
+      ).astype(jnp.float32), plan, x))
+  simulate = jax.jit(lambda arrays, x: diffusion.sample(
+      lambda x, t, index: subject.deployed.with_arrays(arrays).eps_fn(
+          x, t, index), plan, x))
+  halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), subject.params)
+  size = sum(w.nbytes for w in jax.tree.leaves(subject.params))
+  return {
+      'float32': (lambda x: sample(subject.params, x), size),
+      'bfloat16': (lambda x: sample(halves, x), size // 2),
+      'simulated': (lambda x: simulate(subject.deployed.arrays, x), size),
+      'packed': (subject.packed.sample, subject.packed.memory_bytes),
+  }
