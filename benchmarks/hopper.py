@@ -10,13 +10,15 @@ on the device; every call of a kernel has inputs of its own until these fill
 four times the L2 cache (or there are 16), so that small kernels are not timed
 on data that happens to lie there.
 
+At last the CIFAR-10 UNet samples in bf16 and from packed weights (see
+benchmarks/packed.py; its activations are float32 between the layers).
+
 A row has a ratio only where its result was right and no input of 8 bits was
 widened on the way. Without a GPU, --aot compiles all of it for an H200.
 """
 
 from collections.abc import Iterator
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -31,15 +33,21 @@ import numpy as np
 
 from benchmarks import hopper_cases
 from benchmarks import hopper_checks
+from benchmarks import packed_layers
+from benchmarks import packed_models
+from benchmarks import packed_sampling
 from benchmarks.hopper_cases import Case
 from benchmarks.hopper_cases import Method
+from msfp_jax import files
 from msfp_jax.kernels import carriers
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Where to write the rows, JSON.')
 _AOT = flags.DEFINE_bool('aot', False, 'Compile only, for an H200.')
 _ONLY = flags.DEFINE_list('only', None, 'Parts of names of cases to measure.')
-_MINUTES = flags.DEFINE_float('minutes', 8.0, 'Begins no case after these.')
+_MINUTES = flags.DEFINE_float('minutes', 6.5, 'Begins no case after these.')
 
+# Its name for --only.
+SAMPLING = 'sampling'
 TARGET = pathlib.Path(__file__).parents[1] / 'tests' / 'h200.txtpb'
 # Of bf16, of 8 bits, and of memory: the H200's as measured (8 bits: twice
 # bf16), the H100's memory as its datasheet has it.
@@ -218,10 +226,30 @@ def run_all(cases, start: float) -> None:
       rows.extend(run_case(case, roofline))
     except Exception as error:  # noqa: BLE001 - the others go on
       print(f'{case.name}: {describe(error)}')
-    if _OUTPUT.value:
-      pathlib.Path(_OUTPUT.value).write_text(json.dumps(
-          {'device': device.device_kind, 'jax': jax.__version__,
-           'roofline': roofline, 'claims': claims, 'rows': rows}, indent=1))
+    write(roofline, claims=claims, rows=rows)
+  if not _ONLY.value or SAMPLING in _ONLY.value:
+    write(roofline, claims=claims, rows=rows, sampling=sample_cifar10())
+
+
+def write(roofline, **found: Any) -> None:
+  """What is known by now."""
+  if _OUTPUT.value:
+    files.write_json(_OUTPUT.value, {
+        'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
+        'roofline': roofline, **found})
+
+
+def sample_cifar10(batch: int = 64, num_steps: int = 4) -> list[dict[str, Any]]:
+  """The rows of bf16 and of packed weights, which it prints."""
+  subject = packed_models.make(num_steps)
+  fallen = packed_layers.count_fallen(packed_layers.cases(
+      subject.packed, subject.params, *packed_models.inputs(batch)))
+  ways = packed_models.samplers(subject)
+  rows = packed_sampling.measure(
+      {name: ways[name] for name in ('bfloat16', 'packed')}, batch, num_steps,
+      10, fallen)
+  print(*packed_sampling.table(rows, None, fallen), sep='\n')
+  return rows
 
 
 def main(unused_argv) -> None:

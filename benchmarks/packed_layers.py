@@ -94,6 +94,12 @@ def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
   return sorted(found.values(), key=lambda c: -c.flop * len(c.names))
 
 
+def count_fallen(cases: list[Case]) -> int:
+  """Layers of 4 bits that the device's kernel does not take."""
+  return sum(len(case.names) for case in cases
+             if case.layer.fmt.bits == 4 and case.fell_back())
+
+
 def measure(case: Case, roofline: machine.Roofline, count: int
             ) -> dict[str, Any]:
   """A row of the table, and of the JSON beside it."""

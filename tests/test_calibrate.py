@@ -124,6 +124,7 @@ def test_no_batches_are_refused():
     collect(Clock(), {}, tiny.PLAN, iter([]), key=KEY)
 
 
+@pytest.mark.slow
 def test_aals_of_the_unet_are_the_structural_ones():
   found = tiny.activations(tiny.UNET)
   assert list(found) == list(tiny.layers(tiny.CONFIG))
@@ -216,6 +217,7 @@ def test_exceptions_reach_the_listed_roles_and_no_other(name, eight):
     assert bits == ((8, 8) if spec_lib.role_of(n) in eight else (4, 4)), n
 
 
+@pytest.mark.slow
 def test_weights_and_activations_may_differ_in_bits():
   found = search_tiny(bits=3, act_bits=5, exceptions={'body': 6})
   assert widths(found) == {'temb': (3, 5), 'conv_in': (3, 5), 'body': (6, 6),

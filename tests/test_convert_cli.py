@@ -8,6 +8,7 @@ import checkpoints
 import families
 import jax
 import numpy as np
+import pytest
 import unet_oracle
 
 from msfp_jax import convert
@@ -20,6 +21,7 @@ def run(*args):
       check=False)
 
 
+@pytest.mark.slow
 def test_ours_from_another_family(tmp_path):
   config, state = families.CONFIGS['ldm_beds'], checkpoints.state_of('ldm_beds')
   checkpoints.save_ldm(tmp_path / 'model.ckpt', state, config)

@@ -12,7 +12,13 @@ def golden():
     return dict(file)
 
 
-@pytest.mark.parametrize('name', families.CONFIGS)
+# One of each kind of UNet is a quick test.
+QUICK = ('ddim', 'ldm_churches', 'sd1', 'unet2d')
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in families.CONFIGS])
 def test_unets_equal_golden(golden, name):
   config = families.CONFIGS[name]
   actual = families.output_of(

@@ -103,6 +103,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_batches_are_split_over_all_devices(tmp_path, deployed, plan):
   path = tmp_path / 'found.npz'
   tests = pathlib.Path(__file__).parent

@@ -237,6 +237,7 @@ def test_shift_moves_by_at_most_a_pixel():
       (i, j) for i in (1, 2, 3) for j in (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_training_learns():
   images, labels = data.digits()
   params = train_digits_classifier.train(images[:640], labels[:640], 0, 4)

@@ -145,7 +145,8 @@ CIN256_ROLES = {
 
 @pytest.mark.parametrize('config, expected', [
     (tiny.CIFAR10, CIFAR10_ROLES), (tiny.CELEBA64, CELEBA64_ROLES),
-    (tiny.CIN256, CIN256_ROLES)], ids=['cifar10', 'celeba64', 'cin256'])
+    pytest.param(tiny.CIN256, CIN256_ROLES, marks=pytest.mark.slow)],
+    ids=['cifar10', 'celeba64', 'cin256'])
 def test_roles_of_the_real_unets(config, expected):
   roles = [spec_lib.role_of(name) for name in tiny.layers(config)]
   assert collections.Counter(roles) == expected

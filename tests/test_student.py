@@ -311,6 +311,7 @@ def test_the_teacher_stays():
   tiny.assert_trees_equal(jax.device_get(setup.student.params), before)
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_run_and_another_another():
   setup = net()
   one, two = (jax.device_get(setup.run(5)[0]) for _ in range(2))

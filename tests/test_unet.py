@@ -245,6 +245,7 @@ def test_resblock_resampling_replaces_the_convs_by_blocks():
       for leaf in ('weight', 'bias')}
 
 
+@pytest.mark.slow
 def test_heads_change_the_output_and_no_parameter():
   configs = (SMALLEST, dataclasses.replace(SMALLEST, num_heads=2),
              dataclasses.replace(SMALLEST, head_channels=4))
@@ -256,6 +257,7 @@ def test_heads_change_the_output_and_no_parameter():
   np.testing.assert_array_equal(two, width)  # 8 channels in heads of 4
 
 
+@pytest.mark.slow
 def test_labels_change_the_output():
   config = dataclasses.replace(SMALLEST, num_classes=5)
   state = random_state_dict(config)
@@ -265,6 +267,7 @@ def test_labels_change_the_output():
   assert unet_oracle.rel_l2(one, other) > 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only():
   state = random_state_dict(SMALLEST)
   params = {'params': unet_oracle.from_state_dict(SMALLEST, state)}
