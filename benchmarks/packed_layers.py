@@ -68,6 +68,8 @@ class Case:
 def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
           ) -> list[Case]:
   """The most work first; `params` are those of the model that was packed."""
+  banks = {name: jax.tree.map(jnp.asarray, layer.bank(0))
+           for name, layer in model.layers.items()}
   kernels = layers_lib.leaves(params, 'kernel')
   biases = layers_lib.leaves(params, 'bias')
   found: dict[Any, Case] = {}
@@ -76,7 +78,7 @@ def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
     y = compute(x)
     name = layers_lib.layer_name(module)
     if name in model.layers:
-      layer = jax.tree.map(jnp.asarray, model.layers[name]).bank(0)
+      layer = banks[name]
       key = (x.shape, y.shape, layer.weights.shape, layer.fmt, layer.act_fmt,
              layer.parts)
       own = {'kernel': kernels[name]} | (

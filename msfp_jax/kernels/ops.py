@@ -137,7 +137,8 @@ def _run_winograd(x, layer, geometry):
   return winograd.conv(
       x, w, layer.parts,
       lambda x: act.quantize(x, layer.act_scale, layer.act_zero_point),
-      lambda y: (y.astype(jnp.float32) * scale + shift).astype(x.dtype))
+      lambda y: reference.add(
+          y.astype(jnp.float32) * scale, shift).astype(x.dtype))
 
 
 def _run_kernel(x, layer, geometry, implementation, carrier):

@@ -72,6 +72,17 @@ def channels_last(axes: int) -> lax.ConvDimensionNumbers:
       data, (axes + 1, axes, *range(axes)), data)
 
 
+def add(product: jax.Array, term: jax.Array) -> jax.Array:
+  """product + term, where the product has been rounded.
+
+  On CPUs a product that is only added becomes a fused multiply-add in some of
+  XLA's fusions and not in others. The last bit would depend on what surrounds a
+  layer, and where it moves an input of the next one across the border of two
+  levels, a deep network amplifies it.
+  """
+  return product + jnp.where(jnp.isnan(product), product, term)
+
+
 def epilogue(layer: PackedLayer, carrier: str, geometry: Geometry | None,
              spatial: Sequence[int]) -> tuple[jax.Array, jax.Array]:
   """scale `[O]` and shift `[O]` or `[*spatial', O]`, float32.
@@ -90,7 +101,7 @@ def epilogue(layer: PackedLayer, carrier: str, geometry: Geometry | None,
   if zero is not None:
     per_value = (zero * weight.unit) * layer.scale
     inside = sums_inside(sums_of_weights(layer, carrier), geometry, spatial)
-    shift = inside * per_value + shift
+    shift = add(inside * per_value, shift)
   return scale, shift
 
 
@@ -100,7 +111,8 @@ def zero_of_input(layer: PackedLayer, carrier: str) -> jax.Array | None:
   if not act.offset:
     return layer.act_zero_point
   zero = layer.act_scale * (act.unit * act.offset)
-  return zero if layer.act_zero_point is None else zero + layer.act_zero_point
+  return zero if layer.act_zero_point is None else add(
+      zero, layer.act_zero_point)
 
 
 def sums_inside(tap_sums: jax.Array, geometry: Geometry | None,
@@ -128,7 +140,7 @@ def zero_of_weights(layer: PackedLayer, carrier: str, x: jax.Array,
   zero = layer.zero_point
   if weight.offset:
     moved = layer.scale * (weight.unit * weight.offset)
-    zero = moved if zero is None else zero + moved
+    zero = moved if zero is None else add(moved, zero)
   if zero is None:
     return None
   act = carriers.carry(layer.act_fmt, carrier)
@@ -147,7 +159,7 @@ def zero_of_weights(layer: PackedLayer, carrier: str, x: jax.Array,
   total = x * (layer.act_scale * act.unit)
   zero_x = zero_of_input(layer, carrier)
   if zero_x is not None:
-    total = count * zero_x + total
+    total = add(count * zero_x, total)
   return jnp.repeat(total, zero.shape[0] // groups, axis=-1) * zero
 
 
@@ -179,6 +191,6 @@ def run(x: jax.Array, layer: PackedLayer, product: Product, carrier: str,
   v = act.quantize(x, layer.act_scale, layer.act_zero_point)
   w = layer.values(carrier)
   scale, shift = epilogue(layer, carrier, geometry, x.shape[1:-1])
-  out = product(v, w).astype(jnp.float32) * scale + shift
+  out = add(product(v, w).astype(jnp.float32) * scale, shift)
   extra = zero_of_weights(layer, carrier, v, geometry)
-  return (out if extra is None else out + extra).astype(x.dtype)
+  return (out if extra is None else add(extra, out)).astype(x.dtype)
