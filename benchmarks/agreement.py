@@ -26,6 +26,7 @@ from msfp_jax import diffusion
 from msfp_jax import evaluate
 from msfp_jax import experiment as experiment_lib
 from msfp_jax import files
+from msfp_jax import kernels
 from msfp_jax import rows as rows_lib
 from msfp_jax.metrics import scorer as scorer_lib
 
@@ -46,7 +47,8 @@ def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
          seed: int) -> np.ndarray:
   """`[N, H, W, C]` from the noise of a seed."""
   sample = jax.jit(lambda arrays, noise: diffusion.sample(
-      model.with_arrays(arrays).eps_fn, plan, noise))
+      model.with_arrays(arrays).eps_fn, plan, noise),
+                   compiler_options=kernels.compiler_options())
   key, images = jax.random.key(seed), []
   for i in range(-(-_IMAGES.value // _BATCH.value)):
     noise = jax.random.normal(

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks import machine
 from msfp_jax import inference
+from msfp_jax import kernels
 from msfp_jax import layers as layers_lib
 from msfp_jax import packed as packed_lib
 from msfp_jax.kernels import dispatch
@@ -70,7 +71,7 @@ def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
   """The most work first; `params` are those of the model that was packed."""
   banks = {name: jax.tree.map(jnp.asarray, layer.bank(0))
            for name, layer in model.layers.items()}
-  kernels = layers_lib.leaves(params, 'kernel')
+  weights = layers_lib.leaves(params, 'kernel')
   biases = layers_lib.leaves(params, 'bias')
   found: dict[Any, Case] = {}
 
@@ -81,7 +82,7 @@ def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
       layer = banks[name]
       key = (x.shape, y.shape, layer.weights.shape, layer.fmt, layer.act_fmt,
              layer.parts)
-      own = {'kernel': kernels[name]} | (
+      own = {'kernel': weights[name]} | (
           {'bias': biases[name]} if name in biases else {})
       found.setdefault(key, Case(
           [], module.clone(parent=None), layer, own, x.shape, y.shape)
@@ -108,7 +109,8 @@ def measure(case: Case, roofline: machine.Roofline, count: int
   x = jax.random.normal(jax.random.key(0), case.x)
   half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
   apply = jax.jit(lambda params, x: case.module.apply({'params': params}, x))
-  packed = jax.jit(lambda layer, x: case.run(layer, x, None))
+  packed = jax.jit(lambda layer, x: case.run(layer, x, None),
+                   compiler_options=kernels.compiler_options())
   halves = half(case.params), half(x)
   times = machine.rounds({
       'float32': lambda: apply(case.params, x),

@@ -12,6 +12,7 @@ import numpy as np
 
 from msfp_jax import calibrate
 from msfp_jax import diffusion
+from msfp_jax import kernels
 from msfp_jax import packed as packed_lib
 from msfp_jax import student as student_lib
 from msfp_jax.models.unet import UNet
@@ -73,18 +74,27 @@ def inputs(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
   """{name: (noise `[B, H, W, C]` -> samples, bytes of the weights)}."""
   plan, model = subject.packed.plan, subject.packed.model
-  # The sampler's own sums are in float32 always.
-  sample = jax.jit(lambda params, x: diffusion.sample(
-      lambda x, t, index: model.apply(
-          {'params': params}, x.astype(jax.tree.leaves(params)[0].dtype), t
-      ).astype(jnp.float32), plan, x))
+
+  def run(params, x):
+    # The sampler's own sums are in float32 always.
+    dtype = jax.tree.leaves(params)[0].dtype
+    return diffusion.sample(
+        lambda x, t, index: model.apply(
+            {'params': params}, x.astype(dtype), t).astype(jnp.float32),
+        plan, x)
+
+  options = kernels.compiler_options()
+  sample = jax.jit(run)
+  like_packed = jax.jit(run, compiler_options=options)
   simulate = jax.jit(lambda arrays, x: diffusion.sample(
       lambda x, t, index: subject.deployed.with_arrays(arrays).eps_fn(
-          x, t, index), plan, x))
+          x, t, index), plan, x), compiler_options=options)
   halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), subject.params)
   size = sum(w.nbytes for w in jax.tree.leaves(subject.params))
   return {
       'float32': (lambda x: sample(subject.params, x), size),
+      "float32 with packed's options": (
+          lambda x: like_packed(subject.params, x), size),
       'bfloat16': (lambda x: sample(halves, x), size // 2),
       'simulated': (lambda x: simulate(subject.deployed.arrays, x), size),
       'packed': (subject.packed.sample, subject.packed.memory_bytes),

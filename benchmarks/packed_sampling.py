@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks import packed_models
+from msfp_jax import kernels
 
 # name -> (noise `[B, H, W, C]` -> samples, bytes of the weights)
 Ways = dict[str, tuple[Callable[..., Any], int]]
@@ -21,8 +22,8 @@ def agreement(subject: packed_models.Subject, batch: int) -> float:
       jax.random.key(2), (batch, *packed_models.shape()))
   t = jnp.full(batch, float(subject.packed.plan.timesteps[0]))
   packed, simulated = (np.asarray(jax.jit(
-      lambda arrays, model=model: model.with_arrays(arrays).eps_fn(x, t, 0))(
-          model.arrays)) for model in (subject.packed, subject.deployed))
+      lambda arrays, model=model: model.with_arrays(arrays).eps_fn(x, t, 0),
+      compiler_options=kernels.compiler_options())(model.arrays)) for model in (subject.packed, subject.deployed))
   return float(np.linalg.norm(packed - simulated) / np.linalg.norm(simulated))
 
 
@@ -53,7 +54,7 @@ def table(rows: list[dict[str, Any]], floor: float | None, fell_back: int
         f'{row["packed_speedup"]:.2f}x')
     if row['name'] == 'packed':
       speed = ''
-    share = '' if floor is None or row['name'] == 'bfloat16' else (
+    share = '' if floor is None or 'bfloat16' in row['name'] else (
         f'{floor / row["seconds"]:.0%}')
     yield (f'| {row["name"]} | {row["bytes"] / 1e6:.1f} | '
            f'{row["bytes_ratio"]:.1f} | {row["seconds"] * 1e3:.2f} | {share} | '

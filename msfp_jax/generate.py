@@ -1,6 +1,7 @@
 """Images from a model, batch by batch, on all devices."""
 
 from collections.abc import Callable, Iterable, Iterator
+import functools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from msfp_jax import conditions
 from msfp_jax import data
 from msfp_jax import devices
 from msfp_jax import diffusion
+from msfp_jax import kernels
 from msfp_jax import progress as progress_lib
 from msfp_jax import student as student_lib
 
@@ -43,7 +45,7 @@ def batches(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
   sharding = devices.batch_sharding()
 
   # Weights are arguments: constants would be folded at compile time.
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=kernels.compiler_options())
   def draw(arrays, key):
     model = deployed.with_arrays(arrays)
     noise = jax.random.normal(

@@ -97,7 +97,8 @@ class PackedModel:
     # Weights are arguments: constants would be folded at compile time.
     return jax.jit(lambda arrays, noise, condition, key: diffusion.sample(
         lambda x, t, index: self.with_arrays(arrays).eps_fn(
-            x, t, index, *condition), self.plan, noise, key))
+            x, t, index, *condition), self.plan, noise, key),
+                   compiler_options=kernels.compiler_options())
 
   @property
   def memory_bytes(self) -> int:

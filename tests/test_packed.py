@@ -175,6 +175,33 @@ def test_models_of_two_banks(model):
   assert np.abs(outputs[0] - outputs[1]).max() > 0.01
 
 
+class Deep(nn.Module):
+  """Convolutions wide enough for Winograd's algorithm, normalized between."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    for i in range(6):
+      x = nn.Conv(64, (3, 3), padding=((1, 1), (1, 1)), name=f'conv_{i}')(x)
+      x = nn.silu(nn.GroupNorm(8, name=f'norm_{i}')(x))
+    return x
+
+
+def test_deep_networks_are_equal_bit_for_bit():
+  """A last bit that differs would move levels, more with every layer."""
+  x, t = noise((2, 10, 8, 64)), jnp.zeros(2)
+  params = Deep().init(jax.random.key(0), x, t)['params']
+  deployed = student_lib.calibrated(
+      Deep(), params, tiny.by_hand(params), tiny.PLAN.timesteps)
+  packed = packed_lib.pack(deployed, tiny.PLAN)
+  assert all(layer.parts for layer in packed.layers.values())
+  outputs = [jax.jit(lambda arrays, model=model: model.with_arrays(
+      arrays).eps_fn(x, t, 0))(model.arrays) for model in (
+          deployed, packed, packed.with_implementation('reference'))]
+  for output in outputs[1:]:
+    np.testing.assert_array_equal(output, outputs[0])
+  assert np.std(outputs[0]) > 0.1
+
+
 class Heavy(nn.Module):
   """Many weights and small inputs."""
 

@@ -1,5 +1,6 @@
 """Low-bit layers: packed weights, quantized inputs, exact products."""
 
+from msfp_jax.kernels.compiler import options as compiler_options
 from msfp_jax.kernels.dispatch import IMPLEMENTATIONS
 from msfp_jax.kernels.layer import make_layer
 from msfp_jax.kernels.layer import pack
@@ -8,5 +9,5 @@ from msfp_jax.kernels.ops import conv
 from msfp_jax.kernels.ops import matmul
 from msfp_jax.kernels.ops import prepare
 
-__all__ = ['IMPLEMENTATIONS', 'PackedLayer', 'conv', 'make_layer', 'matmul',
-           'pack', 'prepare']
+__all__ = ['IMPLEMENTATIONS', 'PackedLayer', 'compiler_options', 'conv',
+           'make_layer', 'matmul', 'pack', 'prepare']

@@ -106,7 +106,7 @@ def _run(x, layer, geometry, implementation, carrier, function):
     return _run_kernel(x, layer, geometry, implementation, carrier)
   layer = layer.after(x)
   if implementation == 'xla' and layer.parts and _winograd_takes(
-      layer, geometry, carrier):
+      x.shape, layer, geometry, carrier):
     return _run_winograd(x, layer, geometry)
   product = functools.partial(
       _product, geometry=geometry, carrier=carrier, function=function)
@@ -124,10 +124,11 @@ def _product(v, w, *, geometry, carrier, function):
   return geometry.conv(v, w, preferred_element_type=sums)
 
 
-def _winograd_takes(layer, geometry, carrier):
+def _winograd_takes(shape, layer, geometry, carrier):
   return (carrier == 'f32' and jax.default_backend() == 'cpu'
           and geometry is not None and geometry.plain
-          and geometry.padding == ((1, 1), (1, 1)))
+          and geometry.padding == ((1, 1), (1, 1))
+          and winograd.pays_for(shape, layer.parts))
 
 
 def _run_winograd(x, layer, geometry):

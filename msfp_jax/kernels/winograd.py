@@ -9,7 +9,7 @@ needed. The last transform is in int32, where a sum may leave the range and
 come back. In plain float32 the same algorithm loses 3 digits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,21 @@ _OUTPUTS = np.array([
 _EXCESS = 24**2
 # From so many channels on, in and out, the transforms cost less than they save.
 _LEAST_CHANNELS = 64
+_LEAST_TILES = 64
 # Transformed inputs held at once: 8 MB, so that they stay in the cache.
 _AT_ONCE = 2**21
 
 
 def pays(channels: int, outputs: int) -> bool:
-  """Whether `conv` is faster than a plain convolution."""
+  """Whether `conv` can be faster than a plain convolution."""
   return min(channels, outputs) >= _LEAST_CHANNELS
+
+
+def pays_for(shape: Sequence[int], parts: int) -> bool:
+  """Whether it is for an input `[B, H, W, C]`: weights are transformed too."""
+  images, height, width, _ = shape
+  tiles = images * -(-height // 4) * -(-width // 4)
+  return tiles >= _LEAST_TILES * parts
 
 
 def splits(values: np.ndarray, act: FPFormat) -> int:
@@ -99,7 +107,7 @@ def conv(x: jax.Array, weights: jax.Array, parts: int,
   images, height, width, channels = x.shape
   weights = _transform(_WEIGHTS, _transform(_WEIGHTS, weights), axis=1)
   weights = weights.reshape(36, *weights.shape[2:])
-  each = 36 * -(-height // 4) * -(-width // 4) * channels
+  each = 36 * -(-height // 4) * -(-width // 4) * (channels // parts)
   some = next(n for n in range(images, 0, -1)
               if images % n == 0 and (n * each <= _AT_ONCE or n == 1))
 
@@ -123,15 +131,17 @@ def _convolve(x, weights, parts):
   x = jnp.pad(x, ((0, 0), (1, 1 + -height % 4), (1, 1 + -width % 4), (0, 0)))
   # Barriers keep XLA from computing one stage again for each use in the next.
   once = jax.lax.optimization_barrier
-  x = once(jnp.stack(_combine(
-      _INPUTS, [x[:, i:i + 4 * tall - 3:4] for i in range(6)])))
-  x = once(jnp.stack(_combine(
-      _INPUTS, [x[..., j:j + 4 * wide - 3:4, :] for j in range(6)]), axis=1))
-  x = x.reshape(36, -1, channels)
-  size = channels // parts
-  products = sum(
-      jnp.matmul(x[..., start:start + size], weights[:, start:start + size])
-      .astype(jnp.int32) for start in range(0, channels, size))
+  size, products = channels // parts, 0
+  for start in range(0, channels, size):
+    part = x[..., start:start + size]
+    part = once(jnp.stack(_combine(
+        _INPUTS, [part[:, i:i + 4 * tall - 3:4] for i in range(6)])))
+    part = once(jnp.stack(_combine(
+        _INPUTS, [part[..., j:j + 4 * wide - 3:4, :] for j in range(6)]),
+                          axis=1))
+    products += jnp.matmul(
+        part.reshape(36, -1, size), weights[:, start:start + size]
+    ).astype(jnp.int32)
   products = products.reshape(6, 6, images, tall, wide, -1)
   out = once(_transform(_OUTPUTS, products))
   out = _transform(_OUTPUTS, out, axis=1)
