@@ -23,7 +23,8 @@ def agreement(subject: packed_models.Subject, batch: int) -> float:
   t = jnp.full(batch, float(subject.packed.plan.timesteps[0]))
   packed, simulated = (np.asarray(jax.jit(
       lambda arrays, model=model: model.with_arrays(arrays).eps_fn(x, t, 0),
-      compiler_options=kernels.compiler_options())(model.arrays)) for model in (subject.packed, subject.deployed))
+      compiler_options=kernels.compiler_options())(model.arrays))
+                       for model in (subject.packed, subject.deployed))
   return float(np.linalg.norm(packed - simulated) / np.linalg.norm(simulated))
 
 

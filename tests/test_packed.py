@@ -188,7 +188,7 @@ class Deep(nn.Module):
 
 def test_deep_networks_are_equal_bit_for_bit():
   """A last bit that differs would move levels, more with every layer."""
-  x, t = noise((2, 10, 8, 64)), jnp.zeros(2)
+  x, t = noise((8, 10, 14, 64)), jnp.zeros(8)
   params = Deep().init(jax.random.key(0), x, t)['params']
   deployed = student_lib.calibrated(
       Deep(), params, tiny.by_hand(params), tiny.PLAN.timesteps)
