@@ -199,7 +199,7 @@ def test_deep_networks_are_equal_bit_for_bit():
           deployed, packed, packed.with_implementation('reference'))]
   for output in outputs[1:]:
     np.testing.assert_array_equal(output, outputs[0])
-  assert np.std(outputs[0]) > 0.1
+  assert len(np.unique(outputs[0])) > 1000
 
 
 class Heavy(nn.Module):
