@@ -1,6 +1,15 @@
 """Which tests share a process, where they are spread over several."""
 
+import jax
 import pytest
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+  """Runs on the CPU, as where there is nothing else."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  with jax.default_device(jax.devices('cpu')[0]):
+    yield
 
 
 @pytest.hookimpl(optionalhook=True)

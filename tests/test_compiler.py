@@ -21,7 +21,7 @@ def test_they_compile():
   np.testing.assert_array_equal(product(x, x.T), [[5, 14], [14, 50]])
 
 
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('unknown', [
     {'xla_no_such_option': '1'},
     {'xla_cpu_experimental_ynn_fusion_type': 'NO_SUCH_TYPE'}])

@@ -182,7 +182,7 @@ def calls(monkeypatch):
   return found
 
 
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('weight, act, zero_point, parts', [
     ('E2M1', 'E2M1', None, [1]),
     ('E2M1', 'UE3M1', np.float32(-0.5), [4]),
@@ -202,7 +202,7 @@ def test_prepared_layers_equal_the_reference(
   np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('options', [
     {'strides': 2}, {'padding': 'VALID'}, {'padding': ((0, 2), (1, 1))},
     {'dilation': 2, 'padding': ((1, 1), (1, 1))}, {'carrier': 'bf16'},
@@ -214,7 +214,7 @@ def test_other_convolutions_are_plain(calls, options):
   assert not calls
 
 
-@pytest.mark.skipif(jax.default_backend() != 'cpu', reason='of CPUs')
+@pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('images, is_taken', [(16, True), (15, False)])
 def test_few_pixels_do_not_pay_for_the_weights(calls, images, is_taken):
   _, prepared = wide_layer('E2M1', 'E2M1')

@@ -19,6 +19,7 @@ import numpy as np
 
 from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import mosaic_checks as checks
 from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
 from msfp_jax.kernels import mosaic_gpu_decode as decode_lib
 from msfp_jax.kernels import mosaic_gpu_kernel as kernel_lib
@@ -218,27 +219,20 @@ def _why_not_device(interpret):
 
 
 def _why_not_types(x, codes, fmt, out_dtype):
-  if not fmt.signed or fmt.bits != 4:
-    return (f'weights in {fmt}: the GPU kernels decode signed formats of 4 '
-            f'bits; use the XLA implementation')
+  if reason := checks.format_of_weights(fmt, 'GPU'):
+    return reason
   if np.dtype(x.dtype) not in CARRIERS:
     return (f'x is {x.dtype}: the GPU kernels multiply int8 and '
             f'float8_e4m3fn; carry the activations in one of these, or use '
             f'the XLA implementation')
   if codes.dtype != jnp.uint8:
     return f'codes are {codes.dtype}, not uint8; see mosaic_gpu.prepare'
-  if np.dtype(out_dtype) not in (np.dtype(jnp.float32), np.dtype(jnp.bfloat16)):
-    return f'out_dtype {np.dtype(out_dtype)}: must be float32 or bfloat16'
-  return None
+  return checks.out_dtype(out_dtype)
 
 
 def _why_not_shapes(op, x, codes, strides, padding):
-  rank = {'matmul': 2, 'conv': 4}[op]
-  if x.ndim != rank or codes.ndim != rank:
-    return (f'{op} of x {x.shape} and codes {codes.shape}: both must have '
-            f'{rank} axes')
-  if 0 in x.shape or 0 in codes.shape:
-    return f'{op} of x {x.shape} and codes {codes.shape}: nothing to multiply'
+  if reason := checks.axes(op, x, codes):
+    return reason
   length = x.shape[-1]
   padded = length + -length % decode_lib.DEPTH
   if 2 * codes.shape[-1] != padded or codes.shape[0] % decode_lib.CHANNELS:
@@ -248,19 +242,13 @@ def _why_not_shapes(op, x, codes, strides, padding):
             f'are left to XLA')
   if op == 'conv':
     size = output_size(x.shape[1:3], codes.shape[1:3], strides, padding)
-    if min(size) < 1 or min(strides) < 1 or min(map(min, padding)) < 0:
-      return (f'a window of {codes.shape[1:3]} with strides {strides} and '
-              f'padding {padding} on x {x.shape}')
+    return checks.window(size, codes.shape[1:3], strides, padding, x)
   return None
 
 
 def _why_not_sums(x, codes, fmt):
   length = x.shape[-1] * math.prod(codes.shape[1:-1])
-  bound = length * 128 * carriers.magnitude(fmt)
-  if x.dtype == jnp.int8 and bound > carriers.EXACT_INT32:
-    return (f'sums of {length} products of int8 and {fmt} may leave int32; '
-            f'carry the activations in bf16')
-  return None
+  return checks.sums(x, length, fmt)
 
 
 def _why_not_blocks(x, codes, strides, out_dtype, blocks):

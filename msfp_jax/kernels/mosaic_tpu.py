@@ -18,6 +18,7 @@ import numpy as np
 
 from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import mosaic_checks as checks
 from msfp_jax.kernels import mosaic_tpu_blocks as blocks_lib
 from msfp_jax.kernels import mosaic_tpu_conv
 from msfp_jax.kernels import mosaic_tpu_decode as decode_lib
@@ -171,16 +172,15 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
 
 
 def _why_not_types(x, codes, fmt, out_dtype, chip):
-  if not fmt.signed or fmt.bits != 4:
-    return (f'weights in {fmt}: the TPU kernels decode signed formats of 4 '
-            f'bits; use the XLA implementation')
+  if reason := checks.format_of_weights(fmt, 'TPU'):
+    return reason
   if np.dtype(x.dtype) not in decode_lib.CARRIERS:
     return (f'x is {x.dtype}: the TPU kernels multiply int8, float8_e4m3fn '
             f'and bfloat16; see carriers.DTYPES')
   if codes.dtype != jnp.uint8:
     return f'codes are {codes.dtype}, not uint8; see carriers.pack_halves'
-  if np.dtype(out_dtype) not in (np.dtype(jnp.float32), np.dtype(jnp.bfloat16)):
-    return f'out_dtype {np.dtype(out_dtype)}: must be float32 or bfloat16'
+  if reason := checks.out_dtype(out_dtype):
+    return reason
   carrier = decode_lib.CARRIERS[np.dtype(x.dtype)]
   if chip and carrier not in blocks_lib.CHIPS[chip].carriers:
     return (f'TPU {chip} does not multiply {carrier}; carry activations in '
@@ -189,12 +189,8 @@ def _why_not_types(x, codes, fmt, out_dtype, chip):
 
 
 def _why_not_shapes(op, x, codes, strides, padding):
-  rank = {'matmul': 2, 'conv': 4}[op]
-  if x.ndim != rank or codes.ndim != rank:
-    return (f'{op} of x {x.shape} and codes {codes.shape}: both must have '
-            f'{rank} axes')
-  if 0 in x.shape or 0 in codes.shape:
-    return f'{op} of x {x.shape} and codes {codes.shape}: nothing to multiply'
+  if reason := checks.axes(op, x, codes):
+    return reason
   length = x.shape[-1]
   if codes.shape[-2] != -(-length // 2):
     return (f'{length} channels of x {x.shape} need {-(-length // 2)} packed '
@@ -203,19 +199,13 @@ def _why_not_shapes(op, x, codes, strides, padding):
   if op == 'conv':
     size = mosaic_tpu_conv.output_size(
         x.shape[1:3], codes.shape[:2], strides, padding)
-    if min(size) < 1 or min(strides) < 1 or min(map(min, padding)) < 0:
-      return (f'a window of {codes.shape[:2]} with strides {strides} and '
-              f'padding {padding} on x {x.shape}')
+    return checks.window(size, codes.shape[:2], strides, padding, x)
   return None
 
 
 def _why_not_sums(x, codes, fmt):
   length = x.shape[-1] * int(np.prod(codes.shape[:-2]))
-  bound = length * 128 * carriers.magnitude(fmt)
-  if x.dtype == jnp.int8 and bound >= carriers.EXACT_INT32:
-    return (f'sums of {length} products of int8 and {fmt} may leave int32; '
-            f'carry the activations in bf16')
-  return None
+  return checks.sums(x, length, fmt)
 
 
 def _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks, chip):

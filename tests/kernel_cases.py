@@ -1,0 +1,126 @@
+"""Quantized layers at random, with what they return, for tests of kernels."""
+
+import functools
+
+import jax
+import kernel_oracle
+import numpy as np
+
+from msfp_jax import kernels
+from msfp_jax import quantizers
+from msfp_jax.formats import FPFormat
+from msfp_jax.kernels import carriers
+
+# Compiling takes longer than running.
+jit = functools.partial(
+    jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+class Case:
+  """A layer at random, its input, and what it returns, in float64.
+
+  Attributes:
+    layer: not packed.
+    packed: the same, packed.
+    x: its input.
+    expected: its output.
+    span: of every output, the sum of |x| |w| were all x the largest, as
+      carried: what a relative error of every product and sum is of.
+    length: of the sums.
+  """
+
+  def __init__(self, x_shape, w_shape, weight, act, zero=None, act_zero=None,
+               bias=True, **geometry):
+    rng = np.random.default_rng(0)
+    draw = lambda shape: rng.normal(size=shape).astype(np.float32)
+    weight, act = FPFormat.parse(weight), act and FPFormat.parse(act)
+    outputs = w_shape[-1]
+    self.geometry = geometry
+    self.x, w = draw(x_shape), draw(w_shape)
+    scale = np.float32(3 / weight.max * np.exp2(rng.uniform(-1, 0, outputs)))
+    zeros = None if zero is None else np.float32(zero + 0.1 * draw(outputs))
+    bias = draw(outputs) if bias else None
+    act_scale = act and np.float32(2.5 / act.max)
+    act_zero = None if act_zero is None else np.float32(act_zero)
+    self.layer = kernels.make_layer(
+        w, quantizers.Quantizer(weight, scale, zeros),
+        act and quantizers.Quantizer(act, act_scale, act_zero), bias)
+    self.packed = kernels.pack(self.layer)
+    w = kernel_oracle.fake_quant(w, weight, scale, zeros)
+    self.weights = w
+    inputs, largest = np.float64(self.x), np.abs(self.x).max()
+    if act:
+      inputs = kernel_oracle.fake_quant(self.x, act, act_scale, act_zero)
+      largest = act.max * act_scale + abs(act_zero or 0)
+    bias = 0 if bias is None else bias
+    self.expected = self.product(inputs, w) + bias
+    self.span = self.product(
+        np.full(x_shape, largest), np.abs(w)) + np.abs(bias)
+    self.length = np.prod(w_shape[:-1])
+
+  def product(self, x, w):
+    if not self.geometry:
+      return x @ w
+    return kernel_oracle.conv(x, w, **self.geometry)
+
+  def apply(self, x, layer, **options):
+    """Operation by operation, unless it is jitted."""
+    if not self.geometry:
+      return kernels.matmul(x, layer, **options)
+    return kernels.conv(x, layer, **self.geometry, **options)
+
+  def run(self, layer=None, **options):
+    layer = self.packed if layer is None else layer
+    return jit(lambda x, layer: self.apply(x, layer, **options))(
+        self.x, layer)
+
+  def assert_close(self, actual, rtol=1e-6):
+    """To the largest output."""
+    np.testing.assert_allclose(
+        actual, self.expected, rtol=rtol, atol=rtol * np.abs(
+            self.expected).max())
+
+  def outputs(self, x, layer):
+    """{'reference': its own, carrier: of XLA}."""
+    fmts = self.layer.fmt, self.layer.act_fmt
+    expected = self.apply(x, layer, implementation='reference')
+    return {'reference': expected} | {
+        carrier: self.apply(x, layer, implementation='xla', carrier=carrier)
+        for carrier in ('int8', 'fp8', 'bf16')
+        if all(carriers.carry(fmt, carrier) for fmt in fmts)}
+
+  def assert_agree(self, layer=None, compile_=None):
+    """The reference, and XLA in every carrier that holds the formats.
+
+    Bit for bit where sums are exact. Else every product and sum rounds once,
+    and so do scale, shift and what they are applied to.
+    """
+    layer = self.packed if layer is None else layer
+    outputs = (compile_ or jit)(self.outputs)(self.x, layer)
+    expected = outputs.pop('reference')
+    self.assert_close(expected)
+    assert outputs
+    is_exact = functools.partial(
+        carriers.is_exact, layer.fmt, layer.act_fmt, self.length)
+    bound = 2.0**-24 * (2 * self.length + 8) * self.span
+    for carrier, actual in outputs.items():
+      if is_exact(carrier) and is_exact('f32'):
+        np.testing.assert_array_equal(actual, expected, carrier)
+      else:
+        assert (np.abs(actual - self.expected) <= bound).all(), carrier
+
+
+def conv_case(x_shape, w_shape, *formats, strides=1, padding=0, dilation=1,
+              groups=1, **options):
+  axes = len(x_shape) - 2
+  if isinstance(padding, int):
+    padding = (padding, padding)
+  return Case(x_shape, w_shape, *formats, **options, strides=(strides,) * axes,
+              padding=(padding,) * axes, dilation=(dilation,) * axes,
+              groups=groups)
+
+
+SOME = {
+    'dense': functools.partial(Case, (5, 7), (7, 6)),
+    'conv': functools.partial(conv_case, (1, 5, 6, 3), (3, 3, 3, 4), padding=1),
+}
