@@ -78,7 +78,7 @@ browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 	$(BROWSER_PY) -m pytest -m browser
 
 aot: $(AOT_READY) ## compile the kernels for TPUs and Hopper, without either
-	$(AOT_PY) -m pytest $(WORKERS) -m aot
+	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) -m aot
 
 packed: $(RUN_READY) ## speed and memory of packed models
 	$(PY) -m benchmarks.packed

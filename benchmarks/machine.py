@@ -33,17 +33,25 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def rounds(functions: dict[str, Callable[[], Any]], count: int
-           ) -> dict[str, list[float]]:
+def rounds(functions: dict[str, Callable[[], Any]], count: int,
+           warm: bool = False) -> dict[str, list[float]]:
   """Seconds of each, called in turn A B C A B C, after a call unmeasured.
 
   Machines drift: figures of the same round are comparable.
+
+  Args:
+    functions: {name: what is timed}.
+    count: of rounds.
+    warm: whether there is a call unmeasured before every one, after which
+      short functions find their memory mapped, as parts of a program do.
   """
   times = {name: [] for name in functions}
   for function in functions.values():
     jax.block_until_ready(function())
   for _ in range(count):
     for name, function in functions.items():
+      if warm:
+        jax.block_until_ready(function())
       start = time.perf_counter()
       jax.block_until_ready(function())
       times[name].append(time.perf_counter() - start)

@@ -115,7 +115,7 @@ def measure(case: Case, roofline: machine.Roofline, count: int
   times = machine.rounds({
       'float32': lambda: apply(case.params, x),
       'bfloat16': lambda: apply(*halves),
-      'packed': lambda: packed(case.layer, x)}, count)
+      'packed': lambda: packed(case.layer, x)}, count, warm=True)
   weights = sum(a.nbytes for a in jax.tree.leaves(case.params))
   stored = sum(a.nbytes for a in jax.tree.leaves(case.layer))
   reason = case.fell_back()

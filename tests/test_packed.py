@@ -214,7 +214,10 @@ class Heavy(nn.Module):
 
 @pytest.mark.parametrize('num_banks', [1, 2])
 def test_decoded_weights_are_never_in_memory_at_once(num_banks):
-  """Nor are they computed before the loop over steps, to be kept."""
+  """Nor are they computed before the loop over steps, to be kept.
+
+  There is room for one of the 8 layers, and for the codes of a step's banks.
+  """
   x = jnp.zeros((1, 1, 1, 256))
   params = Heavy().init(jax.random.key(0), x, jnp.zeros(1))['params']
   weights = layers_lib.leaves(params, 'kernel')
@@ -229,5 +232,5 @@ def test_decoded_weights_are_never_in_memory_at_once(num_banks):
       x))
   held = draw.lower(packed.arrays, x).compile().memory_analysis()
   full = sum(w.nbytes for w in weights.values())
-  assert held.temp_size_in_bytes < full / 4
+  assert held.temp_size_in_bytes < full / 8 * 1.5 + full / 8
   assert held.argument_size_in_bytes < full * (num_banks / 8 + 0.1)

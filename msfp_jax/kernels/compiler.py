@@ -1,8 +1,12 @@
 """How XLA is asked to compile whole samplers."""
 
+from collections.abc import Callable
 import functools
 
 import jax
+import jax.numpy as jnp
+
+from msfp_jax.kernels.layer import PackedLayer
 
 # XLA's CPU back end runs small products of its YNN library on one core each;
 # those of Winograd's algorithm are faster by Eigen. The value names what is
@@ -21,3 +25,27 @@ def options() -> dict[str, str] | None:
   except (jax.errors.JaxRuntimeError, ValueError):
     return None
   return dict(_CPU)
+
+
+def apart(run: Callable[[jax.Array, PackedLayer], jax.Array], x: jax.Array,
+          layer: PackedLayer) -> jax.Array:
+  """run(x, layer), as a part of a program that XLA leaves where it is.
+
+  Else XLA may decode the weights of all layers at once, before the loop over a
+  sampler's steps, and keep them. On CPUs it fuses nothing across either end of
+  the layer then, so that what is between two layers is rounded alike in any
+  program, whatever the layers run by: in the last bit of a normalization it is
+  not, and a deep network amplifies that.
+  """
+  if not isinstance(x, jax.core.Tracer) or not x.size:
+    return run(x, layer)
+  first = x[(0,) * x.ndim]
+  if jax.default_backend() != 'cpu':
+    weights, _ = jax.lax.optimization_barrier((layer.weights, first))
+    return run(x, layer.replace(weights=weights))
+  # XLA drops optimization barriers on CPUs. What never holds, it cannot tell.
+  never = (first < 1) & (first > 1)
+  run = jax.jit(run, inline=True)  # which is traced once for both uses
+  out = jax.eval_shape(run, x, layer)
+  return jax.lax.cond(
+      never, lambda *_: jnp.zeros(out.shape, out.dtype), run, x, layer)

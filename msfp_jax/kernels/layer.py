@@ -75,21 +75,6 @@ class PackedLayer:
     return self.replace(
         weights=self.weights[index], tap_sums=sums, banked=False)
 
-  def after(self, x: jax.Array) -> 'PackedLayer':
-    """The layer, not to be decoded before its input is there.
-
-    Else XLA may decode the weights of all layers at once, before the loop over
-    a sampler's steps, and keep them. On CPUs it drops optimization barriers.
-    """
-    if self.packing == VALUES or not x.size:
-      return self
-    first = x[(0,) * x.ndim]
-    if jax.default_backend() == 'cpu':
-      never = (first < 1) & (first > 1)
-      return self.replace(weights=self.weights | never.astype(jnp.uint8))
-    weights, _ = jax.lax.optimization_barrier((self.weights, first))
-    return self.replace(weights=weights)
-
   def codes(self) -> jax.Array:
     """uint8 codes `[..., *window, I, O]`."""
     if self.packing == NIBBLES:

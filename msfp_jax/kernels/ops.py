@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import compiler
 from msfp_jax.kernels import dispatch
 from msfp_jax.kernels import layer as layer_lib
 from msfp_jax.kernels import reference
@@ -104,24 +105,32 @@ def _run(x, layer, geometry, implementation, carrier, function):
   carrier = carrier or dispatch.pick_carrier(layer, implementation)
   if implementation in dispatch.KERNELS.values():
     return _run_kernel(x, layer, geometry, implementation, carrier)
-  layer = layer.after(x)
   if implementation == 'xla' and layer.parts and _winograd_takes(
       x.shape, layer, geometry, carrier):
-    return _run_winograd(x, layer, geometry)
-  product = functools.partial(
-      _product, geometry=geometry, carrier=carrier, function=function)
-  return reference.run(x, layer, product, carrier, geometry)
+    run = functools.partial(_run_winograd, geometry=geometry)
+  else:
+    product = functools.partial(
+        _product, geometry=geometry, carrier=carrier, function=function)
+    run = functools.partial(reference.run, product=product, carrier=carrier,
+                            geometry=geometry)
+  return compiler.apart(run, x, layer)
 
 
 def _product(v, w, *, geometry, carrier, function):
   """Of values in the carrier, by XLA."""
   sums = carriers.DTYPES[carrier][1]
-  if geometry is None:
+  if geometry is None or _is_pointwise(geometry, w.shape):
+    w = w.reshape(w.shape[-2:])  # XLA has faster products than convolutions
     return lax.dot_general(
         v, w, (((v.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums)
   if v.dtype == jnp.float32:
     return geometry.conv(v, w, function=function)
   return geometry.conv(v, w, preferred_element_type=sums)
+
+
+def _is_pointwise(geometry, shape):
+  return (geometry.plain and set(shape[:-2]) == {1}
+          and not any(map(any, geometry.padding)))
 
 
 def _winograd_takes(shape, layer, geometry, carrier):

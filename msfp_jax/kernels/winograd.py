@@ -31,8 +31,8 @@ _EXCESS = 24**2
 # From so many channels on, in and out, the transforms cost less than they save.
 _LEAST_CHANNELS = 64
 _LEAST_TILES = 64
-# Transformed inputs held at once: 8 MB, so that they stay in the cache.
-_AT_ONCE = 2**21
+# Transformed inputs held at once: 16 MB, so that they stay in the cache.
+_AT_ONCE = 2**22
 
 
 def pays(channels: int, outputs: int) -> bool:
