@@ -1,10 +1,12 @@
-"""Options for XLA are used where it knows them."""
+"""Options for XLA are used where it knows them, and layers stay apart."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
+from msfp_jax import packed as packed_lib
 from msfp_jax.kernels import compiler
 
 
@@ -33,3 +35,29 @@ def test_unknown_ones_are_left_out(monkeypatch, unknown):
 def test_only_cpus_have_any(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   assert compiler.options() is None
+
+
+@pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('is_packed', [False, True])
+def test_xla_leaves_layers_apart(is_packed):
+  """A branch of its own for each of the two quantized layers of three."""
+  model = toy.deployed()
+  if is_packed:
+    model = packed_lib.pack(model, toy.plan())
+  x, t = jnp.ones((2, *toy.SHAPE)), jnp.ones(2)
+  compiled = jax.jit(lambda arrays, x: model.with_arrays(arrays).eps_fn(
+      x, t, 0)).lower(model.arrays, x).compile()
+  assert compiled.as_text().count(' conditional(') == 2
+
+
+@pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('value', [0, 1, -2, np.nan, np.inf])
+def test_whatever_the_input_a_layer_apart_is_itself(value):
+  """Traced, at once, and without any input."""
+  layer = toy.deployed().layers()['conv_in'].bank(0)
+  run = lambda x, layer: x * layer.scale + layer.bias
+  x = jnp.full((2, 4), value, jnp.float32)
+  apart = lambda x, layer: compiler.apart(run, x, layer)
+  for x in (x, x[:0]):
+    for call in (apart, jax.jit(apart)):
+      np.testing.assert_allclose(call(x, layer), run(x, layer), rtol=1e-6)
