@@ -1,7 +1,44 @@
-"""Which tests share a process, where they are spread over several."""
+"""What all tests share: compiled programs, and processes."""
+
+import os
+import pathlib
+import shutil
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
+
+_COMPILED = pathlib.Path(__file__).parents[1] / '.pytest_cache/jax'
+_LARGEST = 2**30  # bytes, after which it starts anew
+
+
+def pytest_configure():
+  """What any run of the tests compiled is not compiled again.
+
+  JAX's own variables choose another folder; programs that tests start use it
+  too.
+  """
+  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    return
+  if _COMPILED.is_dir() and sum(
+      path.stat().st_size for path in _COMPILED.iterdir()) > _LARGEST:
+    shutil.rmtree(_COMPILED)
+  for name, value in {
+      'jax_compilation_cache_dir': str(_COMPILED),
+      'jax_persistent_cache_min_compile_time_secs': 0,
+      'jax_persistent_cache_min_entry_size_bytes': -1}.items():
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module')
+def uncached():
+  """Compilers run, whatever they left before."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Tiny runs of train.py and eval.py, for the tests in experiment/."""
 
-import contextlib
 import itertools
 import os
 import signal
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import safetensors
 
@@ -23,24 +21,6 @@ SMALL = {
     'finetune.num_updates': 6, 'finetune.save_every': 2,
     'finetune.batch_size': 2, 'finetune.rank': 2, 'eval.report': False,
 }
-CACHE = {'jax_compilation_cache_dir': '',
-         'jax_persistent_cache_min_compile_time_secs': 0,
-         'jax_persistent_cache_min_entry_size_bytes': -1}
-
-
-@contextlib.contextmanager
-def compilation_cached(folder):
-  """Repeated compilations are read from a folder."""
-  before = {name: getattr(jax.config, name) for name in CACHE}
-  for name, value in CACHE.items():
-    jax.config.update(name, folder if value == '' else value)
-  compilation_cache.reset_cache()
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def smooth(count, height, width, channels, seed=0):

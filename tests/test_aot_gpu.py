@@ -18,7 +18,7 @@ from msfp_jax.kernels import carriers
 from msfp_jax.kernels import mosaic_gpu
 from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 E2M1 = FPFormat.parse('E2M1')
 MULTIPLY = {'int8': 's32.s8.s8', 'fp8': 'f32.e4m3.e4m3'}
 

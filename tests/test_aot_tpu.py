@@ -16,7 +16,7 @@ from msfp_jax.kernels import carriers
 from msfp_jax.kernels import mosaic_tpu
 from msfp_jax.kernels import mosaic_tpu_blocks as blocks_lib
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 pytest.importorskip('libtpu', reason='libtpu compiles for TPUs')
 
 WEIGHTS = formats_lib.formats_of_width(4, signed=True)

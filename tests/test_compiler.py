@@ -58,6 +58,7 @@ def test_whatever_the_input_a_layer_apart_is_itself(value):
   run = lambda x, layer: x * layer.scale + layer.bias
   x = jnp.full((2, 4), value, jnp.float32)
   apart = lambda x, layer: compiler.apart(run, x, layer)
-  for x in (x, x[:0]):
+  for inputs in (x, x[:0]):
     for call in (apart, jax.jit(apart)):
-      np.testing.assert_allclose(call(x, layer), run(x, layer), rtol=1e-6)
+      np.testing.assert_allclose(
+          call(inputs, layer), run(inputs, layer), rtol=1e-6)

@@ -12,17 +12,6 @@ from msfp_jax import finetune
 
 
 @pytest.fixture(scope='session')
-def cache_folder(tmp_path_factory):
-  return str(tmp_path_factory.mktemp('cache'))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def cached(cache_folder):
-  with runs.compilation_cached(cache_folder):
-    yield
-
-
-@pytest.fixture(scope='session')
 def npz(tmp_path_factory):
   path = tmp_path_factory.mktemp('data') / 'smooth.npz'
   np.savez(path, runs.smooth(200, 8, 8, 1))
@@ -30,23 +19,21 @@ def npz(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def trained(tmp_path_factory, npz, cache_folder):
+def trained(tmp_path_factory, npz):
   """The workdir of one training and evaluation, never changed by tests."""
   workdir = tmp_path_factory.mktemp('trained')
-  with runs.compilation_cached(cache_folder):
-    finetune.run(runs.config_of(npz), str(workdir))
-    evaluate.run(runs.config_of(npz), str(workdir))
+  finetune.run(runs.config_of(npz), str(workdir))
+  evaluate.run(runs.config_of(npz), str(workdir))
   return workdir
 
 
 @pytest.fixture(scope='session')
-def reported(tmp_path_factory, trained, npz, cache_folder):
+def reported(tmp_path_factory, trained, npz):
   """A copy of it with report.html; never changed by tests."""
   workdir = tmp_path_factory.mktemp('reported') / 'run'
   shutil.copytree(trained, workdir)
-  with runs.compilation_cached(cache_folder):
-    evaluate.run(runs.config_of(npz, {'eval.report': True}), str(workdir),
-                 'python eval.py --workdir=<run> & more')
+  evaluate.run(runs.config_of(npz, {'eval.report': True}), str(workdir),
+               'python eval.py --workdir=<run> & more')
   return workdir
 
 

@@ -81,16 +81,17 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
   runs.assert_same_run(runs.config_of(npz), copy, trained)
 
 
-def start(workdir, npz, cache, program='train.py', changes=LONG):
+def start(workdir, npz, program='train.py', changes=LONG):
+  """The program; what it compiles stays apart, as it may be killed writing."""
   flags = {'data.path': npz} | runs.SMALL | changes
-  environment = {name.upper(): str(cache if value == '' else value)
-                 for name, value in runs.CACHE.items()}
   return subprocess.Popen(
       [sys.executable, program, '--config=configs/images.py:smoke',
        f'--workdir={workdir}',
        *(f'--config.{name}={value}' for name, value in flags.items())],
       cwd=ROOT, stderr=subprocess.PIPE, text=True,
-      env=os.environ | environment | {'JAX_PLATFORMS': 'cpu'})
+      env=os.environ | {
+          'JAX_PLATFORMS': 'cpu',
+          'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled')})
 
 
 def finish(process):
@@ -112,9 +113,9 @@ def lines(path):
 
 
 @pytest.mark.slow
-def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz, cache_folder):
+def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz):
   reference, workdir = tmp_path / 'reference', tmp_path / 'workdir'
-  finish(start(reference, npz, cache_folder))
+  finish(start(reference, npz))
   records = {'pretrain': workdir / 'pretrain/metrics.jsonl',
              'finetune': workdir / 'metrics.jsonl'}
   points = [  # when to stop; whether a loop is sure to catch it
@@ -126,7 +127,7 @@ def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz, cache_folder):
       (lambda: lines(records['finetune']) >= 30, True),
   ]
   for condition, caught in points:
-    process = start(workdir, npz, cache_folder)
+    process = start(workdir, npz)
     wait_until(process, condition)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=600)
@@ -136,7 +137,7 @@ def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz, cache_folder):
     if caught:
       assert 'run the same command again' in log
   assert 'finetune: resumed at step' in finish(
-      start(workdir, npz, cache_folder))
+      start(workdir, npz))
   runs.assert_same_run(runs.config_of(npz, LONG), workdir, reference)
 
 
@@ -145,17 +146,17 @@ def has_batches(folder, count):
 
 
 @pytest.mark.slow
-def test_an_evaluation_killed_at_any_time(copy, npz, cache_folder):
+def test_an_evaluation_killed_at_any_time(copy, npz):
   """SIGKILL, at different numbers of files, then the same command."""
   before = runs.contents(copy)
   (copy / 'results.json').unlink()
   for count in (1, 3, 6):
-    process = start(copy, npz, cache_folder, 'eval.py', {})
+    process = start(copy, npz, 'eval.py', {})
     wait_until(process, functools.partial(has_batches, copy / 'eval', count))
     process.kill()
     process.communicate()
     assert not (copy / 'results.json').exists()
-  log = finish(start(copy, npz, cache_folder, 'eval.py', {}))
+  log = finish(start(copy, npz, 'eval.py', {}))
   assert 'going on with the evaluation' in log
   after = runs.contents(copy)
   assert after.pop('config.json') and before.pop('config.json')
