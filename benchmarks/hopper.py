@@ -19,11 +19,13 @@ widened on the way. Without a GPU, --aot compiles all of it for an H200.
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import math
 import pathlib
 import re
 import time
 from typing import Any
+from unittest import mock
 
 from absl import app
 from absl import flags
@@ -39,6 +41,7 @@ from benchmarks import packed_sampling
 from benchmarks.hopper_cases import Case
 from benchmarks.hopper_cases import Method
 from msfp_jax import files
+from msfp_jax import packed as packed_lib
 from msfp_jax.kernels import carriers
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Where to write the rows, JSON.')
@@ -48,6 +51,7 @@ _MINUTES = flags.DEFINE_float('minutes', 6.5, 'Begins no case after these.')
 
 # Its name for --only.
 SAMPLING = 'sampling'
+SAMPLES = 64  # at once
 TARGET = pathlib.Path(__file__).parents[1] / 'tests' / 'h200.txtpb'
 # Of bf16, of 8 bits, and of memory: the H200's as measured (8 bits: twice
 # bf16), the H100's memory as its datasheet has it.
@@ -148,6 +152,18 @@ def compile_case(case: Case, method: Method, sharding) -> None:
   ).lower(lowering_platforms=('cuda',)).compile()
 
 
+def compile_sampling(sharding) -> None:
+  """Ahead of time, a step of what `sample_cifar10` runs packed."""
+  subject = packed_models.make(num_steps=1)
+  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+  with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
+    model = packed_lib.pack(subject.deployed, subject.packed.plan)
+    arrays, (x, t) = jax.tree.map(
+        shape, (model.arrays, packed_models.inputs(SAMPLES)))
+    jax.jit(lambda arrays, x, t: model.with_arrays(arrays).eps_fn(x, t, 0)
+            ).trace(arrays, x, t).lower(lowering_platforms=('cuda',)).compile()
+
+
 def compile_all(cases) -> int:
   """Prints what compiles; returns how many do not."""
   from jax.experimental import topologies
@@ -157,19 +173,26 @@ def compile_all(cases) -> int:
   sharding = jax.sharding.NamedSharding(
       topologies.make_mesh(topology, (1,), ('x',)),
       jax.sharding.PartitionSpec())
+  parts = [(f'{case.name:12} {method.name:28}',
+            functools.partial(compile_case, case, method))
+           for case in cases for method in hopper_cases.methods(case)]
+  if _has_sampling():
+    parts.append((SAMPLING, compile_sampling))
   failed = 0
-  for case in cases:
-    for method in hopper_cases.methods(case):
-      start = time.perf_counter()
-      try:
-        compile_case(case, method, sharding)
-        said = 'compiles'
-      except Exception as error:  # noqa: BLE001 - the others go on
-        failed += 1
-        said = describe(error)
-      print(f'{case.name:12} {method.name:28} {said} '
-            f'({time.perf_counter() - start:.1f} s)', flush=True)
+  for name, compile_ in parts:
+    start = time.perf_counter()
+    try:
+      compile_(sharding)
+      said = 'compiles'
+    except Exception as error:  # noqa: BLE001 - the others go on
+      failed += 1
+      said = describe(error)
+    print(f'{name} {said} ({time.perf_counter() - start:.1f} s)', flush=True)
   return failed
+
+
+def _has_sampling() -> bool:
+  return not _ONLY.value or SAMPLING in _ONLY.value
 
 
 def show(case: Case, method: Method, row, base: float | None) -> str:
@@ -227,7 +250,7 @@ def run_all(cases, start: float) -> None:
     except Exception as error:  # noqa: BLE001 - the others go on
       print(f'{case.name}: {describe(error)}')
     write(roofline, claims=claims, rows=rows)
-  if not _ONLY.value or SAMPLING in _ONLY.value:
+  if _has_sampling():
     write(roofline, claims=claims, rows=rows, sampling=sample_cifar10())
 
 
@@ -239,7 +262,8 @@ def write(roofline, **found: Any) -> None:
         'roofline': roofline, **found})
 
 
-def sample_cifar10(batch: int = 64, num_steps: int = 4) -> list[dict[str, Any]]:
+def sample_cifar10(batch: int = SAMPLES, num_steps: int = 4
+                   ) -> list[dict[str, Any]]:
   """The rows of bf16 and of packed weights, which it prints."""
   subject = packed_models.make(num_steps)
   fallen = packed_layers.count_fallen(packed_layers.cases(
