@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from msfp_jax.kernels.layer import PackedLayer
+from msfp_jax.kernels.layer import VALUES
 
 # XLA's CPU back end runs small products of its YNN library on one core each;
 # those of Winograd's algorithm are faster by Eigen. The value names what is
@@ -32,15 +33,17 @@ def apart(run: Callable[[jax.Array, PackedLayer], jax.Array], x: jax.Array,
   """run(x, layer), as a part of a program that XLA leaves where it is.
 
   Else XLA may decode the weights of all layers at once, before the loop over a
-  sampler's steps, and keep them. On CPUs it fuses nothing across either end of
-  the layer then, so that what is between two layers is rounded alike in any
-  program, whatever the layers run by: in the last bit of a normalization it is
-  not, and a deep network amplifies that.
+  sampler's steps, and keep them. On CPUs it also fuses nothing across either end
+  of the layer, so that what is between two layers is rounded alike in any
+  program, whatever the layers run by: fused, a normalization differs in its last
+  bit, which a deep network amplifies.
   """
   if not isinstance(x, jax.core.Tracer) or not x.size:
     return run(x, layer)
   first = x[(0,) * x.ndim]
   if jax.default_backend() != 'cpu':
+    if layer.packing == VALUES:
+      return run(x, layer)
     weights, _ = jax.lax.optimization_barrier((layer.weights, first))
     return run(x, layer.replace(weights=weights))
   # XLA drops optimization barriers on CPUs. What never holds, it cannot tell.
