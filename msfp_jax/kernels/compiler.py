@@ -33,10 +33,10 @@ def apart(run: Callable[[jax.Array, PackedLayer], jax.Array], x: jax.Array,
   """run(x, layer), as a part of a program that XLA leaves where it is.
 
   Else XLA may decode the weights of all layers at once, before the loop over a
-  sampler's steps, and keep them. On CPUs it also fuses nothing across either end
-  of the layer, so that what is between two layers is rounded alike in any
-  program, whatever the layers run by: fused, a normalization differs in its last
-  bit, which a deep network amplifies.
+  sampler's steps, and keep them. On CPUs it also fuses nothing across either
+  end of the layer, so that what is between two layers is rounded alike in any
+  program, whatever the layers run by: fused, a normalization differs in its
+  last bit, which a deep network amplifies.
   """
   if not isinstance(x, jax.core.Tracer) or not x.size:
     return run(x, layer)
