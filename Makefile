@@ -77,6 +77,7 @@ parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 	$(BROWSER_PY) -m pytest -m browser
 
+# On the CPU alone, JAX's plugins do not look for drivers and cuDNN.
 aot: $(AOT_READY) ## compile the kernels for TPUs and Hopper, without either
 	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) -m aot
 

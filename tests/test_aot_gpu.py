@@ -27,7 +27,7 @@ MULTIPLY = {'int8': 's32.s8.s8', 'fp8': 'f32.e4m3.e4m3'}
 def hopper():
   """A sharding onto an H200 that is not there."""
   pytest.importorskip('jax_cuda12_plugin')
-  # The plugin then does not look for a driver and cuDNN.
+  # As in `make aot`, for who runs this file alone.
   jax.config.update('jax_platforms', 'cpu')
   topology = topologies.get_topology_desc(
       platform='cuda', topology='1x1x1',
