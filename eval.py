@@ -20,9 +20,9 @@ from absl import app
 from absl import flags
 from ml_collections import config_flags
 
-from msfp_jax import cli
-from msfp_jax import evaluate
-from msfp_jax import make_stats
+from msfp_jax.run import cli
+from msfp_jax.run import evaluate
+from msfp_jax.run import references as make_stats
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The experiment: configs/NAME.py[:variant].',

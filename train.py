@@ -13,8 +13,8 @@ from absl import app
 from absl import flags
 from ml_collections import config_flags
 
-from msfp_jax import cli
-from msfp_jax import finetune
+from msfp_jax.run import cli
+from msfp_jax.tune import finetune
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The experiment: configs/NAME.py[:variant].',

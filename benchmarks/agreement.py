@@ -20,15 +20,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from msfp_jax import cli
 from msfp_jax import data
 from msfp_jax import diffusion
-from msfp_jax import evaluate
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import files
 from msfp_jax import kernels
-from msfp_jax import rows as rows_lib
+from msfp_jax.base import files
 from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.run import cli
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import methods as rows_lib
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished train.py.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds of the noise.')

@@ -18,12 +18,12 @@ from absl import flags
 import jax
 
 from msfp_jax import diffusion
-from msfp_jax.calibrate import calibrate
-from msfp_jax.calibrate import collect
 from msfp_jax.convert import abstract_params
-from msfp_jax.experiment import random_params
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
+from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.calibrate import collect
+from msfp_jax.run.experiment import random_params
 
 _TRAJECTORIES = flags.DEFINE_integer('trajectories', 32, 'Images at once.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'Steps of a trajectory.')

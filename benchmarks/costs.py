@@ -18,22 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import digits
-from msfp_jax import cli
 from msfp_jax import diffusion
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import finetune
-from msfp_jax import layers as layers_lib
-from msfp_jax import losses
-from msfp_jax import quantizers
-from msfp_jax import rows as rows_lib
-from msfp_jax import spec as spec_lib
-from msfp_jax import student as student_lib
-from msfp_jax.calibrate import Activations
-from msfp_jax.calibrate import calibrate
-from msfp_jax.calibrate import collect
-from msfp_jax.calibrate import watch
 from msfp_jax.convert.native import abstract_params
 from msfp_jax.models import unet
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import quantizers
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import Activations
+from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant.calibrate import watch
+from msfp_jax.run import cli
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import methods as rows_lib
+from msfp_jax.tune import finetune
+from msfp_jax.tune import losses
+from msfp_jax.tune import student as student_lib
 
 _ONLY = flags.DEFINE_list('only', None, 'Names of the measurements to make.')
 

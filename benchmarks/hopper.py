@@ -40,9 +40,9 @@ from benchmarks import packed_models
 from benchmarks import packed_sampling
 from benchmarks.hopper_cases import Case
 from benchmarks.hopper_cases import Method
-from msfp_jax import files
-from msfp_jax import packed as packed_lib
+from msfp_jax.base import files
 from msfp_jax.kernels import carriers
+from msfp_jax.packed import model as packed_lib
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Where to write the rows, JSON.')
 _AOT = flags.DEFINE_bool('aot', False, 'Compile only, for an H200.')

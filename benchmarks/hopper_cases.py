@@ -11,10 +11,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import mosaic_gpu
-from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
+from msfp_jax.quant.numbers import FPFormat
 
 E2M1 = FPFormat.parse('E2M1')
 LARGEST = 7  # of the activations, which bf16, int8 and fp8 hold

@@ -25,8 +25,8 @@ from benchmarks import machine
 from benchmarks import packed_layers
 from benchmarks import packed_models
 from benchmarks import packed_sampling
-from msfp_jax import cli
-from msfp_jax import files
+from msfp_jax.base import files
+from msfp_jax.run import cli
 
 _BATCH = flags.DEFINE_integer('batch', 32, 'Images at once.')
 _STEPS = flags.DEFINE_integer('steps', 4, 'Steps of a trajectory.')

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from msfp_jax import inference
 from msfp_jax import kernels
-from msfp_jax import layers as layers_lib
-from msfp_jax import packed as packed_lib
+from msfp_jax.kernels import apply as inference
 from msfp_jax.kernels import dispatch
 from msfp_jax.kernels import PackedLayer
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import interception as layers_lib
 
 
 @dataclasses.dataclass

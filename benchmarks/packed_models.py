@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax import calibrate
 from msfp_jax import diffusion
 from msfp_jax import kernels
-from msfp_jax import packed as packed_lib
-from msfp_jax import student as student_lib
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import calibrate
+from msfp_jax.tune import student as student_lib
 
 # The oracle that the parity tests use.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))

@@ -26,12 +26,12 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from msfp_jax import cli
-from msfp_jax import formats as formats_lib
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import mosaic_tpu
-from msfp_jax.kernels import mosaic_tpu_blocks as blocks_lib
-from msfp_jax.kernels import mosaic_tpu_decode as decode_lib
+from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
+from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.run import cli
 
 TOPOLOGIES = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
 # Without these libtpu looks for a TPU, and for other processes that use it.

@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from msfp_jax import spec
+from msfp_jax.quant import spec
 
 # What the UNets of latent diffusion share.
 LATENT_UNET = {

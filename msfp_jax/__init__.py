@@ -3,21 +3,21 @@
 The public names. MSFP, TALoRA and DFA are those of arXiv 2505.21591.
 """
 
-from msfp_jax.calibrate import calibrate
 from msfp_jax.convert import load_first_stage
 from msfp_jax.convert import load_pretrained
 from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
 from msfp_jax.diffusion import sample
-from msfp_jax.export import load
-from msfp_jax.export import save
-from msfp_jax.formats import FPFormat
-from msfp_jax.packed import pack
-from msfp_jax.packed import PackedModel
-from msfp_jax.quantize import quantize
-from msfp_jax.quantize import QuantizedModel
-from msfp_jax.quantizers import fake_quant
-from msfp_jax.spec import QuantSpec
+from msfp_jax.packed.file import load
+from msfp_jax.packed.file import save
+from msfp_jax.packed.model import pack
+from msfp_jax.packed.model import PackedModel
+from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantize import quantize
+from msfp_jax.quant.quantize import QuantizedModel
+from msfp_jax.quant.quantizers import fake_quant
+from msfp_jax.quant.spec import QuantSpec
 
 __all__ = [
     'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'calibrate',

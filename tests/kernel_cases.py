@@ -7,9 +7,9 @@ import kernel_oracle
 import numpy as np
 
 from msfp_jax import kernels
-from msfp_jax import quantizers
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import FPFormat
 
 # Compiling takes longer than running.
 jit = functools.partial(

@@ -9,8 +9,8 @@ import numpy as np
 import safetensors
 
 from configs import images as images_config
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import finetune
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.tune import finetune
 
 SMALL = {
     'model.ch_mult': (1,), 'model.num_res_blocks': 0,

@@ -8,10 +8,10 @@ import tiny
 import unet_oracle
 
 from msfp_jax import diffusion
-from msfp_jax import spec as spec_lib
-from msfp_jax.calibrate import collect
-from msfp_jax.calibrate import is_aal
 from msfp_jax.models.unet import UNet
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant.calibrate import is_aal
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import tpu_cost
-from msfp_jax import formats as formats_lib
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import mosaic_tpu
-from msfp_jax.kernels import mosaic_tpu_blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
+from msfp_jax.quant import numbers as formats_lib
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 pytest.importorskip('libtpu', reason='libtpu compiles for TPUs')

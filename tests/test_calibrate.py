@@ -8,10 +8,10 @@ import pytest
 import tiny
 
 from msfp_jax import diffusion
-from msfp_jax import spec as spec_lib
-from msfp_jax.calibrate import calibrate
-from msfp_jax.calibrate import collect
-from msfp_jax.calibrate import is_aal
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant.calibrate import is_aal
 
 KEY = jax.random.key(5)
 ONE_STEP = diffusion.ddim_plan(tiny.SCHEDULE, 1)

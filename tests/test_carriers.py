@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msfp_jax import formats as formats_lib
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
+from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant.numbers import FPFormat
 
 FORMATS = [fmt for bits in range(3, 9) for signed in (False, True)
            for fmt in formats_lib.formats_of_width(bits, signed)]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from configs import digits
-from msfp_jax import checkpoint
-from msfp_jax import cli
-from msfp_jax import loop
+from msfp_jax.run import cli
+from msfp_jax.tune import checkpoint
+from msfp_jax.tune import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 

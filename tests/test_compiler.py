@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import toy
 
-from msfp_jax import packed as packed_lib
 from msfp_jax.kernels import compiler
+from msfp_jax.packed import model as packed_lib
 
 
 @pytest.fixture(autouse=True)

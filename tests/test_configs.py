@@ -14,15 +14,15 @@ from configs import digits
 from configs import images
 from msfp_jax import convert
 from msfp_jax import diffusion
-from msfp_jax import experiment
-from msfp_jax import finetune
-from msfp_jax import losses
-from msfp_jax import pretrain
-from msfp_jax import spec
 from msfp_jax.convert import native
 from msfp_jax.metrics import features
 from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
+from msfp_jax.quant import spec
+from msfp_jax.run import experiment
+from msfp_jax.tune import finetune
+from msfp_jax.tune import losses
+from msfp_jax.tune import pretrain
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = [importlib.import_module(f'configs.{path.stem}')

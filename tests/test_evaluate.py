@@ -1,6 +1,6 @@
 """The table of results."""
 
-from msfp_jax import evaluate
+from msfp_jax.run import evaluate
 
 
 def test_the_table_is_aligned_and_empty_where_nothing_was_computed():

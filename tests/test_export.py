@@ -16,16 +16,16 @@ import toy
 import unet_oracle
 
 from msfp_jax import diffusion
-from msfp_jax import export
-from msfp_jax import packed as packed_lib
-from msfp_jax import spec as spec_lib
-from msfp_jax import student as student_lib
 from msfp_jax.convert import native
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import layer as layer_lib
 from msfp_jax.kernels import PackedLayer
 from msfp_jax.models.guided import Guided
 from msfp_jax.models.unet import UNet
+from msfp_jax.packed import file as export
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.tune import student as student_lib
 
 BODY = 'down.0.block.0.conv1'
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from msfp_jax import files
+from msfp_jax.base import files
 
 
 def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):

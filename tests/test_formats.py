@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msfp_jax import formats
-from msfp_jax.formats import FPFormat
+from msfp_jax.quant import numbers as formats
+from msfp_jax.quant.numbers import FPFormat
 
 ALL = [
     FPFormat(e, bits - signed - e, bool(signed))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import toy
 
-from msfp_jax import generate
 from msfp_jax.metrics import features
+from msfp_jax.run import generate
 
 KEY = jax.random.key(5)
 
@@ -80,7 +80,7 @@ def test_no_samples(deployed, plan, count, batch):
 ON_FOUR_DEVICES = """
 import sys
 import jax, numpy as np, toy
-from msfp_jax import generate
+from msfp_jax.run import generate
 from msfp_jax.metrics import features
 from msfp_jax.metrics import features
 assert jax.device_count() == 4

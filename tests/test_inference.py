@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msfp_jax import inference
 from msfp_jax import kernels
-from msfp_jax import layers as layers_lib
-from msfp_jax import quantizers
-from msfp_jax.formats import FPFormat
-from msfp_jax.quantize import apply
+from msfp_jax.kernels import apply as inference
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantize import apply
 
 IMAGE, SEQUENCE = (2, 9, 8, 4), (2, 9, 4)
 CONVS = {  # the shape of the input, the layer

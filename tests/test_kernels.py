@@ -11,8 +11,8 @@ from kernel_cases import SOME
 import numpy as np
 import pytest
 
-from msfp_jax import formats as formats_lib
 from msfp_jax import kernels
+from msfp_jax.quant import numbers as formats_lib
 
 WEIGHTS = formats_lib.formats_of_width(4, signed=True)
 ACTS = WEIGHTS + formats_lib.formats_of_width(4, signed=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from msfp_jax import layers as layers_lib
+from msfp_jax.quant import interception as layers_lib
 
 
 class MLP(nn.Module):

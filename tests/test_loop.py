@@ -13,9 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from msfp_jax import checkpoint
-from msfp_jax import loop
-from msfp_jax import writer as writer_lib
+from msfp_jax.base import writer as writer_lib
+from msfp_jax.tune import checkpoint
+from msfp_jax.tune import loop
 
 KEY = jax.random.key(3)
 SIZE = 5000

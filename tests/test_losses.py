@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from msfp_jax import diffusion
-from msfp_jax import losses
 from msfp_jax.diffusion import ddpm
+from msfp_jax.tune import losses
 
 LINEAR = diffusion.make_schedule(
     'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02)

@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import mosaic_gpu
-from msfp_jax.kernels import mosaic_gpu_blocks as blocks_lib
-from msfp_jax.kernels import mosaic_gpu_decode as decode_lib
+from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
+from msfp_jax.quant.numbers import FPFormat
 
 FORMATS = ('E1M2', 'E2M1', 'E3M0')
 DTYPES = {'int8': np.int8, 'fp8': ml_dtypes.float8_e4m3fn}

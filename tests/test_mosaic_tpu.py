@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msfp_jax import formats as formats_lib
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import mosaic_tpu
-from msfp_jax.kernels import mosaic_tpu_blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
+from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant.numbers import FPFormat
 
 WEIGHTS = formats_lib.formats_of_width(4, signed=True)
 ACTS = WEIGHTS + formats_lib.formats_of_width(4, signed=False)

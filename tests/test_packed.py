@@ -12,12 +12,12 @@ import tiny
 import toy
 
 from msfp_jax import diffusion
-from msfp_jax import generate
-from msfp_jax import layers as layers_lib
-from msfp_jax import packed as packed_lib
-from msfp_jax import student as student_lib
-from msfp_jax import talora
-from msfp_jax.quantize import apply
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant.quantize import apply
+from msfp_jax.run import generate
+from msfp_jax.tune import student as student_lib
+from msfp_jax.tune import talora
 
 # Compiling takes longer than running.
 _jit = functools.partial(

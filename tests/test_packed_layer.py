@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from msfp_jax import kernels
-from msfp_jax import quantizers
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import FPFormat
 
 E2M1 = FPFormat.parse('E2M1')
 

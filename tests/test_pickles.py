@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from msfp_jax import pickles
+from msfp_jax.base import pickles
 
 
 def read(content, **options):

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from msfp_jax import pictures
+from msfp_jax.base import pictures
 
 
 def test_grid_places_images_row_by_row():

@@ -2,7 +2,7 @@
 
 import logging
 
-from msfp_jax import progress as progress_lib
+from msfp_jax.base import progress as progress_lib
 
 
 class _Clock:

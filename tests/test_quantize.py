@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from msfp_jax import spec as spec_lib
-from msfp_jax.formats import FPFormat
-from msfp_jax.quantize import apply
-from msfp_jax.quantize import quantize
-from msfp_jax.quantize import QuantizedModel
-from msfp_jax.quantizers import Quantizer
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantize import apply
+from msfp_jax.quant.quantize import quantize
+from msfp_jax.quant.quantize import QuantizedModel
+from msfp_jax.quant.quantizers import Quantizer
 
 
 def without(spec, name):

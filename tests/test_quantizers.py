@@ -6,16 +6,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msfp_jax import quantizers
-from msfp_jax.formats import formats_of_width
-from msfp_jax.formats import FPFormat
-from msfp_jax.formats import pack_nibbles
-from msfp_jax.formats import unpack_nibbles
-from msfp_jax.quantizers import decode
-from msfp_jax.quantizers import encode
-from msfp_jax.quantizers import fake_quant
-from msfp_jax.quantizers import nearest
-from msfp_jax.quantizers import Quantizer
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import formats_of_width
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.numbers import pack_nibbles
+from msfp_jax.quant.numbers import unpack_nibbles
+from msfp_jax.quant.quantizers import decode
+from msfp_jax.quant.quantizers import encode
+from msfp_jax.quant.quantizers import fake_quant
+from msfp_jax.quant.quantizers import nearest
+from msfp_jax.quant.quantizers import Quantizer
 
 ALL = [f for bits in range(3, 9) for signed in (True, False)
        for f in formats_of_width(bits, signed)]

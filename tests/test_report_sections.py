@@ -12,10 +12,10 @@ import page as page_lib
 from PIL import Image
 import pytest
 
-from msfp_jax import quantizers
-from msfp_jax import spec as spec_lib
-from msfp_jax.calibrate import Activations
-from msfp_jax.formats import FPFormat
+from msfp_jax.quant import quantizers
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import Activations
+from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.report import curves
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table

@@ -9,8 +9,8 @@ import pytest
 import toy
 
 from configs import common
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import rows as rows_lib
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import methods as rows_lib
 
 
 def test_packed_bytes_by_hand():

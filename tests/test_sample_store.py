@@ -6,11 +6,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from msfp_jax import sample_store
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import stats_file
+from msfp_jax.run import sample_store
 
 SHAPE = (8, 8, 3)
 

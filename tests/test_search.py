@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msfp_jax.formats import formats_of_width
-from msfp_jax.search import search
+from msfp_jax.quant.numbers import formats_of_width
+from msfp_jax.quant.search import search
 
 FRACTIONS = np.linspace(0.02, 1.2, 111)
 ZERO_POINTS = np.linspace(-0.3, 0, 7)

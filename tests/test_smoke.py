@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from msfp_jax import evaluate
-from msfp_jax import finetune
+from msfp_jax.run import evaluate
+from msfp_jax.tune import finetune
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from msfp_jax import spec as spec_lib
-from msfp_jax.formats import FPFormat
-from msfp_jax.quantizers import Quantizer
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import Quantizer
 
 REAL = pytest.mark.parametrize(
     'config', [tiny.CIFAR10, tiny.CELEBA64], ids=['cifar10', 'celeba64'])

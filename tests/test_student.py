@@ -11,13 +11,13 @@ import pytest
 import tiny
 
 from configs import common
-from msfp_jax import checkpoint
-from msfp_jax import finetune
-from msfp_jax import layers as layers_lib
-from msfp_jax import losses
 from msfp_jax.diffusion import sampling
-from msfp_jax.quantize import apply
-from msfp_jax.quantize import quantize
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant.quantize import apply
+from msfp_jax.quant.quantize import quantize
+from msfp_jax.tune import checkpoint
+from msfp_jax.tune import finetune
+from msfp_jax.tune import losses
 
 GAMMA = tuple(losses.denoising_factors(tiny.SCHEDULE, tiny.PLAN, 'sampler'))
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from msfp_jax import convert
-from msfp_jax import evaluate
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import layers as layers_lib
-from msfp_jax import spec as spec_lib
-from msfp_jax import study
 from msfp_jax.convert import native
 from msfp_jax.models import unet
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import study
 
 CONFIG = """
     from configs import images

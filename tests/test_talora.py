@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msfp_jax import talora
+from msfp_jax.tune import talora
 
 KEY = jax.random.key(2)
 SHAPES = {'conv': (3, 2, 4, 6), 'dense': (5, 7)}

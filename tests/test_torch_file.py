@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch_writer
 
-from msfp_jax import pickles
+from msfp_jax.base import pickles
 from msfp_jax.convert import torch_file
 from msfp_jax.convert.tensors import flatten
 from msfp_jax.convert.tensors import LazyTensor

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch_writer
 
-from msfp_jax import pickles
+from msfp_jax.base import pickles
 from msfp_jax.convert import torch_file
 
 LONG_LIST = b'](' + b'K\x01' * 10_000 + b'e'

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from msfp_jax import kernels
-from msfp_jax import quantizers
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import winograd
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import FPFormat
 
 PAIRS = [('E1M2', 'UE1M3'), ('E2M1', 'UE2M2'), ('E2M1', 'UE3M1'),
          ('E3M0', 'E2M1')]

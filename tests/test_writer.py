@@ -11,9 +11,9 @@ from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from msfp_jax import pictures
-from msfp_jax import progress as progress_lib
-from msfp_jax import writer as writer_lib
+from msfp_jax.base import pictures
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.base import writer as writer_lib
 
 
 def _lines(workdir):

@@ -13,15 +13,15 @@ import numpy as np
 import unet_oracle
 
 from msfp_jax import diffusion
-from msfp_jax import layers as layers_lib
-from msfp_jax import quantizers
-from msfp_jax import spec as spec_lib
-from msfp_jax.calibrate import calibrate
-from msfp_jax.calibrate import collect
-from msfp_jax.formats import FPFormat
-from msfp_jax.layers import list_layers
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import quantizers
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant.interception import list_layers
+from msfp_jax.quant.numbers import FPFormat
 
 CIFAR10 = UNetConfig()
 CELEBA64 = UNetConfig(image_size=64, ch_mult=(1, 2, 2, 2, 4))

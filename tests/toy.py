@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 from configs import common
 from msfp_jax import diffusion
-from msfp_jax import layers as layers_lib
-from msfp_jax import quantizers
-from msfp_jax import spec as spec_lib
-from msfp_jax import student as student_lib
-from msfp_jax.formats import FPFormat
+from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import quantizers
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.tune import student as student_lib
 
 SHAPE = (8, 8, 1)
 

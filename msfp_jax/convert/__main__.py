@@ -9,9 +9,9 @@ from absl import app
 from absl import flags
 from absl import logging
 
-from msfp_jax import cli
 from msfp_jax.convert import load
 from msfp_jax.convert import native
+from msfp_jax.run import cli
 
 _CONFIG = flags.DEFINE_string(
     'config', None, 'config.json or CompVis yaml that describes the model.')

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax import files
+from msfp_jax.base import files
 from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
 from msfp_jax.models import unet

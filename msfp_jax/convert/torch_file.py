@@ -16,12 +16,12 @@ import zlib
 
 import numpy as np
 
-from msfp_jax import pickles
+from msfp_jax.base import pickles
+from msfp_jax.base.pickle_names import shown
+from msfp_jax.base.pickles import Global
 from msfp_jax.convert.tensors import BFLOAT16
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.convert.tensors import Storage
-from msfp_jax.pickle_names import shown
-from msfp_jax.pickles import Global
 
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
 _LEGACY_PROTOCOL = 1001

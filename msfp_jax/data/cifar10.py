@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from msfp_jax import pickles
-from msfp_jax.pickle_names import shown
+from msfp_jax.base import pickles
+from msfp_jax.base.pickle_names import shown
 
 _BINARY = [f'data_batch_{i}.bin' for i in range(1, 6)]
 _PYTHON = [f'data_batch_{i}' for i in range(1, 6)]

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from msfp_jax import progress as progress_lib
+from msfp_jax.base import progress as progress_lib
 
 _THREADS = 8
 

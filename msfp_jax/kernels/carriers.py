@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from msfp_jax import formats as formats_lib
-from msfp_jax import quantizers
-from msfp_jax.formats import FPFormat
+from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import FPFormat
 
 # Carrier -> (its dtype, that of the sums).
 DTYPES = {

@@ -115,7 +115,7 @@ def module_of(implementation: str) -> types.ModuleType:
   """Of a kernel."""
   # Here, so that neither back end's library loads before it is asked for.
   if implementation == 'mosaic_tpu':
-    from msfp_jax.kernels import mosaic_tpu
+    from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
     return mosaic_tpu
-  from msfp_jax.kernels import mosaic_gpu
+  from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
   return mosaic_gpu

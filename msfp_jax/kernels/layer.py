@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax import quantizers
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import mosaic_gpu_decode
+from msfp_jax.kernels.mosaic_gpu import decode as mosaic_gpu_decode
+from msfp_jax.quant import quantizers
+from msfp_jax.quant.numbers import FPFormat
 
 # How the weights of a layer are stored.
 NIBBLES = 'nibbles'  # two codes a byte, see `carriers.pack_halves`

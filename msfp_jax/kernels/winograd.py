@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax.formats import FPFormat
 from msfp_jax.kernels import carriers
+from msfp_jax.quant.numbers import FPFormat
 
 # Weights 3 -> 6, inputs 6 -> 6, products 6 -> 4; 24 times too large.
 _WEIGHTS = np.array([

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msfp_jax import data
-from msfp_jax import progress as progress_lib
+from msfp_jax.base import progress as progress_lib
 from msfp_jax.data import stream
 from msfp_jax.metrics import features as features_lib
 from msfp_jax.metrics import frechet

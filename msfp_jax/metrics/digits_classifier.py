@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from msfp_jax import files
+from msfp_jax.base import files
 
 IMAGE_SHAPE = (16, 16, 1)
 NUM_CLASSES = 10

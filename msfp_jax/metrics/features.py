@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax import devices
+from msfp_jax.base import devices
 from msfp_jax.metrics import cifar_resnet
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import digits_classifier

@@ -11,7 +11,7 @@ import urllib.request
 from absl import logging
 import numpy as np
 
-from msfp_jax import files
+from msfp_jax.base import files
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import inception
 from msfp_jax.metrics import inception_names

@@ -17,7 +17,7 @@ import zlib
 import numpy as np
 
 from msfp_jax import data
-from msfp_jax import files
+from msfp_jax.base import files
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet

@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from msfp_jax import diffusion
-from msfp_jax import losses
 from msfp_jax.diffusion import sampling
+from msfp_jax.tune import losses
 
 
 @flax.struct.dataclass

@@ -5,9 +5,9 @@ import dataclasses
 
 import numpy as np
 
-from msfp_jax import quantizers
-from msfp_jax import spec as spec_lib
-from msfp_jax.calibrate import Activations
+from msfp_jax.quant import quantizers
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import Activations
 from msfp_jax.report import layers_table
 from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from msfp_jax import spec as spec_lib
+from msfp_jax.quant import spec as spec_lib
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source

@@ -8,9 +8,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import files
-from msfp_jax import student as student_lib
+from msfp_jax.base import files
 from msfp_jax.report import curves
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table
@@ -22,6 +20,8 @@ from msfp_jax.report import strategies
 from msfp_jax.report import timesteps
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.tune import student as student_lib
 
 # In the order of the page. Each makes a Section, or None without its data.
 SECTIONS = (

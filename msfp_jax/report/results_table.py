@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from msfp_jax import spec as spec_lib
+from msfp_jax.quant import spec as spec_lib
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source

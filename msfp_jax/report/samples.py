@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from msfp_jax import pictures as pictures_lib
+from msfp_jax.base import pictures as pictures_lib
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source

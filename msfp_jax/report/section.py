@@ -7,8 +7,8 @@ from typing import Any
 import markupsafe
 import numpy as np
 
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import student as student_lib
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.tune import student as student_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from msfp_jax import progress as progress_lib
-from msfp_jax import spec as spec_lib
-from msfp_jax.calibrate import Activations
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.calibrate import Activations
 from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg

@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import losses
-from msfp_jax import student as student_lib
 from msfp_jax.report import gap
 from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg
 from msfp_jax.report.section import Source
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.tune import losses
+from msfp_jax.tune import student as student_lib
 
 _MAX_IMAGES = 32
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import runs
 
-from msfp_jax import evaluate
-from msfp_jax import finetune
+from msfp_jax.run import evaluate
+from msfp_jax.tune import finetune
 
 
 @pytest.fixture(scope='session')

@@ -10,11 +10,11 @@ import runs
 import safetensors
 
 from configs import images as images_config
-from msfp_jax import evaluate
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import finetune
-from msfp_jax import rows as rows_lib
 from msfp_jax.convert import native
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import methods as rows_lib
+from msfp_jax.tune import finetune
 
 
 def test_a_workdir_of_another_config(copy, npz):

@@ -10,10 +10,10 @@ from PIL import Image
 import pytest
 import runs
 
-from msfp_jax import evaluate
-from msfp_jax import files
-from msfp_jax import make_stats
-from msfp_jax import sample_store
+from msfp_jax.base import files
+from msfp_jax.run import evaluate
+from msfp_jax.run import references as make_stats
+from msfp_jax.run import sample_store
 
 # Batches of 64, 64 and 32 images in three rows.
 NUM_BATCHES = 9

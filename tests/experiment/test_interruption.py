@@ -12,9 +12,9 @@ import time
 import pytest
 import runs
 
-from msfp_jax import checkpoint
-from msfp_jax import finetune
-from msfp_jax import pretrain
+from msfp_jax.tune import checkpoint
+from msfp_jax.tune import finetune
+from msfp_jax.tune import pretrain
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Enough steps to be stopped in between from outside.

@@ -6,7 +6,7 @@ import page as page_lib
 import pytest
 import runs
 
-from msfp_jax import evaluate
+from msfp_jax.run import evaluate
 
 SECTIONS = ['overview', 'results', 'samples', 'layers', 'histograms',
             'strategies', 'timesteps', 'routing', 'curves']

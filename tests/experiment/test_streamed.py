@@ -8,10 +8,10 @@ from PIL import Image
 import pytest
 import runs
 
-from msfp_jax import checkpoint
-from msfp_jax import evaluate
-from msfp_jax import finetune
-from msfp_jax import pretrain
+from msfp_jax.run import evaluate
+from msfp_jax.tune import checkpoint
+from msfp_jax.tune import finetune
+from msfp_jax.tune import pretrain
 
 ONLY_TEACHER = {'stage': 'pretrain'}
 

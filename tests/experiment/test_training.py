@@ -10,10 +10,10 @@ import safetensors
 
 from msfp_jax import convert
 from msfp_jax import data
-from msfp_jax import evaluate
-from msfp_jax import experiment as experiment_lib
-from msfp_jax import finetune
-from msfp_jax import pretrain
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.tune import finetune
+from msfp_jax.tune import pretrain
 
 # What the rows share.
 HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',

@@ -1,0 +1,1 @@
+"""Files, progress, pictures, pickles: what knows nothing of diffusion."""

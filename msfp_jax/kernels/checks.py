@@ -1,0 +1,55 @@
+"""What both Pallas back ends refuse alike; each returns the reason, or None."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.quant.numbers import FPFormat
+
+_RANK = {'matmul': 2, 'conv': 4}
+_OUT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
+
+
+def format_of_weights(fmt: FPFormat, device: str) -> str | None:
+  """Both decode the signed formats of 4 bits."""
+  if fmt.signed and fmt.bits == 4:
+    return None
+  return (f'weights in {fmt}: the {device} kernels decode signed formats of 4 '
+          f'bits; use the XLA implementation')
+
+
+def out_dtype(dtype) -> str | None:
+  """Both write float32 and bfloat16."""
+  if np.dtype(dtype) in _OUT_DTYPES:
+    return None
+  return f'out_dtype {np.dtype(dtype)}: must be float32 or bfloat16'
+
+
+def axes(op: str, x, codes) -> str | None:
+  """`[M, K]` and `[K, N]`, or images and windows; not empty."""
+  if x.ndim != _RANK[op] or codes.ndim != _RANK[op]:
+    return (f'{op} of x {x.shape} and codes {codes.shape}: both must have '
+            f'{_RANK[op]} axes')
+  if 0 in x.shape or 0 in codes.shape:
+    return f'{op} of x {x.shape} and codes {codes.shape}: nothing to multiply'
+  return None
+
+
+def window(size: Sequence[int], window: Sequence[int], strides: Sequence[int],
+           padding: Sequence[tuple[int, int]], x) -> str | None:
+  """The result has a pixel at least; `size` is its height and width."""
+  if min(size) < 1 or min(strides) < 1 or min(map(min, padding)) < 0:
+    return (f'a window of {tuple(window)} with strides {strides} and '
+            f'padding {padding} on x {x.shape}')
+  return None
+
+
+def sums(x, length: int, fmt: FPFormat) -> str | None:
+  """Of `length` products with any int8 stay in int32."""
+  bound = length * 128 * carriers.magnitude(fmt)
+  if x.dtype == jnp.int8 and bound > carriers.EXACT_INT32:
+    return (f'sums of {length} products of int8 and {fmt} may leave int32; '
+            f'carry the activations in bf16')
+  return None

@@ -1,0 +1,137 @@
+"""4-bit codes to 8-bit levels in registers: layout, tables, bit expressions.
+
+Eight codes stand in a 32-bit word, one a nibble. PTX's `prmt` reads a 32-bit
+selector's four lower nibbles: bits 0-2 name one of 8 table bytes, bit 3 asks
+for that byte's sign bit eight times over in its place. `prepare` therefore
+stores code s|abc (s the sign) as nibble a|sbc, so that two tables of 8 bytes,
+one for each a, hold all 16 levels. Where a nibble is not a table's, the table
+gives 0x00 or 0xff by the sign, and the exclusive or of the two lookups is the
+level, provided that the first table holds negative levels complemented: 9
+operations for 8 codes, whatever the format and the 8-bit carrier.
+
+That needs negative levels below 0 and the others not, as bytes: -0, whose int8
+is 0, is stored as +0.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.quant.numbers import FPFormat
+
+# Codes of K that share 16 bytes: two registers' worth of each of 4 lanes.
+GROUP = 32
+# K is padded to a multiple of this, the least that wgmma takes of int8 levels
+# in registers, and N to one of the tiles in which TMA stores y.
+DEPTH = 64
+CHANNELS = 64
+
+
+class Ops(NamedTuple):
+  """32-bit operations; NumPy, JAX and MLIR each bring their own."""
+
+  xor: Callable[[Any, Any], Any]
+  shift_right: Callable[[Any, int], Any]
+  permute: Callable[[Any, Any, Any], Any]  # prmt(bytes 0-3, 4-7, selector)
+  constant: Callable[[int], Any]
+
+
+def tables(fmt: FPFormat, carrier: str) -> tuple[int, int, int, int]:
+  """The two tables of 8 bytes as words: first 0-3, 4-7, second 0-3, 4-7.
+
+  Args:
+    fmt: a signed format of 4 bits.
+    carrier: 'int8' or 'fp8'.
+  """
+  carried = carriers.carry(fmt, carrier)
+  levels = carried.values().astype(carried.dtype).view(np.uint8)
+  code = np.arange(8) << 1 & 8 | np.arange(8) & 3  # of table byte sbc: s0bc
+  first, second = levels[code], levels[code | 4]
+  first = np.where(code & 8, ~first & 0x7f, first)
+  return tuple(map(int, np.concatenate([first, second]).view('<u4')))
+
+
+def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
+  """Levels of the 8 nibbles of `word`: of the lower 4, and of the upper 4."""
+  first_low, first_high, second_low, second_high = map(ops.constant, words)
+  other = ops.xor(word, ops.constant(0x88888888))
+  halves = []
+  for shift in (0, 16):
+    in_first = ops.shift_right(word, shift) if shift else word
+    in_second = ops.shift_right(other, shift) if shift else other
+    halves.append(ops.xor(
+        ops.permute(first_low, first_high, in_first),
+        ops.permute(second_low, second_high, in_second)))
+  return tuple(halves)
+
+
+def _permute(xp, low, high, selector):
+  """PTX's prmt.b32 in its default mode, on uint32 arrays."""
+  table = xp.stack([(word >> np.uint32(8 * i)) & np.uint32(255)
+                    for word in (low, high) for i in range(4)])
+  out = xp.zeros_like(selector)
+  for i in range(4):
+    nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
+    byte = table[(nibble & np.uint32(7)).astype(np.int32)]
+    sign = (byte >> np.uint32(7)) * np.uint32(255)
+    byte = xp.where(nibble >> np.uint32(3) != 0, sign, byte)
+    out = out | (byte << np.uint32(8 * i))
+  return out
+
+
+def array_ops(xp) -> Ops:
+  """The operations on uint32 arrays of NumPy or JAX."""
+  return Ops(lambda a, b: a ^ b, lambda a, n: a >> np.uint32(n),
+             lambda low, high, sel: _permute(xp, low, high, sel),
+             lambda value: xp.uint32(value))
+
+
+def decode_array(packed, fmt: FPFormat, carrier: str):
+  """Prepared bytes `[..., K / 2]` -> levels `[..., K]` in the carrier's dtype.
+
+  What the kernel computes, in NumPy or JAX.
+  """
+  xp = jnp if isinstance(packed, jax.Array) else np
+  groups = packed.reshape(*packed.shape[:-1], -1, 4, 4).astype(np.uint32)
+  word = sum(groups[..., i] << np.uint32(8 * i) for i in range(4))
+  halves = decode(word, tables(fmt, carrier), array_ops(xp))
+  levels = xp.stack([  # [..., group, half, lane, byte]
+      xp.stack([half >> np.uint32(8 * i) for i in range(4)], axis=-1)
+      for half in halves], axis=-3).astype(np.uint8)
+  levels = levels.reshape(*packed.shape[:-1], -1)
+  dtype = carriers.DTYPES[carrier][0]
+  if xp is np:
+    return levels.view(dtype)
+  return jax.lax.bitcast_convert_type(levels, dtype)
+
+
+def prepare(codes, length: int):
+  """Canonical packed weights to the layout that the kernels read.
+
+  Done once, when a model is loaded.
+
+  Args:
+    codes: uint8 `[..., ceil(K / 2), N]` of `carriers.pack_halves`, NumPy or
+      JAX, of a signed format of 4 bits.
+    length: K.
+
+  Returns:
+    uint8 `[N', ..., K' / 2]`, N' and K' the next multiples of 64; padded with
+    level 0.
+  """
+  xp = jnp if isinstance(codes, jax.Array) else np
+  codes = xp.moveaxis(carriers.unpack_halves(codes, length), -1, 0)
+  codes = xp.pad(codes, [
+      (0, -codes.shape[0] % CHANNELS), *[(0, 0)] * (codes.ndim - 2),
+      (0, -length % DEPTH)])
+  codes = xp.where(codes == 8, 0, codes)
+  nibbles = (codes & 3 | (codes & 4) << 1 | (codes & 8) >> 1).astype(np.uint8)
+  # Lane l of 4 holds codes 4l..4l+3 of either half of its group in one word.
+  nibbles = nibbles.reshape(*codes.shape[:-1], -1, 2, 4, 2, 2)
+  nibbles = xp.moveaxis(nibbles, -4, -3)
+  packed = nibbles[..., 0] | nibbles[..., 1] << 4
+  return packed.reshape(*codes.shape[:-1], -1)

@@ -1,0 +1,253 @@
+"""The Hopper kernel: y = (sum over taps of x @ decode(w)) * scale + shift.
+
+One persistent grid for matrix products and convolutions alike. A block of the
+grid takes 128 output channels, 64 for each of its two computing warpgroups, and
+`blocks.rows` rows of y. The third warpgroup fetches tiles of packed weights
+and of x by TMA. Weights go from shared memory to registers, where they are
+decoded (mosaic_gpu_decode.py) and are wgmma's left operand, which makes the
+sums those of y^T; the epilogue transposes them on the way out.
+
+Rows and channels beyond the arrays are zeros to TMA, and are not written.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import llvm
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_gpu.blocks import Blocks
+from msfp_jax.kernels.mosaic_gpu.blocks import CHANNELS
+from msfp_jax.kernels.mosaic_gpu.blocks import WARPGROUP_CHANNELS
+from msfp_jax.quant.numbers import FPFormat
+
+# The grid goes through the channels for this many tiles of rows at a time, so
+# that neighbours share what they read, through the L2 cache.
+_BAND = 8
+# Of plgpu.load: an argument until 0.10, deprecated since.
+_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+  """The rows of x that a row of y sums over: row + i * pitch, i < height.
+
+  TMA reads tiles that begin at multiples of 8 rows, and so is the pitch.
+  """
+
+  height: int = 1
+  pitch: int = 0
+
+
+def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
+  """Function of packed bytes `shape` giving levels `[rows, 2 * columns]`."""
+  rows, columns = shape
+  dtype = carriers.DTYPES[carrier][0]
+  words = decode_lib.tables(fmt, carrier)
+  layout = plgpu.Layout.WGMMA_8BIT
+
+  @plgpu.inline_mgpu(
+      arg_types=(layout,),
+      return_type=plgpu.ShapeDtypeStruct(
+          (rows, 2 * columns), dtype, layout=layout))
+  def decode(ctx, packed):
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+
+    def constant(value):
+      signed = int(np.uint32(value).astype(np.int32))
+      return arith.constant(i32, ir.IntegerAttr.get(i32, signed))
+
+    ops = decode_lib.Ops(
+        xor=arith.xori,
+        shift_right=lambda word, n: arith.shrui(word, constant(n)),
+        permute=lambda low, high, selector: llvm.inline_asm(
+            i32, [low, high, selector], 'prmt.b32 $0, $1, $2, $3;',
+            '=r,r,r,r'),
+        constant=constant)
+    vector = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
+    shape = packed.layout.registers_shape((rows, 2 * columns))
+    registers = np.empty(shape, dtype=object)
+    for index, register in np.ndenumerate(packed.registers):
+      word = mgpu.utils.bitcast(register, i32)
+      for half, levels in enumerate(decode_lib.decode(word, words, ops)):
+        # The second axis counts tiles of 16 columns, 32 once decoded.
+        where = (index[0], 2 * index[1] + half, *index[2:])
+        registers[where] = mgpu.utils.bitcast(levels, vector)
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=packed.layout,
+        _is_signed=True if carrier == 'int8' else None)
+
+  return decode
+
+
+def _tiled(width: int, dtype) -> tuple:
+  """Transforms of a shared-memory tile of rows of `width` elements."""
+  bits = jnp.dtype(dtype).itemsize * 8
+  swizzle = plgpu.find_swizzle(width * bits)
+  return (plgpu.TilingTransform((8, swizzle * 8 // bits)),
+          plgpu.SwizzleTransform(swizzle))
+
+
+def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
+            taps: Taps, out_dtype, blocks: Blocks, multiprocessors: int,
+            interpret=None) -> jax.Array:
+  """The kernel's call.
+
+  Args:
+    x: `[R, C]` in the carrier, R a multiple of 8, C one of blocks.depth.
+    codes: uint8 `[N, height * C / 2]` of `prepare`, N a multiple of 64.
+    scale: float32 `[N']`, N' the next multiple of 128; None for the plain sums.
+    shift: float32 `[N']`, or `[N', period + blocks.rows]`: added to row m of y
+      is its column m modulo the period. None goes with scale.
+    rows: M, the rows of y, a multiple of 8.
+    taps: the rows of x that each sums over.
+    out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
+    multiprocessors: of the device.
+    interpret: plgpu's parameters of the interpreter, or None.
+
+  Returns:
+    `[M, N]` in out_dtype; plain sums `[split, M, N]`.
+  """
+  channels = codes.shape[0]
+  depth, tile = blocks.depth, blocks.rows
+  acc_dtype = carriers.DTYPES[carrier][1]
+  per_tap = x.shape[1] // depth
+  steps = taps.height * per_tap // blocks.split
+  tiles = pl.cdiv(channels, CHANNELS), pl.cdiv(rows, tile)
+  stored = blocks_lib.stored_rows(tile, out_dtype)
+  x_tile = _tiled(depth, x.dtype)
+  w_tile = _tiled(depth // 2, codes.dtype)
+  part = x_tile[0].tiling[1]
+  if interpret is None:
+    decode = _decode_registers((WARPGROUP_CHANNELS, part // 2), fmt, carrier)
+  else:
+    decode = functools.partial(
+        decode_lib.decode_array, fmt=fmt, carrier=carrier)
+
+  def kernel(w_gmem, x_gmem, scale_gmem, shift_gmem, y_gmem, y_smem,
+             levels_smem=None):
+    warpgroup = lax.axis_index('warpgroup')
+    mine = pl.ds(warpgroup * WARPGROUP_CHANNELS, WARPGROUP_CHANNELS)
+
+    def pipeline(body, context, first_channel=0, first_row=0, first_step=0):
+
+      def x_block(step):
+        tap, column = lax.div(step, per_tap), lax.rem(step, per_tap)
+        return first_row + tap * taps.pitch, column
+
+      return plgpu.emit_pipeline_warp_specialized(
+          body, grid=(steps,), memory_registers=40, wg_axis='warpgroup',
+          num_compute_wgs=2, max_concurrent_steps=blocks.stages,
+          compute_context=context,
+          in_specs=[
+              plgpu.BlockSpec(
+                  (CHANNELS, depth // 2),
+                  lambda k: (first_channel, first_step + k),
+                  transforms=w_tile, memory_space=plgpu.SMEM),
+              plgpu.BlockSpec(
+                  (pl.Element(tile), depth), lambda k: x_block(first_step + k),
+                  transforms=x_tile, memory_space=plgpu.SMEM)])
+
+    def multiply(_, w_smem, x_smem, acc):
+      # In parts, so that one is decoded while another is multiplied.
+      packed = w_smem[mine]
+      for start in range(0, depth, part):
+        levels = decode(packed[:, start // 2:(start + part) // 2])
+        if interpret is not None:
+          levels_smem[warpgroup] = levels
+          levels = levels_smem.at[warpgroup]
+        plgpu.wgmma(acc, levels, x_smem.at[:, pl.ds(start, part)].T)
+      plgpu.wgmma_wait(0)
+      return acc
+
+    def store(acc, channel, row, summed):
+      column = channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
+      columns = pl.ds(column, WARPGROUP_CHANNELS)
+      wide = lambda per_channel: lax.broadcast_in_dim(
+          per_channel, (WARPGROUP_CHANNELS, stored), (0,))
+      load = lambda ref, layout: plgpu.load(
+          ref, *_INDEX, layout=layout, optimized=False)
+      if scale_gmem is not None:
+        per_channel = plgpu.Layout.WGMMA.reduce(1)
+        scales = wide(load(scale_gmem.at[columns], per_channel))
+        if len(shift_gmem.shape) == 1:
+          shifts = wide(load(shift_gmem.at[columns], per_channel))
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      for i in range(tile // stored):
+        y = acc[:, i * stored:(i + 1) * stored]
+        if scale_gmem is not None:
+          if len(shift_gmem.shape) == 2:
+            period = shift_gmem.shape[1] - tile
+            at = lax.rem(row, period) + i * stored
+            shifts = load(shift_gmem.at[columns, pl.ds(at, stored)],
+                          plgpu.Layout.WGMMA)
+          y = y.astype(jnp.float32) * scales + shifts
+        y = plgpu.layout_cast(
+            y.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        slot = y_smem.at[warpgroup, i % 2]
+        slot.T[...] = y
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slot, y_gmem.at[
+            *summed, pl.ds(row + i * stored, stored), columns])
+
+    nothing = lambda *_, **__: None
+
+    @functools.partial(
+        pl.run_scoped, collective_axes='warpgroup',
+        allocations=pipeline(nothing, nothing).get_allocations(w_gmem, x_gmem))
+    def _(allocations):
+
+      @plgpu.nd_loop((blocks.split * tiles[0] * tiles[1],),
+                     collective_axes='block')
+      def _(loop):
+        share, index = (lax.div(loop.index[0], tiles[0] * tiles[1]),
+                        lax.rem(loop.index[0], tiles[0] * tiles[1]))
+        channel, row = plgpu.planar_snake(index, tiles, 1, _BAND)
+
+        def compute(evaluate):
+
+          @functools.partial(
+              pl.run_scoped,
+              acc=plgpu.ACC((WARPGROUP_CHANNELS, tile), acc_dtype))
+          def _(acc):
+            evaluate(acc)
+            store(acc[...], channel, row * tile,
+                  (share,) if scale_gmem is None else ())
+
+        pipeline(multiply, compute, channel, row * tile, share * steps)(
+            w_gmem, x_gmem, allocations=allocations)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  shape = (rows, channels)
+  if scale is None:
+    shape = (blocks.split, *shape)
+  scratch = [plgpu.SMEM(
+      (2, 2, stored, WARPGROUP_CHANNELS), out_dtype,
+      transforms=_tiled(WARPGROUP_CHANNELS, out_dtype))]
+  options = {}
+  if interpret is not None:
+    scratch.append(plgpu.SMEM(
+        (2, WARPGROUP_CHANNELS, part), x.dtype, transforms=x_tile))
+    options['interpret'] = interpret
+  call = plgpu.kernel(
+      kernel, out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+      grid=(min(multiprocessors, blocks.split * tiles[0] * tiles[1]),),
+      grid_names=('block',), num_threads=3, thread_name='warpgroup',
+      compiler_params=plgpu.CompilerParams(
+          lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+      scratch_types=scratch, **options)
+  return call(codes, x, scale, shift)

@@ -1,0 +1,278 @@
+"""Products of packed 4-bit weights on Hopper GPUs (Pallas, Mosaic GPU).
+
+Weights stay packed in device memory, in a layout of their own (`prepare`), and
+are decoded in registers to int8 or float8_e4m3fn. A convolution is a matrix
+product whose K runs over the window: XLA lays the columns of the window side by
+side, as channels, and the kernel walks down its rows. With strides XLA lays
+out the whole window.
+
+The kernel is mosaic_gpu_kernel.py, the layout mosaic_gpu_decode.py.
+"""
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import checks
+from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
+from msfp_jax.quant.numbers import FPFormat
+
+CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
+            for name in ('int8', 'fp8')}
+_INTERPRETED_SINCE = (0, 11)
+# TMA reads tiles of 8 rows.
+_ROWS = 8
+
+prepare = decode_lib.prepare
+
+
+def weight_unit(fmt: FPFormat, carrier: str) -> float:
+  """What the kernels' weights are multiples of: the value of level step(fmt).
+
+  1 for all signed formats of 4 bits in int8 and in fp8: scale stays as it is.
+  """
+  return carriers.step(fmt) / carriers.carry(fmt, carrier).unit
+
+
+def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
+           blocks: blocks_lib.Blocks | None = None, interpret=False):
+  """(x @ weights) * scale + shift.
+
+  Args:
+    x: `[M, K]`, levels in the carrier: int8 or float8_e4m3fn.
+    codes: uint8 `[N', K' / 2]`, from `prepare`.
+    scale: float32 `[N]`.
+    shift: float32 `[N]`.
+    fmt: of the weights, signed, of 4 bits.
+    out_dtype: float32 or bfloat16.
+    blocks: how to cut the work; else `mosaic_gpu_blocks.choose`.
+    interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
+      has no register operands: decoding is the same bit expression in JAX.
+      Needs jax 0.11.
+
+  Returns:
+    `[M, N]`, summed in int32 (int8, exact) or float32, then scaled and shifted
+    in float32. As in XLA, a compiler may round product and sum as one.
+
+  Raises:
+    ValueError: with the words of `why_not`.
+  """
+  _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
+         interpret=interpret)
+  rows = x.shape[0]
+  row_length = 2 * codes.shape[1]
+  x = jnp.pad(x, ((0, -rows % _ROWS), (0, row_length - x.shape[1])))
+  y = _product(x, codes, scale, shift, x.shape[0], kernel_lib.Taps(), fmt,
+               out_dtype, blocks, interpret)
+  return y[:rows]
+
+
+def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
+         blocks: blocks_lib.Blocks | None = None, interpret=False):
+  """A 2-D convolution of x and weights, times scale, plus shift.
+
+  Args:
+    x: `[B, H, W, C]`, levels in the carrier: int8 or float8_e4m3fn.
+    codes: uint8 `[N', kh, kw, C' / 2]`, from `prepare`.
+    scale: float32 `[N]`.
+    shift: float32 `[N]`, or `[H', W', N]` for every image.
+    fmt: of the weights, signed, of 4 bits.
+    strides: down and to the right.
+    padding: zeros ((above, below), (left, right)).
+    out_dtype, blocks, interpret: as for `matmul`.
+
+  Returns:
+    `[B, H', W', N]`, computed as by `matmul`.
+
+  Raises:
+    ValueError: with the words of `why_not`.
+  """
+  strides, padding = tuple(strides), tuple(map(tuple, padding))
+  _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, strides=strides,
+         padding=padding, blocks=blocks, interpret=interpret)
+  window = codes.shape[1:3]
+  size = output_size(x.shape[1:3], window, strides, padding)
+  x = jnp.pad(x, ((0, 0),) * 3 + ((0, 2 * codes.shape[3] - x.shape[3]),))
+  x, height = _lay_out(x, window, strides, padding, size)
+  batch, image, pitch, row_length = x.shape
+  x = x.reshape(-1, row_length)
+  rows = x.shape[0]
+  x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
+  if shift.ndim == 3:
+    shift = jnp.pad(shift, ((0, image - size[0]), (0, pitch - size[1]), (0, 0)))
+    shift = shift.reshape(image * pitch, -1)
+  y = _product(x, codes.reshape(codes.shape[0], -1), scale, shift, x.shape[0],
+               kernel_lib.Taps(height, pitch), fmt, out_dtype, blocks,
+               interpret)
+  y = y[:rows].reshape(batch, image, pitch, -1)
+  return y[:, :size[0], :size[1]]
+
+
+def output_size(size: tuple[int, int], window: tuple[int, int], strides,
+                padding) -> tuple[int, int]:
+  """Height and width of a convolution's result."""
+  return tuple((s + sum(p) - w) // stride + 1 for s, w, stride, p in zip(
+      size, window, strides, padding, strict=True))
+
+
+def _lay_out(x, window, strides, padding, size):
+  """The window's pixels as channels, its columns' or all, and its rows left.
+
+  Args:
+    x: `[B, H, W, C]`.
+    window, strides, padding: of the convolution.
+    size: (H', W').
+
+  Returns:
+    `[B, H + padding, W', kw * C]`, which ends in rows of zeros for the next
+    image to begin with, and kh; with strides `[B, H', W', kh * kw * C]` and 1.
+    W' is rounded up to a multiple of 8.
+  """
+  (above, below), (left, right) = padding
+  single = strides == (1, 1)
+  if single and min(above, below) < window[0]:
+    # The zeros above the next image are also those below this one.
+    below = max(below - above, 0)
+  x = jnp.pad(x, ((0, 0), (above, below), (left, right), (0, 0)))
+  take = lambda x, axis, start: jax.lax.slice_in_dim(
+      x, start, start + (size[axis - 1] - 1) * strides[axis - 1] + 1,
+      strides[axis - 1], axis)
+  x = jnp.concatenate([take(x, 2, j) for j in range(window[1])], axis=-1)
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, -size[1] % _ROWS), (0, 0)))
+  if single:
+    return x, window[0]
+  x = jnp.concatenate([take(x, 1, i) for i in range(window[0])], axis=-1)
+  return x, 1
+
+
+def _product(x, codes, scale, shift, rows, taps, fmt, out_dtype, blocks,
+             interpret):
+  """The kernel on rows of pixels `[R, C]`, and what it leaves to XLA."""
+  channels = scale.shape[0]
+  carrier = CARRIERS[np.dtype(x.dtype)]
+  if blocks is None:
+    blocks = blocks_lib.choose(
+        rows, channels, x.shape[1], taps.height, out_dtype, shift.ndim == 1)
+  call = functools.partial(
+      kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=rows,
+      taps=taps, blocks=blocks,
+      multiprocessors=blocks_lib.multiprocessors(),
+      interpret=plgpu.InterpretGPUParams() if interpret else None)
+  if blocks.split > 1:
+    sums = call(None, None, out_dtype=carriers.DTYPES[carrier][1]).sum(0)
+    y = sums[:, :channels].astype(jnp.float32) * scale + shift
+    return y.astype(out_dtype)
+  beyond = (0, -channels % blocks_lib.CHANNELS)
+  if shift.ndim == 2:
+    # Tiles of rows run on from the end of the map to its beginning.
+    period = shift.shape[0]
+    shift = shift[np.arange(period + blocks.rows) % period].T
+    shift = jnp.pad(shift, (beyond, (0, 0)))
+  else:
+    shift = jnp.pad(shift, beyond)
+  y = call(jnp.pad(scale, beyond), shift, out_dtype=out_dtype)
+  return y[:, :channels]
+
+
+def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
+            strides=(1, 1), padding=((0, 0), (0, 0)),
+            blocks: blocks_lib.Blocks | None = None,
+            interpret=False) -> str | None:
+  """Why the kernels do not take an operation; None if they do.
+
+  Args:
+    op: 'matmul' or 'conv'.
+    x, codes: as for the operation; only shapes and dtypes are looked at.
+    fmt, out_dtype, strides, padding, blocks, interpret: as for the operation.
+
+  Returns:
+    The reason and the way out, for an error message. Where the default device
+    is no GPU, what no GPU does is left to the caller.
+  """
+  return (_why_not_device(interpret)
+          or _why_not_types(x, codes, fmt, out_dtype)
+          or _why_not_shapes(op, x, codes, strides, padding)
+          or _why_not_sums(x, codes, fmt)
+          or _why_not_blocks(x, codes, strides, out_dtype, blocks))
+
+
+def _why_not_device(interpret):
+  if interpret:
+    if jax.__version_info__ < _INTERPRETED_SINCE:
+      return (f'jax {jax.__version__} does not interpret the GPU kernels; use '
+              f'jax 0.11 or later, or the XLA implementation')
+    return None
+  capability = getattr(jax.devices()[0], 'compute_capability', None)
+  if capability and capability != '9.0':
+    return (f'{jax.devices()[0].device_kind} has compute capability '
+            f'{capability}: the kernels are made of the instructions of 9.0 '
+            f'(H100, H200), which later GPUs dropped; use the XLA '
+            f'implementation')
+  return None
+
+
+def _why_not_types(x, codes, fmt, out_dtype):
+  if reason := checks.format_of_weights(fmt, 'GPU'):
+    return reason
+  if np.dtype(x.dtype) not in CARRIERS:
+    return (f'x is {x.dtype}: the GPU kernels multiply int8 and '
+            f'float8_e4m3fn; carry the activations in one of these, or use '
+            f'the XLA implementation')
+  if codes.dtype != jnp.uint8:
+    return f'codes are {codes.dtype}, not uint8; see mosaic_gpu.prepare'
+  return checks.out_dtype(out_dtype)
+
+
+def _why_not_shapes(op, x, codes, strides, padding):
+  if reason := checks.axes(op, x, codes):
+    return reason
+  length = x.shape[-1]
+  padded = length + -length % decode_lib.DEPTH
+  if 2 * codes.shape[-1] != padded or codes.shape[0] % decode_lib.CHANNELS:
+    return (f'{length} channels of x {x.shape} need codes of shape [N, ..., '
+            f'{padded // 2}], N a multiple of {decode_lib.CHANNELS}, but they '
+            f'are {codes.shape}; see mosaic_gpu.prepare; grouped convolutions '
+            f'are left to XLA')
+  if op == 'conv':
+    size = output_size(x.shape[1:3], codes.shape[1:3], strides, padding)
+    return checks.window(size, codes.shape[1:3], strides, padding, x)
+  return None
+
+
+def _why_not_sums(x, codes, fmt):
+  length = x.shape[-1] * math.prod(codes.shape[1:-1])
+  return checks.sums(x, length, fmt)
+
+
+def _why_not_blocks(x, codes, strides, out_dtype, blocks):
+  if blocks is None:
+    return None
+  window = codes.shape[1:-1]
+  taps = window[0] if window and tuple(strides) == (1, 1) else 1
+  row_length = 2 * math.prod(codes.shape[1:]) // taps
+  if (blocks.rows not in blocks_lib.ROWS
+      or blocks.depth not in blocks_lib.DEPTHS):
+    return (f'{blocks}: rows must be one of {blocks_lib.ROWS}, depth of '
+            f'{blocks_lib.DEPTHS}')
+  if row_length % blocks.depth or (
+      taps * row_length // blocks.depth) % blocks.split:
+    return (f'{blocks}: rows of {row_length} codes must be whole steps, and '
+            f'their number a multiple of the split')
+  if blocks.split > 1:
+    out_dtype = jnp.float32
+  most = blocks_lib.most_stages(blocks.rows, blocks.depth, out_dtype)
+  if not 1 <= blocks.stages <= most:
+    return f'{blocks}: 1 to {most} stages fit into shared memory'
+  return None
+
+
+def _check(op, x, codes, **settings):
+  if reason := why_not(op, x, codes, **settings):
+    raise ValueError(reason)

@@ -1,0 +1,172 @@
+"""Convolution with packed 4-bit weights on TPUs: implicit GEMM.
+
+A step multiplies the pixels of some rows of an image by one row of the window.
+In vector memory the columns of that row of taps lie side by side as channels,
+so that a step is one product of depth (taps in a row) x C, and consecutive
+steps add up the rows of the window. Only x with its borders, never its patches,
+exists in HBM. As in `mosaic_tpu.matmul`, weights are decoded once for each tile
+of output channels.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
+from msfp_jax.quant.numbers import FPFormat
+
+
+def output_size(size: tuple[int, int], window: tuple[int, int], strides,
+                padding) -> tuple[int, int]:
+  """Height and width of the result."""
+  return tuple((s + sum(p) - w) // stride + 1 for s, w, stride, p in zip(
+      size, window, strides, padding, strict=True))
+
+
+def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
+         cut: blocks_lib.Conv, interpret):
+  """As `mosaic_tpu.conv`, unchecked, with the blocks chosen."""
+  batch, channels = x.shape[0], codes.shape[3]
+  window = codes.shape[:2]
+  out_size = output_size(x.shape[1:3], window, strides, padding)
+  x, codes = decode_lib.pad_halves(x, codes, decode_lib.ROWS)
+  carrier = decode_lib.CARRIERS[x.dtype]
+  height = pl.cdiv(out_size[0], cut.rows) * cut.rows
+  x = _phases(x, window, strides, padding, (height, cut.width))
+  shift = _map_rows(shift, (height, cut.width))
+  pixels, depth = cut.rows * cut.width, x.shape[-1]
+  read = cut.rows + (window[0] - 1) // strides[0]
+  shift_rows = pixels if shift.shape[0] > 1 else 1
+  taps = window[1] * cut.lanes
+  element = pl.Element
+  kernel = functools.partial(
+      _kernel, fmt=fmt, carrier=carrier, strides=strides, width=cut.width)
+  y = pl.pallas_call(
+      kernel,
+      out_shape=jax.ShapeDtypeStruct(
+          (batch, height * cut.width, channels), out_dtype),
+      grid=(pl.cdiv(channels, cut.columns), batch, height // cut.rows,
+            window[0]),
+      in_specs=[
+          # The rows of neighbouring steps overlap by the window's.
+          pl.BlockSpec(
+              tuple(map(element, (1, *strides, read, x.shape[4], depth))),
+              lambda j, b, r, t: (b, 0, 0, r * cut.rows, 0, 0)),
+          # Fetched for the first pixels only; later the index stands still.
+          pl.BlockSpec(
+              (1, window[1], depth // 2, cut.columns),
+              lambda j, b, r, t: (jnp.where(
+                  (b == 0) & (r == 0), t, window[0] - 1), 0, 0, j)),
+          pl.BlockSpec((1, cut.columns), lambda j, b, r, t: (0, j)),
+          pl.BlockSpec((shift_rows, cut.columns), lambda j, b, r, t: (
+              r if shift_rows > 1 else 0, j))],
+      out_specs=pl.BlockSpec(
+          (1, pixels, cut.columns), lambda j, b, r, t: (b, r, j)),
+      scratch_shapes=[
+          pltpu.VMEM((window[0], taps, cut.columns), x.dtype),
+          pltpu.VMEM((cut.patch_rows(window, strides) * cut.width, taps),
+                     x.dtype),
+          pltpu.VMEM((pixels, cut.columns), carriers.DTYPES[carrier][1])],
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', *['arbitrary'] * 3),
+          vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
+      interpret=interpret, name=f'conv_{fmt}_{carrier}',
+  )(x, codes, scale.reshape(1, -1), shift)
+  y = y.reshape(batch, height, cut.width, channels)
+  return y[:, :out_size[0], :out_size[1]]
+
+
+def _phases(x, window, strides, padding, size):
+  """x with its borders, `[B, sh, sw, rows, columns, C]`.
+
+  Pixel (i * sh + p, j * sw + q) stands at [p, q, i, j], so that a step of the
+  window is a step by one at any stride. There are as many rows and columns as
+  `size` pixels of the result read.
+  """
+  (sh, sw), pads = strides, []
+  for length, w, stride, (low, _), out in zip(
+      x.shape[1:3], window, strides, padding, size, strict=True):
+    needed = (out + (w - 1) // stride) * stride
+    pads.append((low, needed - low - length, 0))
+  # Negative padding crops what no window reaches.
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+  batch, height, width, depth = x.shape
+  x = x.reshape(batch, height // sh, sh, width // sw, sw, depth)
+  return x.transpose(0, 2, 4, 1, 3, 5)
+
+
+def _map_rows(shift, size):
+  """A shift `[N]` or `[H', W', N]` -> `[1 or height * width, N]`."""
+  if shift.ndim == 1:
+    return shift.reshape(1, -1)
+  extra = [(0, s - n) for s, n in zip(size, shift.shape, strict=False)]
+  return jnp.pad(shift, [*extra, (0, 0)]).reshape(-1, shift.shape[-1])
+
+
+def _kernel(x, codes, scale, shift, out, weights, patches, sums, *, fmt,
+            carrier, strides, width):
+  first = (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
+  t, last = pl.program_id(3), weights.shape[0] - 1
+
+  @pl.when(first)
+  def _():
+    _place_weights(codes, weights, t, fmt, carrier)
+
+  columns, pixels = codes.shape[1], sums.shape[0]
+  place = functools.partial(
+      _place_patches, x, patches, columns=columns, strides=strides, width=width)
+  if patches.shape[0] > pixels:
+    pl.when(t == 0)(lambda: place(0))
+    start = pl.multiple_of(t * width, width)
+    pixels_x_taps = patches[pl.ds(start, pixels)]
+  else:
+    place(t)
+    pixels_x_taps = patches[...]
+  product = lax.dot(
+      pixels_x_taps, weights[t], preferred_element_type=sums.dtype)
+  before = sums[...]
+  total = product + jnp.where(t == 0, jnp.zeros_like(before), before)
+  sums[...] = total
+
+  @pl.when(t == last)
+  def _():
+    out[0] = (total.astype(jnp.float32) * scale[...] + shift[...]).astype(
+        out.dtype)
+
+
+def _place_weights(codes, weights, t, fmt, carrier):
+  """Decodes row t of the window; a tap's channels fill whole registers."""
+  _, columns, half, n = codes.shape
+  lanes = weights.shape[1] // columns
+  for j in range(columns):
+    for i, part in enumerate(decode_lib.decode(codes[0, j], fmt, carrier)):
+      weights[t, pl.ds(j * lanes + i * half, half)] = part
+    if lanes > 2 * half:
+      weights[t, pl.ds(j * lanes + 2 * half, lanes - 2 * half)] = jnp.zeros(
+          (lanes - 2 * half, n), weights.dtype)
+
+
+def _place_patches(x, patches, t, columns, strides, width):
+  """Row t of the window of each pixel, its taps side by side.
+
+  Row 0 of more pixels than the result has are the other rows of the others.
+  """
+  (sh, sw), depth = strides, x.shape[-1]
+  pixels, lanes = patches.shape[0], patches.shape[1] // columns
+  # lax and not % and //, whose signs the lowering asks a device about.
+  phase, first = lax.rem(jnp.int32(t), jnp.int32(sh)), lax.div(
+      jnp.int32(t), jnp.int32(sh))
+  for j in range(columns):
+    taps = x[0, phase, j % sw, pl.ds(first, pixels // width),
+             pl.ds(j // sw, width)]
+    patches[:, pl.ds(j * lanes, depth)] = taps.reshape(pixels, depth)
+    if lanes > depth:
+      patches[:, pl.ds(j * lanes + depth, lanes - depth)] = jnp.zeros(
+          (pixels, lanes - depth), x.dtype)
+

@@ -1,0 +1,134 @@
+"""Decoding of packed 4-bit weights inside TPU kernels.
+
+A vector register of uint8 holds four consecutive rows in each 32-bit lane. The
+codes are decoded four at a time in such a lane, with plain 32-bit integer
+instructions whose bytes never disturb each other, and the register is then
+read as four rows of the carrier: no byte is widened. 8-bit shifts would not do:
+v6e and 7x have none.
+"""
+
+import jax
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.quant.numbers import FPFormat
+
+CARRIERS = {np.dtype(jnp.int8): 'int8', np.dtype(jnp.float8_e4m3fn): 'fp8',
+            np.dtype(jnp.bfloat16): 'bf16'}
+# Rows of a register of bytes: halves of this many rows are joined for free.
+ROWS = 32
+
+
+def weight_unit(fmt: FPFormat, carrier: str) -> float:
+  """What the kernels' weights are multiples of: the value of level step(fmt).
+
+  1 in the carriers of integers. In fp8 the fields of a code are shifted into
+  those of float8_e4m3fn, whose bias is another, so that the weights and with
+  them the sums come out smaller: the caller divides scale by the unit.
+
+  Args:
+    fmt: a signed format of 4 bits.
+    carrier: 'int8', 'bf16' or 'fp8'.
+  """
+  return 2.0**-(6 + fmt.mantissa_bits) if carrier == 'fp8' else 1.0
+
+
+def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
+  """The codes of the low and of the high nibbles, inside a kernel.
+
+  Args:
+    packed: uint8 `[rows, n]`, rows a multiple of 4.
+    fmt: a signed format of 4 bits.
+    carrier: 'int8', 'bf16' or 'fp8'.
+
+  Returns:
+    Two arrays of the carrier's dtype, each of the shape of `packed`: the
+    levels divided by step(fmt), times `weight_unit`.
+  """
+  words = pltpu.bitcast(packed, jnp.int32)
+  if carrier == 'fp8':
+    return tuple(pltpu.bitcast(word, jnp.float8_e4m3fn)
+                 for word in _fp8(words, fmt.mantissa_bits))
+  integers = tuple(pltpu.bitcast(_int8(word, fmt), jnp.int8)
+                   for word in (words, _right(words, 4)))
+  if carrier == 'int8':
+    return integers
+  return tuple(integer.astype(jnp.bfloat16) for integer in integers)
+
+
+def _fp8(words, mantissa_bits: int):
+  """Sign, exponent and mantissa shifted to their places in e4m3."""
+  low = ((words & _each(8)) << 4) | (
+      (words & _each(7)) << (3 - mantissa_bits))
+  high = (words & _each(0x80)) | _right(
+      words & _each(0x70), 1 + mantissa_bits)
+  return low, high
+
+
+def _int8(words, fmt: FPFormat):
+  """The low nibble of each byte -> its level in steps, two's complement."""
+  magnitude = {1: _e1m2, 2: _e2m1, 3: _e3m0}[fmt.exponent_bits](words)
+  sign = words & _each(8)
+  # Complement of 7 bits and plus one stay in their byte, even for -0, where
+  # the eighth bit is set and taken back.
+  one, top = _right(sign, 3), sign << 4
+  return ((magnitude ^ (top - one)) + one) ^ top
+
+
+def _e1m2(words):
+  return words & _each(7)
+
+
+def _e2m1(words):
+  """0 1 2 3 4 6 8 12: the code, plus 0 1 2 5 from code 4 on."""
+  above = _right(words, 2) & _each(1)
+  beyond = words & (above + (above << 1))
+  three = beyond & _right(beyond, 1)
+  return (words & _each(7)) + beyond + (three << 1)
+
+
+def _e3m0(words):
+  """0 1 2 4 .. 64: 1 shifted by each bit of the code in turn, and halved."""
+  one = _each(1)
+  power = one + (words & one)
+  second = _right(words, 1) & one
+  moving = power & (second + (second << 1))
+  power += (moving << 2) - moving
+  third = _right(words, 2) & one
+  moving = power & ((third << 4) - third)
+  power += (moving << 4) - moving
+  return _right(power, 1) & _each(0x7F)
+
+
+def _each(byte: int) -> np.int32:
+  """A word of four times the same byte."""
+  return np.array([byte] * 4, np.uint8).view(np.int32)[0]
+
+
+def _right(words, count: int):
+  return lax.shift_right_logical(words, jnp.int32(count))
+
+
+def pad_halves(x, codes, multiple: int):
+  """Lengthens both halves of a contraction by zeros.
+
+  Args:
+    x: `[..., K]`, the activations.
+    codes: uint8 `[..., ceil(K / 2), N]`, as from `carriers.pack_halves`.
+    multiple: what the length of a half becomes a multiple of.
+
+  Returns:
+    x `[..., 2 * half]` and codes `[..., half, N]`.
+  """
+  length, half = x.shape[-1], codes.shape[-2]
+  padded = -(-half // multiple) * multiple
+  if 2 * padded == length:
+    return x, codes
+  extend = lambda a, axis: jnp.pad(a, [
+      (0, padded - a.shape[axis] if i == axis % a.ndim else 0)
+      for i in range(a.ndim)])
+  x = jnp.concatenate(
+      [extend(x[..., :half], -1), extend(x[..., half:], -1)], axis=-1)
+  return x, extend(codes, -2)

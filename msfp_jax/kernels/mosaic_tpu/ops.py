@@ -1,0 +1,246 @@
+"""Products of packed 4-bit weights on TPUs (Pallas, Mosaic).
+
+Weights stay packed in HBM and are decoded in vector memory to the carrier of
+the activations, once for each tile of output channels: the tile's decoded
+weights lie in scratch memory while all rows of x pass by. The sums are scaled,
+shifted and rounded before they leave it.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import checks
+from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_tpu import conv as mosaic_tpu_conv
+from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
+from msfp_jax.quant.numbers import FPFormat
+
+weight_unit = decode_lib.weight_unit
+
+
+def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
+           blocks: tuple[int, int, int] | None = None, interpret=False):
+  """(x @ weights) * scale + shift.
+
+  Args:
+    x: `[M, K]`, levels in the carrier: int8, bfloat16 or float8_e4m3fn.
+    codes: uint8 `[ceil(K / 2), N]`, from `carriers.pack_halves`.
+    scale: float32 `[N]`; where the carrier is fp8, divided by `weight_unit`.
+    shift: float32 `[N]`.
+    fmt: of the weights, signed, of 4 bits.
+    out_dtype: float32 or bfloat16.
+    blocks: rows, columns, and the most packed rows of a step; else from
+      `mosaic_tpu_blocks`.
+    interpret: as in `pl.pallas_call`.
+
+  Returns:
+    `[M, N]`, summed in int32 (int8) or float32, scaled and shifted in float32.
+
+  Raises:
+    ValueError: with the words of `why_not`.
+  """
+  _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks)
+  (m, _), n = x.shape, codes.shape[1]
+  cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation())
+  x, codes = decode_lib.pad_halves(x, codes, cut.half * cut.steps)
+  rows, columns, half, steps = cut.rows, cut.columns, cut.half, cut.steps
+  if steps == 1:
+    x_specs = [pl.BlockSpec((rows, 2 * half), lambda j, i, k: (i, 0))]
+  else:
+    x_specs = [
+        pl.BlockSpec((rows, half), lambda j, i, k: (i, k)),
+        pl.BlockSpec((rows, half), lambda j, i, k: (i, steps + k))]
+  row_spec = pl.BlockSpec((1, columns), lambda j, i, k: (0, j))
+  carrier = decode_lib.CARRIERS[x.dtype]
+  sums = carriers.DTYPES[carrier][1]
+  return pl.pallas_call(
+      functools.partial(_matmul_kernel, fmt=fmt, carrier=carrier, steps=steps),
+      out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
+      grid=(pl.cdiv(n, columns), pl.cdiv(m, rows), steps),
+      in_specs=[
+          *x_specs,
+          # Fetched for the first rows only; later the index stands still.
+          pl.BlockSpec((half, columns), lambda j, i, k: (
+              jnp.where(i == 0, k, steps - 1), j)),
+          row_spec, row_spec],
+      out_specs=pl.BlockSpec((rows, columns), lambda j, i, k: (i, j)),
+      scratch_shapes=[
+          pltpu.VMEM((steps, 2 * half, columns), x.dtype),
+          pltpu.VMEM((rows, columns), sums)],
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+          vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
+      interpret=interpret, name=f'matmul_{fmt}_{carrier}',
+  )(*[x] * len(x_specs), codes, scale.reshape(1, -1), shift.reshape(1, -1))
+
+
+def _matmul_kernel(*refs, fmt, carrier, steps):
+  *x_refs, codes, scale, shift, out, weights, sums = refs
+  k = pl.program_id(2)
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    weights[k] = jnp.concatenate(decode_lib.decode(codes[...], fmt, carrier))
+
+  half = codes.shape[0]
+  dot = functools.partial(lax.dot, preferred_element_type=sums.dtype)
+  if steps == 1:
+    total = dot(x_refs[0][...], weights[0])
+  else:
+    total = (dot(x_refs[0][...], weights[k, :half])
+             + dot(x_refs[1][...], weights[k, half:]))
+    before = sums[...]
+    total += jnp.where(k == 0, jnp.zeros_like(before), before)
+    sums[...] = total
+
+  @pl.when(k == steps - 1)
+  def _():
+    out[...] = (total.astype(jnp.float32) * scale[...] + shift[...]).astype(
+        out.dtype)
+
+
+def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
+         blocks: tuple[int, int] | None = None, interpret=False):
+  """A 2-D convolution of x and weights, times scale, plus shift.
+
+  Args:
+    x: `[B, H, W, C]`, levels in the carrier: int8, bfloat16 or float8_e4m3fn.
+    codes: uint8 `[kh, kw, ceil(C / 2), N]`, from `carriers.pack_halves`.
+    scale: float32 `[N]`; where the carrier is fp8, divided by `weight_unit`.
+    shift: float32 `[N]`, or `[H', W', N]` for every image.
+    fmt: of the weights, signed, of 4 bits.
+    strides: down and to the right.
+    padding: zeros ((above, below), (left, right)).
+    out_dtype: float32 or bfloat16.
+    blocks: output pixels and channels of a step; else from
+      `mosaic_tpu_blocks`.
+    interpret: as in `pl.pallas_call`.
+
+  Returns:
+    `[B, H', W', N]`, computed as by `matmul`.
+
+  Raises:
+    ValueError: with the words of `why_not`.
+  """
+  strides, padding = tuple(strides), tuple(map(tuple, padding))
+  _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
+         strides=strides, padding=padding)
+  if _is_matmul(codes, padding) and shift.ndim == 1:
+    x = x[:, ::strides[0], ::strides[1]]
+    y = matmul(x.reshape(-1, x.shape[-1]), codes[0, 0], scale, shift, fmt=fmt,
+               out_dtype=out_dtype, interpret=interpret)
+    return y.reshape(*x.shape[:3], -1)
+  return mosaic_tpu_conv.conv(
+      x, codes, scale, shift, fmt=fmt, strides=strides, padding=padding,
+      out_dtype=out_dtype, interpret=interpret,
+      cut=_cut_conv(x, codes, strides, padding, out_dtype, blocks,
+                    blocks_lib.generation()))
+
+
+def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
+            strides=(1, 1), padding=((0, 0), (0, 0)), blocks=None,
+            chip: str | None = None) -> str | None:
+  """Why the kernels do not take an operation; None if they do.
+
+  Args:
+    op: 'matmul' or 'conv'.
+    x, codes: as for the operation; only shapes and dtypes are looked at.
+    fmt, out_dtype, strides, padding, blocks: as for the operation.
+    chip: a key of `mosaic_tpu_blocks.CHIPS`; else that of the default device.
+      Where this is no TPU, what no TPU does is left to the caller.
+
+  Returns:
+    The reason and the way out, for an error message.
+  """
+  chip = chip or blocks_lib.generation()
+  if chip is None and jax.default_backend() == 'tpu':
+    return (f'{jax.devices()[0].device_kind} is none of the TPUs '
+            f'{", ".join(blocks_lib.CHIPS)}; use the XLA implementation')
+  return (_why_not_types(x, codes, fmt, out_dtype, chip)
+          or _why_not_shapes(op, x, codes, strides, padding)
+          or _why_not_sums(x, codes, fmt)
+          or _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks,
+                           chip))
+
+
+def _why_not_types(x, codes, fmt, out_dtype, chip):
+  if reason := checks.format_of_weights(fmt, 'TPU'):
+    return reason
+  if np.dtype(x.dtype) not in decode_lib.CARRIERS:
+    return (f'x is {x.dtype}: the TPU kernels multiply int8, float8_e4m3fn '
+            f'and bfloat16; see carriers.DTYPES')
+  if codes.dtype != jnp.uint8:
+    return f'codes are {codes.dtype}, not uint8; see carriers.pack_halves'
+  if reason := checks.out_dtype(out_dtype):
+    return reason
+  carrier = decode_lib.CARRIERS[np.dtype(x.dtype)]
+  if chip and carrier not in blocks_lib.CHIPS[chip].carriers:
+    return (f'TPU {chip} does not multiply {carrier}; carry activations in '
+            f'{" or ".join(blocks_lib.CHIPS[chip].carriers)}')
+  return None
+
+
+def _why_not_shapes(op, x, codes, strides, padding):
+  if reason := checks.axes(op, x, codes):
+    return reason
+  length = x.shape[-1]
+  if codes.shape[-2] != -(-length // 2):
+    return (f'{length} channels of x {x.shape} need {-(-length // 2)} packed '
+            f'rows, codes {codes.shape} have {codes.shape[-2]}; grouped '
+            f'convolutions are left to XLA')
+  if op == 'conv':
+    size = mosaic_tpu_conv.output_size(
+        x.shape[1:3], codes.shape[:2], strides, padding)
+    return checks.window(size, codes.shape[:2], strides, padding, x)
+  return None
+
+
+def _why_not_sums(x, codes, fmt):
+  length = x.shape[-1] * int(np.prod(codes.shape[:-2]))
+  return checks.sums(x, length, fmt)
+
+
+def _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks, chip):
+  cuts = []
+  if op == 'conv':
+    cuts.append(_cut_conv(x, codes, strides, padding, out_dtype, blocks, chip))
+    blocks = None
+  if op == 'matmul' or _is_matmul(codes, padding):
+    cuts.append(_cut(x, codes, out_dtype, blocks, chip))
+  if all(cuts):
+    return None
+  return (f'{op} of x {x.shape} and codes {codes.shape} needs more than '
+          f'{blocks_lib.budget(chip) >> 20} MiB of vector memory; use the XLA '
+          f'implementation')
+
+
+def _is_matmul(codes, padding) -> bool:
+  return codes.shape[:2] == (1, 1) and not np.any(padding)
+
+
+def _cut(x, codes, out_dtype, blocks, chip) -> blocks_lib.Matmul | None:
+  return blocks_lib.matmul(
+      math.prod(x.shape[:-1]), *codes.shape[-2:], np.dtype(x.dtype).itemsize,
+      np.dtype(out_dtype).itemsize, chip, blocks)
+
+
+def _cut_conv(x, codes, strides, padding, out_dtype, blocks,
+              chip) -> blocks_lib.Conv | None:
+  size = mosaic_tpu_conv.output_size(
+      x.shape[1:3], codes.shape[:2], strides, padding)
+  return blocks_lib.conv(
+      size, codes.shape[:2], strides, *codes.shape[2:],
+      np.dtype(x.dtype).itemsize, np.dtype(out_dtype).itemsize, chip, blocks)
+
+
+def _check(op, x, codes, **settings):
+  if reason := why_not(op, x, codes, **settings):
+    raise ValueError(reason)

@@ -1,0 +1,1 @@
+"""Putting runs together: train.py, eval.py, studies."""

@@ -1,0 +1,66 @@
+"""What the command-line entry points share."""
+
+from collections.abc import Callable
+import logging as python_logging
+import os
+import sys
+from typing import TypeVar
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+
+from msfp_jax.tune import loop
+
+_T = TypeVar('_T')
+
+# Mistakes of the user's or of the machine's, not of this code: their message
+# says all that is needed, and a traceback would hide it.
+_EXPECTED = (ValueError, OSError, loop.DivergedError)
+
+
+def guard(work: Callable[[], _T]) -> _T:
+  """Runs `work`; expected errors end the program with their message alone.
+
+  MSFP_TRACEBACK=1 in the environment shows the traceback all the same.
+  """
+  try:
+    return work()
+  except _EXPECTED as error:
+    if os.environ.get('MSFP_TRACEBACK'):
+      raise
+    logging.flush()
+    sys.exit(f'error: {error}')
+
+
+def need(**values: str | None) -> None:
+  """Ends the program unless all of these flags have a value."""
+  if missing := [name for name, value in values.items() if value is None]:
+    sys.exit('error: missing ' + ', '.join(f'--{name}' for name in missing)
+             + '\n--help lists the flags')
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """app.run with JAX's flags, and progress lines on stderr."""
+  jax.config.config_with_absl()
+  logging.set_verbosity(logging.INFO)
+  # orbax tells about every file it touches.
+  logging.get_absl_handler().addFilter(
+      lambda record: record.levelno > python_logging.INFO
+      or 'orbax' not in record.pathname)
+  app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """As absl's, with the error's message in place of its traceback."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # A config file's own error stands last, below its traceback.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[-1] if 'Traceback' in str(error) else ' '.join(lines)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    # A misspelt config field; the message suggests the right one.
+    message = ' '.join(map(str, error.args))
+  sys.exit(f'error: {message}\n--help lists the flags')

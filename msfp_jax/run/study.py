@@ -1,0 +1,231 @@
+"""Many runs, one table: mean and spread over seeds.
+
+  python -m msfp_jax.study --config=configs/digits.py:table \
+      --workdir=runs/table
+
+A study is data, an entry of STUDIES in the config's file: its seeds, its
+groups (tables) and its rows, each a variant of that config. The same command
+again resumes; --seeds=1,2, --groups=skip-8 and --rows=MSFP do a part, so that
+parts can run side by side.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import pathlib
+import runpy
+import statistics
+from typing import Any
+
+from absl import flags
+from absl import logging
+import ml_collections
+
+from msfp_jax.base import files
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.run import cli
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import methods as rows_lib
+from msfp_jax.tune import finetune
+from msfp_jax.tune import student as student_lib
+
+GetConfig = Callable[[str], ml_collections.ConfigDict]
+
+_CONFIG = flags.DEFINE_string(
+    'config', None, 'configs/NAME.py:STUDY, a key of STUDIES in that file.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all runs.')
+_SEEDS = flags.DEFINE_list('seeds', None, 'Only these of the study.')
+_GROUPS = flags.DEFINE_list('groups', None, 'Only these of the study.')
+_ROWS = flags.DEFINE_list('rows', None, 'Only these of every group.')
+
+
+def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
+  """'configs/NAME.py:STUDY' -> (get_config, the study).
+
+  Raises:
+    ValueError: the file has no such study; those it has are listed.
+    FileNotFoundError: no such file.
+  """
+  path, _, name = text.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f'no config file {path!r}')
+  module = runpy.run_path(path)
+  studies = module.get('STUDIES', {})
+  if name not in studies:
+    raise ValueError(f'{path} has no study {name!r}, only {sorted(studies)}')
+  return module['get_config'], studies[name]
+
+
+def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
+             workdir: str, groups: Sequence[str] | None = None,
+             rows: Sequence[str] | None = None) -> None:
+  """Runs every (or the given) row of every (or the given) group for one seed.
+
+  Rows that are done are skipped. Writes `workdir`/<seed>/<group>/<row>.json
+  beside the row's own workdir.
+
+  Raises:
+    experiment.WorkdirError: a row was begun with another config.
+    ValueError: a row has another model, data, sampler or evaluation.
+  """
+  base = get_config('')
+  base.seed = seed
+  todo = []  # (workdir, config) of the rows that are not done
+  for group in groups or study['groups']:
+    for label, variant in study['groups'][group].items():
+      if rows is not None and label not in rows:
+        continue
+      config = get_config(variant)
+      config.seed = seed
+      _check_shared(config, base, label)
+      folder = pathlib.Path(workdir) / str(seed) / group / label
+      experiment_lib.prepare_workdir(config, str(folder), free=())
+      if not _result(folder).is_file():
+        todo.append((folder, config))
+  if not todo:
+    return
+  experiment = experiment_lib.load(base, workdir)
+  network = evaluate.feature_network(experiment)
+  scorer = scorer_lib.Scorer(
+      network, evaluate.reference_of(base, experiment.images, network))
+  full = rows_lib.untuned(experiment, None)
+  images = evaluate.draw(experiment, full, f'seed {seed}, fp')
+  reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
+                       spec_lib.FULL_PRECISION)
+  for group in {folder.parent for folder, _ in todo}:
+    files.write_json(group / 'fp.json', reference)
+  progress = progress_lib.Progress(
+      f'study, seed {seed}', len(todo), every_seconds=0)
+  for done, (folder, config) in enumerate(todo, 1):
+    logging.info('seed %d, %s, %s', seed, folder.parent.name, folder.name)
+    deployed = _quantized(experiment.variant(config), str(folder))
+    images = evaluate.draw(experiment, deployed, folder.name)
+    files.write_json(_result(folder), _measure(
+        scorer, deployed, images, config.quant.weight_bits,
+        config.quant.act_bits))
+    progress.update(done)
+
+
+def _check_shared(config: ml_collections.ConfigDict,
+                  base: ml_collections.ConfigDict, label: str) -> None:
+  """Rows are measured side by side, so they may differ in two parts only."""
+  free = ('quant', 'finetune', 'eval')
+  odd = sorted(part for part in base
+               if part not in free and config[part] != base[part])
+  odd += sorted(f'eval.{field}' for field in base.eval
+                if field != 'rows' and config.eval[field] != base.eval[field])
+  if odd:
+    raise ValueError(f'row {label!r} differs from the study in {odd}: rows may '
+                     'differ in quant and finetune only')
+
+
+def _result(folder: pathlib.Path) -> pathlib.Path:
+  """Where the metrics of the row with this workdir go."""
+  return folder.with_name(f'{folder.name}.json')
+
+
+def _quantized(experiment: experiment_lib.Experiment,
+               workdir: str) -> student_lib.Deployed:
+  spec = finetune.calibrated_spec(experiment, workdir)
+  if not experiment.config.finetune.num_updates:
+    return rows_lib.untuned(experiment, spec)
+  return finetune.fit(experiment, spec, workdir)
+
+
+def _measure(scorer, deployed, images, weight_bits, act_bits):
+  return {'weight_bits': weight_bits, 'act_bits': act_bits,
+          'bytes': rows_lib.packed_bytes(deployed), **scorer.score(images)}
+
+
+def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
+            ) -> dict[str, dict[str, dict[str, list[float]]]]:
+  """{group: {row: {metric: values, one of each seed that is done}}}."""
+  found = {}
+  for group, rows in study['groups'].items():
+    found[group] = {}
+    for label in ('fp', *rows):
+      values = {}
+      for seed in seeds:
+        path = pathlib.Path(workdir) / str(seed) / group / f'{label}.json'
+        if path.is_file():
+          for key, value in json.loads(path.read_text()).items():
+            values.setdefault(key, []).append(value)
+      found[group][label] = values
+  return found
+
+
+def table(found: dict[str, dict[str, dict[str, list[float]]]],
+          metrics: Sequence[str]) -> str:
+  """Markdown, a table per group: mean +- standard deviation over seeds.
+
+  Where rows have different numbers of seeds, a column tells how many.
+  """
+  lines = []
+  for group, rows in found.items():
+    seeds = {label: max(map(len, values.values()), default=0)
+             for label, values in rows.items()}
+    uneven = len(set(seeds.values())) > 1
+    heads = [*metrics, *(['seeds'] if uneven else [])]
+    lines += [f'**{group}**', '', '| | ' + ' | '.join(heads) + ' |',
+              '|---' * (len(heads) + 1) + '|']
+    for label, values in rows.items():
+      cells = [_spread(values.get(metric, [])) for metric in metrics]
+      if uneven:
+        cells.append(str(seeds[label]))
+      lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
+    lines.append('')
+  return '\n'.join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+  if not values:
+    return ''
+  mean = statistics.fmean(values)
+  if len(values) == 1 or isinstance(values[0], int):
+    return f'{mean:,.0f}' if isinstance(values[0], int) else f'{mean:.2f}'
+  return f'{mean:.2f} ± {statistics.stdev(values):.2f}'
+
+
+def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
+        groups: Sequence[str] | None = None,
+        rows: Sequence[str] | None = None) -> str:
+  """Runs a study, or a part of it; returns the table of all that is done.
+
+  Raises:
+    ValueError: an unknown study, seed, group or row.
+  """
+  get_config, study = load_study(text)
+  labels = dict.fromkeys(label for group in study['groups'].values()
+                         for label in group)
+  for name, part, known in (('seeds', seeds, study['seeds']),
+                            ('groups', groups, study['groups']),
+                            ('rows', rows, labels)):
+    if unknown := set(part or ()) - set(known):
+      raise ValueError(f'{name} {sorted(unknown)} are not in the study, which '
+                       f'has {list(known)}')
+  for seed in seeds or study['seeds']:
+    run_seed(get_config, study, seed, workdir, groups, rows)
+  found = collect(study, study['seeds'], workdir)
+  files.write_json(f'{workdir}/table.json', found)
+  text = table(found, study['metrics'])
+  files.write_text(f'{workdir}/table.md', text)
+  return text
+
+
+def main(unused_argv: Sequence[str]) -> None:
+  print(cli.guard(lambda: run(
+      _CONFIG.value, _WORKDIR.value, _parse_seeds(_SEEDS.value),
+      _GROUPS.value, _ROWS.value)))
+
+
+def _parse_seeds(texts: Sequence[str] | None) -> list[int] | None:
+  if not all(text.strip().isdecimal() for text in texts or ()):
+    raise ValueError(f'--seeds={texts}: must be whole numbers such as 0,1,2')
+  return texts and [int(text) for text in texts]
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  cli.run(main)

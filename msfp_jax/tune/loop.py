@@ -1,0 +1,107 @@
+"""The training loop that pre-training and fine-tuning share."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.base import writer as writer_lib
+from msfp_jax.tune import checkpoint
+
+
+class DivergedError(RuntimeError):
+  """The loss or the gradients are no longer finite."""
+
+
+def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
+  for key in ('loss', 'l2_grads'):
+    value = scalars.get(key)
+    if value is not None and not math.isfinite(value):
+      where = f', timestep {scalars["t"]:.0f}' if 't' in scalars else ''
+      raise DivergedError(
+          f'{name}: {key} is {value} at step {step}{where}; look for NaN in '
+          'the data, or lower the learning rate, in another workdir. '
+          'Checkpoints from before it are kept')
+
+
+def run(
+    name: str,
+    init: Callable[[], Any],
+    step_fn: Callable[[Any], tuple[Any, dict[str, jax.Array]]],
+    num_steps: int,
+    *,
+    workdir: str,
+    writer: writer_lib.MetricWriter,
+    save_every: int,
+    log_every: int,
+    on_step: Callable[[int, Any], None] = lambda step, state: None,
+) -> Any:
+  """Runs `step_fn` from the newest checkpoint to `num_steps`.
+
+  The result of an interrupted and resumed run is that of an uninterrupted
+  one, bit for bit, when `step_fn` draws its randomness from `state.step`.
+
+  Args:
+    name: for progress lines and the metrics' prefix.
+    init: () -> the initial state, whose `state.step` counts the steps done;
+      not run where there is a checkpoint, but traced for its structure.
+    step_fn: state -> (state, scalars); jitted, may donate its argument.
+    num_steps: steps in all.
+    workdir: checkpoints go to `workdir`/checkpoints.
+    writer: receives the scalars of every step, as `name`/scalar.
+    save_every: steps between checkpoints; the last step is always saved.
+    log_every: steps whose scalars are fetched at once.
+    on_step: called after each step with (steps done, state), before its
+      checkpoint; after a crash it may see a step again.
+
+  Raises:
+    DivergedError: a loss is not finite; names the step and the timestep.
+    checkpoint.Preempted: SIGTERM or SIGINT; the state has been saved.
+  """
+  with checkpoint.Checkpointer(f'{workdir}/checkpoints') as checkpointer:
+    restored = checkpointer.restore(jax.eval_shape(init))
+    if restored is None:
+      state = init()
+    else:
+      # Uncommitted, as a fresh state is: both run the same compiled program.
+      state = jax.tree.map(jnp.array, jax.device_get(restored))
+      logging.info('%s: resumed at step %d', name, int(state.step))
+    start = int(state.step)
+    writer.truncate_after(start)
+    progress = progress_lib.Progress(name, num_steps, start)
+    pending = []
+
+    def flush() -> None:
+      for step, scalars in jax.device_get(pending):
+        scalars = {key: float(value) for key, value in scalars.items()}
+        _check_finite(name, step, scalars)
+        writer.write_scalars(
+            step, {f'{name}/{key}': v for key, v in scalars.items()})
+      if pending:
+        progress.update(step, loss=scalars['loss'])
+      pending.clear()
+
+    for step in range(start + 1, num_steps + 1):
+      state, scalars = step_fn(state)
+      pending.append((step, scalars))
+      due = step % save_every == 0 or step == num_steps
+      if due or step % log_every == 0:
+        flush()
+      on_step(step, state)
+      stopping = checkpointer.stop_requested
+      if due or stopping:
+        flush()
+        writer.flush()
+        checkpointer.save(step, state)
+      if stopping:
+        break
+    # Also where it came in the last step: what follows must not begin.
+    if checkpointer.stop_requested:
+      logging.warning('%s: stopped at step %d of %d; run the same command '
+                      'again to go on', name, int(state.step), num_steps)
+      raise checkpoint.Preempted(checkpointer.exit_code)
+  return state
