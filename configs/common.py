@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
       'samples_per_layer': 65_536,  # activations kept of each layer
   })
   config.quant = ml_collections.ConfigDict({
-      'recipe': 'msfp',  # see msfp_jax/spec.py, RECIPES
+      'recipe': 'msfp',  # see msfp_jax/quant/spec.py, RECIPES
       'weight_bits': 4,
       'act_bits': 4,
       # Roles with other bits: a name in EXCEPTIONS there.
@@ -106,7 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
       'batch_size': 16,
       'num_banks': 2,  # LoRAs a layer; 1: plain LoRA, no router
       'rank': 16,
-      'gamma': 'sampler',  # see msfp_jax/losses.py; 'none': plain MSE
+      'gamma': 'sampler',  # see msfp_jax/tune/losses.py; 'none': plain MSE
       'base_weight': 'full',  # what banks add to; or 'dequantized'
       'learn_act_ranges': True,  # activation scales and zero points
       'learn_weight_scales': True,

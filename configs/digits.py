@@ -78,7 +78,7 @@ VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
 
 _METRICS = ('fd_digits', 'fd_digits_to_fp', 'psnr_to_fp', 'label_agreement',
             'bytes')
-# python -m msfp_jax.study --config=configs/digits.py:STUDY
+# python -m msfp_jax.run.study --config=configs/digits.py:STUDY
 STUDIES = {
     'table': {
         'seeds': (0, 1, 2),

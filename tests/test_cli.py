@@ -115,7 +115,7 @@ def test_eval_before_train(tmp_path):
     (['--config=configs/digits.py:table', '--seeds=1,x'], ('seeds', "'x'")),
 ])
 def test_a_study_that_is_not_there(tmp_path, arguments, parts):
-  assert_refused(run('-m', 'msfp_jax.study', *arguments,
+  assert_refused(run('-m', 'msfp_jax.run.study', *arguments,
                      f'--workdir={tmp_path}/w'), *parts)
 
 

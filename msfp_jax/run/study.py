@@ -1,6 +1,6 @@
 """Many runs, one table: mean and spread over seeds.
 
-  python -m msfp_jax.study --config=configs/digits.py:table \
+  python -m msfp_jax.run.study --config=configs/digits.py:table \
       --workdir=runs/table
 
 A study is data, an entry of STUDIES in the config's file: its seeds, its
