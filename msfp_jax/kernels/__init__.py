@@ -1,13 +1,8 @@
-"""Low-bit layers: packed weights, quantized inputs, exact products."""
+"""Products of quantized layers, exact, by the fastest that a device has."""
 
 from msfp_jax.kernels.compiler import options as compiler_options
-from msfp_jax.kernels.dispatch import IMPLEMENTATIONS
-from msfp_jax.kernels.layer import make_layer
-from msfp_jax.kernels.layer import pack
-from msfp_jax.kernels.layer import PackedLayer
-from msfp_jax.kernels.ops import conv
-from msfp_jax.kernels.ops import matmul
-from msfp_jax.kernels.ops import prepare
+from msfp_jax.kernels.door import IMPLEMENTATIONS
+from msfp_jax.kernels.door import prepare
+from msfp_jax.kernels.door import run
 
-__all__ = ['IMPLEMENTATIONS', 'PackedLayer', 'compiler_options', 'conv',
-           'make_layer', 'matmul', 'pack', 'prepare']
+__all__ = ['IMPLEMENTATIONS', 'compiler_options', 'prepare', 'run']

@@ -13,15 +13,15 @@ formats fit which carrier is a matter of their levels:
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from msfp_jax.quant import numbers as formats_lib
-from msfp_jax.quant import quantizers
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 
 # Carrier -> (its dtype, that of the sums).
 DTYPES = {
@@ -38,44 +38,99 @@ EXACT_FLOAT32, EXACT_INT32 = 2**24, 2**31 - 1
 class Carried:
   """How a format is carried: level = unit * (v + offset).
 
+  The offset is an integer. It takes the integer part of a zero point into v,
+  where it costs no digits: left outside of the sum, a zero point far from 0
+  is the small difference of two large terms. It also centres what would not
+  fit otherwise.
+
   Attributes:
     fmt: the format.
     carrier: a key of DTYPES.
     unit: a power of two.
-    offset: subtracted so that an unsigned format fits; else 0.
+    lowest_offset: of unsigned formats of at most 255 units; else 0.
+    highest_offset: likewise.
   """
 
   fmt: FPFormat
   carrier: str
   unit: float
-  offset: float = 0.0
+  lowest_offset: int = 0
+  highest_offset: int = 0
 
   @property
   def dtype(self):
     return DTYPES[self.carrier][0]
 
-  def values(self) -> np.ndarray:
+  def values(self, offset: float = 0.0) -> np.ndarray:
     """v of every code, float64 `[2^bits]`."""
-    return self.fmt.values() / self.unit - self.offset
+    return self.fmt.values() / self.unit - offset
 
-  def quantize(self, x, scale, zero_point=None) -> jax.Array:
-    """v of the level nearest to (x - zero_point) / scale, in the carrier.
+  def offset(self, scale: Any, zero_point: Any | None) -> Any:
+    """The offset nearest to -zero_point / (scale unit), float32.
 
-    The levels are those of `quantizers.fake_quant`. NaN becomes NaN in the
-    floating-point carriers; int8 has none.
+    A Python number where there is no zero point, or no choice; else an array
+    of the shape of both.
     """
-    level = quantizers.nearest_level(x, self.fmt, scale, zero_point)
-    return (level * (1 / self.unit) - self.offset).astype(self.dtype)
+    low, high = self.lowest_offset, self.highest_offset
+    if zero_point is None or low == high:
+      return float(low)
+    xp = jnp if isinstance(zero_point, jax.Array) else np
+    zero = xp.asarray(zero_point, np.float32)
+    scale = xp.asarray(scale, np.float32) * np.float32(self.unit)
+    return xp.clip(xp.round(-zero / scale), low, high)
 
-  def decode(self, codes) -> jax.Array:
-    """v of uint8 codes, in the carrier."""
-    level = quantizers.decode(codes, self.fmt, np.float32(1 / self.unit))
-    return (level - self.offset).astype(self.dtype)
+  def carry(self, levels: jax.Array, offset: Any) -> jax.Array:
+    """v of levels in float32, in the carrier; int8 has no NaN."""
+    return (levels * (1 / self.unit) - offset).astype(self.dtype)
+
+
+class Operand(NamedTuple):
+  """One side of a product: the tensor is scale * v + zero.
+
+  Attributes:
+    v: exact numbers, in the carrier.
+    scale: float32, by group as in the tensor.
+    zero: float32, or None for 0.
+  """
+
+  v: jax.Array
+  scale: jax.Array
+  zero: jax.Array | None
+
+
+def operand(tensor: QTensor, carrier: str) -> Operand:
+  """A quantized tensor in a carrier that holds it."""
+  carried = carry(tensor.numbers, carrier)
+  offset = carried.offset(tensor.scales(), tensor.zero_point)
+  whole = offset if isinstance(offset, float) else tensor.spread(offset)
+  v = carried.carry(tensor.levels(), whole)
+  scale = tensor.scales() * np.float32(carried.unit)
+  return Operand(v, scale, zero_of(carried, scale, tensor.zero_point, offset))
+
+
+def zero_of(carried: Carried, scale: jax.Array, zero_point: Any | None,
+            offset: Any) -> jax.Array | None:
+  """What is left of a zero point: zero_point + scale * offset."""
+  if isinstance(offset, float) and not offset:
+    return zero_point
+  moved = scale * offset
+  return moved if zero_point is None else add(moved, zero_point)
+
+
+def add(product: jax.Array, term: jax.Array) -> jax.Array:
+  """product + term, where the product has been rounded.
+
+  On CPUs a product that is only added becomes a fused multiply-add in some of
+  XLA's fusions and not in others. The last bit would depend on what surrounds a
+  layer, and where it moves an input of the next one across the border of two
+  levels, a deep network amplifies it.
+  """
+  return product + jnp.where(jnp.isnan(product), product, term)
 
 
 def step(fmt: FPFormat) -> float:
   """The smallest level above 0; all levels are multiples of it."""
-  return 2.0**(fmt.min_exponent - fmt.mantissa_bits)
+  return fmt.step
 
 
 @functools.cache
@@ -85,16 +140,17 @@ def carry(fmt: FPFormat, carrier: str) -> Carried | None:
     raise ValueError(f'carrier {carrier!r}: must be one of {sorted(DTYPES)}')
   if carrier == 'fp8':
     return _carry_fp8(fmt)
-  largest = fmt.max / step(fmt)
-  # Not of the carrier but of the format, so that exact carriers agree.
-  offset = 0.0
-  if not fmt.signed and 127 < largest <= 255:
-    offset = float(np.ceil(largest / 2))
-  if carrier == 'int8' and largest - offset > 127:
+  largest = fmt.max / fmt.step
+  # Not of the carrier but of the format, so that exact carriers agree: what
+  # int8 holds, and bfloat16 as well.
+  low = high = 0
+  if not fmt.signed and largest <= 255:
+    low, high = max(0, int(largest) - 127), min(int(largest), 128)
+  if carrier == 'int8' and largest - low > 127:
     return None
   # Integers, unless the range is such that their sums leave float32's.
-  unit = step(fmt) if largest < EXACT_FLOAT32 else 1.0
-  return Carried(fmt, carrier, unit, offset)
+  unit = fmt.step if largest < EXACT_FLOAT32 else 1.0
+  return Carried(fmt, carrier, unit, low, high)
 
 
 def _carry_fp8(fmt: FPFormat) -> Carried | None:
@@ -109,7 +165,9 @@ def _carry_fp8(fmt: FPFormat) -> Carried | None:
 def magnitude(fmt: FPFormat) -> int:
   """Largest |v| in steps, of the carriers that take an offset."""
   carried = carry(fmt, 'f32')
-  return int(np.abs(carried.values()).max() * (carried.unit / step(fmt)))
+  ends = [np.abs(carried.values(offset)).max() for offset in (
+      carried.lowest_offset, carried.highest_offset)]
+  return int(max(ends) * (carried.unit / fmt.step))
 
 
 def is_exact(weight: FPFormat, act: FPFormat, length: int,
@@ -127,24 +185,3 @@ def is_exact(weight: FPFormat, act: FPFormat, length: int,
     return False
   bound = EXACT_INT32 if carrier == 'int8' else EXACT_FLOAT32
   return length * magnitude(weight) * magnitude(act) <= bound
-
-
-def pack_halves(codes: np.ndarray) -> np.ndarray:
-  """4-bit codes `[..., K, N]` -> bytes `[..., ceil(K / 2), N]`.
-
-  Byte k holds code k in its low nibble and code k + ceil(K / 2) in its high
-  one (a code of 0 beyond an odd K), so that a kernel multiplies the two halves
-  of x by the two nibbles and never interleaves.
-  """
-  half = -(-codes.shape[-2] // 2)
-  low, high = codes[..., :half, :], codes[..., half:, :]
-  padding = [(0, 0)] * (codes.ndim - 2) + [(0, 2 * half - codes.shape[-2])]
-  high = np.pad(high, [*padding, (0, 0)])
-  return formats_lib.pack_nibbles(np.stack([low, high], axis=-1))[..., 0]
-
-
-def unpack_halves(packed, length: int):
-  """The inverse of `pack_halves`; NumPy or JAX, `length` is K."""
-  xp = jnp if isinstance(packed, jax.Array) else np
-  both = xp.concatenate([packed & 15, packed >> 4], axis=-2)
-  return both[..., :length, :]

@@ -6,8 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from msfp_jax.kernels.layer import PackedLayer
-from msfp_jax.kernels.layer import VALUES
+from msfp_jax.quant.qlayer import QLayer
 
 # XLA's CPU back end runs small products of its YNN library on one core each;
 # those of Winograd's algorithm are faster by Eigen. The value names what is
@@ -28,8 +27,8 @@ def options() -> dict[str, str] | None:
   return dict(_CPU)
 
 
-def apart(run: Callable[[jax.Array, PackedLayer], jax.Array], x: jax.Array,
-          layer: PackedLayer) -> jax.Array:
+def apart(run: Callable[[jax.Array, QLayer], jax.Array], x: jax.Array,
+          layer: QLayer) -> jax.Array:
   """run(x, layer), as a part of a program that XLA leaves where it is.
 
   Else XLA may decode the weights of all layers at once, before the loop over a
@@ -42,10 +41,10 @@ def apart(run: Callable[[jax.Array, PackedLayer], jax.Array], x: jax.Array,
     return run(x, layer)
   first = x[(0,) * x.ndim]
   if jax.default_backend() != 'cpu':
-    if layer.packing == VALUES:
+    if not layer.weight.is_packed:
       return run(x, layer)
-    weights, _ = jax.lax.optimization_barrier((layer.weights, first))
-    return run(x, layer.replace(weights=weights))
+    data, _ = jax.lax.optimization_barrier((layer.weight.data, first))
+    return run(x, layer.replace(weight=layer.weight.replace(data=data)))
   # XLA drops optimization barriers on CPUs. What never holds, it cannot tell.
   never = (first < 1) & (first > 1)
   run = jax.jit(run, inline=True)  # which is traced once for both uses

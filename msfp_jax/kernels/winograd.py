@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
-from msfp_jax.quant.numbers import FPFormat
 
 # Weights 3 -> 6, inputs 6 -> 6, products 6 -> 4; 24 times too large.
 _WEIGHTS = np.array([
@@ -47,28 +46,27 @@ def pays_for(shape: Sequence[int], parts: int) -> bool:
   return tiles >= _LEAST_TILES * parts
 
 
-def splits(values: np.ndarray, act: FPFormat) -> int:
+def splits(values: np.ndarray, lowest: float, highest: float) -> int:
   """Into how many parts the channels are cut so that all sums are exact.
 
   Args:
     values: the weights, integers `[..., 3, 3, C, D]`; all banks must fit.
-    act: format of the input.
+    lowest: of the inputs, which are integers.
+    highest: likewise.
 
   Returns:
     1, 2, 4 or 8; 0 if that is not enough.
   """
   values = np.asarray(values, np.int32)
-  carried = carriers.carry(act, 'f32')
-  if carried.unit != carriers.step(act):
-    return 0
   sums = np.abs(values).sum((-4, -3, -2)).max()
-  if sums * carriers.magnitude(act) * _EXCESS > carriers.EXACT_INT32:
+  largest = max(abs(lowest), abs(highest))
+  if sums * largest * _EXCESS > carriers.EXACT_INT32:
     return 0
   positions = np.abs(np.einsum(
       'bj,...ajcd->...abcd', _WEIGHTS,
       np.einsum('ai,...ijcd->...ajcd', _WEIGHTS, values)))
   *banks, _, _, channels, outputs = positions.shape
-  reach = _reach(carried.values().min(), carried.values().max())
+  reach = _reach(lowest, highest)
   for count in (1, 2, 4, 8):
     if channels % count == 0:
       parts = positions.reshape(

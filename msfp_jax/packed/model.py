@@ -1,8 +1,9 @@
-"""A fine-tuned model on packed weights, ready to sample."""
+"""PackedModel: a quantized model and its sampler, ready to sample."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import traverse_util
@@ -13,31 +14,34 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax import kernels
-from msfp_jax.kernels import apply as inference
-from msfp_jax.quant import quantizers
+from msfp_jax.kernels.apply import apply
+from msfp_jax.quant import interception
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.tune import student as student_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedModel:
-  """A quantized model that holds no full-precision copy of packed weights.
+  """A quantized model that holds no full-precision copy of its weights.
+
+  Its weights are packed codes; or, before `packed`, float32 levels: the
+  simulation, which computes the same.
 
   Attributes:
     model: the linen model.
-    params: what is not packed of its parameters: normalizations, embeddings,
-      layers left in full precision.
-    layers: {layer: packed, with a first axis of h banks}.
-    act_quantizers: of the layers that are not packed; None for full precision.
+    params: what is not in `layers` of its parameters: normalizations,
+      embeddings, layers left in full precision.
+    layers: {layer: with a first axis of h banks}, for every layer.
     choices: {layer: int32 `[S]`} the bank of every step, where there are
       several.
     plan: the sampler whose steps these are.
-    implementation: of `kernels`; None picks for every layer.
+    implementation: of `kernels.run`; None picks for every layer.
   """
 
   model: nn.Module
   params: Any
-  layers: dict[str, kernels.PackedLayer]
-  act_quantizers: dict[str, quantizers.Quantizer | None]
+  layers: dict[str, QLayer]
   choices: dict[str, jax.Array]
   plan: diffusion.SamplerPlan
   implementation: str | None = None
@@ -53,7 +57,7 @@ class PackedModel:
     return dataclasses.replace(self, params=params, layers=layers)
 
   def with_implementation(self, implementation: str | None) -> 'PackedModel':
-    """The model prepared to run by one implementation (see `kernels.ops`).
+    """The model prepared to run by one implementation (see `kernels.door`).
 
     Raises:
       ValueError: there is no such implementation.
@@ -67,16 +71,33 @@ class PackedModel:
     return dataclasses.replace(
         self, layers=layers, implementation=implementation)
 
+  def packed(self) -> 'PackedModel':
+    """The model with its weights as codes; a packed one stays as it is.
+
+    Raises:
+      ValueError: weights that are NaN; names the layer.
+    """
+    layers = {}
+    for name, layer in self.layers.items():
+      try:
+        layers[name] = layer if layer.weight is None else jax.tree.map(
+            np.asarray, layer.replace(weight=layer.weight.packed()))
+      except ValueError as error:
+        raise ValueError(f'layer {name}: {error}') from error
+    host = dataclasses.replace(
+        self, layers=layers, params=jax.tree.map(np.asarray, self.params))
+    return host.with_implementation(self.implementation)
+
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
     """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
     layers = {
-        name: jax.tree.map(jnp.asarray, layer).bank(
-            jnp.asarray(self.choices[name])[index] if name in self.choices
-            else 0) for name, layer in self.layers.items()}
-    return inference.apply(
-        self.model, self.params, layers, self.act_quantizers, x, t, *condition,
-        implementation=self.implementation)
+        name: jax.tree.map(jnp.asarray, layer).at(
+            index, jnp.asarray(self.choices[name])[index]
+            if name in self.choices else 0)
+        for name, layer in self.layers.items()}
+    return apply(self.model, self.params, layers, x, t, *condition,
+                 implementation=self.implementation)
 
   def sample(self, noise: jax.Array, *condition: jax.Array,
              key: jax.Array | None = None) -> jax.Array:
@@ -107,41 +128,63 @@ class PackedModel:
 
   @property
   def stored_bytes(self) -> int:
-    """Bytes of what a file has to hold, without names."""
-    bare = {name: layer.replace(tap_sums=None)
-            for name, layer in self.layers.items()}
-    return sum(leaf.nbytes for leaf in jax.tree.leaves((self.params, bare)))
+    """Bytes of what a file has to hold, without names: tables' `bytes`.
+
+    Of a model that is not packed this is what it would take.
+    """
+    bits = sum(layer.nbits for layer in self.layers.values())
+    return math.ceil(bits / 8) + sum(
+        leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
 
-def pack(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan
-         ) -> PackedModel:
-  """The model with its weights as codes.
+def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
+         plan: diffusion.SamplerPlan) -> PackedModel:
+  """A calibrated model, its weights as codes; `msfp.save` makes it a file.
 
   Args:
-    deployed: what `Student.deploy` or `rows.untuned` returned.
-    plan: the sampler that it was deployed for.
+    model: the full-precision linen model.
+    params: its parameters.
+    spec: of `calibrate`.
+    plan: the sampler.
 
   Raises:
-    ValueError: weights that are NaN, or scales that kernels do not take; names
-      the layer.
+    ValueError: a spec of another model, or weights that are NaN.
   """
-  layers = {}
-  for name, layer in deployed.layers().items():
-    try:
-      layers[name] = kernels.pack(layer)
-    except ValueError as error:
-      raise ValueError(f'layer {name}: {error}') from error
-  rest = {name: w[0] for name, w in deployed.weights.items()
-          if name not in layers}
-  params = {
-      path: np.asarray(rest.get('.'.join(path[:-1]), value)
-                       if path[-1] == 'kernel' else value)
-      for path, value in traverse_util.flatten_dict(deployed.params).items()
-      if '.'.join(path[:-1]) not in layers}
-  choices = {name: np.asarray(banks, np.int32)
-             for name, banks in deployed.choices.items()
-             if len(deployed.weights[name]) > 1}
-  return PackedModel(
-      deployed.model, traverse_util.unflatten_dict(params), layers,
-      {name: deployed.spec.layers[name].act for name in rest}, choices, plan
-  ).with_implementation(None)
+  return simulate(model, params, spec, plan).packed()
+
+
+def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
+             plan: diffusion.SamplerPlan) -> PackedModel:
+  """As `pack`, with levels in float32 for codes: the simulation."""
+  interception.check_finite(interception.leaves(params, 'kernel'))
+  return deploy(*student_lib.untrained(model, params, spec), plan)
+
+
+def full_precision(model: nn.Module, params: Any, plan: diffusion.SamplerPlan
+                   ) -> PackedModel:
+  """The model as it is, to sample in the same way."""
+  return simulate(model, params, spec_lib.QuantSpec('fp', {
+      name: spec_lib.LayerSpec('', '')
+      for name in interception.leaves(params, 'kernel')}), plan)
+
+
+def deploy(student: student_lib.Student, trainable: Any,
+           plan: diffusion.SamplerPlan) -> PackedModel:
+  """A student as it was trained: banks merged, the router's choices a table.
+
+  Args:
+    student: what was trained.
+    trainable: what `Student.init` returned, trained.
+    plan: the sampler.
+  """
+  params, layers = student.quantized(trainable)
+  own = {name for name, layer in layers.items() if layer.weight is not None}
+  rest = {path: value for path, value
+          in traverse_util.flatten_dict(params).items()
+          if '.'.join(path[:-1]) not in own}
+  choices = {
+      name: np.asarray(banks, np.int32) for name, banks
+      in student.choices(trainable, plan.timesteps).items()
+      if layers[name].num_banks > 1}
+  return PackedModel(student.model, traverse_util.unflatten_dict(rest), layers,
+                     choices, plan)

@@ -8,8 +8,6 @@ is the scale of quantizers.py. All codes are finite, there is no inf or NaN.
 import dataclasses
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 MIN_BITS = 3
@@ -97,6 +95,11 @@ class FPFormat:
     return 2.0**(top - self.bias) * (2 - 2.0**-self.mantissa_bits)
 
   @property
+  def step(self) -> float:
+    """The smallest level above 0; all levels are multiples of it."""
+    return 2.0**(self.min_exponent - self.mantissa_bits)
+
+  @property
   def fits_float32(self) -> bool:
     """Whether quantizers can use it, which compute in float32."""
     return self.max <= float(np.finfo(np.float32).max)
@@ -141,66 +144,11 @@ def formats_of_width(bits: int, signed: bool) -> tuple[FPFormat, ...]:
   return tuple(f for f in formats if f.fits_float32)
 
 
-def pack_nibbles(codes, axis: int = -1):
-  """Packs 4-bit codes two a byte along `axis`, the first in the low nibble.
+def int_format(bits: int) -> FPFormat:
+  """The INT baseline: the unsigned uniform grid of `bits` bits, UE1M(bits-1).
 
-  Args:
-    codes: uint8 array of values below 16, NumPy or JAX, at least 1-D.
-    axis: the axis that is halved; a code of 0 is appended to an odd length.
-
-  Returns:
-    uint8 array of the same kind, `ceil(length / 2)` long along `axis`.
-
-  Raises:
-    TypeError: if `codes` is not uint8.
-    ValueError: if a code exceeds 15. Under jit values cannot be looked at, and
-      a larger code spoils its neighbour.
+  With a scale and a real zero point it is asymmetric INT quantization, of
+  levels zero_point + k * step, step = scale * 2^(2 - bits), k < 2^bits.
+  Raises ValueError if `bits` is not 3 to 8.
   """
-  xp = jnp if isinstance(codes, jax.Array) else np
-  _check_uint8(codes, 'codes')
-  if not isinstance(codes, jax.core.Tracer) and codes.size and codes.max() > 15:
-    raise ValueError(
-        f'codes go up to {codes.max()}, but a nibble holds at most 15; store '
-        f'formats of more than 4 bits one code a byte')
-  codes = xp.moveaxis(codes, axis, -1)
-  odd = codes.shape[-1] % 2
-  codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])
-  packed = codes[..., ::2] | (codes[..., 1::2] << 4)
-  return xp.moveaxis(packed, -1, axis)
-
-
-def unpack_nibbles(packed, length: int, axis: int = -1):
-  """The inverse of `pack_nibbles`.
-
-  Args:
-    packed: uint8 array, NumPy or JAX.
-    length: the number of codes along `axis` (a static int).
-    axis: the axis along which they were packed.
-
-  Returns:
-    uint8 array of the same kind, values below 16, `length` long along `axis`.
-
-  Raises:
-    TypeError: if `packed` is not uint8.
-    ValueError: if `length` codes do not fill `packed`.
-  """
-  xp = jnp if isinstance(packed, jax.Array) else np
-  _check_uint8(packed, 'packed')
-  held = packed.shape[axis]
-  if (length + 1) // 2 != held:
-    raise ValueError(
-        f'{length} codes fill {(length + 1) // 2} bytes, but packed of shape '
-        f'{packed.shape} has {held} along axis {axis}; ask for a length of '
-        f'{2 * held - 1} or {2 * held}')
-  packed = xp.moveaxis(packed, axis, -1)
-  codes = xp.stack([packed & 15, packed >> 4], axis=-1)
-  codes = codes.reshape(*packed.shape[:-1], -1)[..., :length]
-  return xp.moveaxis(codes, -1, axis)
-
-
-def _check_uint8(array, name: str):
-  if getattr(array, 'dtype', None) != np.uint8:
-    raise TypeError(
-        f'{name} must be a uint8 array, got '
-        f'{getattr(array, "dtype", type(array).__name__)}; convert with '
-        f'.astype(np.uint8)')
+  return FPFormat(1, bits - 1, signed=False)

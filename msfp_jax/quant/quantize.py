@@ -1,44 +1,63 @@
-"""Applying a QuantSpec to any Flax model, by interception."""
+"""Parameters + QuantSpec -> quantized weights, once."""
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
 
-from msfp_jax.quant import interception as layers_lib
-from msfp_jax.quant import quantizers
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.around import Around
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import QTensor
 
 
 def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
-  """Parameters with every kernel replaced by its quantized value.
+  """Parameters with the kernels of quantized layers as QTensors.
 
-  Biases and normalizations stay as they are.
+  Biases, normalizations and layers in full precision stay as they are.
 
   Raises:
     ValueError: the parameters hold a kernel that the spec does not name, or
       the other way round, or one with NaN.
   """
-  kernels = layers_lib.leaves(params, 'kernel')
+  kernels = interception.leaves(params, 'kernel')
   check_layers(spec, kernels)
-  layers_lib.check_finite(kernels)
-  return layers_lib.replace(
-      params, 'kernel', quantize_kernels(kernels, spec))
+  interception.check_finite(kernels)
+  return interception.replace(params, 'kernel', {
+      name: quantize_kernel(kernel, spec.layers[name])
+      for name, kernel in kernels.items()})
 
 
-def quantize_kernels(kernels: Mapping[str, jax.Array],
-                     spec: spec_lib.QuantSpec) -> dict[str, jax.Array]:
-  """{layer: fake-quantized kernel}; a layer without quantizer passes."""
-  out = {}
-  for name, kernel in kernels.items():
-    weight = spec.layers[name].weight
-    out[name] = kernel if weight is None else weight.fake_quant(kernel)
-  return out
+def quantize_kernel(kernel: jax.Array, layer: spec_lib.LayerSpec
+                    ) -> QTensor | jax.Array:
+  """The weights of one layer, without what stands around its product."""
+  if layer.weight.is_full:
+    return kernel
+  if layer.around is not None:
+    kernel = layer.around.residual(kernel)
+  return layer.weight.quantize_banks(kernel[None]).bank(0)
 
 
-def check_layers(spec: spec_lib.QuantSpec, names: Any) -> None:
+def layers_of(qparams: Any, spec: spec_lib.QuantSpec) -> dict[str, QLayer]:
+  """{name: the layer} of what `quantize` returned."""
+  kernels = interception.leaves(qparams, 'kernel')
+  biases = interception.leaves(qparams, 'bias')
+  check_layers(spec, kernels)
+  return {name: make_layer(
+      kernels[name] if isinstance(kernels[name], QTensor) else None, layer,
+      biases.get(name)) for name, layer in spec.layers.items()}
+
+
+def make_layer(weight: Any, layer: spec_lib.LayerSpec,
+               bias: jax.Array | None) -> QLayer:
+  """A QLayer of a LayerSpec; without quantized weights the module has both."""
+  if weight is None:
+    return QLayer(None, layer.act)
+  return QLayer(weight, layer.act, bias, layer.around or Around())
+
+
+def check_layers(spec: spec_lib.QuantSpec, names: Mapping[str, Any]) -> None:
   """Raises ValueError unless the spec names exactly these layers."""
   uncovered = sorted(set(names) - set(spec.layers))
   absent = sorted(set(spec.layers) - set(names))
@@ -47,49 +66,3 @@ def check_layers(spec: spec_lib.QuantSpec, names: Any) -> None:
         'the spec does not fit the model: layers that it does not cover: '
         f'{uncovered}; layers that the model lacks: {absent}; calibrate this '
         'model')
-
-
-def apply(model: nn.Module, params: Any,
-          act_quantizers: Mapping[str, quantizers.Quantizer | None],
-          *inputs: Any) -> Any:
-  """model(*inputs) with every layer's input quantized.
-
-  Args:
-    model: any linen model.
-    params: its parameters, with weights already quantized (`quantize`).
-    act_quantizers: one for every Conv and Dense; None for full precision.
-    *inputs: of the model.
-
-  Raises:
-    ValueError: a layer has no entry, or an entry no layer.
-  """
-  visited = set()
-
-  def visit(name: str, x: jax.Array) -> jax.Array:
-    if name not in act_quantizers:
-      raise ValueError(f'no rule covers layer {name!r}: calibrate this model, '
-                       'or state that the layer stays in full precision')
-    visited.add(name)
-    quantizer = act_quantizers[name]
-    return x if quantizer is None else quantizer.fake_quant(x)
-
-  with layers_lib.intercept_inputs(visit):
-    out = model.apply({'params': params}, *inputs)
-  if unvisited := sorted(set(act_quantizers) - visited):
-    raise ValueError(f'the spec names layers that the model lacks: {unvisited}')
-  return out
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedModel:
-  """A model whose layers see quantized inputs; call `apply` as the model's.
-
-  Its parameters are what `quantize` returned.
-  """
-
-  model: nn.Module
-  spec: spec_lib.QuantSpec
-
-  def apply(self, variables: Mapping[str, Any], *inputs: Any) -> Any:
-    return apply(self.model, variables['params'], self.spec.act_quantizers,
-                 *inputs)

@@ -1,310 +1,339 @@
-"""Fake quantizers with straight-through gradients; encode and decode.
+"""Quantizers: small pytrees that turn tensors into QTensors.
 
-Quantization is U(x) = scale * nearest((x - zero_point) / scale) + zero_point,
-where `nearest` rounds to the grid of an FPFormat (Kuzmin et al., "FP8
-Quantization: The Power of the Exponent", eqs. 3-6, with a scale in place of
-their real bias; c = scale * fmt.max is the paper's maximum value). All is done
-in float32, by elementwise bit arithmetic that XLA fuses into one pass.
+- `Full` leaves a tensor as it is.
+- `Static` has a scale and perhaps a zero point from calibration.
+- `Block` takes its scales from the data, for every group, token or image.
+
+A quantizer of one's own subclasses `Quantizer`, is a `flax.struct.dataclass`,
+and defines `bits` and `quantize`; products, training, files and the report
+take it as it is.
 """
 
-import functools
+import dataclasses
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
-from jax import lax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
+from msfp_jax.quant import functional
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 
-# Fields of a float32; its exponent has bias 127 and starts at bit 23.
-_SIGN = np.uint32(0x80000000)
-_EXPONENT = np.uint32(0x7F800000)
-_bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
-_float = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.float32)
+FULL_BITS = 32
+_static = lambda **options: flax.struct.field(pytree_node=False, **options)
 
 
-def int_format(bits: int) -> FPFormat:
-  """The INT baseline: the unsigned uniform grid of `bits` bits, UE1M(bits-1).
-
-  With a scale and a real zero point it is asymmetric INT quantization, of
-  levels zero_point + k * step, step = scale * 2^(2 - bits), k < 2^bits.
-  Raises ValueError if `bits` is not 3 to 8.
-  """
-  return FPFormat(1, bits - 1, signed=False)
-
-
-def nearest(u, fmt: FPFormat | str) -> jax.Array:
-  """The level of `fmt` nearest to `u`: fake_quant of scale 1, no gradient.
-
-  Ties go to the even mantissa. Without mantissa bits a tie between two powers
-  of two goes up (as in `ml_dtypes.float8_e8m0fnu`), one between 0 and the
-  lowest power goes to 0. Takes, returns and raises what `fake_quant` does.
-  """
-  u, fmt = _check(u, fmt)
-  return _nearest(u.astype(jnp.float32), fmt).astype(u.dtype)
-
-
-def nearest_level(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
-  """nearest((x - zero_point) / scale): `fake_quant` before it scales back.
-
-  Float32, of the shape of `x`; no gradient. Takes and raises what `fake_quant`
-  does.
-  """
-  x, fmt = _check(x, fmt)
-  return _nearest(_normalize(x, *_affine(x.shape, scale, zero_point)), fmt)
-
-
-def fake_quant(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
-  """scale * nearest((x - zero_point) / scale) + zero_point.
-
-  Straight-through gradients, with u = (x - zero_point) / scale and
-  q = nearest(u), summed to the shapes of scale and zero_point:
-
-      d/dx = 1 inside the range (fmt.lowest <= u <= fmt.max), 0 outside
-      d/dscale = q - u inside, the saturated level q outside
-      d/dzero_point = 0 inside, 1 outside
-
-  Args:
-    x: float array, any shape; inf saturates, NaN stays NaN.
-    fmt: the format, whose maximum must be a finite float32.
-    scale: positive, broadcasts to the shape of `x`.
-    zero_point: broadcasts to the shape of `x`. None and the Python number 0
-      mean none: then nothing is added, and a signed format keeps -0.0.
-
-  Returns:
-    Array of the shape and dtype of `x`, computed in float32.
-
-  Raises:
-    TypeError: if `x` is not floating point.
-    ValueError: if `fmt` is no format, or one that float32 does not hold; if
-      scale or zero_point does not broadcast to `x`; if a Python or NumPy scale
-      is not positive (the values of JAX arrays are not looked at).
-  """
-  x, fmt = _check(x, fmt)
-  return _fake_quant(fmt, x, *_affine(x.shape, scale, zero_point))
-
-
-def encode(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
-  """The codes of `fake_quant(x, fmt, scale, zero_point)`, uint8 < 2^fmt.bits.
-
-  No code stands for NaN. Concrete arrays are checked; under jit, where values
-  cannot be looked at, NaN gets an unspecified code and the caller must check.
-
-  Raises:
-    TypeError, ValueError: as `fake_quant`, and for NaN in a concrete array.
-  """
-  x, fmt = _check(x, fmt)
-  codes, nans = _encode(fmt, x, *_affine(x.shape, scale, zero_point))
-  if not isinstance(nans, jax.core.Tracer) and nans:
-    raise ValueError(
-        f'{nans} of {x.size} values are NaN after (x - zero_point) / scale, '
-        f'and {fmt} has no code for NaN; look for where x or scale diverged')
-  return codes
-
-
-def decode(codes, fmt: FPFormat | str, scale, zero_point=0,
-           dtype=jnp.float32) -> jax.Array:
-  """scale * value(codes) + zero_point, the inverse of `encode`.
-
-  decode(encode(x)) equals fake_quant(x) bit for bit; see `snap_scale` for what
-  this asks of the scale when both are parts of larger jitted functions.
-
-  Args:
-    codes: uint8 array, any shape; bits above fmt.bits are ignored.
-    fmt: as for `fake_quant`, like scale and zero_point.
-    dtype: of the result, which has the shape of `codes`.
-
-  Raises:
-    TypeError, ValueError: as `fake_quant`, and if `codes` is not uint8.
-  """
-  codes, fmt = jnp.asarray(codes), _check_format(fmt)
-  if codes.dtype != jnp.uint8:
-    raise TypeError(f'codes must be uint8, got {codes.dtype}; see encode')
-  scale, zero_point = _affine(codes.shape, scale, zero_point)
-  return _decode(fmt, jnp.dtype(dtype), codes, scale, zero_point)
-
-
-@jax.custom_jvp
-def snap_scale(scale) -> jax.Array:
-  """Rounds a scale (float, any shape) to 16 significant bits; gradient 1.
-
-  A level has at most 8 significant bits, so that scale * level is then exact in
-  float32. XLA contracts scale * level + zero_point to a fused multiply-add in
-  some fusions and not in others, which differ by one rounding of the product;
-  an exact product leaves nothing to differ, and packed and fake-quantized
-  models agree bit for bit in any fusion. The relative change is at most 2^-16.
-  """
-  return lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=15)
-
-
-snap_scale.defjvps(lambda tangent, snapped, scale: tangent)
-
-
-@flax.struct.dataclass
 class Quantizer:
-  """A format (static), and the float32 scale and zero point (or None).
+  """What every quantizer has; subclasses define `bits` and `quantize`.
 
-  Both are pytree leaves that broadcast to the tensor.
+  KINDS holds the subclasses by name, by which files know them.
   """
 
-  fmt: FPFormat = flax.struct.field(pytree_node=False)
-  scale: jax.Array
-  zero_point: jax.Array | None = None
+  KINDS: ClassVar[dict[str, type['Quantizer']]] = {}
+
+  def __init_subclass__(cls, **options: Any):
+    super().__init_subclass__(**options)
+    Quantizer.KINDS[cls.__name__] = cls
 
   @property
   def bits(self) -> int:
-    """Bits per element."""
+    """Bits of an element, without its share of scales."""
+    raise NotImplementedError
+
+  @property
+  def is_full(self) -> bool:
+    """Whether the tensor stays in full precision."""
+    return False
+
+  def quantize(self, x: jax.Array, axis: int = -1) -> QTensor:
+    """The quantized tensor.
+
+    Args:
+      x: float; inputs `[..., I]`, weights `[*window, I, O]`.
+      axis: of the contraction: -1 of inputs, -2 of weights.
+    """
+    raise NotImplementedError
+
+  def fake_quant(self, x: jax.Array, axis: int = -1) -> jax.Array:
+    """dequantize(quantize(x)), in x's dtype, with a straight-through gradient.
+
+    The gradient is 1 everywhere: a quantizer whose scale follows the data
+    saturates nowhere. `Static` has that of `functional.fake_quant`.
+    """
+    return _pass_through(x, self.quantize(x, axis).dequantize().astype(x.dtype))
+
+  def quantize_banks(self, kernels: jax.Array) -> QTensor:
+    """Weights `[h, *window, I, O]`, each of h sets by itself."""
+    tensors = [self.quantize(kernel, axis=-2) for kernel in kernels]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *tensors)
+
+  def offsets(self) -> dict[str, jax.Array]:
+    """What training may move, all zero; empty where there is nothing."""
+    return {}
+
+  def moved(self, offsets: dict[str, jax.Array]) -> 'Quantizer':
+    """The quantizer moved by trained `offsets`; zeros move nothing."""
+    if offsets:
+      raise ValueError(f'{type(self).__name__} has nothing to train, got '
+                       f'{sorted(offsets)}')
+    return self
+
+  def at(self, step: Any) -> 'Quantizer':
+    """The quantizer at a step of the sampler, where they differ by step."""
+    del step
+    return self
+
+  def describe(self) -> dict[str, str]:
+    """For people: 'format', 'scale' and 'zero_point', those that it has."""
+    return {'format': type(self).__name__}
+
+
+@jax.custom_jvp
+def _pass_through(x, quantized):
+  """quantized, with the gradient of x."""
+  del x
+  return quantized
+
+
+_pass_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+@flax.struct.dataclass
+class Full(Quantizer):
+  """Full precision: nothing is quantized."""
+
+  @property
+  def bits(self) -> int:
+    return FULL_BITS
+
+  @property
+  def is_full(self) -> bool:
+    return True
+
+  def quantize(self, x, axis=-1):
+    raise TypeError('a tensor in full precision has no quantized form')
+
+  def fake_quant(self, x, axis=-1):
+    return x
+
+  def describe(self):
+    return {'format': 'full precision'}
+
+
+@flax.struct.dataclass
+class Static(Quantizer):
+  """Scale and zero point from calibration.
+
+  Attributes:
+    fmt: the number format.
+    scale: float32, positive, broadcasts to the tensor: `[]`, or of weights
+      `[1, ..., O]`. With `by_step` a first axis of the sampler's steps.
+    zero_point: likewise, or None.
+    by_step: whether scale and zero point differ by step.
+  """
+
+  fmt: FPFormat = _static()
+  scale: jax.Array
+  zero_point: jax.Array | None = None
+  by_step: bool = _static(default=False)
+
+  @property
+  def bits(self) -> int:
     return self.fmt.bits
 
-  def fake_quant(self, x) -> jax.Array:
-    return fake_quant(x, self.fmt, self.scale, self.zero_point)
+  def quantize(self, x, axis=-1):
+    self._check_step()
+    return self._tensor(functional.nearest_level(
+        x, self.fmt, self.scale, self.zero_point), axis)
 
-  def encode(self, x) -> jax.Array:
-    return encode(x, self.fmt, self.scale, self.zero_point)
+  def _tensor(self, levels, axis):
+    as_array = lambda part: None if part is None else jnp.asarray(
+        part, jnp.float32)
+    return QTensor(levels, as_array(self.scale), as_array(self.zero_point),
+                   fmt=self.fmt, length=levels.shape[axis], axis=axis)
 
-  def decode(self, codes, dtype=jnp.float32) -> jax.Array:
-    return decode(codes, self.fmt, self.scale, self.zero_point, dtype)
+  def quantize_banks(self, kernels):
+    # The sets share one scale.
+    if isinstance(kernels, jax.core.Tracer) or isinstance(
+        self.scale, jax.core.Tracer):
+      return self.quantize(kernels, axis=-2)
+    levels = functional.nearest_level_in_pieces(
+        kernels, self.fmt, self.scale, self.zero_point)
+    return self._tensor(jnp.asarray(levels), axis=-2)
+
+  def fake_quant(self, x, axis=-1):
+    self._check_step()
+    return functional.fake_quant(x, self.fmt, self.scale, self.zero_point)
+
+  def offsets(self):
+    """{'log_scale'} and, where there is one, {'zero_point'} in scales."""
+    zeros = {'log_scale': jnp.zeros_like(self.scale)}
+    if self.zero_point is not None:
+      zeros['zero_point'] = jnp.zeros_like(self.zero_point)
+    return zeros
+
+  def moved(self, offsets):
+    """Scale times exp(log_scale); zero point plus offset, in old scales."""
+    scale = self.scale * jnp.exp(offsets['log_scale'])
+    zero_point = self.zero_point
+    if zero_point is not None:
+      scale = functional.snap_scale(scale)
+      zero_point = zero_point + self.scale * offsets['zero_point']
+    return self.replace(scale=scale, zero_point=zero_point)
+
+  def at(self, step):
+    if not self.by_step:
+      return self
+    pick = lambda part: None if part is None else jnp.asarray(part)[step]
+    return Static(self.fmt, pick(self.scale), pick(self.zero_point))
+
+  def describe(self):
+    shown = {'format': str(self.fmt), 'scale': _range_of(self.scale)}
+    if self.zero_point is not None:
+      shown['zero_point'] = _range_of(self.zero_point)
+    return shown
+
+  def _check_step(self):
+    if self.by_step:
+      raise ValueError('a quantizer that differs by step: take at(step) first')
 
 
-def _split(u, fmt):
-  """u float32 -> sign bit, exponent bits, k: |nearest(u)| = k * 2^(e - M)."""
-  a = jnp.abs(u)
-  if not fmt.signed:
-    a = jnp.where(u < 0, 0.0, a)
-  # Comparisons and not min / max: they let NaN pass on every backend.
-  a = jnp.where(a > fmt.max, np.float32(fmt.max), a)
-  lowest = np.uint32((fmt.min_exponent + 127) << 23)
-  exponent = jnp.maximum(_bits(a) & _EXPONENT, lowest)
-  # 2^(M - e), built from its bits: no rounding, and no division.
-  per_step = np.uint32((2 * 127 + fmt.mantissa_bits) << 23) - exponent
-  k = lax.round(a * _float(per_step), lax.RoundingMethod.TO_NEAREST_EVEN)
-  return _bits(u) & _SIGN if fmt.signed else None, exponent, k
+def _range_of(values: Any) -> str:
+  low, high = np.min(values), np.max(values)
+  return f'{low:.3g}' if low == high else f'{low:.3g} to {high:.3g}'
 
 
-def _join(sign, exponent, k, fmt):
-  """The inverse of `_split`, float32."""
-  magnitude = k * _float(exponent - np.uint32(fmt.mantissa_bits << 23))
-  return magnitude if sign is None else _float(_bits(magnitude) | sign)
+# What shares a scale -> the axes over which it is taken, of inputs and of
+# weights; None: not for these.
+_SHARED = {
+    'tensor': (lambda axes: range(axes), lambda axes: range(axes)),
+    'image': (lambda axes: range(1, axes), None),
+    'channel': (None, lambda axes: range(axes - 1)),
+    'token': (lambda axes: [axes - 1], lambda axes: [axes - 2]),
+    'group': (lambda axes: [axes - 1], lambda axes: [axes - 2]),
+}
+SCALE_TYPES = {'f32': np.float32, 'e4m3': ml_dtypes.float8_e4m3fn,
+               'e8m0': ml_dtypes.float8_e8m0fnu}
 
 
-def _nearest(u, fmt):
-  return _join(*_split(u, fmt), fmt)
+@flax.struct.dataclass
+class Block(Quantizer):
+  """Scales, and zero points for unsigned formats, from the data themselves.
 
-
-def _normalize(x, scale, zero_point):
-  """u, float32.
-
-  XLA turns division by a constant or a broadcast operand into multiplication
-  by its rounded reciprocal, which moves ties. A divisor that depends on x is
-  left alone: NaN where x is NaN, where it makes no difference.
+  Attributes:
+    fmt: the number format. A signed one takes the largest magnitude of a
+      group, an unsigned one its minimum (as zero point) and its range.
+    shared: what shares a scale: 'tensor', 'image' (inputs), 'channel'
+      (weights: an output channel), 'token' (all of the contraction at one
+      place) or 'group'.
+    group: neighbours along the contraction, of 'group'.
+    scale_type: in which scales are kept: 'f32', 'e4m3' or 'e8m0' (the largest
+      magnitude's power of two over that of the format's maximum, OCP MX).
+    two_level: whether a scale of the tensor stands before them, so that the
+      largest of them is the type's maximum (NVFP4).
   """
-  x = x.astype(jnp.float32)
-  shifted = x if zero_point is None else x - zero_point
-  return shifted / jnp.where(jnp.isnan(x), x, scale)
+
+  fmt: FPFormat = _static()
+  shared: str = _static(default='group')
+  group: int = _static(default=0)
+  scale_type: str = _static(default='f32')
+  two_level: bool = _static(default=False)
+
+  def __post_init__(self):
+    if self.shared not in _SHARED:
+      raise ValueError(
+          f'shared={self.shared!r}: must be one of {sorted(_SHARED)}')
+    if (self.shared == 'group') != (self.group > 0):
+      raise ValueError(f'group={self.group} and shared={self.shared!r}: a group '
+                       "has a size of 1 or more, and shared='group'")
+    if self.scale_type not in SCALE_TYPES:
+      raise ValueError(f'scale_type={self.scale_type!r}: must be one of '
+                       f'{sorted(SCALE_TYPES)}')
+
+  @property
+  def bits(self) -> int:
+    return self.fmt.bits
+
+  def quantize(self, x, axis=-1):
+    x = jnp.asarray(x, jnp.float32)
+    axes = _SHARED[self.shared][0 if axis == -1 else 1]
+    if axes is None:
+      raise ValueError(f'shared={self.shared!r} is not for '
+                       f'{"inputs" if axis == -1 else "weights"}')
+    groups = self._grouped(x, axis)
+    low, high = self._extremes(groups, tuple(axes(x.ndim)), axis)
+    zero_point = None if self.fmt.signed else low
+    reach = jnp.maximum(high, -low) if self.fmt.signed else high - low
+    scale, outer = self._scales(reach)
+    tensor = QTensor(
+        x, scale, zero_point, None, outer, fmt=self.fmt, length=x.shape[axis],
+        axis=axis, group=self.group)
+    zero = 0 if zero_point is None else tensor.spread(zero_point)
+    # A group of zeros, or one whose scale rounds to 0, has levels of 0.
+    divisor = tensor.spread(tensor.scales())
+    empty = divisor == 0
+    levels = functional.nearest_level(
+        jnp.where(empty, 0.0, x - zero), self.fmt,
+        jnp.where(empty, 1.0, divisor))
+    return tensor.replace(data=levels)
+
+  def _grouped(self, x, axis):
+    """x with the contraction in groups, padded with repeats of its end."""
+    if self.shared != 'group':
+      return x
+    missing = -x.shape[axis] % self.group
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    x = jnp.pad(x, widths, mode='edge')
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 1:])
+
+  def _extremes(self, x, axes, axis):
+    """Minimum and maximum of what shares a scale."""
+    if self.shared == 'group':
+      return x.min(axis), x.max(axis)
+    return x.min(axes, keepdims=True), x.max(axes, keepdims=True)
+
+  def _scales(self, reach):
+    """(scale, outer) so that the largest element is the format's maximum."""
+    tiny = np.finfo(np.float32).tiny
+    normal = lambda scale: jnp.where(scale < tiny, 0.0, scale)
+    scale = normal(reach / self.fmt.max)
+    if self.scale_type == 'f32':
+      # Like a static one: exact products leave nothing to round differently.
+      return (scale if self.fmt.signed
+              else functional.snap_scale(scale)), None
+    if self.scale_type == 'e8m0':
+      top = np.floor(np.log2(self.fmt.max))
+      power = _floor_log2(jnp.maximum(reach, tiny)) - top
+      scale = jnp.exp2(jnp.clip(power, -127, 127))
+      return scale.astype(SCALE_TYPES['e8m0']), None
+    largest = float(ml_dtypes.finfo(SCALE_TYPES['e4m3']).max)
+    outer = None
+    if self.two_level:
+      outer = normal(scale.max(keepdims=True) / largest)
+      scale = scale / jnp.where(outer > 0, outer, 1.0)
+    return jnp.minimum(scale, largest).astype(SCALE_TYPES['e4m3']), outer
+
+  def describe(self):
+    sharing = f'{self.group}' if self.shared == 'group' else self.shared
+    return {'format': str(self.fmt),
+            'scale': f'{self.scale_type} by {sharing}'}
 
 
-def _denormalize(q, scale, zero_point, dtype):
-  y = q * scale if zero_point is None else q * scale + zero_point
-  return y.astype(dtype)
+def _floor_log2(x: jax.Array) -> jax.Array:
+  """Of normal numbers above 0, exact where a logarithm would round."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  return ((bits >> 23) - 127).astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(fmt, x, scale, zero_point):
-  q = _nearest(_normalize(x, scale, zero_point), fmt)
-  return _denormalize(q, scale, zero_point, x.dtype)
-
-
-def _forward(fmt, x, scale, zero_point):
-  return _straight_through(fmt, x, scale, zero_point), (x, scale, zero_point)
-
-
-def _backward(fmt, residuals, g):
-  x, scale, zero_point = residuals
-  u = _normalize(x, scale, zero_point)
-  q = _nearest(u, fmt)
-  # False for NaN, so that a NaN reaches the gradients too.
-  outside = (u < fmt.lowest) | (u > fmt.max)
-  g = g.astype(jnp.float32)
-  dx = jnp.where(outside, 0.0, g).astype(x.dtype)
-  dscale = _sum_to(g * (q - jnp.where(outside, 0.0, u)), scale.shape)
-  if zero_point is None:
-    return dx, dscale, None
-  return dx, dscale, _sum_to(jnp.where(outside, g, 0.0), zero_point.shape)
-
-
-_straight_through.defvjp(_forward, _backward)
-# Jitted, like _decode, so that eager calls get the arithmetic of compiled ones.
-_fake_quant = jax.jit(_straight_through, static_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(fmt, x, scale, zero_point):
-  u = _normalize(x, scale, zero_point)
-  sign, exponent, k = _split(u, fmt)
-  # k is m + 2^M [p > 0]: a carry out of the mantissa raises the exponent.
-  binade = (exponent >> 23) - np.uint32(fmt.min_exponent + 127)
-  code = (binade << fmt.mantissa_bits) + k.astype(jnp.uint32)
-  if sign is not None:
-    code |= sign >> (32 - fmt.bits)
-  return (code & (2**fmt.bits - 1)).astype(jnp.uint8), jnp.isnan(u).sum()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(fmt, dtype, codes, scale, zero_point):
-  codes = codes.astype(jnp.uint32)
-  m = codes & np.uint32(2**fmt.mantissa_bits - 1)
-  p = (codes >> fmt.mantissa_bits) & np.uint32(2**fmt.exponent_bits - 1)
-  k = m | (p > 0).astype(jnp.uint32) << fmt.mantissa_bits
-  exponent = jnp.maximum(p, np.uint32(1)) + np.uint32(127 - fmt.bias)
-  sign = (codes << (32 - fmt.bits)) & _SIGN if fmt.signed else None
-  q = _join(sign, exponent << 23, k.astype(jnp.float32), fmt)
-  return _denormalize(q, scale, zero_point, dtype)
-
-
-def _sum_to(x, shape):
-  """Sums `x` to `shape`, the transpose of broadcasting from it."""
-  x = x.sum(tuple(range(x.ndim - len(shape))))
-  axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
-  return x.sum(axes, keepdims=True)
-
-
-def _check_format(fmt):
-  fmt = FPFormat.parse(fmt)
-  if not fmt.fits_float32:
-    raise ValueError(
-        f'{fmt} reaches 2^128, beyond float32, in which quantizers compute; '
-        f'choose one of formats_of_width({fmt.bits}, {fmt.signed})')
-  return fmt
-
-
-def _check(x, fmt):
-  x = jnp.asarray(x)
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(
-        f'x must be floating point, got {x.dtype}; use x.astype(jnp.float32)')
-  return x, _check_format(fmt)
-
-
-def _affine(shape, scale, zero_point):
-  """scale and zero_point (or None) as float32 that broadcasts to `shape`."""
-  if not isinstance(scale, jax.Array) and not np.all(np.asarray(scale) > 0):
-    raise ValueError(
-        f'scale must be positive, got {scale}; a tensor of zeros is exact at '
-        f'any scale, so give it 1')
-  if isinstance(zero_point, int | float) and zero_point == 0:
-    zero_point = None
-  return (_operand('scale', scale, shape),
-          _operand('zero_point', zero_point, shape))
-
-
-def _operand(name, value, shape):
-  if value is None:
-    return None
-  value = jnp.asarray(value, jnp.float32)
-  pairs = zip(value.shape[::-1], shape[::-1], strict=False)
-  if value.ndim > len(shape) or any(n not in (1, d) for n, d in pairs):
-    raise ValueError(
-        f'{name} of shape {value.shape} does not broadcast to the shape '
-        f'{shape} of the tensor; give it size 1 along the other axes')
-  return value
+def fields_of(quantizer: Quantizer) -> dict[str, Any]:
+  """The fields of a quantizer, by name; those at their default left out."""
+  return {field.name: value for field in dataclasses.fields(quantizer)
+          if (value := getattr(quantizer, field.name)) is not None
+          and not (field.default is not dataclasses.MISSING
+                   and isinstance(value, bool | int | str)
+                   and value == field.default)}

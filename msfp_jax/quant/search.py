@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.quant import functional
 from msfp_jax.quant import numbers as formats_lib
 from msfp_jax.quant import quantizers
 
@@ -48,15 +49,15 @@ class SearchResult:
   zero_point: np.ndarray | None
   mse: float
 
-  def quantizer(self, rank: int = 0) -> quantizers.Quantizer:
+  def quantizer(self, rank: int = 0) -> quantizers.Static:
     """The quantizer; per-channel arrays stand on the last of `rank` axes."""
     expand = lambda a: jnp.asarray(a, jnp.float32).reshape(
         (1,) * (rank - 1) + (-1,) if np.ndim(a) else ())
     scale, zero_point = expand(self.scale), None
     if self.zero_point is not None:
-      scale = quantizers.snap_scale(scale)
+      scale = functional.snap_scale(scale)
       zero_point = expand(self.zero_point)
-    return quantizers.Quantizer(self.fmt, scale, zero_point)
+    return quantizers.Static(self.fmt, scale, zero_point)
 
 
 def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,

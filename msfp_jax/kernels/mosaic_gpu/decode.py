@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
-# Codes of K that share 16 bytes: two registers' worth of each of 4 lanes.
-GROUP = 32
 # K is padded to a multiple of this, the least that wgmma takes of int8 levels
 # in registers, and N to one of the tiles in which TMA stores y.
 DEPTH = 64
@@ -115,7 +114,7 @@ def prepare(codes, length: int):
   Done once, when a model is loaded.
 
   Args:
-    codes: uint8 `[..., ceil(K / 2), N]` of `carriers.pack_halves`, NumPy or
+    codes: uint8 `[..., ceil(K / 2), N]` of `layout.pack_halves`, NumPy or
       JAX, of a signed format of 4 bits.
     length: K.
 
@@ -124,7 +123,7 @@ def prepare(codes, length: int):
     level 0.
   """
   xp = jnp if isinstance(codes, jax.Array) else np
-  codes = xp.moveaxis(carriers.unpack_halves(codes, length), -1, 0)
+  codes = xp.moveaxis(layout_lib.unpack_halves(codes, length), -1, 0)
   codes = xp.pad(codes, [
       (0, -codes.shape[0] % CHANNELS), *[(0, 0)] * (codes.ndim - 2),
       (0, -length % DEPTH)])

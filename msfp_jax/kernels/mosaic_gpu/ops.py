@@ -22,6 +22,7 @@ from msfp_jax.kernels import checks
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
+from msfp_jax.kernels.mosaic_gpu import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
 CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
@@ -31,6 +32,14 @@ _INTERPRETED_SINCE = (0, 11)
 _ROWS = 8
 
 prepare = decode_lib.prepare
+lay_out = layout_lib.lay_out
+LAYOUT = layout_lib.Hopper
+
+
+def carriers_of(device_kind: str) -> tuple[str, ...]:
+  """Carriers in the order of preference; the same for all of the kind."""
+  del device_kind
+  return 'int8', 'bf16'
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:

@@ -27,7 +27,7 @@ CHIPS = {
     'v6e': Chip(('int8', 'bf16'), 128 * _MIB),
     '7x': Chip(('fp8', 'bf16'), 64 * _MIB),
 }
-_KINDS = {
+KINDS = {
     'TPU v5e': 'v5e', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p',
     'TPU v6e': 'v6e', 'TPU v6 lite': 'v6e', 'TPU7x': '7x'}
 
@@ -52,7 +52,7 @@ CONV = {
 
 def generation() -> str | None:
   """A key of CHIPS, if the default device is such a chip; else None."""
-  return _KINDS.get(jax.devices()[0].device_kind)
+  return KINDS.get(jax.devices()[0].device_kind)
 
 
 def budget(chip: str | None) -> int:

@@ -116,7 +116,7 @@ def pad_halves(x, codes, multiple: int):
 
   Args:
     x: `[..., K]`, the activations.
-    codes: uint8 `[..., ceil(K / 2), N]`, as from `carriers.pack_halves`.
+    codes: uint8 `[..., ceil(K / 2), N]`, as from `layout.pack_halves`.
     multiple: what the length of a half becomes a multiple of.
 
   Returns:

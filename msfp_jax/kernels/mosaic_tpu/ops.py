@@ -21,9 +21,25 @@ from msfp_jax.kernels import checks
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import conv as mosaic_tpu_conv
 from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 
 weight_unit = decode_lib.weight_unit
+LAYOUT = layout_lib.Nibbles
+
+
+def carriers_of(device_kind: str) -> tuple[str, ...]:
+  """Carriers in the order of preference."""
+  chip = blocks_lib.KINDS.get(device_kind)
+  if chip is None:
+    return 'int8', 'bf16'
+  return blocks_lib.CHIPS[chip].carriers
+
+
+def lay_out(weight: QTensor) -> QTensor:
+  """Weights as the kernels read them, which is as they are stored."""
+  return weight
 
 
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
@@ -32,7 +48,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
 
   Args:
     x: `[M, K]`, levels in the carrier: int8, bfloat16 or float8_e4m3fn.
-    codes: uint8 `[ceil(K / 2), N]`, from `carriers.pack_halves`.
+    codes: uint8 `[ceil(K / 2), N]`, from `layout.pack_halves`.
     scale: float32 `[N]`; where the carrier is fp8, divided by `weight_unit`.
     shift: float32 `[N]`.
     fmt: of the weights, signed, of 4 bits.
@@ -113,7 +129,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
 
   Args:
     x: `[B, H, W, C]`, levels in the carrier: int8, bfloat16 or float8_e4m3fn.
-    codes: uint8 `[kh, kw, ceil(C / 2), N]`, from `carriers.pack_halves`.
+    codes: uint8 `[kh, kw, ceil(C / 2), N]`, from `layout.pack_halves`.
     scale: float32 `[N]`; where the carrier is fp8, divided by `weight_unit`.
     shift: float32 `[N]`, or `[H', W', N]` for every image.
     fmt: of the weights, signed, of 4 bits.
@@ -178,7 +194,7 @@ def _why_not_types(x, codes, fmt, out_dtype, chip):
     return (f'x is {x.dtype}: the TPU kernels multiply int8, float8_e4m3fn '
             f'and bfloat16; see carriers.DTYPES')
   if codes.dtype != jnp.uint8:
-    return f'codes are {codes.dtype}, not uint8; see carriers.pack_halves'
+    return f'codes are {codes.dtype}, not uint8; see layout.pack_halves'
   if reason := checks.out_dtype(out_dtype):
     return reason
   carrier = decode_lib.CARRIERS[np.dtype(x.dtype)]

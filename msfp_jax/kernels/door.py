@@ -1,0 +1,411 @@
+"""Products of quantized layers: one door to all back ends.
+
+`run(layer, x)` is the only product there is: simulation, training and packed
+inference are this function on other storage. It quantizes its input and
+multiplies it with the weights by one of these implementations:
+
+- 'reference': float32 and plain products (see `product`).
+- 'xla': everywhere; weights are decoded to the carrier, which XLA's own
+  products take. On CPUs wide 3x3 convolutions are by `winograd`.
+- 'mosaic_tpu', 'mosaic_gpu': Pallas kernels that decode packed weights on the
+  chip, for signed 4-bit weights.
+
+None picks the kernels where the device has them and they take the operation,
+and XLA elsewhere. The input is quantized outside of the kernels, so that XLA
+can fuse it with the activation function or normalization before it.
+
+This is the one module that knows the chips' kernels. A chip is a folder with a
+module `ops` of `BACKEND`, `matmul`, `conv`, `why_not`, `weight_unit`,
+`carriers_of` and `lay_out`.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import importlib
+import types
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import compiler
+from msfp_jax.kernels import product
+from msfp_jax.kernels import training
+from msfp_jax.kernels import winograd
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.geometry import Geometry
+from msfp_jax.quant.qlayer import Latent
+from msfp_jax.quant.qlayer import Prepared
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import QTensor
+
+# Back end -> the implementation by kernels of its own.
+KERNELS = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
+IMPLEMENTATIONS = ('reference', 'xla', *KERNELS.values())
+# Carriers of XLA, of which the first that holds both formats is taken; those
+# of a chip's kernels are elsewhere those of XLA too.
+_CARRIERS = {'cpu': ('f32',)}
+
+
+def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
+        implementation: str | None = None, carrier: str | None = None,
+        conv_general_dilated: Callable[..., jax.Array]
+        = lax.conv_general_dilated) -> jax.Array:
+  """What a layer makes of its input.
+
+  Args:
+    layer: with one set of weights, `[*window, I / groups, O]` or `[I, O]`.
+    x: float `[B, *spatial, I]` or `[..., I]`.
+    geometry: of a convolution; None for a dense layer.
+    implementation: one of IMPLEMENTATIONS; None picks.
+    carrier: a key of `carriers.DTYPES`; None picks.
+    conv_general_dilated: for products in float32, in place of XLA's.
+
+  Returns:
+    `[B, *spatial', O]` or `[..., O]`, of x's dtype.
+
+  Raises:
+    ValueError: an implementation or carrier that does not take the operation;
+      the message says why.
+  """
+  plain = functools.partial(
+      _plain, geometry=geometry, function=conv_general_dilated)
+  if isinstance(layer.weight, Latent):
+    return training.run(
+        lambda layer, x: _run(layer, x, geometry, 'reference', 'f32', plain),
+        plain, layer, x)
+  if implementation is None:
+    implementation = pick(layer, x.shape, geometry, carrier)
+  if reason := why_not(implementation, layer, x.shape, geometry, carrier):
+    raise ValueError(f'implementation {implementation!r}: {reason}')
+  carrier = carrier or pick_carrier(layer, x.shape, implementation)
+  work = functools.partial(_run, geometry=geometry,
+                           implementation=implementation, carrier=carrier,
+                           plain=plain)
+  if implementation in KERNELS.values():
+    return work(layer, x)
+  return compiler.apart(lambda x, layer: work(layer, x), x, layer)
+
+
+def _plain(x, w, *, geometry, function):
+  """Of float32 values, by XLA."""
+  if geometry is None or geometry.is_pointwise(w.shape[:-2]):
+    return _dot(x, w, geometry)
+  return geometry.conv(x, w, function=function)
+
+
+def _dot(x, w, geometry, **options):
+  """A dense layer or a window of 1: XLA has faster products than convolutions.
+  """
+  if geometry is not None and not geometry.plain:
+    x = x[(slice(None), *[slice(None, None, s) for s in geometry.strides])]
+  return lax.dot_general(x, w.reshape(w.shape[-2:]),
+                         (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+
+def _run(layer, x, geometry, implementation, carrier, plain):
+  """`run`, everything decided."""
+  seen = layer.around.input(x)
+  if layer.input.is_full:
+    out = plain(jnp.asarray(seen, jnp.float32), layer.weight.dequantize())
+    out = out if layer.bias is None else out + layer.bias
+  elif implementation in KERNELS.values():
+    out = _run_kernel(layer, seen, geometry, implementation, carrier)
+  elif _winograd_takes(layer, seen.shape, geometry, implementation, carrier):
+    out = _run_winograd(layer, seen, geometry)
+  else:
+    out = _run_xla(layer, seen, geometry, implementation, carrier, plain)
+  if layer.around.down is not None:
+    out = out + training.low_rank(layer.around, seen, plain)
+  return out.astype(x.dtype)
+
+
+def _run_xla(layer, x, geometry, implementation, carrier, plain):
+  tensor, weight = layer.input.quantize(x, axis=-1), layer.weight
+  multiply = functools.partial(
+      _multiply, geometry=geometry, carrier=carrier, plain=plain)
+  if not product.is_separable(tensor, weight, geometry):
+    if carrier == 'f32' and implementation == 'xla' or (
+        geometry is not None and geometry.groups != 1):
+      return product.dequantized(tensor, weight, layer.bias, geometry, plain)
+    return product.grouped(tensor, weight, layer.bias, geometry, carrier)
+  return product.separable(
+      *product.operands(tensor, weight, geometry, carrier), layer.bias,
+      geometry, multiply, _sums_of(layer, carrier))
+
+
+def _multiply(v, w, *, geometry, carrier, plain):
+  """Of values in the carrier, by XLA."""
+  if carrier == 'f32':
+    return plain(v, w)
+  options = {'preferred_element_type': carriers.DTYPES[carrier][1]}
+  if geometry is None or geometry.is_pointwise(w.shape[:-2]):
+    return _dot(v, w, geometry, **options)
+  return geometry.conv(v, w, **options)
+
+
+def _sums_of(layer, carrier):
+  """The prepared sums of the weights, if they are those of this carrier."""
+  own, other = (carriers.carry(layer.weight.numbers, name)
+                for name in ('f32', carrier))
+  if layer.prepared is None or layer.prepared.tap_sums is None or (
+      own.highest_offset != other.highest_offset):
+    return None
+  return layer.prepared.tap_sums * (own.unit / other.unit)
+
+
+def _winograd_takes(layer, shape, geometry, implementation, carrier):
+  return (implementation == 'xla' and carrier == 'f32'
+          and layer.prepared is not None and layer.prepared.parts > 0
+          and jax.default_backend() == 'cpu'
+          and geometry is not None and geometry.plain
+          and geometry.padding == ((1, 1), (1, 1))
+          and winograd.pays_for(shape, layer.prepared.parts))
+
+
+def _run_winograd(layer, x, geometry):
+  # One scale for the input: it is quantized in parts, a few images at a time.
+  whole, weight = product.operands(
+      layer.input.quantize(x, axis=-1), layer.weight, geometry, 'f32')
+  scale, shift = product.epilogue(
+      whole, weight, layer.bias, geometry, layer.prepared.tap_sums)
+  return winograd.conv(
+      x, weight.v, layer.prepared.parts,
+      lambda x: carriers.operand(layer.input.quantize(x, axis=-1), 'f32').v,
+      lambda y: carriers.add(y.astype(jnp.float32) * scale, shift))
+
+
+def _run_kernel(layer, x, geometry, implementation, carrier):
+  ops, weight = _ops_of(implementation), layer.weight
+  fmt, v = weight.fmt, carriers.operand(
+      layer.input.quantize(x, axis=-1), carrier)
+  bare = carriers.Operand(
+      jax.ShapeDtypeStruct((*weight.data.shape[:-2], weight.length,
+                            weight.scale.shape[-1]), jnp.float32),
+      weight.scales().reshape(-1) * carriers.carry(fmt, carrier).unit, None)
+  sums = _sums_of(layer, carrier)
+  if v.zero is not None and sums is None:
+    bare = bare._replace(v=carriers.operand(weight, carrier).v)
+  scale, shift = product.epilogue(v, bare, layer.bias, geometry, sums)
+  # The kernels' weights are in units of their own.
+  unit = carriers.carry(fmt, carrier).unit
+  scale = scale * (fmt.step / unit / ops.weight_unit(fmt, carrier))
+  codes = ops.lay_out(weight).data
+  options = {'fmt': fmt, 'out_dtype': x.dtype}
+  if geometry is None:
+    out = ops.matmul(v.v.reshape(-1, v.v.shape[-1]), codes, scale, shift,
+                     **options)
+    return out.reshape(*x.shape[:-1], -1)
+  return ops.conv(v.v, codes, scale, shift, strides=geometry.strides,
+                  padding=geometry.padding, **options)
+
+
+def pick(layer: QLayer, shape: Sequence[int],
+         geometry: Geometry | None = None, carrier: str | None = None) -> str:
+  """The implementation that None stands for; arguments as for `why_not`."""
+  if not layer.weight.is_packed:
+    separable = layer.input.is_full or product.is_separable(
+        _input_of(layer, shape), layer.weight, geometry)
+    return 'reference' if separable else 'xla'
+  kernel = KERNELS.get(jax.default_backend())
+  if kernel and why_not(kernel, layer, shape, geometry, carrier) is None:
+    return kernel
+  return 'xla'
+
+
+def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
+                 ) -> str:
+  """The carrier of an implementation on the default device."""
+  if implementation == 'reference' or layer.input.is_full:
+    return 'f32'
+  backend = {name: key for key, name in KERNELS.items()}.get(
+      implementation, jax.default_backend())
+  choices = _CARRIERS.get(backend)
+  if choices is None:
+    known = KERNELS.get(backend)
+    choices = _ops_of(known).carriers_of(
+        jax.devices()[0].device_kind) if known else ('f32',)
+  return next((name for name in choices if _carries(layer, shape, name)), 'f32')
+
+
+def _input_of(layer, shape):
+  """The quantized input's structure and shapes."""
+  return jax.eval_shape(
+      lambda layer, x: layer.input.quantize(layer.around.input(x), axis=-1),
+      layer, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+
+
+def _carries(layer, shape, carrier):
+  if layer.input.is_full:
+    return carrier == 'f32'
+  formats = (layer.weight.numbers, _input_of(layer, shape).numbers)
+  return None not in [carriers.carry(fmt, carrier) for fmt in formats]
+
+
+def why_not(implementation: str, layer: QLayer, shape: Sequence[int],
+            geometry: Geometry | None = None, carrier: str | None = None
+            ) -> str | None:
+  """Why an implementation does not take an operation; None if it does.
+
+  Args:
+    implementation: one of IMPLEMENTATIONS.
+    layer: with one set of weights.
+    shape: of the input.
+    geometry: of a convolution; None for a dense layer.
+    carrier: None for the one that would be picked.
+
+  Raises:
+    ValueError: there is no such implementation.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'implementation {implementation!r}: must be None or one '
+                     f'of {IMPLEMENTATIONS}')
+  if carrier and not _carries(layer, shape, carrier):
+    full = layer.input.is_full
+    inputs = 'full precision' if full else _input_of(layer, shape).numbers
+    return (f'{carrier} does not hold weights in {layer.weight.numbers} and '
+            f'inputs in {inputs}; choose another carrier, such as '
+            f'{"f32" if full else "bf16"}')
+  if implementation not in KERNELS.values():
+    return None
+  return _why_no_kernel(implementation, shape, layer, geometry, carrier)
+
+
+def _why_no_kernel(implementation, shape, layer, geometry, carrier):
+  weight = layer.weight
+  if layer.input.is_full:
+    return 'it multiplies quantized inputs, and those of this layer are not'
+  if weight.zero_point is not None:
+    return 'its weights have no zero point, and those of this layer have'
+  if weight.shift is not None:
+    return 'its weights have no shifts, and those of this layer have'
+  ops = _ops_of(implementation)
+  if weight.layout not in (layout_lib.NIBBLES, ops.LAYOUT):
+    if weight.layout in (layout_lib.BYTES, layout_lib.LEVELS):
+      return (f'it reads weights of 4 bits, and those of this layer are '
+              f'{weight.fmt}, stored as {weight.layout.name}')
+    return f'the weights are laid out for {weight.layout.name}'
+  tensor = _input_of(layer, shape)
+  if tensor.scale.ndim or not product.is_separable(tensor, weight, geometry):
+    return ('it takes one scale for the input and one for each output channel, '
+            f'not scales of {tensor.scale.shape} and {weight.scale.shape}')
+  if geometry is not None and (
+      geometry.groups != 1 or set(geometry.dilation) != {1}
+      or len(geometry.strides) != 2):
+    return (f'it takes 2-D convolutions without groups and dilation, not '
+            f'{geometry}')
+  carrier = carrier or pick_carrier(layer, shape, implementation)
+  codes = jax.eval_shape(ops.lay_out, weight).data
+  if geometry is None:
+    op, rows, more = 'matmul', (int(np.prod(shape[:-1])), shape[-1]), {}
+  else:
+    op, rows = 'conv', tuple(shape)
+    more = {'strides': geometry.strides, 'padding': geometry.padding}
+  x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])
+  return ops.why_not(op, x, codes, fmt=weight.fmt, **more)
+
+
+def _ops_of(implementation: str) -> types.ModuleType:
+  """The operations of a chip's kernels."""
+  # Here, so that neither back end's library loads before it is asked for.
+  return importlib.import_module(f'msfp_jax.kernels.{implementation}.ops')
+
+
+def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
+  """What is done once for packed weights before they run.
+
+  Adds the sums of the weights where zero points need them; for XLA on CPUs
+  finds out how `winograd` can sum exactly; for a chip's kernels lays the
+  weights out anew.
+
+  Args:
+    layer: with an axis of banks; what is not packed stays as it is.
+    implementation: that it will run by; None for the one that is picked.
+  """
+  weight = layer.weight
+  if not isinstance(weight, QTensor) or weight.layout not in (
+      layout_lib.NIBBLES, layout_lib.BYTES):
+    return layer
+  layer = layer.replace(weight=jax.tree.map(np.asarray, weight))
+  weight = layer.weight
+  prepared = Prepared()
+  if not layer.input.is_full and _per_output(weight):
+    needs_sums = _has_zero(layer)
+    wide = weight.data.ndim == 5
+    if needs_sums or wide:
+      values = np.asarray(carriers.operand(weight, 'f32').v)
+      if needs_sums:
+        prepared = prepared.replace(tap_sums=values.sum(-2))
+      if wide and _has_winograd(layer, values):
+        prepared = prepared.replace(parts=winograd.splits(
+            values, *_reach(layer.input)))
+  kernel = implementation or KERNELS.get(jax.default_backend())
+  if kernel in KERNELS.values() and _is_for_kernels(layer):
+    weight = _lay_out_banks(_ops_of(kernel).lay_out, weight)
+  return layer.replace(weight=weight, prepared=prepared)
+
+
+def _per_output(weight):
+  return weight.shift is None and weight.outer is None and set(
+      weight.scale.shape[:-1]) <= {1}
+
+
+def _static_scale(quantizer):
+  """(fmt, scale, zero point or None) of an input with one scale; else None."""
+  probe = jax.eval_shape(
+      lambda quantizer, x: quantizer.at(0).quantize(x), quantizer,
+      jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32))
+  if probe.scale.ndim or not hasattr(quantizer, 'scale'):
+    return None
+  return quantizer.fmt, quantizer.scale, quantizer.zero_point
+
+
+def _has_zero(layer):
+  """Whether the input may have a zero beside its scale, as carried."""
+  probe = jax.eval_shape(
+      lambda quantizer, x: quantizer.at(0).quantize(x), layer.input,
+      jax.ShapeDtypeStruct((1, 8, 8, layer.weight.length), jnp.float32))
+  carried = carriers.carry(probe.numbers, 'f32')
+  return probe.zero_point is not None or carried.lowest_offset > 0
+
+
+def _reach(quantizer):
+  """Lowest and highest v of an input, as carried in float32."""
+  fmt, scale, zero_point = _static_scale(quantizer)
+  carried = carriers.carry(fmt, 'f32')
+  offset = np.asarray(carried.offset(
+      np.asarray(scale), None if zero_point is None
+      else np.asarray(zero_point)))
+  values = carried.values()
+  return values.min() - offset.max(), values.max() - offset.min()
+
+
+def _has_winograd(layer, values):
+  static = _static_scale(layer.input)
+  if static is None:
+    return False
+  carried = carriers.carry(layer.weight.numbers, 'f32')
+  of_input = carriers.carry(static[0], 'f32')
+  return (values.shape[-4:-2] == (3, 3) and layer.weight.zero_point is None
+          and carried.unit == layer.weight.fmt.step
+          and of_input.unit == static[0].step
+          and winograd.pays(*values.shape[-2:]))
+
+
+def _is_for_kernels(layer):
+  """Whether kernels that read signed weights of 4 bits take the layer."""
+  weight = layer.weight
+  return (weight.layout == layout_lib.NIBBLES and not layer.input.is_full
+          and weight.zero_point is None and weight.fmt.signed
+          and weight.fmt.bits == 4 and _per_output(weight))
+
+
+def _lay_out_banks(lay_out: Callable[[QTensor], QTensor], weight: QTensor
+                   ) -> QTensor:
+  """The weights for a chip's kernels, bank by bank."""
+  banks: list[Any] = [lay_out(weight.bank(i)) for i in range(
+      len(weight.data))]
+  return banks[0].replace(data=np.stack([bank.data for bank in banks]))

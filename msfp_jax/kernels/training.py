@@ -1,0 +1,67 @@
+"""Products whose weights are in training: gradients through quantizers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from msfp_jax.quant.around import Around
+from msfp_jax.quant.qlayer import QLayer
+
+# (x [B, *spatial, I], w [*window, I, O]) -> [B, *spatial', O].
+Plain = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
+        layer: QLayer, x: jax.Array) -> jax.Array:
+  """The layer's product, with straight-through gradients.
+
+  Forward it is `product` on the weights as they are quantized now: what the
+  simulation and packed models compute. Backward it is the gradient of
+
+      plain(Q_a(x'), Q_w(W')) + bias + low rank
+
+  with each quantizer's own gradient (`Quantizer.fake_quant`), whatever the
+  product sums in and by what scales.
+
+  Args:
+    product: (layer with a QTensor, x) -> y.
+    plain: product of float32 values.
+    layer: its weight is a `Latent`.
+    x: input.
+  """
+
+  def dequantized(layer, x):
+    seen = layer.around.input(x)
+    w = layer.weight.quantizer.fake_quant(layer.weight.kernel, axis=-2)
+    y = plain(layer.input.fake_quant(jnp.asarray(seen, jnp.float32)), w)
+    if layer.bias is not None:
+      y = y + layer.bias
+    if layer.around.down is not None:
+      y = y + low_rank(layer.around, seen, plain)
+    return y.astype(x.dtype)
+
+  if layer.weight.quantizer.is_full:
+    return dequantized(layer, x)
+
+  @jax.custom_vjp
+  def quantized(layer, x):
+    weight = layer.weight.quantizer.quantize(layer.weight.kernel, axis=-2)
+    return product(layer.replace(weight=weight), x)
+
+  quantized.defvjp(
+      lambda layer, x: (quantized(layer, x), (layer, x)),
+      lambda inputs, gradient: jax.vjp(dequantized, *inputs)[1](gradient))
+  return quantized(layer, x)
+
+
+def low_rank(around: Around, x: jax.Array, plain: Plain) -> jax.Array:
+  """The branch x' A B, float32.
+
+  Args:
+    around: with `down` and `up`.
+    x: x', the input as smoothed and rotated, not quantized.
+    plain: product of float32 values, with the layer's geometry.
+  """
+  inner = plain(jnp.asarray(x, jnp.float32), jnp.float32(around.down))
+  return jnp.matmul(inner, jnp.float32(around.up), precision='highest')

@@ -1,0 +1,134 @@
+"""What stands around a quantized product: smoothing, rotation, low rank.
+
+    y = Q_a(x') Q_w(W') + (x' A) B + bias
+    x' = H (x / s),    W' = H^-1 (s W) - A B
+
+so that without quantization y is the layer's own result. s is a factor for
+every input channel (smoothing), H rotates blocks of channels (Hadamard), A B is
+a branch of low rank in 16 bits. A recipe's `around` finds them before the
+quantizers of what is left.
+"""
+
+from collections.abc import Callable, Collection
+import dataclasses
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.quant import fit as fit_lib
+
+
+@flax.struct.dataclass
+class Around:
+  """Smoothing, rotation and low-rank branch of one layer; each may be absent.
+
+  Attributes:
+    smooth: s, float32 `[I]`.
+    down: A, `[*window, I, R]`, 16-bit.
+    up: B, `[R, O]`, 16-bit.
+    rotation: channels that are rotated together, a power of two that divides
+      I; 0 for none.
+  """
+
+  smooth: jax.Array | None = None
+  down: jax.Array | None = None
+  up: jax.Array | None = None
+  rotation: int = flax.struct.field(pytree_node=False, default=0)
+
+  @property
+  def moves_input(self) -> bool:
+    """Whether the product sees another input than the layer."""
+    return self.smooth is not None or self.rotation > 0
+
+  @property
+  def nbits(self) -> int:
+    """Bits that it takes in a file."""
+    return sum(8 * np.dtype(part.dtype).itemsize * math.prod(part.shape)
+               for part in (self.smooth, self.down, self.up)
+               if part is not None)
+
+  def input(self, x: jax.Array) -> jax.Array:
+    """x' of x `[..., I]`."""
+    if self.smooth is not None:
+      x = x / self.smooth
+    return hadamard(x, self.rotation) if self.rotation else x
+
+  def residual(self, kernel: jax.Array) -> jax.Array:
+    """W' of W `[*window, I, O]`."""
+    kernel = self.moved(kernel)
+    return kernel if self.down is None else kernel - self.low_rank()
+
+  def moved(self, kernel: jax.Array) -> jax.Array:
+    """W' without the branch taken off."""
+    if self.smooth is not None:
+      kernel = kernel * self.smooth[:, None]
+    if self.rotation:
+      kernel = jnp.swapaxes(kernel, -1, -2)
+      kernel = jnp.swapaxes(hadamard(kernel, self.rotation), -1, -2)
+    return kernel
+
+  def low_rank(self) -> jax.Array:
+    """A B, `[*window, I, O]`, float32."""
+    return jnp.einsum('...r,ro->...o', jnp.float32(self.down),
+                      jnp.float32(self.up), precision='highest')
+
+  def seen(self, seen: fit_lib.Seen) -> fit_lib.Seen:
+    """What the product sees, of what the layer saw.
+
+    Raises:
+      ValueError: the input is moved, and no whole vectors of it were kept.
+    """
+    if not self.moves_input:
+      return seen
+    if seen.rows is None:
+      if seen.values is None:
+        return seen
+      raise ValueError('smoothing and rotation need whole vectors of the '
+                       f'input: the recipe must name {fit_lib.ROWS!r}')
+    rows = np.asarray(self.input(seen.rows))
+    return dataclasses.replace(
+        seen, values=rows.ravel(), rows=rows, minimum=float(rows.min()),
+        maximum=float(rows.max()), channel_maxima=np.abs(rows).max(0),
+        gram=None)
+
+
+class FindAround:
+  """Finds the Around of a layer; subclasses define `__call__`, `needs`."""
+
+  needs: Collection[str] = ()
+
+  def __call__(self, seen: fit_lib.Seen, kernel: np.ndarray,
+               quantize: Callable[[np.ndarray], np.ndarray]) -> Around:
+    """What stands around the product.
+
+    Args:
+      seen: of the input, at least what `needs` names.
+      kernel: W, `[*window, I, O]`.
+      quantize: a candidate for W' -> what is left of it once quantized.
+    """
+    raise NotImplementedError
+
+
+def hadamard(x: jax.Array, size: int) -> jax.Array:
+  """Rotates blocks of `size` neighbours along the last axis; its own inverse.
+
+  By the normalized Hadamard matrix of Sylvester's order, in log2(size) passes
+  of sums and differences.
+
+  Raises:
+    ValueError: size is no power of two, or does not divide the axis.
+  """
+  if size < 1 or size & (size - 1) or x.shape[-1] % size:
+    raise ValueError(f'rotation of {size} channels: must be a power of two '
+                     f'that divides {x.shape[-1]}')
+  shape = x.shape
+  half = size // 2
+  while half:
+    pairs = x.reshape(*shape[:-1], -1, 2, half)
+    a, b = pairs[..., 0, :], pairs[..., 1, :]
+    x = jnp.stack([a + b, a - b], axis=-2).reshape(shape)
+    half //= 2
+  return x * np.float32(1 / math.sqrt(size))

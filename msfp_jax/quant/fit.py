@@ -1,0 +1,167 @@
+"""Fits: from what was seen of a tensor to its quantizer.
+
+A fit says what it needs to see (`needs`), and calibration gathers that and no
+more; one that needs nothing asks for no run of the model.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+import dataclasses
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from msfp_jax.quant import numbers
+from msfp_jax.quant import search
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.quant.quantizers import Quantizer
+
+# What calibration can gather of a layer's input; `Seen` has a field of each.
+EXTREMES = 'extremes'  # minimum and maximum
+VALUES = 'values'
+ROWS = 'rows'
+CHANNEL_MAXIMA = 'channel_maxima'
+GRAM = 'gram'
+NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What was seen of a tensor; None where nobody asked.
+
+  Attributes:
+    values: a random sample of an input's values, float32 `[N]`, equally many
+      of every step; of weights all of them, `[*window, I, O]`.
+    minimum: over all values, not only the sampled.
+    maximum: likewise.
+    rows: a random sample of the input's vectors along its channels, `[N, I]`.
+    channel_maxima: largest magnitude of every channel, `[I]`.
+    gram: mean of the outer products of what a layer multiplies with its
+      weights, float64 `[K, K]`, K = window x I: X^T X / N.
+  """
+
+  values: np.ndarray | None = None
+  minimum: float | None = None
+  maximum: float | None = None
+  rows: np.ndarray | None = None
+  channel_maxima: np.ndarray | None = None
+  gram: np.ndarray | None = None
+
+  @classmethod
+  def of_weights(cls, kernel: np.ndarray) -> 'Seen':
+    """Weights, which are there as a whole."""
+    return cls(kernel, float(kernel.min()), float(kernel.max()))
+
+
+class Fitted(NamedTuple):
+  """A quantizer, and what is known of its error.
+
+  Attributes:
+    quantizer: the one that was found.
+    mse: its mean squared error on what was seen; None if not known.
+    tried: {candidates: the least error among them}, where there was a search.
+  """
+
+  quantizer: Quantizer
+  mse: float | None
+  tried: Mapping['Candidates', float] = MappingProxyType({})
+
+
+class Fit:
+  """Finds a quantizer; subclasses define `__call__`, and `needs` if any."""
+
+  needs: Collection[str] = ()
+
+  def __call__(self, seen: Seen, bits: int, axis: int) -> Fitted:
+    """The quantizer of a tensor.
+
+    Args:
+      seen: at least what `needs` names.
+      bits: of an element, 3 to 8.
+      axis: of the contraction: -1 of inputs, -2 of weights.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+  """Static quantizers to search: formats, and zero points or none.
+
+  Attributes:
+    signed: whether the formats have a sign bit.
+    zero_points: None, 'silu' or 'range' (see `search.search`).
+    integer: only the uniform grid.
+  """
+
+  signed: bool
+  zero_points: str | None = None
+  integer: bool = False
+
+  def search(self, x: np.ndarray, bits: int,
+             channel_axis: int | None = None) -> search.SearchResult:
+    """The best of these for a tensor; see `search.search`."""
+    formats = numbers.formats_of_width(bits, self.signed)
+    if self.integer:
+      formats = (numbers.int_format(bits),)
+    zero_points = self.zero_points
+    if zero_points == 'silu':
+      zero_points = search.SILU_ZERO_POINTS
+    return search.search(x, formats, channel_axis=channel_axis,
+                         zero_points=zero_points)
+
+
+SIGNED = Candidates(signed=True)
+UNSIGNED = Candidates(signed=False, zero_points='silu')
+INTEGER = Candidates(signed=False, zero_points='range', integer=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched(Fit):
+  """The static quantizer of least mean squared error.
+
+  One scale for an input, and one for every output channel of weights.
+  """
+
+  candidates: tuple[Candidates, ...]
+  needs = (VALUES,)
+
+  def __call__(self, seen, bits, axis):
+    channel_axis = -1 if axis == -2 else None
+    found = {c: c.search(seen.values, bits, channel_axis)
+             for c in self.candidates}
+    best = min(found.values(), key=lambda result: result.mse)
+    rank = seen.values.ndim if axis == -2 else 0
+    return Fitted(best.quantizer(rank), best.mse,
+                  {c: result.mse for c, result in found.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Fit):
+  """A quantizer that follows the data: nothing to find, nothing to see.
+
+  Attributes:
+    make: bits -> the quantizer.
+  """
+
+  make: Callable[[int], Quantizer]
+
+  def __call__(self, seen, bits, axis):
+    quantizer, mse = self.make(bits), None
+    if axis == -2 and seen.values is not None:
+      mse = error_of(quantizer, seen.values, axis)
+    return Fitted(quantizer, mse)
+
+
+def error_of(quantizer: Quantizer, x: np.ndarray, axis: int) -> float:
+  """Mean squared error of a quantized tensor, in float64."""
+  back = jax.device_get(quantizer.quantize(x, axis).dequantize())
+  return float(np.mean((np.float64(back) - np.float64(x))**2))
+
+
+def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
+  """The quantizer of a tensor; `Full` at 32 bits."""
+  if bits == FULL_BITS:
+    return Fitted(Full(), 0.0)
+  return of(seen, bits, axis)

@@ -1,0 +1,129 @@
+"""How the elements of a quantized tensor lie in memory, and in files.
+
+A `QTensor` holds its elements in one of these layouts. A chip's kernels may
+have a layout of their own: a subclass of `Layout` in that chip's folder.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.quant import functional
+from msfp_jax.quant.numbers import FPFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Turns stored data into codes and levels; see the subclasses.
+
+  `length` is the number of elements along axis -2, which some layouts halve.
+  """
+
+  @property
+  def name(self) -> str:
+    return type(self).__name__.lower()
+
+  def codes(self, data: jax.Array, fmt: FPFormat, length: int) -> jax.Array:
+    """uint8 codes, one an element."""
+    raise NotImplementedError
+
+  def levels(self, data: jax.Array, fmt: FPFormat, length: int) -> jax.Array:
+    """The codes' values before scale and zero point, float32."""
+    return functional.decode(self.codes(data, fmt, length), fmt, np.float32(1))
+
+  def size(self, data: Any, length: int) -> int:
+    """How many elements there are."""
+    del length
+    return int(np.prod(data.shape))
+
+
+class Levels(Layout):
+  """Levels in float32, not packed: inputs, and weights of a simulation."""
+
+  def codes(self, data, fmt, length):
+    del length
+    return functional.encode(data, fmt, np.float32(1))
+
+  def levels(self, data, fmt, length):
+    del fmt, length
+    return data
+
+
+class Bytes(Layout):
+  """One code a byte: formats of more than 4 bits, in memory."""
+
+  def codes(self, data, fmt, length):
+    del fmt, length
+    return data
+
+
+class Nibbles(Layout):
+  """Two codes a byte, formats of up to 4 bits; see `pack_halves`."""
+
+  def codes(self, data, fmt, length):
+    del fmt
+    return unpack_halves(data, length)
+
+  def size(self, data, length):
+    return int(np.prod(data.shape)) // data.shape[-2] * length
+
+
+LEVELS, BYTES, NIBBLES = Levels(), Bytes(), Nibbles()
+
+
+def packed_layout(fmt: FPFormat) -> Layout:
+  """The layout in memory of packed codes of a format."""
+  return NIBBLES if fmt.bits <= 4 else BYTES
+
+
+def pack_halves(codes: np.ndarray) -> np.ndarray:
+  """4-bit codes `[..., K, N]` -> bytes `[..., ceil(K / 2), N]`.
+
+  Byte k holds code k in its low nibble and code k + ceil(K / 2) in its high
+  one (a code of 0 beyond an odd K), so that a kernel multiplies the two halves
+  of x by the two nibbles and never interleaves.
+
+  Raises:
+    ValueError: a code exceeds 15.
+  """
+  if codes.size and codes.max() > 15:
+    raise ValueError(f'codes go up to {codes.max()}, but half a byte holds at '
+                     'most 15')
+  half = -(-codes.shape[-2] // 2)
+  low, high = codes[..., :half, :], codes[..., half:, :]
+  missing = 2 * half - codes.shape[-2]
+  high = np.pad(high, [(0, 0)] * (codes.ndim - 2) + [(0, missing), (0, 0)])
+  return np.uint8(low | high << 4)
+
+
+def unpack_halves(packed: jax.Array, length: int) -> jax.Array:
+  """The inverse of `pack_halves`; NumPy or JAX, `length` is K."""
+  xp = jnp if isinstance(packed, jax.Array) else np
+  both = xp.concatenate([packed & 15, packed >> 4], axis=-2)
+  return both[..., :length, :]
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+  """Codes as a stream of `bits` bits each, the lowest bit first: a file's.
+
+  Args:
+    codes: uint8 below 2^bits, any shape.
+    bits: of a code.
+
+  Returns:
+    uint8 `[ceil(size * bits / 8)]`.
+  """
+  each = np.unpackbits(codes.reshape(-1, 1), axis=1, bitorder='little')
+  return np.packbits(each[:, :bits], bitorder='little')
+
+
+def unpack_bits(packed: np.ndarray, bits: int, shape: tuple[int, ...]
+                ) -> np.ndarray:
+  """The inverse of `pack_bits`, uint8 of `shape`."""
+  size = int(np.prod(shape))
+  each = np.unpackbits(packed, count=size * bits, bitorder='little')
+  return np.packbits(each.reshape(size, bits), axis=1,
+                     bitorder='little').reshape(shape)

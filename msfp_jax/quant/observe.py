@@ -1,0 +1,199 @@
+"""Running the sampler while keeping what the layers' inputs were."""
+
+from collections.abc import Collection, Iterable
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax import diffusion
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.diffusion import sampling
+from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import geometry as geometry_lib
+from msfp_jax.quant import interception
+from msfp_jax.quant.fit import Seen
+
+# Starting noise `[B, H, W, C]`, alone or with what else the model takes.
+Batch = jax.Array | tuple[jax.Array, ...]
+# Places of the input whose outer products are summed, of a step and batch.
+_GRAM_PLACES = 1024
+
+
+def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
+            batches: Iterable[Batch], *, samples_per_layer: int = 65_536,
+            key: jax.Array,
+            needs: Collection[str] = (fit_lib.EXTREMES, fit_lib.VALUES),
+            ) -> dict[str, Seen]:
+  """Runs the sampler and keeps what is asked for of every layer's input.
+
+  Memory is bounded by `samples_per_layer` values a layer, whatever the number
+  of images: every step of every batch contributes equally many. (A Gram matrix
+  takes the square of what one output sums over.)
+
+  Args:
+    model: predicts the noise, model(x, t, *condition).
+    params: its parameters.
+    plan: the sampler whose trajectory is followed, all steps of it.
+    batches: starting noise, arrays `[B, H, W, C]` of one shape; or tuples of
+      noise and condition, such as labels `[B]`.
+    samples_per_layer: values kept of each layer.
+    key: for the sample's choice and the sampler's noise.
+    needs: of `fit.NEEDS`; extremes are always kept.
+
+  Raises:
+    ValueError: there are no batches, or an activation is NaN or infinite.
+  """
+  if unknown := set(needs) - set(fit_lib.NEEDS):
+    raise ValueError(f'needs {sorted(unknown)}: must be among {fit_lib.NEEDS}')
+  batches = [batch if isinstance(batch, tuple) else (batch,)
+             for batch in batches]
+  if not batches:
+    raise ValueError('nothing to calibrate on: batches is empty; pass at '
+                     'least one array of noise')
+  count = -(-samples_per_layer // (plan.num_steps * len(batches)))
+  noise, *condition = batches[0]
+  names = interception.list_layers(
+      model, params, noise, jnp.zeros(len(noise)), *condition)
+  run = jax.jit(functools.partial(watch, model, plan, count, tuple(needs)))
+  seen = []
+  progress = progress_lib.Progress('gather activations, batches', len(batches))
+  for i, batch in enumerate(batches):
+    seen.append(jax.device_get(run(params, batch, jax.random.fold_in(key, i))))
+    progress.update(i + 1)
+  return {name: _join(name, [part[name] for part in seen], needs)
+          for name in names}
+
+
+def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
+          needs: Collection[str], params: Any, batch: tuple[jax.Array, ...],
+          key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+  """Samples, and returns what the layers' inputs were instead of images.
+
+  Returns:
+    {layer: {need: of every step `[S, ...]`}}; 'minimum' and 'maximum' over all
+    values `[S]`, and 'values' `[S, count]`; the Gram matrix is the sum over
+    the steps.
+  """
+  noise, *condition = batch
+  sizes = jnp.asarray(_input_sizes(model, params, batch))
+  sampler_key = jax.random.fold_in(key, plan.num_steps)
+
+  def predict(x, t, index):
+    step_key, found = jax.random.fold_in(key, index), {}
+    # For all layers at once: a generator a layer would take long to compile.
+    keys = jax.vmap(lambda number: jax.random.fold_in(step_key, number))(
+        jnp.arange(1, len(sizes) + 1))
+    places = jax.vmap(lambda layer_key, size: jax.random.randint(
+        layer_key, (count,), 0, size))(keys, sizes)
+
+    def visit(module, value, compute):
+      number = len(found)
+      found[interception.layer_name(module)] = _gather(
+          module, value, places[number], keys[number], needs)
+      return compute(value)
+
+    with interception.intercept(visit):
+      eps = model.apply({'params': params}, x, t, *condition)
+    return eps, found
+
+  def body(carry, step):
+    position, sums = carry
+    x = position.x
+    eps, found = predict(x, jnp.full((len(x),), step['t']), step['index'])
+    grams = {name: part.pop(fit_lib.GRAM) for name, part in found.items()
+             if fit_lib.GRAM in part}
+    sums = jax.tree.map(jnp.add, sums, grams) if grams else sums
+    position = sampling.advance(plan, step, position, eps, sampler_key)
+    return (position, sums), found
+
+  empty = jax.tree.map(
+      lambda gram: jnp.zeros(gram.shape, gram.dtype),
+      {name: part[fit_lib.GRAM] for name, part in jax.eval_shape(
+          predict, noise, jnp.zeros(len(noise)), 0)[1].items()
+       if fit_lib.GRAM in part})
+  (_, sums), found = jax.lax.scan(
+      body, (sampling.start(plan, noise), empty), plan.steps())
+  for name, gram in sums.items():
+    found[name][fit_lib.GRAM] = gram
+  return found
+
+
+def _gather(module, value, places, key, needs):
+  """What is kept of one input `[..., I]` at one step."""
+  flat = value.reshape(-1, value.shape[-1])
+  found = {'minimum': value.min(), 'maximum': value.max()}
+  if fit_lib.VALUES in needs:
+    found[fit_lib.VALUES] = value.ravel()[places]
+  if fit_lib.ROWS in needs:
+    number = -(-len(places) // value.shape[-1])
+    found[fit_lib.ROWS] = flat[jax.random.randint(
+        jax.random.fold_in(key, 1), (number,), 0, len(flat))]
+  if fit_lib.CHANNEL_MAXIMA in needs:
+    found[fit_lib.CHANNEL_MAXIMA] = jnp.abs(flat).max(0)
+  if fit_lib.GRAM in needs:
+    windows = _windows(module, value)
+    chosen = jax.random.randint(
+        jax.random.fold_in(key, 2), (min(_GRAM_PLACES, len(windows)),), 0,
+        len(windows))
+    rows = windows[chosen]
+    found[fit_lib.GRAM] = jnp.matmul(
+        rows.T, rows, precision='highest') / len(rows)
+  return found
+
+
+def _windows(module, value):
+  """What every output sums over, `[N, K]`, in the order of the weights."""
+  if not isinstance(module, nn.Conv):
+    return value.reshape(-1, value.shape[-1])
+  x, geometry, window = geometry_lib.of_module(module, value)
+  size = x.shape[-1]
+  patches = jax.lax.conv_general_dilated_patches(
+      x, window, geometry.strides, geometry.padding,
+      rhs_dilation=geometry.dilation,
+      dimension_numbers=geometry_lib.channels_last(len(window)))
+  # Channels come first there, and last in a kernel.
+  patches = patches.reshape(-1, size, int(np.prod(window)))
+  return patches.swapaxes(1, 2).reshape(len(patches), -1)
+
+
+def _join(name, parts, needs):
+  """A `Seen` of what all batches brought."""
+  both = lambda key: np.concatenate([part[key].ravel() for part in parts])
+  low, high = float(both('minimum').min()), float(both('maximum').max())
+  if not np.isfinite([low, high]).all():
+    raise ValueError(f'layer {name} got inputs that are NaN or infinite '
+                     'while sampling: check the checkpoint')
+  seen: dict[str, Any] = {}
+  if fit_lib.VALUES in needs:
+    seen['values'] = both(fit_lib.VALUES)
+  if fit_lib.ROWS in needs:
+    rows = [part[fit_lib.ROWS] for part in parts]
+    seen['rows'] = np.concatenate(
+        [part.reshape(-1, part.shape[-1]) for part in rows])
+  if fit_lib.CHANNEL_MAXIMA in needs:
+    seen['channel_maxima'] = np.max(
+        [part[fit_lib.CHANNEL_MAXIMA].max(0) for part in parts], axis=0)
+  if fit_lib.GRAM in needs:
+    steps = len(parts[0]['minimum'])
+    seen['gram'] = np.mean([np.float64(part[fit_lib.GRAM]) / steps
+                            for part in parts], axis=0)
+  return Seen(minimum=low, maximum=high, **seen)
+
+
+def _input_sizes(model, params, batch) -> list[int]:
+  """Values in every layer's input, in order of execution."""
+  sizes = []
+
+  def visit(unused_name, value):
+    sizes.append(value.size)
+    return value
+
+  noise, *condition = batch
+  with interception.intercept_inputs(visit):
+    jax.eval_shape(model.apply, {'params': params}, noise,
+                   jnp.zeros(len(noise)), *condition)
+  return sizes

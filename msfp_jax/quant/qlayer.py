@@ -1,0 +1,89 @@
+"""QLayer: an nn.Conv or nn.Dense as quantized products take it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+from msfp_jax.quant.around import Around
+from msfp_jax.quant.qtensor import QTensor
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Quantizer
+
+
+@flax.struct.dataclass
+class Latent:
+  """Weights that are quantized whenever they are used: those in training.
+
+  Attributes:
+    kernel: float32 `[*window, I, O]`; gradients reach it.
+    quantizer: its quantizer, and they reach this one's ranges.
+  """
+
+  kernel: jax.Array
+  quantizer: Quantizer
+
+
+@flax.struct.dataclass
+class Prepared:
+  """What is found out once about packed weights; see `kernels.door.prepare`.
+
+  Attributes:
+    tap_sums: sums over I of the weights as carried in float32, `[*window, O]`,
+      or with an axis of banks before; None where no zero point needs them.
+    parts: into how many the channels are cut so that `kernels.winograd` sums
+      exactly; 0 for no such convolution.
+  """
+
+  tap_sums: jax.Array | None = None
+  parts: int = flax.struct.field(pytree_node=False, default=0)
+
+
+@flax.struct.dataclass
+class QLayer:
+  """A layer's weights, and how its input is quantized.
+
+  With h sets of weights (TALoRA's banks), those of `weight` and `prepared`
+  have a first axis of h, and `at` takes one.
+
+  Attributes:
+    weight: `[*window, I, O]`; None: the module's own, in full precision.
+    input: the quantizer of the input `[..., I]`.
+    bias: float32 `[O]`, or None.
+    around: what stands around the product.
+    prepared: None for weights that are not packed.
+  """
+
+  weight: QTensor | Latent | None
+  input: Quantizer = Full()
+  bias: jax.Array | None = None
+  around: Around = Around()
+  prepared: Prepared | None = None
+
+  @property
+  def num_banks(self) -> int:
+    """h; 1 without weights of its own."""
+    return 1 if self.weight is None else self.weight.data.shape[0]
+
+  @property
+  def nbits(self) -> int:
+    """Bits of weights, bias and what stands around, all banks counted."""
+    total = self.around.nbits + sum(
+        32 * leaf.size for leaf in jax.tree.leaves((self.input, self.bias)))
+    return total + (0 if self.weight is None else self.weight.nbits)
+
+  def at(self, step: Any, bank: Any = 0) -> 'QLayer':
+    """The layer at a step of the sampler, with one of its sets of weights.
+
+    Args:
+      step: position in the plan; may be traced.
+      bank: which set; may be traced.
+    """
+    prepared = self.prepared
+    if prepared is not None and prepared.tap_sums is not None:
+      prepared = prepared.replace(tap_sums=prepared.tap_sums[bank])
+    weight = self.weight
+    if isinstance(weight, QTensor):
+      weight = weight.bank(bank)
+    return self.replace(
+        weight=weight, input=self.input.at(step), prepared=prepared)

@@ -1,0 +1,166 @@
+"""QTensor: the only form of quantized data.
+
+With level() the value of a code in its number format, an element is
+
+    x = outer * scale * level(code) * 2^shift + zero_point
+
+`scale`, `zero_point` and `shift` broadcast to the tensor, except along the
+axis of the contraction (-1 of inputs, -2 of weights), where each entry stands
+for a group of neighbours: `group` of them for scale and zero point,
+`shift_group` for shift. The last group may be shorter.
+
+    tensor              scale                 one scale for ...
+    x [B, H, W, C]      []                    the tensor
+                        [B, 1, 1, 1]          an image
+                        [B, H, W, 1]          a pixel, or token
+                        [B, H, W, C / 16]     16 channels of a pixel
+    w [kh, kw, I, O]    [1, 1, 1, O]          an output channel
+                        [kh, kw, I / 16, O]   16 inputs of an output
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.quant import functional
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.numbers import FPFormat
+
+_static = lambda **options: flax.struct.field(pytree_node=False, **options)
+SHIFT_BITS = 3  # a shift is 0 to 4
+
+
+@flax.struct.dataclass
+class QTensor:
+  """A quantized tensor, or h of them along a first axis (banks).
+
+  Attributes:
+    data: the elements, in `layout`.
+    scale: float32, or the float8 type in which a format keeps it. Of fewer
+      axes than the tensor: all banks share it.
+    zero_point: float32, or None.
+    shift: uint8, or None.
+    outer: float32, a second level of scales, one for the tensor; or None.
+    fmt: the numbers that codes stand for.
+    length: elements along the contraction.
+    axis: of the contraction, -1 or -2.
+    group: elements that share a scale along the contraction; 0 for all.
+    shift_group: elements that share a shift.
+    layout: how `data` lies in memory.
+    wide: the numbers that levels with their shifts are; None for `fmt`.
+  """
+
+  data: jax.Array
+  scale: jax.Array
+  zero_point: jax.Array | None = None
+  shift: jax.Array | None = None
+  outer: jax.Array | None = None
+  fmt: FPFormat = _static(kw_only=True)
+  length: int = _static(kw_only=True)
+  axis: int = _static(default=-1)
+  group: int = _static(default=0)
+  shift_group: int = _static(default=0)
+  layout: layout_lib.Layout = _static(default=layout_lib.LEVELS)
+  wide: FPFormat | None = _static(default=None)
+
+  @property
+  def numbers(self) -> FPFormat:
+    """What `levels` returns values of."""
+    return self.wide or self.fmt
+
+  @property
+  def is_packed(self) -> bool:
+    """Whether the elements are stored as codes."""
+    return self.layout != layout_lib.LEVELS
+
+  @property
+  def size(self) -> int:
+    """How many elements there are, all banks counted."""
+    return self.layout.size(self.data, self.length)
+
+  @property
+  def nbits(self) -> int:
+    """Bits that the tensor takes, everything counted.
+
+    Codes, scales, zero points and shifts: the one size that tables, files and
+    reports use.
+    """
+    bits = self.size * self.fmt.bits
+    for part in (self.scale, self.zero_point, self.outer):
+      if part is not None:
+        bits += 8 * math.prod(part.shape) * np.dtype(part.dtype).itemsize
+    if self.shift is not None:
+      bits += SHIFT_BITS * math.prod(self.shift.shape)
+    return bits
+
+  def codes(self) -> jax.Array:
+    """uint8, one an element."""
+    return self.layout.codes(self.data, self.fmt, self.length)
+
+  def levels(self) -> jax.Array:
+    """Values before scale and zero point, their shifts applied; float32."""
+    levels = self.layout.levels(self.data, self.fmt, self.length)
+    if self.shift is None:
+      return levels
+    factor = jnp.exp2(jnp.asarray(self.shift, jnp.float32))
+    return levels * self.spread(factor, self.shift_group)
+
+  def scales(self) -> jax.Array:
+    """Both levels of scales in one, float32, by group."""
+    scale = jnp.asarray(self.scale, jnp.float32)
+    return scale if self.outer is None else scale * self.outer
+
+  def spread(self, parts: jax.Array, group: int | None = None) -> jax.Array:
+    """One entry a group -> one an element, along the contraction."""
+    if jnp.ndim(parts) < -self.axis or parts.shape[self.axis] == 1:
+      return parts
+    whole = jnp.repeat(parts, self.group if group is None else group,
+                       axis=self.axis)
+    axis = whole.ndim + self.axis
+    return jax.lax.slice_in_dim(whole, 0, self.length, axis=axis)
+
+  def dequantize(self) -> jax.Array:
+    """The elements themselves, float32."""
+    x = self.levels() * self.spread(self.scales())
+    if self.zero_point is None:
+      return x
+    return x + self.spread(jnp.asarray(self.zero_point, jnp.float32))
+
+  def bank(self, index: Any) -> 'QTensor':
+    """One of h tensors; `index` may be traced."""
+    axes = jnp.ndim(self.data)
+    return jax.tree.map(
+        lambda part: part[index] if jnp.ndim(part) == axes else part, self)
+
+  def packed(self) -> 'QTensor':
+    """The same tensor as codes, in NumPy; a packed one stays as it is.
+
+    Raises:
+      ValueError: an element is NaN, which no code stands for.
+    """
+    if self.is_packed:
+      return self
+    tensor = jax.tree.map(np.asarray, self)
+    if nans := np.isnan(tensor.data).sum():
+      raise ValueError(f'{nans} of {tensor.data.size} weights are NaN')
+    codes = _encode(tensor.data, self.fmt)
+    layout = layout_lib.packed_layout(self.fmt)
+    if layout == layout_lib.NIBBLES:
+      codes = layout_lib.pack_halves(codes)
+    return dataclasses.replace(tensor, data=codes, layout=layout)
+
+
+# Elements that are encoded at once: one compilation for a format.
+_AT_ONCE = 2**18
+
+
+def _encode(levels: np.ndarray, fmt: FPFormat) -> np.ndarray:
+  pieces = -(-levels.size // _AT_ONCE)
+  flat = np.resize(levels, (pieces, _AT_ONCE))
+  codes = [functional.encode(part, fmt, np.float32(1)) for part in flat]
+  return np.concatenate(codes)[:levels.size].reshape(levels.shape)

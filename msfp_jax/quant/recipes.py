@@ -1,0 +1,95 @@
+"""Recipes: how weights and inputs are quantized, one entry each.
+
+    RECIPES['mine'] = Recipe(weight=..., nal=..., aal=...)
+
+makes a recipe that calibrates, trains, evaluates, packs, saves and reports.
+"""
+
+from collections.abc import Collection
+import dataclasses
+import re
+
+from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import numbers
+from msfp_jax.quant.around import FindAround
+from msfp_jax.quant.fit import Fit
+from msfp_jax.quant.fit import INTEGER
+from msfp_jax.quant.fit import Searched
+from msfp_jax.quant.fit import SIGNED
+from msfp_jax.quant.fit import UNSIGNED
+from msfp_jax.quant.quantizers import FULL_BITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Which quantizers weights and inputs get.
+
+  Attributes:
+    weight: of weights.
+    nal: of the inputs of normal activation layers.
+    aal: of those that follow SiLU or the like.
+    around: what stands around the product; None for nothing.
+  """
+
+  weight: Fit
+  nal: Fit
+  aal: Fit
+  around: FindAround | None = None
+
+  @property
+  def needs(self) -> Collection[str]:
+    """What calibration has to gather of the inputs; empty: no run at all."""
+    parts = [self.nal, self.aal, *([self.around] if self.around else ())]
+    found = {need for part in parts for need in part.needs}
+    if self.nal != self.aal:
+      found.add(fit_lib.EXTREMES)
+    return found
+
+
+RECIPES = {
+    # "Mixup-sign": signed for NALs, signed or unsigned for AALs.
+    'msfp': Recipe(weight=Searched((SIGNED,)), nal=Searched((SIGNED,)),
+                   aal=Searched((SIGNED, UNSIGNED))),
+    'signed_fp': Recipe(weight=Searched((SIGNED,)), nal=Searched((SIGNED,)),
+                        aal=Searched((SIGNED,))),
+    'int': Recipe(weight=Searched((INTEGER,)), nal=Searched((INTEGER,)),
+                  aal=Searched((INTEGER,))),
+}
+
+
+def get(name: str) -> Recipe:
+  """The recipe of a name.
+
+  Raises:
+    ValueError: there is none; those there are are listed.
+  """
+  if name not in RECIPES:
+    raise ValueError(f'recipe {name!r}: must be one of {sorted(RECIPES)}')
+  return RECIPES[name]
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+  """'w4a4' -> (4, 4): bits of weights and activations, 3 to 8 or 32.
+
+  Raises:
+    ValueError: anything else.
+  """
+  match = re.fullmatch(r'w(\d+)a(\d+)', text)
+  bits = tuple(map(int, match.groups())) if match else ()
+  if not bits or not all(map(_is_width, bits)):
+    raise ValueError(f'bits {text!r}: must be such as w4a4, with {_WIDTHS}')
+  return bits
+
+
+def check_bits(bits: int) -> None:
+  """Raises ValueError unless a tensor can be quantized to `bits` bits."""
+  if not _is_width(bits):
+    raise ValueError(f'{bits} bits: must be {_WIDTHS}')
+
+
+_WIDTHS = (f'{numbers.MIN_BITS} to {numbers.MAX_BITS} bits, or {FULL_BITS} for '
+           'full precision')
+
+
+def _is_width(bits: int) -> bool:
+  return numbers.MIN_BITS <= bits <= numbers.MAX_BITS or bits == FULL_BITS

@@ -1,0 +1,122 @@
+"""Quantizers and arrays as JSON, for specs and headers of files."""
+
+import base64
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from msfp_jax.quant.around import Around
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import fields_of
+from msfp_jax.quant.quantizers import Quantizer
+
+# Longer arrays are written as base64: numbers as text take thrice the room.
+_READABLE = 4096
+_DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (
+    np.float32, ml_dtypes.bfloat16, np.float16, np.int32)}
+
+
+def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
+  """{'kind': its class, field: value}; fields at their default left out."""
+  row = {'kind': type(quantizer).__name__}
+  for name, value in fields_of(quantizer).items():
+    row[name] = _to_json(value)
+  return row
+
+
+def quantizer_from_dict(row: dict[str, Any]) -> Quantizer:
+  """The inverse.
+
+  Raises:
+    ValueError: an unknown kind or field, or values that no quantizer has.
+  """
+  fields = dict(row)
+  kind = fields.pop('kind')
+  if kind not in Quantizer.KINDS:
+    raise ValueError(
+        f'a quantizer of kind {kind!r}, which is none of '
+        f'{sorted(Quantizer.KINDS)}: import the module that defines it')
+  cls = Quantizer.KINDS[kind]
+  known = {field.name for field in dataclasses.fields(cls)}
+  if odd := sorted(set(fields) - known):
+    raise ValueError(f'fields {odd}, which quantizers of kind {kind} lack')
+  made = cls(**{name: _from_json(value) for name, value in fields.items()})
+  for name, value in fields_of(made).items():
+    if isinstance(value, jax.Array) and not np.isfinite(value).all():
+      raise ValueError(f'{name} of a quantizer of kind {kind} is not finite')
+  scale = getattr(made, 'scale', None)
+  if scale is not None and not (np.asarray(scale) > 0).all():
+    raise ValueError(f'a scale of kind {kind} is not positive')
+  return made
+
+
+def around_to_dict(around: Around) -> dict[str, Any]:
+  """The fields that the layer has."""
+  found = {name: array_to_json(value) for name in ('smooth', 'down', 'up')
+           if (value := getattr(around, name)) is not None}
+  return found | ({'rotation': around.rotation} if around.rotation else {})
+
+
+def around_from_dict(row: dict[str, Any]) -> Around:
+  """The inverse. Raises ValueError for other fields."""
+  fields = dict(row)
+  rotation = fields.pop('rotation', 0)
+  if odd := sorted(set(fields) - {'smooth', 'down', 'up'}):
+    raise ValueError(f'fields {odd} around a layer')
+  return Around(**{name: array_from_json(value)
+                   for name, value in fields.items()}, rotation=rotation)
+
+
+def array_to_json(array: Any) -> dict[str, Any]:
+  """{'shape', 'dtype' if not float32, 'values' or 'base64'}."""
+  array = np.asarray(array)
+  row: dict[str, Any] = {'shape': list(array.shape)}
+  if array.dtype != np.float32:
+    row['dtype'] = array.dtype.name
+  if array.size > _READABLE or array.dtype != np.float32:
+    little = array.astype(array.dtype.newbyteorder('<'))
+    row['base64'] = base64.b64encode(little.tobytes()).decode()
+  else:
+    # As text a float32 is shortest, and survives.
+    row['values'] = [float(str(value)) for value in array.ravel()]
+  return row
+
+
+def array_from_json(row: dict[str, Any]) -> jax.Array:
+  """The inverse. Raises ValueError for anything else."""
+  name = row.get('dtype', 'float32')
+  if name not in _DTYPES:
+    raise ValueError(f'an array of {name!r}: must be of {sorted(_DTYPES)}')
+  dtype = _DTYPES[name]
+  if 'base64' in row:
+    flat = np.frombuffer(base64.b64decode(row['base64'], validate=True), dtype)
+  else:
+    flat = np.asarray(row['values'], dtype)
+  return jnp.asarray(flat.reshape(row['shape']))
+
+
+def _to_json(value: Any) -> Any:
+  if isinstance(value, FPFormat):
+    return str(value)
+  if isinstance(value, jax.Array | np.ndarray | np.generic):
+    if np.ndim(value) == 0 and value.dtype == np.float32:
+      return {'value': float(str(np.float32(value)))}
+    return array_to_json(value)
+  return value
+
+
+def _from_json(value: Any) -> Any:
+  if isinstance(value, dict):
+    if 'value' in value:
+      return jnp.float32(value['value'])
+    return array_from_json(value)
+  if isinstance(value, str):
+    try:
+      return FPFormat.parse(value)
+    except ValueError:
+      return value
+  return value
