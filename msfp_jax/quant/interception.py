@@ -7,7 +7,7 @@ what these compute: only then is its product, done in another way, the same.
 from collections.abc import Callable, Container, Iterable, Mapping
 import contextlib
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 from flax import traverse_util
@@ -15,15 +15,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from msfp_jax.quant import refusals
 from msfp_jax.quant import taps
 
-_LAYER_TYPES = (nn.Conv, nn.Dense)
-# Their weights of two and more dimensions are no products.
-_NO_PRODUCT = (nn.BatchNorm, nn.Embed, nn.GroupNorm, nn.InstanceNorm,
-               nn.LayerNorm, nn.RMSNorm)
-_PRODUCTS = ('dot_general', 'dot_general_cls', 'conv_general_dilated',
-             'conv_general_dilated_cls')
-_WRITE = 'write the model with plain nn.Conv and nn.Dense'
 _trace_numbers = itertools.count()
 
 
@@ -37,33 +31,6 @@ Visit = Callable[[nn.Module, jax.Array, Callable[[jax.Array], jax.Array]],
                  jax.Array]
 
 
-def why_not(module: nn.Module) -> str | None:
-  """Why an nn.Conv or nn.Dense cannot be replaced by its product.
-
-  A function given as `conv_general_dilated` says that it computes what
-  `lax.conv_general_dilated` computes by an attribute `is_convolution` that is
-  true.
-
-  Returns:
-    A sentence without its subject; None for a layer that can.
-  """
-  for name in _PRODUCTS:
-    own = getattr(module, name, None)
-    if not (own in (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
-            or getattr(own, 'is_convolution', False)):
-      return f'has a {name} of its own, which would not be used: {_WRITE}'
-  if module.promote_dtype is not nn.dtypes.promote_dtype:
-    return f'has a promote_dtype of its own, which would not be used: {_WRITE}'
-  if getattr(module, 'mask', None) is not None:
-    return ('is a masked convolution, whose mask would not be used: '
-            'quantize a model without masks')
-  dilation = getattr(module, 'input_dilation', None)
-  if any(n not in (None, 1) for n in np.ravel(dilation)):
-    return (f'has input_dilation {dilation}: a transposed convolution is not '
-            'supported; resize the input, then an nn.Conv')
-  return None
-
-
 @contextlib.contextmanager
 def intercept(visit: Visit):
   """While open, every layer returns what `visit` does.
@@ -72,15 +39,17 @@ def intercept(visit: Visit):
   model by `call`, which minds what nn.jit remembers.
 
   Raises:
-    ValueError: from the model, at a layer that cannot be replaced (`why_not`).
+    ValueError: from the model, at a layer that cannot be replaced, see
+      `refusals.why_not`.
   """
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
-    if context.method_name != '__call__' or type(module) not in _LAYER_TYPES:
+    if (context.method_name != '__call__'
+        or type(module) not in refusals.LAYER_TYPES):
       return next_fun(*args, **kwargs)
-    if reason := why_not(module):
-      raise ValueError(f'layer {layer_name(module)} {reason}')
+    if reason := refusals.why_not(module):
+      raise ValueError(f'layer {layer_name(module)}: {reason}')
     x = args[0] if args else kwargs['inputs']
     return visit(module, x, next_fun)
 
@@ -111,49 +80,43 @@ def call(model: nn.Module, params: Any, visit: Visit, *inputs: Any,
       parameters, or other ones.
   """
   params = parameters(params)
-  # nn.jit traces a block once, and runs what it traced for all blocks alike
-  # and at later calls: another `visit`, or another block's. A collection of
-  # no values, with other names for every call and every block, parts them.
-  paths = {path[:n] for path in [
-      *traverse_util.flatten_dict(params), *(n.split('.') for n in names)]
-      for n in range(len(path)) for path in [tuple(path)]}
-  marks = traverse_util.unflatten_dict(
-      {(*path, f'of {"/".join(path)}'): None for path in paths})
+  marks = _marks([*traverse_util.flatten_dict(params),
+                  *((*name.split('.'), 'kernel') for name in names)])
   variables = {'params': params, f'trace {next(_trace_numbers)}': marks}
-  with intercept(visit), _explained():
+  with intercept(visit), refusals.explained():
     return model.apply(variables, *inputs)
 
 
-@contextlib.contextmanager
-def _explained():
-  """Flax's errors about what a model lacks, as one sentence."""
-  try:
-    yield
-  except flax.errors.InvalidRngError as error:
-    raise ValueError(
-        f'the model draws random numbers while it predicts '
-        f'({_sentence(error)}): switch dropout off (deterministic=True)'
-    ) from error
-  except (flax.errors.ScopeCollectionNotFound,
-          flax.errors.ScopeVariableNotFoundError,
-          flax.errors.ModifyScopeVariableError,
-          flax.errors.ScopeParamNotFoundError,
-          flax.errors.ScopeParamShapeError) as error:
-    raise ValueError(
-        f'the model does not run on these parameters ({_sentence(error)}): '
-        'they are another model\'s, or it keeps other variables too, as '
-        'nn.BatchNorm does, for which a quantized model has no place'
-    ) from error
+def _marks(paths: Iterable[tuple[str, ...]]) -> dict[str, Any]:
+  """A collection of no values that keeps nn.jit from mixing up its traces.
+
+  nn.jit traces a block once, and runs what it traced for every block of equal
+  structure, at later calls too: another block's layers, or another `visit`.
+  With names of its own in every block the structures differ.
+
+  Args:
+    paths: of all parameters.
+  """
+  blocks = {path[:depth] for path in paths for depth in range(len(path))}
+  return traverse_util.unflatten_dict(
+      {(*block, f'in {"/".join(block)}'): None for block in blocks})
 
 
-def _sentence(error: flax.errors.FlaxError) -> str:
-  """Without the address of Flax's documentation."""
-  return str(error).split(' (https://')[0].rstrip('.')
+class Call(NamedTuple):
+  """One layer at work.
+
+  Attributes:
+    module: the nn.Conv or nn.Dense, without its parameters.
+    input: what it got, `[..., I]`.
+  """
+
+  module: nn.Module
+  input: jax.Array
 
 
 def record(model: nn.Module, params: Any, *inputs: Any
-           ) -> tuple[Any, dict[str, jax.Array]]:
-  """model(*inputs), and what every layer got.
+           ) -> tuple[Any, dict[str, Call]]:
+  """model(*inputs), and what every layer got; a pure function.
 
   Under nn.jit, nn.remat and nn.vmap too; a layer under nn.vmap gets the values
   of all lanes, with their axis first.
@@ -164,8 +127,7 @@ def record(model: nn.Module, params: Any, *inputs: Any
     *inputs: what it is called with.
 
   Returns:
-    The model's output, and {layer: its input `[..., I]`} in order of
-    execution.
+    The model's output, and {layer: its call} in order of execution.
 
   Raises:
     ValueError: one sentence on a model that cannot be quantized.
@@ -176,7 +138,7 @@ def record(model: nn.Module, params: Any, *inputs: Any
 
 def _record(model, params, *inputs):
   """`record`, and {path: type of the module there} of all that was called."""
-  owners = {}
+  owners, modules = {}, {}
 
   def note(next_fun, args, kwargs, context):
     # The innermost is the last: nn.remat(nn.Conv) is another type around one.
@@ -184,7 +146,8 @@ def _record(model, params, *inputs):
     return next_fun(*args, **kwargs)
 
   def visit(module, x, compute):
-    own = parameters(module.variables['params'])
+    modules[module.path] = module.clone(parent=None)
+    own = module.variables['params']
     return compute(taps.tap(x, *own.values(), label=(
         module.path, tuple((kind, v.shape) for kind, v in own.items()))))
 
@@ -204,29 +167,12 @@ def _record(model, params, *inputs):
   for one in found:
     path, kinds = one.label
     name = '.'.join(path)
-    _check_weights(name, path, kinds, one.beside, params)
+    refusals.check_weights(name, path, kinds, one.beside, params)
     if name in seen:
       raise ValueError(f'layer {name!r} is called more than once: one '
                        'quantizer cannot serve both; give each call a layer')
-    seen[name] = one.value
+    seen[name] = Call(modules[path], one.value)
   return out, seen, owners
-
-
-def _check_weights(name, path, kinds, weights, params):
-  """Raises ValueError unless a layer computes with its very parameters."""
-  for key in path:
-    params = params[key]
-  for (kind, shape), weight in zip(kinds, weights, strict=True):
-    if params[kind].shape != shape:
-      raise ValueError(
-          f'layer {name} holds {kind}s {params[kind].shape} for several '
-          f'layers of {shape}, as nn.vmap and nn.scan make them: write these '
-          'layers out, each with a name')
-    if weight is not params[kind]:
-      raise ValueError(
-          f'layer {name} computes with another {kind} than its parameter '
-          '(nn.WeightNorm, nn.SpectralNorm and nn.map_variables do so): fold '
-          'the change into the parameter, and leave it out of the model')
 
 
 def list_layers(model: nn.Module, params: Any, *inputs: Any
@@ -257,30 +203,11 @@ def list_layers(model: nn.Module, params: Any, *inputs: Any
              for path, leaf in traverse_util.flatten_dict(params).items()
              if len(leaf.shape) > 1}
   layers = {name: weights.pop(f'{name}.kernel')[1].shape for name in names}
-  _check_others({name: owners.get(path[:-1])
-                 for name, (path, _) in weights.items()
-                 if path[-1] != 'embedding' or path[:-1] in owners})
+  refusals.check_others({
+      name: owners.get(path[:-1]) for name, (path, _) in weights.items()
+      # A table that one call does not look into may serve another.
+      if path[-1] != 'embedding' or path[:-1] in owners})
   return layers
-
-
-def _check_others(weights: Mapping[str, type | None]) -> None:
-  """Raises ValueError on weights {name: type of their module} of products."""
-  if unused := sorted(name for name, owner in weights.items()
-                      if owner is None):
-    raise ValueError(
-        f'the model does not call what these weights belong to: {unused}; '
-        'leave them out of the parameters and the model')
-  others = []
-  for name, owner in sorted(weights.items()):
-    if not issubclass(owner, _NO_PRODUCT):
-      base = next((f', a subclass of nn.{b.__name__}' for b in _LAYER_TYPES
-                   if issubclass(owner, b)), '')
-      others.append(f'{name} (of a {owner.__name__}{base})')
-  if others:
-    raise ValueError(
-        'these weights are of modules that are not exactly nn.Conv or '
-        f'nn.Dense, and would stay in full precision: {", ".join(others)}; '
-        f'{_WRITE}')
 
 
 def parameters(given: Any) -> dict[str, Any]:

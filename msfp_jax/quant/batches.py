@@ -1,20 +1,14 @@
-"""What the layers of a model see while it samples."""
+"""What a sampler starts from: checks of noise and of batches of it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msfp_jax import diffusion
-from msfp_jax.quant import interception
-
 # Starting noise `[B, H, W, C]`, alone or with what else the model takes.
 Batch = jax.Array | tuple[jax.Array, ...]
-# (position in the plan, {layer: its input `[..., I]`}) -> what to keep of it.
-Summarize = Callable[[jax.Array, dict[str, jax.Array]], Any]
 
 
 def check_batches(batches: Iterable[Batch] | jax.Array
@@ -80,57 +74,3 @@ def _is_array(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
   return 'None' if value is None else f'a {type(value).__name__}'
-
-
-def watch(model: nn.Module, plan: diffusion.SamplerPlan, summarize: Summarize,
-          params: Any, batch: tuple[jax.Array, ...], key: jax.Array) -> Any:
-  """Samples, and returns what was kept of the layers' inputs, not images.
-
-  A pure function, to be compiled: of the inputs nothing outlives its step but
-  what `summarize` keeps.
-
-  Args:
-    model: predicts the noise, model(x, t, *condition).
-    plan: the sampler whose whole trajectory is followed.
-    summarize: called once, for all layers in order of execution.
-    params: the model's parameters.
-    batch: starting noise and conditions, see `check_batches`.
-    key: for samplers that add noise.
-
-  Returns:
-    What `summarize` returned, with a first axis of S steps.
-
-  Raises:
-    ValueError: see `interception.record`.
-  """
-  noise, *condition = batch
-  kept = []
-
-  def eps_fn(x, t, index):
-    eps, seen = interception.record(model, params, x, t, *condition)
-    kept[:] = [summarize(index, seen)]
-    return eps
-
-  return diffusion.trajectory(
-      eps_fn, plan, noise, key, visit=lambda x, eps, step: kept[0])[1]
-
-
-def draw(seen: Mapping[str, jax.Array], count: int, key: jax.Array
-         ) -> dict[str, jax.Array]:
-  """Random values of every layer's input, with repetition.
-
-  Args:
-    seen: {layer: its input}, in order of execution.
-    count: values of each.
-    key: of this step; every layer gets positions of its own.
-
-  Returns:
-    {layer: `[count]`}.
-  """
-  # For all layers at once: a generator a layer would take long to compile.
-  sizes = jnp.asarray([value.size for value in seen.values()])
-  rows = jax.vmap(lambda number, size: jax.random.randint(
-      jax.random.fold_in(key, number), (count,), 0, size))(
-          jnp.arange(1, len(sizes) + 1), sizes)
-  return {name: value.ravel()[row]
-          for (name, value), row in zip(seen.items(), rows, strict=True)}
