@@ -147,7 +147,7 @@ def _record(model, params, *inputs):
 
   def visit(module, x, compute):
     modules[module.path] = module.clone(parent=None)
-    own = module.variables['params']
+    own = module.variables.get('params', {})
     return compute(taps.tap(x, *own.values(), label=(
         module.path, tuple((kind, v.shape) for kind, v in own.items()))))
 

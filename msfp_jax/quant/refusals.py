@@ -62,9 +62,9 @@ def check_weights(name: str, path: Sequence[str],
   for (kind, shape), weight in zip(kinds, weights, strict=True):
     if params[kind].shape != shape:
       raise ValueError(
-          f'layer {name} holds {kind}s {params[kind].shape} for several '
-          f'layers of {shape}, as nn.vmap and nn.scan make them: write these '
-          'layers out, each with a name')
+          f'layer {name}: its {kind} {params[kind].shape} holds those of '
+          f'several layers {shape}, as nn.vmap and nn.scan make it: write '
+          'these layers out, each under a name of its own')
     if weight is not params[kind]:
       raise ValueError(
           f'layer {name} computes with another {kind} than its parameter '
