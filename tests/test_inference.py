@@ -243,6 +243,7 @@ def test_a_convolution_of_the_models_own_is_used():
     calls.append(options.keys())
     return 2 * jax.lax.conv_general_dilated(*args, **options)
 
+  double.is_convolution = True
   x = jnp.ones(IMAGE)
   options = {'features': 5, 'kernel_size': (3, 3), 'use_bias': False}
   model, _, quantized = one(nn.Conv, x, **options)

@@ -37,6 +37,10 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array,
   return jax.lax.platform_dependent(x, kernel, cpu=_fast, default=plain)
 
 
+# Tells those who replace an nn.Conv by its product that this is one.
+conv_general_dilated.is_convolution = True
+
+
 def _fits(x, kernel, strides, padding, options):
   """Whether `winograd` computes this convolution, and pays."""
   ones = (None, 1, (1, 1), [1, 1])

@@ -1,15 +1,24 @@
-"""The quantizable layers of a Flax model, found by interception."""
+"""The quantizable layers of any Flax model, found by interception.
 
-from collections.abc import Callable, Container, Mapping
+A layer is a module whose type is exactly nn.Conv or nn.Dense and that computes
+what these compute: only then is its product, done in another way, the same.
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping
 import contextlib
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
+import flax
 from flax import traverse_util
 import flax.linen as nn
 import jax
 import numpy as np
 
-_LAYER_TYPES = (nn.Conv, nn.Dense)
+from msfp_jax.quant import refusals
+from msfp_jax.quant import taps
+
+_trace_numbers = itertools.count()
 
 
 def layer_name(module: nn.Module) -> str:
@@ -24,61 +33,209 @@ Visit = Callable[[nn.Module, jax.Array, Callable[[jax.Array], jax.Array]],
 
 @contextlib.contextmanager
 def intercept(visit: Visit):
-  """While open, every nn.Conv and nn.Dense returns what `visit` does.
+  """While open, every layer returns what `visit` does.
 
-  The model's own code stays as it is; other modules are untouched.
+  The model's own code stays as it is; other modules are untouched. Run the
+  model by `call`, which minds what nn.jit remembers.
+
+  Raises:
+    ValueError: from the model, at a layer that cannot be replaced, see
+      `refusals.why_not`.
   """
 
   def interceptor(next_fun, args, kwargs, context):
+    module = context.module
     if (context.method_name != '__call__'
-        or not isinstance(context.module, _LAYER_TYPES)):
+        or type(module) not in refusals.LAYER_TYPES):
       return next_fun(*args, **kwargs)
-    x, *rest = args or (kwargs.pop('inputs'),)
-    return visit(context.module, x, lambda x: next_fun(x, *rest, **kwargs))
+    if reason := refusals.why_not(module):
+      raise ValueError(f'layer {layer_name(module)}: {reason}')
+    x = args[0] if args else kwargs['inputs']
+    return visit(module, x, next_fun)
 
   with nn.intercept_methods(interceptor):
     yield
 
 
 def intercept_inputs(visit: Callable[[str, jax.Array], jax.Array]):
-  """While open, every nn.Conv and nn.Dense sees `visit(name, input)`."""
+  """While open, every layer sees `visit(name, input)`."""
   return intercept(
       lambda module, x, compute: compute(visit(layer_name(module), x)))
 
 
-def list_layers(model: nn.Module, params: Any, *inputs: Any
-                ) -> dict[str, tuple[int, ...]]:
-  """{name: kernel shape} of every Conv and Dense, in order of execution.
+def call(model: nn.Module, params: Any, visit: Visit, *inputs: Any,
+         names: Iterable[str] = ()) -> Any:
+  """model(*inputs) where every layer returns what `visit` does.
 
   Args:
     model: any linen model.
-    params: its parameters, or their shapes.
+    params: see `parameters`; those of layers that `visit` does not compute
+      may be absent.
+    visit: see `intercept`.
+    *inputs: what the model takes.
+    names: of the layers whose parameters are absent.
+
+  Raises:
+    ValueError: a layer that cannot be replaced; a model that needs more than
+      parameters, or other ones.
+  """
+  params = parameters(params)
+  marks = _marks([*traverse_util.flatten_dict(params),
+                  *((*name.split('.'), 'kernel') for name in names)])
+  variables = {'params': params, f'trace {next(_trace_numbers)}': marks}
+  with intercept(visit), refusals.explained():
+    return model.apply(variables, *inputs)
+
+
+def _marks(paths: Iterable[tuple[str, ...]]) -> dict[str, Any]:
+  """A collection of no values that keeps nn.jit from mixing up its traces.
+
+  nn.jit traces a block once, and runs what it traced for every block of equal
+  structure, at later calls too: another block's layers, or another `visit`.
+  With names of its own in every block the structures differ.
+
+  Args:
+    paths: of all parameters.
+  """
+  blocks = {path[:depth] for path in paths for depth in range(len(path))}
+  return traverse_util.unflatten_dict(
+      {(*block, f'in {"/".join(block)}'): None for block in blocks})
+
+
+class Call(NamedTuple):
+  """One layer at work.
+
+  Attributes:
+    module: the nn.Conv or nn.Dense, without its parameters.
+    input: what it got, `[..., I]`.
+  """
+
+  module: nn.Module
+  input: jax.Array
+
+
+def record(model: nn.Module, params: Any, *inputs: Any
+           ) -> tuple[Any, dict[str, Call]]:
+  """model(*inputs), and what every layer got; a pure function.
+
+  Under nn.jit, nn.remat and nn.vmap too; a layer under nn.vmap gets the values
+  of all lanes, with their axis first.
+
+  Args:
+    model: any linen model.
+    params: see `parameters`.
+    *inputs: what it is called with.
+
+  Returns:
+    The model's output, and {layer: its call} in order of execution.
+
+  Raises:
+    ValueError: one sentence on a model that cannot be quantized.
+  """
+  out, seen, _ = _record(model, parameters(params), *inputs)
+  return out, seen
+
+
+def _record(model, params, *inputs):
+  """`record`, and {path: type of the module there} of all that was called."""
+  owners, modules = {}, {}
+
+  def note(next_fun, args, kwargs, context):
+    # The innermost is the last: nn.remat(nn.Conv) is another type around one.
+    owners[context.module.path] = type(context.module)
+    return next_fun(*args, **kwargs)
+
+  def visit(module, x, compute):
+    modules[module.path] = module.clone(parent=None)
+    own = module.variables.get('params', {})
+    return compute(taps.tap(x, *own.values(), label=(
+        module.path, tuple((kind, v.shape) for kind, v in own.items()))))
+
+  def run(params, *inputs):
+    with nn.intercept_methods(note):
+      return call(model, params, visit, *inputs)
+
+  try:
+    out, found = taps.run(run, params, *inputs)
+  except taps.LoopError as error:
+    name = '.'.join(error.labels[0][0])
+    raise ValueError(
+        f'layer {name} runs in a loop or branch of the model ({error.kind}; '
+        'nn.scan makes one): one quantizer cannot serve all its turns; '
+        'write the turns out, with a layer for each') from error
+  seen = {}
+  for one in found:
+    path, kinds = one.label
+    name = '.'.join(path)
+    refusals.check_weights(name, path, kinds, one.beside, params)
+    if name in seen:
+      raise ValueError(f'layer {name!r} is called more than once: one '
+                       'quantizer cannot serve both; give each call a layer')
+    seen[name] = Call(modules[path], one.value)
+  return out, seen, owners
+
+
+def list_layers(model: nn.Module, params: Any, *inputs: Any
+                ) -> dict[str, tuple[int, ...]]:
+  """{name: kernel shape} of every layer, in order of execution.
+
+  Args:
+    model: any linen model.
+    params: its parameters, or their shapes; see `parameters`.
     *inputs: what it is called with, or their shapes.
 
   Raises:
-    ValueError: the model has weights of two or more dimensions that belong to
-      neither an nn.Conv, nn.Dense nor nn.Embed, which nothing would quantize.
+    ValueError: one sentence on a model that cannot be quantized. Among others:
+      it has weights of two or more dimensions that belong to no layer, nn.Embed
+      or normalization, which nothing would quantize.
   """
-  names = []
+  names, owners = [], {}
 
-  def visit(name, x):
-    if name in names:
-      raise ValueError(f'layer {name!r} is called more than once: one '
-                       'quantizer cannot serve both; give each call a layer')
-    names.append(name)
-    return x
+  def look(params, *inputs):
+    out, seen, types = _record(model, params, *inputs)
+    names.extend(seen)
+    owners.update(types)
+    return out
 
-  with intercept_inputs(visit):
-    jax.eval_shape(model.apply, {'params': params}, *inputs)
-  weights = {'.'.join(path): leaf.shape
+  params = parameters(params)
+  jax.eval_shape(look, params, *inputs)
+  weights = {'.'.join(path): (path, leaf)
              for path, leaf in traverse_util.flatten_dict(params).items()
-             if len(leaf.shape) > 1 and path[-1] != 'embedding'}
-  layers = {name: weights.pop(f'{name}.kernel') for name in names}
-  if weights:
-    raise ValueError(
-        'these weights belong to no nn.Conv or nn.Dense and would stay in full '
-        f'precision: {sorted(weights)}; write the model with those layers')
+             if len(leaf.shape) > 1}
+  layers = {name: weights.pop(f'{name}.kernel')[1].shape for name in names}
+  refusals.check_others({
+      name: owners.get(path[:-1]) for name, (path, _) in weights.items()
+      # A table that one call does not look into may serve another.
+      if path[-1] != 'embedding' or path[:-1] in owners})
   return layers
+
+
+def parameters(given: Any) -> dict[str, Any]:
+  """A model's parameters as plain nested dicts of arrays.
+
+  Args:
+    given: the parameters, or the variables {'params': parameters} that init
+      returned; dict or FrozenDict; boxes (nn.Partitioned) are opened.
+
+  Raises:
+    ValueError: something else, or variables besides the parameters.
+  """
+  if not isinstance(given, Mapping):
+    raise ValueError(
+        f'parameters must be the nested dict that model.init returned, not '
+        f'{type(given).__name__}')
+  if isinstance(given.get('params'), Mapping):
+    # What init sows is of no use later.
+    others = sorted(name for name, content in given.items() if content
+                    and name not in ('params', 'intermediates'))
+    if others:
+      raise ValueError(
+          f'the model keeps variables {others} beside its parameters, for '
+          'which a quantized model has no place: fold them into the '
+          'parameters, or write the model without (nn.GroupNorm in place of '
+          'nn.BatchNorm)')
+    given = given['params']
+  return flax.core.unfreeze(nn.meta.unbox(given))
 
 
 def leaves(params: Any, kind: str, names: Container[str] | None = None

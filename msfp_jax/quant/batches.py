@@ -1,0 +1,76 @@
+"""What a sampler starts from: checks of noise and of batches of it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Starting noise `[B, H, W, C]`, alone or with what else the model takes.
+Batch = jax.Array | tuple[jax.Array, ...]
+
+
+def check_batches(batches: Iterable[Batch] | jax.Array
+                  ) -> list[tuple[jax.Array, ...]]:
+  """Batches as a list of tuples of noise and conditions.
+
+  Args:
+    batches: arrays `[B, H, W, C]` of noise, or tuples of noise and conditions;
+      an array of four axes alone is one batch.
+
+  Raises:
+    ValueError: there is no batch, or one that no sampler starts from.
+  """
+  if _is_array(batches):
+    if batches.ndim != 4:
+      raise ValueError(
+          f'batches is one array of shape {batches.shape}: write '
+          'batches=[noise] for one batch, batches=list(noise) for several')
+    batches = [batches]
+  if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+    raise ValueError('batches must be a list of arrays of noise, or of tuples '
+                     f'of noise and conditions, not {_kind(batches)}')
+  if isinstance(batches, tuple) and batches and all(map(_is_array, batches)):
+    if len({jnp.shape(batch)[1:] for batch in batches}) > 1:
+      raise ValueError('batches is one tuple of noise and conditions: write '
+                       'batches=[(noise, condition)]')
+  found = [batch if isinstance(batch, tuple) else (batch,)
+           for batch in batches]
+  if not found:
+    raise ValueError('nothing to calibrate on: batches is empty; pass at '
+                     'least one array of noise')
+  return [(check_noise(batch[0] if batch else None, f'batch {i}'), *batch[1:])
+          for i, batch in enumerate(found)]
+
+
+def check_noise(noise: Any, name: str = 'noise') -> jax.Array:
+  """Starting noise as an array of float32.
+
+  Args:
+    noise: `[B, ...]`, float32 or NumPy's float64.
+    name: what to call it in an error.
+
+  Raises:
+    ValueError: no array of numbers of these types, or one without images.
+  """
+  if not _is_array(noise):
+    raise ValueError(f'{name} is {_kind(noise)}: it must be an array of noise '
+                     '[B, H, W, C]')
+  if noise.dtype not in (np.float32, np.float64):
+    raise ValueError(
+        f'{name} is {noise.dtype}: a sampler starts from standard normal '
+        'noise in float32, jax.random.normal(key, shape); a half-precision '
+        'model rounds for itself, by its dtype')
+  if not noise.ndim or not noise.shape[0]:
+    raise ValueError(f'{name} has shape {noise.shape}: it must be '
+                     '[B, H, W, C], with at least one image')
+  return jnp.asarray(noise, jnp.float32)
+
+
+def _is_array(value: Any) -> bool:
+  return isinstance(value, np.ndarray | jax.Array)
+
+
+def _kind(value: Any) -> str:
+  return 'None' if value is None else f'a {type(value).__name__}'
