@@ -48,8 +48,8 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
 
-  with interception.intercept(visit):
-    out = model.apply({'params': params}, *inputs)
+  own = [name for name, layer in layers.items() if layer.weight is not None]
+  out = interception.call(model, params, visit, *inputs, names=own)
   if unvisited := sorted(layers.keys() - visited):
     raise ValueError(f'the spec names layers that the model lacks: {unvisited}')
   return out
@@ -89,17 +89,12 @@ class QuantizedModel:
   spec: spec_lib.QuantSpec
 
   def apply(self, variables: Mapping[str, Any], *inputs: Any) -> Any:
-    """model(*inputs), of {'params': what `quantize` returned}.
+    """model(*inputs), of what `quantize` returned, under 'params' or not.
 
     Raises:
-      ValueError: parameters that are not under 'params', or that were not
-        quantized by this spec.
+      ValueError: parameters that were not quantized by this spec.
     """
-    if 'params' not in variables:
-      raise ValueError(
-          "apply takes {'params': quantize(params, spec)}, as linen's own does; "
-          f'got a dict of {sorted(variables)[:3]}')
-    qparams = variables['params']
+    qparams = interception.parameters(variables)
     layers = quantize_lib.layers_of(qparams, self.spec)
     for name, layer in layers.items():
       if layer.weight is None and not self.spec.layers[name].weight.is_full:

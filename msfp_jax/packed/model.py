@@ -15,6 +15,7 @@ import numpy as np
 from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.kernels.apply import apply
+from msfp_jax.quant import batches
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.qlayer import QLayer
@@ -111,6 +112,7 @@ class PackedModel:
     Returns:
       Samples like noise, nominally in [-1, 1].
     """
+    noise = batches.check_noise(noise)
     return self._draw(self.arrays, noise, condition, key)
 
   @functools.cached_property
@@ -156,6 +158,7 @@ def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
 def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
              plan: diffusion.SamplerPlan) -> PackedModel:
   """As `pack`, with levels in float32 for codes: the simulation."""
+  params = interception.parameters(params)
   interception.check_finite(interception.leaves(params, 'kernel'))
   return deploy(*student_lib.untrained(model, params, spec), plan)
 
@@ -163,9 +166,10 @@ def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
 def full_precision(model: nn.Module, params: Any, plan: diffusion.SamplerPlan
                    ) -> PackedModel:
   """The model as it is, to sample in the same way."""
-  return simulate(model, params, spec_lib.QuantSpec('fp', {
-      name: spec_lib.LayerSpec('', '')
-      for name in interception.leaves(params, 'kernel')}), plan)
+  names = interception.leaves(interception.parameters(params), 'kernel')
+  nothing = spec_lib.LayerSpec('', '')
+  return simulate(model, params, spec_lib.QuantSpec(
+      'fp', dict.fromkeys(names, nothing)), plan)
 
 
 def deploy(student: student_lib.Student, trainable: Any,

@@ -79,6 +79,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   if exceptions is None:
     exceptions = 'all-4' if roles is None else {}
   exceptions = roles_lib.exceptions_of(exceptions, roles)
+  params = interception.parameters(params)
   kernels = jax.device_get(interception.leaves(params, 'kernel'))
   interception.check_finite(kernels)
   if activations is None:

@@ -12,6 +12,7 @@ import numpy as np
 from msfp_jax import diffusion
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import sampling
+from msfp_jax.quant import batches as batches_lib
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant import interception
@@ -49,11 +50,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   """
   if unknown := set(needs) - set(fit_lib.NEEDS):
     raise ValueError(f'needs {sorted(unknown)}: must be among {fit_lib.NEEDS}')
-  batches = [batch if isinstance(batch, tuple) else (batch,)
-             for batch in batches]
-  if not batches:
-    raise ValueError('nothing to calibrate on: batches is empty; pass at '
-                     'least one array of noise')
+  batches = batches_lib.check_batches(batches)
   count = -(-samples_per_layer // (plan.num_steps * len(batches)))
   noise, *condition = batches[0]
   names = interception.list_layers(
@@ -79,25 +76,19 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
     the steps.
   """
   noise, *condition = batch
-  sizes = jnp.asarray(_input_sizes(model, params, batch))
   sampler_key = jax.random.fold_in(key, plan.num_steps)
 
   def predict(x, t, index):
-    step_key, found = jax.random.fold_in(key, index), {}
+    eps, calls = interception.record(model, params, x, t, *condition)
+    step_key = jax.random.fold_in(key, index)
+    sizes = jnp.asarray([call.input.size for call in calls.values()])
     # For all layers at once: a generator a layer would take long to compile.
     keys = jax.vmap(lambda number: jax.random.fold_in(step_key, number))(
         jnp.arange(1, len(sizes) + 1))
     places = jax.vmap(lambda layer_key, size: jax.random.randint(
         layer_key, (count,), 0, size))(keys, sizes)
-
-    def visit(module, value, compute):
-      number = len(found)
-      found[interception.layer_name(module)] = _gather(
-          module, value, places[number], keys[number], needs)
-      return compute(value)
-
-    with interception.intercept(visit):
-      eps = model.apply({'params': params}, x, t, *condition)
+    found = {name: _gather(call.module, call.input, places[i], keys[i], needs)
+             for i, (name, call) in enumerate(calls.items())}
     return eps, found
 
   def body(carry, step):
@@ -182,18 +173,3 @@ def _join(name, parts, needs):
     seen['gram'] = np.mean([np.float64(part[fit_lib.GRAM]) / steps
                             for part in parts], axis=0)
   return Seen(minimum=low, maximum=high, **seen)
-
-
-def _input_sizes(model, params, batch) -> list[int]:
-  """Values in every layer's input, in order of execution."""
-  sizes = []
-
-  def visit(unused_name, value):
-    sizes.append(value.size)
-    return value
-
-  noise, *condition = batch
-  with interception.intercept_inputs(visit):
-    jax.eval_shape(model.apply, {'params': params}, noise,
-                   jnp.zeros(len(noise)), *condition)
-  return sizes

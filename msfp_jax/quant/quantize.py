@@ -21,6 +21,7 @@ def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
     ValueError: the parameters hold a kernel that the spec does not name, or
       the other way round, or one with NaN.
   """
+  params = interception.parameters(params)
   kernels = interception.leaves(params, 'kernel')
   check_layers(spec, kernels)
   interception.check_finite(kernels)
