@@ -30,7 +30,9 @@ DTYPES = {
     'bf16': (jnp.bfloat16, jnp.float32),
     'f32': (jnp.float32, jnp.float32),
 }
-# Integers up to here are exact, whatever the order of a sum.
+# Integers up to here are exact, whatever the order of a sum: if the magnitudes
+# of all terms add up to no more, so does every partial sum, however they are
+# grouped; float32 has 24 bits for it and rounds nothing.
 EXACT_FLOAT32, EXACT_INT32 = 2**24, 2**31 - 1
 
 
@@ -65,6 +67,7 @@ class Carried:
     floating-point carriers; int8 has none.
     """
     level = quantizers.nearest_level(x, self.fmt, scale, zero_point)
+    # The unit is a power of two and v has few bits: no rounding here.
     return (level * (1 / self.unit) - self.offset).astype(self.dtype)
 
   def decode(self, codes) -> jax.Array:
@@ -86,7 +89,9 @@ def carry(fmt: FPFormat, carrier: str) -> Carried | None:
   if carrier == 'fp8':
     return _carry_fp8(fmt)
   largest = fmt.max / step(fmt)
-  # Not of the carrier but of the format, so that exact carriers agree.
+  # UE3M1 has 0 .. 192 steps, beyond int8; less 96 they are -96 .. 96. What was
+  # subtracted comes back as part of the zero point (see `reference`). Not of
+  # the carrier but of the format, so that exact carriers agree.
   offset = 0.0
   if not fmt.signed and 127 < largest <= 255:
     offset = float(np.ceil(largest / 2))
@@ -102,6 +107,8 @@ def _carry_fp8(fmt: FPFormat) -> Carried | None:
   largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
   unit = max(2.0**np.ceil(np.log2(fmt.max / largest)), step(fmt))
   carried = Carried(fmt, 'fp8', unit)
+  # The unit may be larger than a step, so small levels may need subnormals, or
+  # not be there.
   exact = carried.values().astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
   return carried if (exact == carried.values()).all() else None
 
@@ -136,6 +143,9 @@ def pack_halves(codes: np.ndarray) -> np.ndarray:
   one (a code of 0 beyond an odd K), so that a kernel multiplies the two halves
   of x by the two nibbles and never interleaves.
   """
+  # K = 5: byte    0    1    2
+  #   low nibble   0    1    2
+  #   high nibble  3    4    -
   half = -(-codes.shape[-2] // 2)
   low, high = codes[..., :half, :], codes[..., half:, :]
   padding = [(0, 0)] * (codes.ndim - 2) + [(0, 2 * half - codes.shape[-2])]

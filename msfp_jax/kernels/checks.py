@@ -48,6 +48,8 @@ def window(size: Sequence[int], window: Sequence[int], strides: Sequence[int],
 
 def sums(x, length: int, fmt: FPFormat) -> str | None:
   """Of `length` products with any int8 stay in int32."""
+  # x may hold any int8, be it no level: -128 bounds them all. In float32 sums
+  # are rounded beyond 2^24, which is no error to refuse.
   bound = length * 128 * carriers.magnitude(fmt)
   if x.dtype == jnp.int8 and bound > carriers.EXACT_INT32:
     return (f'sums of {length} products of int8 and {fmt} may leave int32; '

@@ -23,6 +23,19 @@ import numpy as np
 from msfp_jax.kernels import carriers
 from msfp_jax.quant.numbers import FPFormat
 
+# One group: 32 codes of a channel, held by 4 neighbouring lanes of a warp.
+#
+#   lane             0            1            2            3
+#   bytes          0 .. 3       4 .. 7       8 .. 11     12 .. 15    packed word
+#   codes         0-3 16-19    4-7 20-23    8-11 24-27  12-15 28-31
+#                  |   |        |   |        |    |      |     |
+#   register 0    0-3  |       4-7  |       8-11  |    12-15   |     decoded
+#   register 1       16-19        20-23         24-27        28-31   decoded
+#
+# wgmma wants its left operand of bytes as the two lower rows show: a lane has 4
+# consecutive columns of each 16. With codes in this order a lane decodes what
+# it multiplies, and none has to pass values to another.
+#
 # Codes of K that share 16 bytes: two registers' worth of each of 4 lanes.
 GROUP = 32
 # K is padded to a multiple of this, the least that wgmma takes of int8 levels
@@ -48,9 +61,12 @@ def tables(fmt: FPFormat, carrier: str) -> tuple[int, int, int, int]:
     carrier: 'int8' or 'fp8'.
   """
   carried = carriers.carry(fmt, carrier)
-  levels = carried.values().astype(carried.dtype).view(np.uint8)
+  levels = carried.values().astype(carried.dtype).view(np.uint8)  # of each code
   code = np.arange(8) << 1 & 8 | np.arange(8) & 3  # of table byte sbc: s0bc
   first, second = levels[code], levels[code | 4]
+  # No byte of the first table has its sign bit set, so that looking up a nibble
+  # of the second one there gives 0x00. The converse gives 0xff for negative
+  # codes, which completes the complement taken here.
   first = np.where(code & 8, ~first & 0x7f, first)
   return tuple(map(int, np.concatenate([first, second]).view('<u4')))
 
@@ -58,9 +74,15 @@ def tables(fmt: FPFormat, carrier: str) -> tuple[int, int, int, int]:
 def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
   """Levels of the 8 nibbles of `word`: of the lower 4, and of the upper 4."""
   first_low, first_high, second_low, second_high = map(ops.constant, words)
+  # With bit 3 of every nibble flipped, the tables change their parts:
+  #
+  #   nibble    prmt(first, word)    prmt(second, other)    exclusive or
+  #   0 0 b c   level                0x00                   level
+  #   0 1 b c   ~level & 0x7f        0xff                   level
+  #   1 s b c   0x00                 level                  level
   other = ops.xor(word, ops.constant(0x88888888))
   halves = []
-  for shift in (0, 16):
+  for shift in (0, 16):  # prmt looks at the lower four nibbles only
     in_first = ops.shift_right(word, shift) if shift else word
     in_second = ops.shift_right(other, shift) if shift else other
     halves.append(ops.xor(
@@ -128,7 +150,7 @@ def prepare(codes, length: int):
   codes = xp.pad(codes, [
       (0, -codes.shape[0] % CHANNELS), *[(0, 0)] * (codes.ndim - 2),
       (0, -length % DEPTH)])
-  codes = xp.where(codes == 8, 0, codes)
+  codes = xp.where(codes == 8, 0, codes)  # -0
   nibbles = (codes & 3 | (codes & 4) << 1 | (codes & 8) >> 1).astype(np.uint8)
   # Lane l of 4 holds codes 4l..4l+3 of either half of its group in one word.
   nibbles = nibbles.reshape(*codes.shape[:-1], -1, 2, 4, 2, 2)
