@@ -62,6 +62,8 @@ def check_global(name: Global) -> Global:
   if length > _LONGEST_NAME:
     raise PickleError(f'damaged: a name of {length} characters, expected '
                       f'at most {_LONGEST_NAME}')
+  # Only the standard library's names are refused: those of other packages are
+  # classes of frameworks, which are as inert here and common in checkpoints.
   module = name.module.partition('.')[0]
   if module in BUILTINS:
     refused = name.name not in _HARMLESS_BUILTINS
@@ -95,6 +97,7 @@ def check_key(key: Any) -> Any:
 
 
 def _is_quick(part):
+  # Python hashes a large integer, and prints it, in time that grows with it.
   if isinstance(part, str | bytes):
     return len(part) <= _LONGEST_KEY
   if isinstance(part, int):

@@ -106,6 +106,8 @@ def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
   if plan.multistep is None:
     new = step['x_coef'] * x - step['eps_factor'] * eps
   else:
+    # The history has a place for each of the K - 1 steps before, the latest
+    # first; in the beginning these are zeros, whose weights are 0 as well.
     prediction = step['x_part'] * x + step['eps_part'] * eps
     past = jnp.concatenate([prediction[None], past])
     new = step['x_coef'] * x + jnp.tensordot(step['weights'], past, 1)
@@ -113,6 +115,7 @@ def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
   if plan.noise_std.any():
     if key is None:
       raise ValueError('this sampler adds noise at every step: pass a key')
+    # A step's noise depends on the key and on its number alone.
     z = jax.random.normal(jax.random.fold_in(key, step['index']), x.shape)
     new += step['noise_std'] * z
   return Position(new, past)

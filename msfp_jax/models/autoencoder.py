@@ -56,7 +56,7 @@ class AutoencoderConfig:
 
 
 class _Stack(nn.Module):
-  """What encoder and decoder share."""
+  """The blocks that encoder and decoder are both built of."""
 
   config: AutoencoderConfig
 
@@ -93,6 +93,7 @@ class Encoder(_Stack):
         if i in cfg.attn_levels:
           h = self._attn(f'down.{i}.attn.{j}')(h)
       if i < len(cfg.ch_mult) - 1:
+        # Padded to the right and below only, as CompVis does.
         h = blocks.conv3x3(h.shape[-1], f'down.{i}.downsample.conv', 2,
                            (0, 1))(h)
     width = cfg.z_channels * (2 if cfg.kind == KL else 1)
@@ -156,6 +157,7 @@ class Autoencoder(nn.Module):
     if cfg.quant_conv:
       h = self.quant_conv(h)
     if cfg.kind == KL:
+      # Mean and logarithm of the variance, the latter clipped as in CompVis.
       h, log_variance = jnp.split(h, 2, axis=-1)
       if key is not None:
         std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))

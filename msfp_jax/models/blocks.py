@@ -17,6 +17,7 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
 
 def conv3x3(channels: int, name: str, stride: int = 1,
             padding: tuple[int, int] = (1, 1)) -> nn.Conv:
+  # Padding is written out: 'SAME' at stride 2 would pad otherwise than PyTorch.
   return nn.Conv(channels, (3, 3), (stride, stride), (padding, padding),
                  conv_general_dilated=convolution.conv_general_dilated,
                  name=name)
@@ -51,6 +52,8 @@ class ResnetBlock(nn.Module):
   def __call__(self, x: jax.Array, temb: jax.Array | None = None,
                train: bool = False) -> jax.Array:
     h = nn.silu(self.norm('norm1')(x))
+    # Both ways, between the activation and the convolution, as in ADM: the
+    # shortcut has to have the size of what it is added to.
     if self.resample == 'down':
       h, x = (nn.avg_pool(v, (2, 2), (2, 2)) for v in (h, x))
     elif self.resample == 'up':
@@ -67,6 +70,8 @@ class ResnetBlock(nn.Module):
     return x + h
 
   def _with_time(self, h, temb):
+    # The embedding comes without its last activation (see `UNet._embed`), which
+    # each block has before its own projection: a layer behind SiLU.
     scale_shift = self.time_injection == 'scale_shift'
     temb = nn.Dense(self.channels * (2 if scale_shift else 1),
                     name='temb_proj')(nn.silu(temb))[:, None, None, :]

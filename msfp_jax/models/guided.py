@@ -25,6 +25,7 @@ class Guided(nn.Module):
   null_label: int
 
   def setup(self):
+    # The UNet's parameters and layer names stay as they are, without a prefix.
     nn.share_scope(self, self.inner)
 
   @property
