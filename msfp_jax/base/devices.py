@@ -11,6 +11,7 @@ def batch_sharding() -> NamedSharding | None:
   """Splits a first axis over all devices; None where there is only one."""
   if jax.device_count() == 1:
     return None
+  # One axis over all devices of all processes: data parallel, nothing else.
   mesh = Mesh(np.asarray(jax.devices()), ('batch',))
   return NamedSharding(mesh, PartitionSpec('batch'))
 
@@ -20,6 +21,7 @@ def on_all(tree):
   sharding = batch_sharding()
   if sharding is None:
     return tree
+  # A specification that names no axis splits nothing: whole copies.
   return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
 
 

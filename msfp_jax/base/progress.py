@@ -50,6 +50,7 @@ class Progress:
     if jax.process_index() or (
         not done and now - self._last[1] < self._every_seconds):
       return
+    # Since the line before, or for the last line since the start.
     since_step, since = self._first if done else self._last
     rate = (step - since_step) / max(now - since, 1e-9)
     if done:

@@ -55,6 +55,7 @@ class MetricWriter:
     self.close()
 
   def _open(self, last_step: float) -> None:
+    # What is appended must follow a whole line, of a step before.
     _drop_lines(self._path, last_step)
     # Line by line, so that the file can be followed and a crash costs little.
     self._file = open(self._path, 'a', 1, encoding='utf-8')  # noqa: SIM115
@@ -63,6 +64,7 @@ class MetricWriter:
 
   @property
   def _board(self) -> tensorboardX.SummaryWriter:
+    # Made when first used: a run that logs nothing leaves no event file.
     if self._events is None:
       # The suffix: two files begun in one second would have the same name.
       self._events = tensorboardX.SummaryWriter(

@@ -274,7 +274,7 @@ def _module(module: str, config: UNetConfig) -> str | None:
     place = f'down.{level}'
   else:
     level, j = divmod(n, per_level)
-    level = len(config.ch_mult) - 1 - level  # output blocks begin at the coarsest
+    level = len(config.ch_mult) - 1 - level  # the coarsest comes first
     place = f'up.{level}'
     if rest == 'conv':
       return f'{place}.upsample.conv'

@@ -56,6 +56,7 @@ def rename(tensors: Mapping[str, LazyTensor],
       leftover.append(name)
       continue
     new = f'{ours}.{leaf}'
+    # Two names for one place, of which neither may be lost in silence.
     if new in found:
       leftover.append(f'{name}, the same as {came_from[new]}')
       continue

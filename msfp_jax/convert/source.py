@@ -157,6 +157,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
     files = sorted({str(file) for file in places.values()})
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{index} is no index of shards: {error!r}') from error
+  # A name with folders in it could lead out of the checkpoint's own.
   if odd := [f for f in files if pathlib.Path(f).name != f
              or not f.endswith(('.safetensors', '.bin'))]:
     raise ValueError(f'{index} names {odd}, which are no files of weights '

@@ -60,6 +60,9 @@ def flatten(tree: Any) -> dict[str, LazyTensor]:
   Raises:
     ValueError: more entries, or deeper ones, than a checkpoint has.
   """
+  # A loop with a stack of its own, as a file may nest deeper than Python
+  # recurses. Each entry is a container that is being walked through; one that
+  # is met inside of itself, which a pickle can make, is passed over.
   found, entries, letters = {}, 0, 0
   around = set()  # ids of the containers that are open
   levels = [(None, '', iter([('', tree)]))]  # id, name, items still to visit

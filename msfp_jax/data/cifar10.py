@@ -29,6 +29,7 @@ def read(path: str) -> np.ndarray:
   for names, parse in ((_BINARY, _parse_binary), (_PYTHON, _parse_python)):
     if all((root / name).is_file() for name in names):
       batches = [_parse(root / name, parse) for name in names]
+      # Both have colour planes: all reds, then greens, then blues.
       return np.concatenate(batches).reshape(-1, 3, 32, 32).transpose(
           0, 2, 3, 1)
   raise FileNotFoundError(
@@ -75,7 +76,7 @@ class _Dtype(pickles.Buildable):
     self.name = _bytes(name)
 
   def build(self, state: Any) -> None:
-    """Byte order and fields, of which bytes have none."""
+    """Ignores the state: byte order and fields, which bytes do not have."""
 
 
 class _Array(pickles.Buildable):
@@ -88,6 +89,7 @@ class _Array(pickles.Buildable):
     self.state = state
 
   def array(self) -> np.ndarray:
+    # The state of ndarray.__setstate__: (version, shape, dtype, order, bytes).
     _, shape, dtype, fortran, content = self.state
     if not isinstance(dtype, _Dtype) or dtype.name != b'u1' or fortran:
       kind = shown(getattr(dtype, 'name', dtype))
@@ -97,7 +99,7 @@ class _Array(pickles.Buildable):
 
 
 def _bytes(value: bytes | str) -> bytes:
-  """Python 2 wrote bytes as strings."""
+  """Bytes as they are; Python 2 wrote them as strings of these characters."""
   return value.encode('latin1') if isinstance(value, str) else value
 
 

@@ -114,5 +114,5 @@ def _read_folder(root: pathlib.Path,
 
 
 def _raise(error: OSError) -> None:
-  """os.walk would leave out a folder that it cannot read."""
+  """For os.walk, which would otherwise skip a folder that it cannot read."""
   raise error

@@ -86,6 +86,7 @@ class EncodedImages:
     def store(i: int, named: tuple[str, File]) -> None:
       images[i] = self._decode(*named, images.shape[1:])
 
+    # Pillow decodes outside of Python's lock, so threads are enough.
     with futures.ThreadPoolExecutor(_THREADS) as pool:
       for _ in pool.map(store, range(len(wanted)), self._fetch(wanted)):
         pass  # raises what a thread raised

@@ -80,6 +80,7 @@ class _EncodedRows:
   def fetch(self, rows: Sequence[int]) -> list[tuple[str, io.BytesIO]]:
     """(name for messages, encoded image) of each row."""
     rows = np.asarray(rows)
+    # Group g has rows starts[g] to starts[g + 1] - 1, over all files.
     groups = np.searchsorted(self._starts, rows, side='right') - 1
     found = [None] * len(rows)
     with self._lock:
@@ -98,6 +99,7 @@ class _EncodedRows:
       with _opened(group.file) as opened:
         table = opened.read_row_group(group.index, columns=[group.column])
       self._kept[group] = table.column(0)
+      # Oldest first in the dict, to whose end each use moves a group.
       while len(self._kept) > 1 and sum(
           values.nbytes for values in self._kept.values()) > _KEPT_BYTES:
         self._kept.popitem(last=False)

@@ -73,6 +73,8 @@ def apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   x = (images.astype(jnp.float32) / 255 - _MEAN) / _STD
   x = jax.nn.relu(_convolve(params['stem'], x))
   for first, second in params['blocks']:
+    # Option A of the paper: where channels double, the shortcut takes every
+    # other pixel and is padded with channels of zeros.
     added = first['kernel'].shape[-1] - x.shape[-1]
     stride = 2 if added else 1
     y = jax.nn.relu(_convolve(first, x, stride))

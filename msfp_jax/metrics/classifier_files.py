@@ -83,6 +83,8 @@ def fold(state: State, conv: str, norm: str, epsilon: float
   Returns:
     float32 'kernel' HWIO and 'bias' `[O]`.
   """
+  # (conv(x) - mean) / sqrt(variance + epsilon) * scale + bias is a convolution
+  # with other weights and a bias.
   scale, bias, mean, variance = (
       np.asarray(state[name], np.float64) for name in norm_shapes(norm, 0))
   scale = scale / np.sqrt(variance + epsilon)

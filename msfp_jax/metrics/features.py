@@ -127,6 +127,7 @@ class FeatureNetwork:
     for start in range(0, len(images), self._batch_size):
       batch = images[start:start + self._batch_size]
       count = len(batch)
+      # Filled up with black images: one shape, one compilation.
       missing = self._batch_size - count
       batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
       out = jax.device_get(self._apply(
@@ -254,6 +255,7 @@ def _random(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
     kernels.append(np.float32(
         scale * rng.standard_normal((3, 3, channels, width))))
     channels = width
+  # About 4 million pixels at once: large images come in smaller batches.
   batch_size = max(1, min(256, 2**22 // int(np.prod(image_shape[:2]))))
   return FeatureNetwork('random', image_shape, _apply_random,
                         {'kernels': kernels}, batch_size)
@@ -264,6 +266,7 @@ def _apply_random(params: dict, images: jax.Array) -> Outputs:
   x = images.astype(jnp.float32) / 127.5 - 1.0
   pooled = []
   for kernel in params['kernels']:
+    # Halved while there is something to halve, so that any size will do.
     stride = 2 if min(x.shape[1:3]) >= 4 else 1
     x = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), 'SAME',

@@ -81,6 +81,8 @@ class GaussianStats:
       self._sum = np.zeros_like(other._sum)
       self._outer = np.zeros_like(other._outer)
     self._check_dim(len(other._shift))
+    # Sums of (x - s') with s' = s + d, as sums of (x - s): each x gains d, each
+    # outer product d (x - s')^T, its transpose and d d^T.
     n, d = other.num_samples, other._shift - self._shift
     cross = np.outer(d, other._sum)
     self.num_samples += n
@@ -152,6 +154,8 @@ def frechet_distance(a: Stats, b: Stats) -> float:
           'covariance is singular and the distance is biased upwards; compare '
           'it only with distances from as many samples',
           FewSamplesWarning, stacklevel=2)
+  # tr (S1 S2)^{1/2} is the sum of the roots of the eigenvalues of S1 S2, which
+  # are those of R S2 R. Rounding may leave some of the smallest below 0.
   values, vectors = np.linalg.eigh(cov_a)
   root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
   values = np.linalg.eigvalsh(root @ cov_b @ root)

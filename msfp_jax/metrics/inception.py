@@ -42,6 +42,20 @@ class Outputs(NamedTuple):
   logits: jax.Array
 
 
+# The network, by the side of its maps and their channels:
+#
+#   299 x 3   Conv2d 1a, 2a, 2b, pool     73 x 64
+#             Conv2d 3b, 4a, pool         35 x 192
+#             Mixed_5b, 5c, 5d (a)        35 x 256, 288, 288
+#             Mixed_6a (b, stride 2)      17 x 768
+#             Mixed_6b .. 6e (c)          17 x 768     6d: spatial features
+#             Mixed_7a (d, stride 2)       8 x 1280
+#             Mixed_7b, 7c (e)             8 x 2048    mean: the 2048 features
+#
+# Each block runs branches beside each other and joins their channels; the
+# letters are those of the functions below. Shapes are (height, width, in, out).
+
+
 def _block_a(channels: int, pooled: int) -> Shapes:
   return {'branch1x1': (1, 1, channels, 64),
           'branch5x5_1': (1, 1, channels, 48),
@@ -129,6 +143,8 @@ def apply(params: Params, x: jax.Array) -> Outputs:
   x = layer('Conv2d_3b_1x1', x)
   x = layer('Conv2d_4a_3x3', x, padding='VALID')
   x = _max_pool(x, 2)
+  # TensorFlow's mixed_6/conv is taken before the channels are joined: branch 0
+  # begins with it. Rows, columns, channels, in this order, as one vector.
   spatial = None
   for block, shapes in _BLOCKS.items():
     inner = {name: params[f'{block}.{name}'] for name in shapes}
@@ -144,6 +160,7 @@ def apply(params: Params, x: jax.Array) -> Outputs:
 def _layer(layers: Sequence[Mapping[str, jax.Array]], x: jax.Array,
            stride: int = 1, padding: str = 'SAME') -> list[jax.Array]:
   """ReLU of convolutions of one kernel size, computed as one."""
+  # Branches that begin alike on one input: one larger product is faster.
   kernel = jnp.concatenate([layer['kernel'] for layer in layers], axis=-1)
   bias = jnp.concatenate([layer['bias'] for layer in layers])
   x = jax.nn.relu(_convolve(x, kernel, stride, padding) + bias)
@@ -182,12 +199,14 @@ def _max_pool(x: jax.Array, stride: int, margin: int = 0) -> jax.Array:
 
 def _mean_pool(x: jax.Array) -> jax.Array:
   """Mean over the 3x3 pixels around each, of those that are there."""
+  # Sums over counts: at the border, fewer than 9 are there.
   ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
   return (_pool(x, jnp.add, 1, 1, 0.0) / _pool(ones, jnp.add, 1, 1, 0.0))
 
 
 def _pool(x, combine, stride, margin, nothing):
   """By slices: several times as fast on the CPU as `lax.reduce_window`."""
+  # Maxima and sums over 3x3 are those over 3 rows, then over 3 columns.
   for axis in (1, 2):
     sides = [(margin, margin) if i == axis else (0, 0) for i in range(4)]
     padded = jnp.pad(x, sides, constant_values=nothing)

@@ -78,6 +78,8 @@ class InceptionScore:
                        f'{len(self._split)} were announced')
     split = self._split[self._seen:self._seen + len(x)]
     self._seen += len(x)
+    # The mean divergence of p from the mean q is the mean of sum p log p, less
+    # sum q log q: sums of both, by split, are all that is kept.
     log_p = x - x.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     p = np.exp(log_p)

@@ -62,6 +62,7 @@ def find(path: str | os.PathLike = '') -> pathlib.Path:
 
 def _download(path: pathlib.Path) -> None:
   logging.info('downloading %s (96 MB) to %s', URL, path)
+  # Checked under its temporary name: what is damaged never enters the cache.
   try:
     with (files.atomic_path(path) as temporary,
           urllib.request.urlopen(URL, timeout=_TIMEOUT) as response):

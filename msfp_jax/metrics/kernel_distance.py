@@ -59,6 +59,7 @@ def subset_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100,
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
+  # E k(a, a') + E k(b, b') - 2 E k(a, b), over different a, a' and b, b'.
   return float(_mean_of_others(a) + _mean_of_others(b)
                - 2 * _kernel_sum(a, b) / (len(a) * len(b)))
 

@@ -63,6 +63,8 @@ def _resize_tf(x: jax.Array) -> jax.Array:
   """Bit for bit what TensorFlow 1 computes."""
   for axis in (2, 1):
     size = x.shape[axis]
+    # In float32 as there: where `at` is nearly a whole number, its floor
+    # decides which two pixels are mixed.
     at = np.arange(inception.SIZE, dtype=np.float32)
     at *= np.float32(size / inception.SIZE)
     low = at.astype(np.int64)
@@ -80,6 +82,7 @@ def _resize_tf(x: jax.Array) -> jax.Array:
 def _resize_pillow(x: jax.Array) -> jax.Array:
   """Pillow's bicubic resize of mode F, as two products."""
   rows, columns = (_pillow_weights(size) for size in x.shape[1:3])
+  # Columns first, as Pillow does; floats are not rounded between the passes.
   x = jnp.einsum('nhwc,ow->nhoc', x, columns, precision='highest')
   x = jnp.einsum('nhwc,oh->nowc', x, rows, precision='highest')
   return jnp.clip(x, 0, 255)
@@ -90,6 +93,9 @@ def _pillow_weights(size: int) -> np.ndarray:
   """`[299, size]` float32: each row sums to 1."""
   scale = size / inception.SIZE
   stretch = max(scale, 1.0)  # a smaller image averages
+  # Pixel i covers i to i + 1. The kernel reaches 2 pixels of the smaller of
+  # both images each way; Pillow rounds where it begins and ends to whole
+  # pixels.
   centre = (np.arange(inception.SIZE)[:, None] + 0.5) * scale
   pixel = np.arange(size)[None]
   weights = _cubic((pixel - centre + 0.5) / stretch)

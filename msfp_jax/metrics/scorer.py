@@ -91,6 +91,8 @@ class Scorer:
       images: uint8, of the network's shape; the first call's must stay
         readable.
     """
+    # Outputs pass once, in chunks: an inception score adds them up, while the
+    # checks of digits need the logits of all images, of 10 numbers each.
     logits, score = [], None
     watch = lambda outputs: None
     if self._scored:
@@ -112,6 +114,8 @@ class Scorer:
       probabilities = np.asarray(jax.nn.softmax(np.concatenate(logits)))
       found |= {'confidence': digits_checks.confidence(probabilities),
                 'class_balance': digits_checks.class_balance(probabilities)}
+    # The first call is the full-precision model's: there is nothing to compare
+    # it with. Its vectors are as large as a set and are not needed any more.
     if self._teacher is None:
       self._teacher = (images, moments._replace(vectors=None), probabilities)
       return found
@@ -139,6 +143,7 @@ class Scorer:
                      ) -> dict[str, float]:
     """Metrics that need the vectors themselves."""
     name = self._network.named('kd')
+    # With few vectors all of them serve, as subsets would be nearly the same.
     if min(len(generated), len(real)) > _SUBSET_SIZE:
       kernel = kernel_distance.subset_distance(
           generated, real, size=_SUBSET_SIZE)

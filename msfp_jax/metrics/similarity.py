@@ -63,7 +63,7 @@ def ssim(a: data.Images, b: data.Images) -> float:
 
 @jax.jit
 def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Of every image, `[N]`."""
+  """The structural similarity of every pair of images, `[N]`."""
   planes = lambda x: jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:3], 1)
   # Around 0, where float32 subtracts squares with the least loss.
   x, y = (planes(data.to_float(image)) / 2 for image in (a, b))
@@ -71,6 +71,7 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
   var_x = _blur(x * x) - mean_x**2
   var_y = _blur(y * y) - mean_y**2
   cov = _blur(x * y) - mean_x * mean_y
+  # Variances do not depend on where 0 is, means do: back to 0..1.
   mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
   found = ((2 * mean_x * mean_y + _C1) * (2 * cov + _C2)
            / ((mean_x**2 + mean_y**2 + _C1) * (var_x + var_y + _C2)))

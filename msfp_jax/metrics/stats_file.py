@@ -123,6 +123,7 @@ def load(path: str | os.PathLike) -> Reference:
   except (OSError, ValueError, KeyError, EOFError, TypeError,
           zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
+  # The count holds for both; files of other tools have none.
   pool = _gaussian(path, '', pool, count)
   if vectors is not None and vectors.shape[1:] != pool.mean.shape:
     raise ValueError(f'{path}: vectors must be [K, {len(pool.mean)}] as mu, '

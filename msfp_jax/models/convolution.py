@@ -22,8 +22,7 @@ import numpy as np
 #   . . . .
 #
 # Over C channels and all tiles, each of the 16 positions is one matrix product
-# [tiles, C] x [C, D]. `kernels.winograd` has the larger F(4x4, 3x3): exact of
-# the integers there, it would lose 3 digits of the floats here.
+# [tiles, C] x [C, D]. F(4x4, 3x3) would save more, and lose 3 digits of floats.
 
 # From so many channels on, in and out, the transforms cost less than they save.
 _LEAST_CHANNELS = 128

@@ -36,6 +36,14 @@ class FPFormat:
     ValueError: if the format is outside of these ranges.
   """
 
+  # E2M1, whose bias is 1: three binades of two levels, and below them the
+  # subnormals, which go on with the lowest binade's step down to 0.
+  #
+  #   code (without sign)   000  001  010  011  100  101  110  111
+  #   p, m                  0,0  0,1  1,0  1,1  2,0  2,1  3,0  3,1
+  #   level                 0    .5   1    1.5  2    3    4    6
+  #
+  # IEEE 754 would take the last p for inf and NaN; here it is a binade more.
   exponent_bits: int
   mantissa_bits: int
   signed: bool = True
@@ -109,6 +117,7 @@ class FPFormat:
   def values(self) -> np.ndarray:
     """The value of each code, float64 `[2^bits]`; half of them are negative."""
     magnitude = np.arange(2**(self.exponent_bits + self.mantissa_bits))
+    # Codes are in the order of levels, all that are not negative first.
     p, m = np.divmod(magnitude, 2**self.mantissa_bits)
     significand = m / 2**self.mantissa_bits + (p > 0)
     values = np.ldexp(significand, np.maximum(p, 1) - self.bias)
@@ -162,6 +171,7 @@ def pack_nibbles(codes, axis: int = -1):
     raise ValueError(
         f'codes go up to {codes.max()}, but a nibble holds at most 15; store '
         f'formats of more than 4 bits one code a byte')
+  # Codes c0 c1 c2 -> bytes c1|c0 0|c2.
   codes = xp.moveaxis(codes, axis, -1)
   odd = codes.shape[-1] % 2
   codes = xp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)])

@@ -64,6 +64,7 @@ def binned(steps: np.ndarray, values: np.ndarray, period: int = 1,
   Returns:
     Four arrays `[G]`.
   """
+  # The fewest whole periods a group that leave no more groups than asked for.
   length = period * -(-len(steps) // (period * max_points))
   starts = np.arange(0, len(steps), length)
   groups = [np.split(a, starts[1:]) for a in (steps, values)]
@@ -122,6 +123,7 @@ def _figure(id: str, run: str, title: str,
     lowest = min(low.min() for _, _, low, _ in points.values())
     for i, (name, (centre, mean, low, high)) in enumerate(points.items()):
       colour = svg.SERIES[i % len(svg.SERIES)]
+      # Bands of many series would cover each other.
       if len(points) <= 2 and lowest > 0:
         axes.fill_between(centre, low, high, color=colour, alpha=0.18,
                           linewidth=0)

@@ -53,6 +53,8 @@ def _colours(count: int) -> list[str]:
 def _axes(figure, t):
   axes = figure.add_subplot()
   axes.grid(False)
+  # Steps are equally wide cells, whatever their timesteps; five of them, by
+  # their middles, say which t they are.
   places = sorted({round(i) for i in np.linspace(0, len(t) - 1, 5)})
   axes.set_xticks([i + 0.5 for i in places], [str(t[i]) for i in places])
   axes.set_xlim(0, len(t))
@@ -100,6 +102,7 @@ def _map(t: np.ndarray, choices: Mapping[str, np.ndarray], changing: int
         axes.add_patch(patches.PathPatch(
             outline, facecolor=colour, edgecolor=svg.PAPER, linewidth=0,
             hatch=_HATCHES[bank % len(_HATCHES)], label=f'bank {bank}'))
+    # Names of blocks that are too low for their text are left out.
     groups = [(name, len(list(rows))) for name, rows in itertools.groupby(
         map(_group, choices))]
     starts = np.cumsum([0] + [size for _, size in groups])

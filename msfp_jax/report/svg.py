@@ -103,6 +103,7 @@ def _strip(root: ElementTree.Element) -> None:
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
   """Numbers the ids that something refers to, and drops the others."""
+  # ids are referred to as '#id' and 'url(#id)', in any attribute.
   text = ' '.join(value for e in root.iter() for value in e.attrib.values())
   used = dict.fromkeys(re.findall(r'#([\w-]+)', text))
   new = {old: f'{prefix}-{i}' for i, old in enumerate(used)}
@@ -120,6 +121,7 @@ def log_axis(axes: Axes, axis: str) -> None:
   getattr(axes, f'set_{axis}scale')('log')
   low, high = getattr(axes, f'get_{axis}lim')()
   line = getattr(axes, f'{axis}axis')
+  # Over a few decades, 2 and 5 have ticks as well.
   few = high < 200 * low
   line.set_major_locator(ticker.LogLocator(
       subs=(1, 2, 5) if few else (1,), numticks=6))

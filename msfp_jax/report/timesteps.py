@@ -21,6 +21,7 @@ def measure(experiment: experiment_lib.Experiment,
             deployed: student_lib.Deployed) -> gap.Gaps:
   """The gaps of a model on one batch of noise of its own, float64 `[S]`."""
   count = min(experiment.config.eval.batch_size, _MAX_IMAGES)
+  # A number that no batch of samples has: its noise is not theirs.
   key = jax.random.fold_in(experiment.key(experiment_lib.SAMPLES), 2**31 - 1)
 
   # Weights are arguments: constants would be folded at compile time.

@@ -73,6 +73,8 @@ def run(
     start = int(state.step)
     writer.truncate_after(start)
     progress = progress_lib.Progress(name, num_steps, start)
+    # Scalars stay on the device for log_every steps: to fetch them is to wait
+    # for the step, and the next one could not be queued meanwhile.
     pending = []
 
     def flush() -> None:

@@ -88,6 +88,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
         state.params, x, noise, t, keys[3])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Early averages would be of the initial weights: the warm-up forgets them.
     decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
                        state.ema_params, params)

@@ -37,6 +37,8 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
   banks = {}
   for i, (name, kernel) in enumerate(kernels.items()):
     *axes, out = kernel.shape
+    # A convolution's kernel [kh, kw, I, O] counts as a matrix [kh kw I, O]: a
+    # has its window, b is 1x1. Few channels bound the rank of any matrix.
     fan_in = math.prod(axes)
     width = min(rank, fan_in, out)
     bound = 1 / math.sqrt(fan_in)
@@ -98,6 +100,9 @@ class Router(nn.Module):
     small = nn.initializers.normal(1e-3)
     logits = nn.Dense(self.num_layers * self.num_banks, kernel_init=small)(h)
     logits = logits.reshape(self.num_layers, self.num_banks)
+    # t and the middles of the spans, as parts of 0..1. From one span to the
+    # next the distance grows by 1 / h, times h is 1: the logits differ by
+    # `prior`.
     place = (jnp.asarray(t, jnp.float32) + 0.5) / self.num_train_steps
     centres = (jnp.arange(self.num_banks) + 0.5) / self.num_banks
     return logits - self.prior * self.num_banks * jnp.abs(place - centres)
@@ -115,6 +120,7 @@ def select(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
   Returns:
     r like logits; exactly one-hot in value.
   """
+  # p - stop_gradient(p) is 0 in value, and has the gradient of p.
   p = jax.nn.softmax(logits / temperature)
   hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
   return hard + (p - jax.lax.stop_gradient(p))
