@@ -186,7 +186,7 @@ class _Machine:
       raise PickleError(f'{function}: {first_words(error)}') from error
 
   def charge(self, args):
-    """Counts what a call copies: the memo gives it the same again and again."""
+    """Counts the values that calls copy; stops where they are too many."""
     self.copied += len(args) + sum(
         len(arg) for arg in args
         if isinstance(arg, str | bytes | bytearray | list | tuple | dict))

@@ -68,7 +68,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-  """`m:ss`, or `h:mm:ss` from an hour on."""
+  """Formats a time as `m:ss`, from an hour on as `h:mm:ss`."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:

@@ -1,4 +1,4 @@
-"""Names of diffusers' blocks -> ours; its UNets and autoencoders share them."""
+"""Renames diffusers' blocks to ours, for its UNets and its autoencoders."""
 
 from collections.abc import Sequence
 import re

@@ -1,4 +1,4 @@
-"""diffusers: UNet2DModel and UNet2DConditionModel (Stable Diffusion 1, 2)."""
+"""UNets of diffusers: UNet2DModel and UNet2DConditionModel."""
 
 from collections.abc import Mapping
 import re
@@ -51,7 +51,7 @@ def select(tensors: Mapping[str, LazyTensor], unused_ema: bool
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From config.json; without one from shapes, for the published models.
+  """The configuration, from config.json, or from a published model's shapes.
 
   Raises:
     ValueError: config.json asks for what this UNet does not have; or there is
@@ -132,7 +132,7 @@ def _structure(given):
 
 
 def _heads(given, found):
-  """Attention heads: one number, or one width, for all levels."""
+  """Reads the attention heads: one number, or one width, for all levels."""
   # A field whose meaning depends on the class: of UNet2DModel it is the width
   # of a head, of UNet2DConditionModel the number of heads, by diffusers' own
   # error, which it keeps for compatibility.

@@ -1,4 +1,4 @@
-"""VQ and KL autoencoders, in CompVis' names and in diffusers'."""
+"""Checkpoints of VQ and KL autoencoders, in CompVis' or in diffusers' names."""
 
 from collections.abc import Mapping
 import re
@@ -22,7 +22,7 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 
 def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-  """The autoencoder's tensors; those of its training's loss are left out."""
+  """Picks the autoencoder's tensors, without those of its training's loss."""
   inside = _INSIDE + _LANDMARK in tensors
   found = naming.below(tensors, _INSIDE) if inside else dict(tensors)
   return {name: tensor for name, tensor in found.items()
@@ -145,7 +145,7 @@ def _from_yaml(given):
 
 
 def _published_scale(z: int, quant_conv: bool) -> tuple[float, float]:
-  """Scale and shift of Stable Diffusion's KL autoencoder, or of FLUX's.
+  """The published scale and shift of Stable Diffusion's latents, or of FLUX's.
 
   Neither is in its files: old config.json lack it, and CompVis keeps it in
   the yaml of the whole model.

@@ -1,4 +1,4 @@
-"""CompVis latent diffusion and Stable Diffusion: openaimodel.UNetModel.
+"""UNets of CompVis, latent diffusion and Stable Diffusion (openaimodel.py).
 
 A Lightning file holds the trained UNet (`model.diffusion_model.*`), its moving
 average under names without dots (`model_ema.*`), the first stage and the
@@ -51,7 +51,7 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def select(tensors: Mapping[str, LazyTensor], ema: bool
            ) -> dict[str, LazyTensor]:
-  """The UNet's tensors, and a class embedder as `context_emb.weight`."""
+  """Picks the UNet's tensors; a class embedder becomes `context_emb.weight`."""
   root = next(name.removesuffix(_LANDMARK) for name in tensors
               if name.endswith(_LANDMARK))
   found = naming.below(tensors, root)
@@ -71,7 +71,7 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
 
 
 def _averaged(raw, averaged):
-  """The moving averages under the names of the weights they belong to."""
+  """Gives the moving averages the names of the weights that they belong to."""
   # LitEma drops the dots, which cannot be put back; so they are dropped here
   # too.
   dotless = {f'diffusion_model{name.replace(".", "")}': name for name in raw}
@@ -87,7 +87,7 @@ def _averaged(raw, averaged):
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From the yaml; without one from shapes, for the published models.
+  """The configuration, from the yaml, or from a published model's shapes.
 
   Raises:
     ValueError: the yaml asks for what this UNet does not have; or there is
@@ -170,7 +170,7 @@ _FIELDS = {
 
 
 def _from_yaml(config):
-  """The fields that a CompVis yaml states."""
+  """Reads the fields of a CompVis yaml; refuses those of other models."""
   try:
     outer = config['model']['params']
     params = outer['unet_config']['params']
@@ -230,7 +230,7 @@ _PUBLISHED = {
 
 
 def _published(fields):
-  """Side and heads of the published model of this shape."""
+  """Looks up side and heads of the published model of this shape."""
   key = (fields['context_dim'], fields['resample'], fields['ch_mult'])
   if key not in _PUBLISHED:
     raise ValueError(
@@ -291,7 +291,7 @@ def _inside(place, rest, rules):
 
 
 def _split_qkv(tensors, config):
-  """Fused qkv -> q, k, v: their rows are [head][q, k, v][width of a head]."""
+  """Splits fused projections: rows are [head][q, k, v][width of a head]."""
   found = {}
   # Rows of 2 heads of width d: q0 k0 v0 q1 k1 v1, each d rows. Split when read.
   for name, tensor in tensors.items():

@@ -98,7 +98,7 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
 
 
 def abstract_params(model: unet.UNet) -> Any:
-  """Shapes of the model's parameters, without making any."""
+  """The shapes of the model's parameters, without making any."""
   cfg = model.config
   side = cfg.image_size
   image = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), jnp.float32)

@@ -22,7 +22,7 @@ class LazyTensor:
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':
-    """One that is in memory."""
+    """Wraps an array that is in memory already."""
     return cls(array.shape, array.dtype, lambda: array)
 
 
@@ -53,7 +53,7 @@ _DEEPEST = 1_000
 
 
 def flatten(tree: Any) -> dict[str, LazyTensor]:
-  """Nested dicts and lists of a checkpoint -> {dotted name: tensor}.
+  """Collects the tensors of nested dicts and lists as {dotted name: tensor}.
 
   What is no tensor is left out, and so is a container inside of itself.
 

@@ -61,7 +61,7 @@ class TorchFileError(pickles.PickleError):
 
 
 class _Scripted(dict, pickles.Buildable):
-  """A module or object of TorchScript: its attributes."""
+  """Stands for a module or an object of TorchScript, with its attributes."""
 
   def build(self, state: Any) -> None:
     if isinstance(state, dict):
@@ -158,7 +158,7 @@ def _byte_order(archive, info):
 
 
 def _zip_reader(path, info, dtype, swap):
-  """Reads parts of a member; those of torch.save are not compressed."""
+  """Makes the reader of a storage's elements; torch.save compresses nothing."""
   if info.compress_type != zipfile.ZIP_STORED:
     def read_compressed(first, count):
       with zipfile.ZipFile(path) as archive, archive.open(info) as member:
@@ -257,7 +257,7 @@ def _from_bytes(content, dtype, count, swap):
 
 
 def _parse_id(pid: Any) -> tuple[np.dtype, str, int]:
-  """('storage', type, key, location, count, ...) -> dtype, key, count."""
+  """Reads ('storage', type, key, location, count, ..): dtype, key, count."""
   if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
     raise TorchFileError(f'a reference to {shown(pid)}, which is no storage')
   _, kind, key, _, count = pid[:5]
@@ -280,13 +280,13 @@ def _is_size(value):
 
 
 def _is_view(view, count):
-  """(key, start, size) within `count` elements."""
+  """Whether a view is (key, start, size) within `count` elements."""
   return (isinstance(view, tuple) and len(view) == 3
           and all(map(_is_size, view[1:])) and sum(view[1:]) <= count)
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *unused) -> LazyTensor:
-  """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+  """Does what torch._utils._rebuild_tensor does, or its _v2, when read."""
   if not isinstance(storage, Storage):
     raise TorchFileError(f'a tensor made of {shown(storage)}')
   text = f'a tensor of shape {shown(shape)}, strides {shown(strides)}'

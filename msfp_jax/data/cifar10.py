@@ -1,4 +1,4 @@
-"""CIFAR-10's training images in both of its published forms."""
+"""Reads CIFAR-10's training images, in both of its published forms."""
 
 import pathlib
 from typing import Any
@@ -15,7 +15,7 @@ _IMAGES = 10_000  # of a file
 
 
 def read(path: str) -> np.ndarray:
-  """The 50,000 training images, uint8 `[50000, 32, 32, 3]`.
+  """Reads the 50,000 training images, uint8 `[50000, 32, 32, 3]`.
 
   Args:
     path: the folder with data_batch_1.bin ... 5.bin (the binary version) or
@@ -50,7 +50,7 @@ def _parse(file, parse):
 
 
 def _parse_binary(file: pathlib.Path) -> np.ndarray:
-  """Rows of a label and 3,072 pixels."""
+  """Reads the binary form: rows of a label and 3,072 pixels."""
   content = np.fromfile(file, np.uint8)
   if len(content) != _IMAGES * (_PIXELS + 1):
     raise ValueError(f'{len(content)} bytes, expected '
@@ -59,7 +59,7 @@ def _parse_binary(file: pathlib.Path) -> np.ndarray:
 
 
 def _parse_python(file: pathlib.Path) -> np.ndarray:
-  """A pickled dict whose 'data' is an array."""
+  """Reads the Python form: a pickled dict whose 'data' is an array."""
   with open(file, 'rb') as opened:
     content = pickles.read_pickle(opened, _CALLS)
   if not isinstance(content, dict):

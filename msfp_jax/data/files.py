@@ -16,7 +16,7 @@ _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 
 
 def read(path: str) -> Images:
-  """The images at a path: an array, or a folder's, decoded when asked for.
+  """Reads an array of images, or opens a folder, decoded when asked for.
 
   Args:
     path: a folder of image files of one size, or an `.npz` with one uint8
@@ -67,7 +67,7 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
 
 
 def read_celeba(path: str) -> EncodedImages:
-  """CelebA's aligned photographs as DDIM's models saw them, 64 x 64.
+  """Opens CelebA's aligned photographs as DDIM's models saw them, 64 x 64.
 
   The 128 x 128 pixels around (89, 121), halved with a bilinear filter, as
   ermongroup/ddim prepares them.

@@ -27,10 +27,10 @@ class Images(Protocol):
   shape: tuple[int, ...]
 
   def __len__(self) -> int:
-    """N."""
+    """The number of images, N."""
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """uint8 `[n, H, W, C]` of a slice, or of an int array `[n]`."""
+    """Reads the images of a slice or int array `[n]`, uint8 `[n, H, W, C]`."""
 
 
 class EncodedImages:
@@ -48,7 +48,7 @@ class EncodedImages:
       self, count: int,
       fetch: Callable[[Sequence[int]], list[tuple[str, File]]],
       change: Callable[[Image.Image], Image.Image] = lambda image: image):
-    """Decodes the first image.
+    """Decodes the first image, whose size all others must have.
 
     Args:
       count: how many there are, at least one.
@@ -68,7 +68,7 @@ class EncodedImages:
     return self.shape[0]
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """uint8 `[n, H, W, C]`, decoded by several threads.
+    """Decodes some images with several threads, uint8 `[n, H, W, C]`.
 
     Args:
       rows: a slice, or an int array `[n]`.
@@ -94,7 +94,7 @@ class EncodedImages:
 
   def _decode(self, name: str, file: File,
               shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """uint8 `[H, W, C]`; raises ValueError unless it has the shape."""
+    """Decodes one, uint8 `[H, W, C]`; ValueError unless it has the shape."""
     with _opened(name, file) as image:
       if image.mode.startswith('I;16'):
         # Pillow's conversion would saturate.
@@ -121,7 +121,7 @@ def _all_grey(count: int, fetch: Callable) -> bool:
 
 @contextlib.contextmanager
 def _opened(name: str, file: File) -> Iterator[Image.Image]:
-  """The image in a file; every error is a ValueError that names it."""
+  """Opens the image in a file; every error is a ValueError that names it."""
   try:
     with Image.open(file) as image:
       yield image

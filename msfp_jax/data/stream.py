@@ -1,4 +1,4 @@
-"""Batches read ahead, shuffled by seed; the position is the step alone."""
+"""Shuffled batches, read ahead, which depend on the seed and the step alone."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +49,7 @@ def batch_rows(seed: int, num_images: int, batch_size: int, step: int
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, num_images: int, epoch: int) -> np.ndarray:
-  """The permutation of an epoch.
+  """The order of the images in an epoch.
 
   Raw numbers, sorted: unlike `Generator.permutation`, they are the same in
   every version of NumPy.

@@ -44,7 +44,7 @@ def ddim_timesteps(num_train_steps: int, num_steps: int,
 
 def previous_alphas_cumprod(schedule: NoiseSchedule, timesteps: np.ndarray,
                             convention: str = 'ddim') -> np.ndarray:
-  """alphabar after each of the ascending timesteps' steps.
+  """The alphabar that each of the ascending timesteps is stepped to.
 
   At the end it is 1; CompVis ends at alphabar_0 instead.
   """

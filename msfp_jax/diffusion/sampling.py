@@ -59,7 +59,7 @@ class SamplerPlan:
 
   @property
   def num_steps(self) -> int:
-    """Evaluations of the model."""
+    """The number of times that the model is evaluated."""
     return len(self.timesteps)
 
   def steps(self) -> dict[str, jax.Array]:

@@ -38,7 +38,7 @@ EXACT_FLOAT32, EXACT_INT32 = 2**24, 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-  """How a format is carried: level = unit * (v + offset).
+  """The way in which a carrier holds a format: level = unit * (v + offset).
 
   Attributes:
     fmt: the format.
@@ -57,11 +57,11 @@ class Carried:
     return DTYPES[self.carrier][0]
 
   def values(self) -> np.ndarray:
-    """v of every code, float64 `[2^bits]`."""
+    """The v of every code, float64 `[2^bits]`."""
     return self.fmt.values() / self.unit - self.offset
 
   def quantize(self, x, scale, zero_point=None) -> jax.Array:
-    """v of the level nearest to (x - zero_point) / scale, in the carrier.
+    """The v of the level nearest to (x - zero_point) / scale, in the carrier.
 
     The levels are those of `quantizers.fake_quant`. NaN becomes NaN in the
     floating-point carriers; int8 has none.
@@ -71,7 +71,7 @@ class Carried:
     return (level * (1 / self.unit) - self.offset).astype(self.dtype)
 
   def decode(self, codes) -> jax.Array:
-    """v of uint8 codes, in the carrier."""
+    """The v of uint8 codes, in the carrier."""
     level = quantizers.decode(codes, self.fmt, np.float32(1 / self.unit))
     return (level - self.offset).astype(self.dtype)
 
@@ -83,7 +83,7 @@ def step(fmt: FPFormat) -> float:
 
 @functools.cache
 def carry(fmt: FPFormat, carrier: str) -> Carried | None:
-  """How `carrier` carries `fmt`; None if it cannot."""
+  """The way in which `carrier` holds `fmt`; None if it cannot."""
   if carrier not in DTYPES:
     raise ValueError(f'carrier {carrier!r}: must be one of {sorted(DTYPES)}')
   if carrier == 'fp8':
@@ -103,7 +103,7 @@ def carry(fmt: FPFormat, carrier: str) -> Carried | None:
 
 
 def _carry_fp8(fmt: FPFormat) -> Carried | None:
-  """In the smallest unit in which the largest level is in range."""
+  """As `carry`, for fp8: the smallest unit that keeps all levels in range."""
   largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
   unit = max(2.0**np.ceil(np.log2(fmt.max / largest)), step(fmt))
   carried = Carried(fmt, 'fp8', unit)
@@ -114,7 +114,7 @@ def _carry_fp8(fmt: FPFormat) -> Carried | None:
 
 
 def magnitude(fmt: FPFormat) -> int:
-  """Largest |v| in steps, of the carriers that take an offset."""
+  """The largest |v| in steps, with the offset of integer carriers taken off."""
   carried = carry(fmt, 'f32')
   return int(np.abs(carried.values()).max() * (carried.unit / step(fmt)))
 
@@ -137,7 +137,7 @@ def is_exact(weight: FPFormat, act: FPFormat, length: int,
 
 
 def pack_halves(codes: np.ndarray) -> np.ndarray:
-  """4-bit codes `[..., K, N]` -> bytes `[..., ceil(K / 2), N]`.
+  """Packs 4-bit codes `[..., K, N]` into bytes `[..., ceil(K / 2), N]`.
 
   Byte k holds code k in its low nibble and code k + ceil(K / 2) in its high
   one (a code of 0 beyond an odd K), so that a kernel multiplies the two halves

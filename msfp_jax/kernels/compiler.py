@@ -1,4 +1,4 @@
-"""How XLA is asked to compile whole samplers."""
+"""What XLA is told when it compiles whole samplers."""
 
 from collections.abc import Callable
 import functools
@@ -18,7 +18,7 @@ _CPU = {'xla_cpu_experimental_ynn_fusion_type':
 
 @functools.cache
 def options() -> dict[str, str] | None:
-  """For `jax.jit(compiler_options=)`; None where XLA does not know them."""
+  """Options for `jax.jit(compiler_options=)`; None where XLA lacks them."""
   if jax.default_backend() != 'cpu':
     return None
   try:
@@ -30,7 +30,7 @@ def options() -> dict[str, str] | None:
 
 def apart(run: Callable[[jax.Array, PackedLayer], jax.Array], x: jax.Array,
           layer: PackedLayer) -> jax.Array:
-  """run(x, layer), as a part of a program that XLA leaves where it is.
+  """Computes run(x, layer) so that XLA neither moves it nor fuses across it.
 
   Else XLA may decode the weights of all layers at once, before the loop over a
   sampler's steps, and keep them. On CPUs it also fuses nothing across either

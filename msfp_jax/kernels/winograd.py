@@ -58,14 +58,14 @@ def pays(channels: int, outputs: int) -> bool:
 
 
 def pays_for(shape: Sequence[int], parts: int) -> bool:
-  """Whether it is for an input `[B, H, W, C]`: weights are transformed too."""
+  """Whether `conv` is faster for an input `[B, H, W, C]`, weights included."""
   images, height, width, _ = shape
   tiles = images * -(-height // 4) * -(-width // 4)
   return tiles >= _LEAST_TILES * parts
 
 
 def splits(values: np.ndarray, act: FPFormat) -> int:
-  """Into how many parts the channels are cut so that all sums are exact.
+  """The number of parts to cut the channels into so that all sums are exact.
 
   Args:
     values: the weights, integers `[..., 3, 3, C, D]`; all banks must fit.
@@ -103,7 +103,7 @@ def splits(values: np.ndarray, act: FPFormat) -> int:
 
 
 def _reach(lowest: float, highest: float) -> np.ndarray:
-  """Largest magnitude of the transformed inputs at every position, `[6, 6]`."""
+  """The largest magnitude of transformed inputs at every position, `[6, 6]`."""
   # Reached where each of the 36 inputs is at the end of the range that the sign
   # of its weight asks for. Inputs of one sign reach less far than signed ones.
   weights = np.einsum('ai,bj->abij', _INPUTS, _INPUTS)
@@ -151,7 +151,7 @@ def conv(x: jax.Array, weights: jax.Array, parts: int,
 
 
 def _convolve(x, weights, parts):
-  """Integers `[b, H, W, C]`, transformed weights -> int32 `[b, H, W, D]`."""
+  """Convolves integers `[b, H, W, C]` to int32 `[b, H, W, D]`."""
   images, height, width, channels = x.shape
   tall, wide = -(-height // 4), -(-width // 4)  # tiles
   # A border of one, and as much at the end as the last tiles need.
@@ -182,14 +182,14 @@ def _convolve(x, weights, parts):
 
 
 def _transform(matrix: np.ndarray, x: jax.Array, axis: int = 0) -> jax.Array:
-  """matrix @ x along an axis."""
+  """Multiplies an axis of x by a matrix."""
   parts = [jax.lax.index_in_dim(x, i, axis, keepdims=False)
            for i in range(x.shape[axis])]
   return jnp.stack(_combine(matrix, parts), axis)
 
 
 def _combine(matrix: np.ndarray, parts: list) -> list:
-  """matrix @ parts, for parts that are arrays."""
+  """Multiplies a list of arrays by a matrix, as if they were its column."""
   # Sums of whole slices, as a product with a 6x6 matrix would be a tiny one;
   # entries that are 0 cost nothing.
   return [sum(int(weight) * part for weight, part

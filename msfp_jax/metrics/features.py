@@ -29,7 +29,7 @@ _INCEPTION_METRICS = {
 
 
 class Outputs(NamedTuple):
-  """What a network gives of N images, float32.
+  """The outputs of a network for N images, float32.
 
   Attributes:
     features: `[N, D]`.
@@ -64,7 +64,7 @@ class FeatureNetwork:
       metrics: Mapping[str, str] | None = None,
       provenance: Mapping[str, str] | None = None,
   ):
-    """Wraps a function.
+    """Compiles a function for batches of one size.
 
     Args:
       name: see above.
@@ -97,11 +97,11 @@ class FeatureNetwork:
 
   @property
   def metric(self) -> str:
-    """What a Frechet distance on these features is called."""
+    """The name of a Frechet distance on these features."""
     return self.named('fd')
 
   def named(self, kind: str) -> str:
-    """What a metric on these features is called.
+    """The name of a metric on these features.
 
     Args:
       kind: 'fd' for the Frechet distance, 'fd_spatial' for that of the spatial
@@ -111,7 +111,7 @@ class FeatureNetwork:
     return self._metrics.get(kind, f'{kind}_{self.name}')
 
   def outputs(self, images: np.ndarray) -> Outputs:
-    """uint8 images `[N, H, W, C]` -> all that the network gives, on the host.
+    """Runs the network on uint8 images `[N, H, W, C]`; outputs on the host.
 
     Raises:
       ValueError: images of another type or shape.
@@ -138,7 +138,7 @@ class FeatureNetwork:
     return found
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """uint8 images `[N, H, W, C]` -> float32 features `[N, dim]`.
+    """The features of uint8 images `[N, H, W, C]`, float32 `[N, dim]`.
 
     Raises:
       ValueError: images of another type or shape.
@@ -146,7 +146,7 @@ class FeatureNetwork:
     return self.outputs(images).features
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
-    """uint8 images `[N, H, W, C]` -> float32 `[N, num_classes]`, rows sum to 1.
+    """The class probabilities of uint8 images, float32 `[N, num_classes]`.
 
     Raises:
       ValueError: images of another type or shape, or no classifier.
@@ -262,7 +262,7 @@ def _random(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
 
 
 def _apply_random(params: dict, images: jax.Array) -> Outputs:
-  """Means and deviations over the image of each layer's channels."""
+  """Means and deviations of each layer's channels over the image."""
   x = images.astype(jnp.float32) / 127.5 - 1.0
   pooled = []
   for kernel in params['kernels']:

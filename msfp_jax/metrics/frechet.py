@@ -91,13 +91,13 @@ class GaussianStats:
 
   @property
   def mean(self) -> np.ndarray:
-    """float64 `[D]`. Raises ValueError before the first sample."""
+    """The mean, float64 `[D]`; ValueError before the first sample."""
     self._need(1)
     return self._shift + self._sum / self.num_samples
 
   @property
   def cov(self) -> np.ndarray:
-    """Unbiased (N - 1), float64 `[D, D]`. Raises ValueError below 2 samples."""
+    """The unbiased covariance, float64 `[D, D]`; ValueError below 2 samples."""
     self._need(2)
     n = self.num_samples
     return (self._outer - np.outer(self._sum, self._sum) / n) / (n - 1)

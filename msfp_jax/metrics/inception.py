@@ -25,7 +25,7 @@ Params = Mapping[str, Mapping[str, jax.Array]]
 
 
 class Outputs(NamedTuple):
-  """What the metrics take from the network, float32.
+  """The outputs of the network that metrics are made of, float32.
 
   Attributes:
     pool: `[N, 2048]`, the mean over the last block's pixels: FID, KID,
@@ -159,7 +159,7 @@ def apply(params: Params, x: jax.Array) -> Outputs:
 
 def _layer(layers: Sequence[Mapping[str, jax.Array]], x: jax.Array,
            stride: int = 1, padding: str = 'SAME') -> list[jax.Array]:
-  """ReLU of convolutions of one kernel size, computed as one."""
+  """Computes convolutions of one kernel size, with their ReLUs, as one."""
   # Branches that begin alike on one input: one larger product is faster.
   kernel = jnp.concatenate([layer['kernel'] for layer in layers], axis=-1)
   bias = jnp.concatenate([layer['bias'] for layer in layers])
@@ -205,7 +205,7 @@ def _mean_pool(x: jax.Array) -> jax.Array:
 
 
 def _pool(x, combine, stride, margin, nothing):
-  """By slices: several times as fast on the CPU as `lax.reduce_window`."""
+  """Pools by slices, several times as fast on CPUs as `lax.reduce_window`."""
   # Maxima and sums over 3x3 are those over 3 rows, then over 3 columns.
   for axis in (1, 2):
     sides = [(margin, margin) if i == axis else (0, 0) for i in range(4)]
@@ -219,7 +219,7 @@ def _pool(x, combine, stride, margin, nothing):
 
 
 def _entries(p, x, names):
-  """The 1x1 convolutions of x, and that of its mean pool, as one product.
+  """Computes the 1x1 convolutions of x and of its mean pool as one product.
 
   Pooling and a 1x1 convolution commute, and after it there are fewer channels.
   """

@@ -90,7 +90,7 @@ class InceptionScore:
       self._entropies[i] += (p * log_p)[split == i].sum()
 
   def result(self) -> Score:
-    """The score. Raises ValueError while images are missing."""
+    """The score of all images; ValueError while some are missing."""
     if self._seen != len(self._split):
       raise ValueError(f'inception score: {self._seen} of {len(self._split)} '
                        'images have come')
@@ -101,14 +101,14 @@ class InceptionScore:
 
 
 def inception_score(logits: np.ndarray, splitting: str = 'shuffled') -> Score:
-  """The score of images whose logits `[N, K]` are at hand, see above."""
+  """The score of images whose logits `[N, K]` are all in memory."""
   score = InceptionScore(len(logits), splitting)
   score.update(logits)
   return score.result()
 
 
 def _assign(count: int, splitting: str) -> np.ndarray:
-  """The split `[N]` of every image."""
+  """Assigns every image to a split, int64 `[N]`."""
   if splitting == 'consecutive':
     return np.arange(count) // _SPLIT_SIZE
   ends = np.arange(NUM_SPLITS + 1) * count // NUM_SPLITS

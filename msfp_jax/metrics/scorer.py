@@ -1,4 +1,4 @@
-"""Images against a reference, and against the full-precision model's."""
+"""Scores images against a reference, and against the full-precision model's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -57,12 +57,12 @@ class Scorer:
 
   @property
   def metric(self) -> str:
-    """Name of the Frechet distance: fd_<features>, or fid."""
+    """The name of the Frechet distance: fd_<features>, or fid."""
     return self._network.metric
 
   @property
   def provenance(self) -> Mapping[str, Any]:
-    """What the metrics hold for: network, reference, splits, vectors."""
+    """The conditions of the metrics: network, reference, splits, vectors."""
     found = {**self._network.provenance, 'reference': {
         name: value for name, value in self._reference.provenance.items()
         if name not in self._network.provenance}}
@@ -74,7 +74,7 @@ class Scorer:
 
   @property
   def least_samples(self) -> int:
-    """Images that the metrics need."""
+    """The least number of images that the metrics can be taken of."""
     if self._scored:
       return inception_score.NUM_SPLITS
     return 2 if self._reference.vectors is None else LEAST_VECTORS
@@ -85,7 +85,7 @@ class Scorer:
     return self._network.num_classes > 0 and self._network.name != 'digits'
 
   def score(self, images: data.Images) -> dict[str, float]:
-    """Metrics of images; the first call's are the reference of the others.
+    """The metrics of images; later calls also compare with the first call's.
 
     Args:
       images: uint8, of the network's shape; the first call's must stay
@@ -141,7 +141,7 @@ class Scorer:
 
   def _set_distances(self, generated: np.ndarray, real: np.ndarray
                      ) -> dict[str, float]:
-    """Metrics that need the vectors themselves."""
+    """The metrics that need the vectors themselves."""
     name = self._network.named('kd')
     # With few vectors all of them serve, as subsets would be nearly the same.
     if min(len(generated), len(real)) > _SUBSET_SIZE:

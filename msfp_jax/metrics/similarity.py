@@ -1,4 +1,4 @@
-"""How close two sets of images are, image by image."""
+"""Compares two sets of images, image by image."""
 
 from collections.abc import Iterator
 
@@ -79,7 +79,7 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _blur(x: jax.Array) -> jax.Array:
-  """Gaussian means of the places where the window fits; x `[N, H, W, 1]`."""
+  """Gaussian means wherever the window fits; x is `[N, H, W, 1]`."""
   places = np.arange(_SIDE) - _SIDE // 2
   window = np.exp(-places**2 / (2 * _SIGMA**2))
   window = np.float32(window / window.sum())
@@ -93,7 +93,7 @@ def _blur(x: jax.Array) -> jax.Array:
 
 def _pairs(name: str, a: data.Images, b: data.Images
            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Both sets in chunks, checked."""
+  """Yields both sets in chunks, after checking them."""
   if tuple(a.shape) != tuple(b.shape) or not np.prod(a.shape):
     raise ValueError(f'{name}: got {list(a.shape)} and {list(b.shape)}; both '
                      'must hold the same number of images of one size')

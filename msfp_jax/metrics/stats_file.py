@@ -1,4 +1,4 @@
-"""Reference statistics in files that the other tools read too.
+"""Reads and writes reference statistics, in files that other tools read too.
 
 An `.npz` with `mu` and `sigma` is what pytorch-fid, clean-fid and EDM write and
 read; ADM's has `mu_s` and `sigma_s` beside them, for sFID, and sample images.

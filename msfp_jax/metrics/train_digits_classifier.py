@@ -55,7 +55,7 @@ def correct(params: dict, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 def train(images: np.ndarray, labels: np.ndarray, seed: int,
           epochs: int) -> dict:
-  """The parameters after `epochs` passes over the images."""
+  """Trains for `epochs` passes over the images; returns the parameters."""
   rng = np.random.RandomState(seed)
   steps = len(images) // _BATCH_SIZE
   schedule = optax.warmup_cosine_decay_schedule(

@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """GEGLU: half of a fourfold widening gates the other half."""
+  """The feed-forward layer GEGLU: 4 C values, each times its own gate."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-  """Attention to itself, to the context, feed-forward; each with its norm."""
+  """Attention to x, attention to the context, GEGLU, each with its norm."""
 
   heads: int
 

@@ -51,7 +51,7 @@ class AutoencoderConfig:
 
   @property
   def stride(self) -> int:
-    """Pixels along a side of a latent."""
+    """The pixels of an image along a side of one latent."""
     return 2 ** (len(self.ch_mult) - 1)
 
 
@@ -81,7 +81,7 @@ class _Stack(nn.Module):
 
 
 class Encoder(_Stack):
-  """Images `[B, H, W, in_channels]` -> `[B, H/s, W/s, z (2 z for KL)]`."""
+  """Encodes images `[B, H, W, in_channels]` to `[B, H/s, W/s, z; KL: 2 z]`."""
 
   @nn.compact
   def __call__(self, x):
@@ -101,7 +101,7 @@ class Encoder(_Stack):
 
 
 class Decoder(_Stack):
-  """`[B, h, w, z_channels]` -> images `[B, s h, s w, out_channels]`."""
+  """Decodes `[B, h, w, z_channels]` to images `[B, s h, s w, out_channels]`."""
 
   @nn.compact
   def __call__(self, z):
@@ -143,7 +143,7 @@ class Autoencoder(nn.Module):
     return self.decode(self.encode(x))
 
   def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Images in [-1, 1] -> the latents that a UNet sees.
+    """Encodes images in [-1, 1] to the latents that a UNet sees.
 
     Args:
       x: `[B, H, W, in_channels]`, sides multiples of `config.stride`.
@@ -165,7 +165,7 @@ class Autoencoder(nn.Module):
     return (h - cfg.shift) * cfg.scale
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """Latents as a UNet sees them -> images, nominally in [-1, 1]."""
+    """Decodes latents as a UNet sees them to images, nominally in [-1, 1]."""
     cfg = self.config
     h = z / cfg.scale + cfg.shift
     if cfg.kind == VQ:
@@ -175,7 +175,7 @@ class Autoencoder(nn.Module):
     return self.decoder(h)
 
   def _nearest(self, z):
-    """The nearest entry of the codebook for every position, image by image."""
+    """Replaces every position by the nearest entry of the codebook."""
     book = self.quantize.embedding
     norms = jnp.sum(book**2, axis=1)
 

@@ -11,7 +11,7 @@ from msfp_jax.models import convolution
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:
-  """`[B, H, W, C]` -> `[B, 2H, 2W, C]`, every pixel four times."""
+  """Doubles the sides of `[B, H, W, C]`: every pixel becomes four."""
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -24,7 +24,7 @@ def conv3x3(channels: int, name: str, stride: int = 1,
 
 
 def group_norm(groups: int, epsilon: float) -> Callable[[str], nn.GroupNorm]:
-  """Makes group normalizations of a given name."""
+  """Returns a maker of group normalizations, to be called with their names."""
   # In two passes: the fast variance cancels, with an error of 2e-2 where
   # |mean| = 100 std.
   return lambda name: nn.GroupNorm(

@@ -99,7 +99,7 @@ class UNetConfig:
 
   @property
   def stride(self) -> int:
-    """Sides must be multiples of this: 2 to the number of down-samplings."""
+    """The number that sides must be multiples of: 2 a down-sampling."""
     return 2 ** (len(self.ch_mult) - 1)
 
   @property
@@ -132,7 +132,7 @@ class UNetConfig:
     return channels // divisor if self.head_channels else divisor
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain JSON-able form; `UNetConfig(**d)` is its inverse."""
+    """The fields as plain JSON; `UNetConfig(**d)` is the inverse."""
     return {k: list(v) if isinstance(v, tuple) else v
             for k, v in dataclasses.asdict(self).items()}
 
@@ -252,7 +252,7 @@ class UNet(nn.Module):
                          f'{name}')
 
   def _embed(self, t, labels):
-    """Time (and class) embedding `[B, 4 ch]`, without a last activation."""
+    """Embeds time (and class) as `[B, 4 ch]`, without a last activation."""
     cfg = self.config
     temb = timestep_embedding(t, cfg.ch, cfg.time_order, cfg.time_freq_shift)
     temb = nn.Dense(4 * cfg.ch, name='temb.dense.0')(temb)

@@ -1,4 +1,4 @@
-"""Number formats of 3 to 8 bits: their grids, their codes, packing nibbles.
+"""The number formats of 3 to 8 bits: their grids, their codes, nibbles.
 
 The family is that of Kuzmin et al., "FP8 Quantization: The Power of the
 Exponent" (NeurIPS 2022), eq. 3, with the bias fixed: the real bias of the paper
@@ -86,7 +86,7 @@ class FPFormat:
 
   @property
   def bits(self) -> int:
-    """Bits of a code, the sign included."""
+    """The bits of a code, the sign included."""
     return self.exponent_bits + self.mantissa_bits + int(self.signed)
 
   @property
@@ -95,7 +95,7 @@ class FPFormat:
 
   @property
   def min_exponent(self) -> int:
-    """Exponent of the lowest binade, which the subnormals share."""
+    """The exponent of the lowest binade, which the subnormals share."""
     return 1 - self.bias
 
   @property
@@ -106,7 +106,7 @@ class FPFormat:
 
   @property
   def fits_float32(self) -> bool:
-    """Whether quantizers can use it, which compute in float32."""
+    """Whether quantizers, which compute in float32, can use the format."""
     return self.max <= float(np.finfo(np.float32).max)
 
   @property

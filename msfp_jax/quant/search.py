@@ -1,4 +1,4 @@
-"""The best number format, scale and zero point of one tensor (MSFP).
+"""Searches the best number format, scale and zero point of a tensor (MSFP).
 
 For sorted data the squared error of a quantizer with K levels needs no pass
 over the data: between two neighbouring midpoints of the grid every value goes
@@ -60,7 +60,7 @@ class SearchResult:
   mse: float
 
   def quantizer(self, rank: int = 0) -> quantizers.Quantizer:
-    """The quantizer; per-channel arrays stand on the last of `rank` axes."""
+    """Makes the quantizer; channels are the last of `rank` axes."""
     expand = lambda a: jnp.asarray(a, jnp.float32).reshape(
         (1,) * (rank - 1) + (-1,) if np.ndim(a) else ())
     scale, zero_point = expand(self.scale), None
@@ -114,7 +114,7 @@ def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,
 
 
 def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:
-  """Candidates of every row, float64 `[R, Z]`."""
+  """The candidate zero points of every row, float64 `[R, Z]`."""
   if zero_points is None:
     return np.zeros((len(rows), 1))
   if isinstance(zero_points, str):
@@ -128,7 +128,7 @@ def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _level_table(formats: tuple[formats_lib.FPFormat, ...]) -> np.ndarray:
-  """Ascending levels with max 1, float64 `[F, K]`, padded with the top."""
+  """The levels of all formats, ascending to 1, float64 `[F, K]`."""
   grids = [fmt.levels() / fmt.max for fmt in formats]
   width = max(len(grid) for grid in grids)
   return np.stack([
@@ -136,7 +136,7 @@ def _level_table(formats: tuple[formats_lib.FPFormat, ...]) -> np.ndarray:
 
 
 def _search_rows(rows, table, zero_points):
-  """Best (mse, maximum, zero point) by row and format, each `[R, F]`."""
+  """Finds the best (mse, maximum, zero point) of rows and formats, `[R, F]`."""
   count, length = rows.shape
   # Few distinct shapes, few compilations: rows go in fixed groups, their
   # length up to a power of four, padded with what sorts last and weighs 0.
@@ -157,7 +157,7 @@ def _search_rows(rows, table, zero_points):
 
 
 def _host() -> jax.Device | None:
-  """A CPU, for float64; the default device where JAX was given none."""
+  """The CPU, which has float64; None where JAX was not given one."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
@@ -171,7 +171,7 @@ def _best_of_rows(values, length, table, zero_points):
 
 
 def _best_of_row(values, length, table, zero_points):
-  """As `_search_rows`, for one row `[n]`: each result `[F]`."""
+  """Does what `_search_rows` does, for one row `[n]`: each result `[F]`."""
   values = jnp.sort(values)
   used = jnp.where(jnp.arange(len(values)) < length, values, 0.0)
   largest = jnp.max(jnp.abs(used))
@@ -221,7 +221,7 @@ def _best_of_row(values, length, table, zero_points):
 
 
 def _error_function(values, used, length):
-  """(levels `[K]`, maximum value, zero point) -> mean squared error.
+  """Makes (levels `[K]`, maximum value, zero point) -> mean squared error.
 
   Args:
     values: sorted `[n]`; beyond `length` infinite.

@@ -1,4 +1,4 @@
-"""Training curves from metrics.jsonl."""
+"""The section with training curves, from metrics.jsonl."""
 
 from collections.abc import Mapping
 import json
@@ -29,7 +29,7 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read(path: pathlib.Path) -> Curves:
-  """{scalar: (steps `[N]`, values `[N]`)} of a metrics.jsonl; {} without one.
+  """Reads a metrics.jsonl as {scalar: (steps `[N]`, values `[N]`)}.
 
   Lines that are damaged, as the last of a killed training, are left out.
   """
@@ -74,7 +74,7 @@ def binned(steps: np.ndarray, values: np.ndarray, period: int = 1,
 
 
 def grouped(curves: Curves) -> dict[str, Curves]:
-  """{title: curves} of the drawings of one run."""
+  """Sorts the curves of one run into drawings, {title: curves}."""
   found = {}
   for name, curve in curves.items():
     short = name.rpartition('/')[2]
@@ -110,7 +110,7 @@ def section(source: Source) -> section_lib.Section | None:
 def _figure(id: str, run: str, title: str,
             curves: Mapping[str, tuple[int, tuple[np.ndarray, ...]]]
             ) -> section_lib.Figure:
-  """Of {scalar: (updates, what `binned` returned)}."""
+  """Draws {scalar: (updates, what `binned` returned)}."""
   points = {name: groups for name, (_, groups) in curves.items()}
   updates = max(count for count, _ in curves.values())
   said = '; '.join(

@@ -1,4 +1,4 @@
-"""Inputs of a few layers, with the grids that quantize them (figure 1)."""
+"""The section with the inputs of a few layers and their grids (figure 1)."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -78,7 +78,7 @@ def choose(layers: Mapping[str, spec_lib.LayerSpec],
 
 
 def _varied(names: list[str], role: Callable[[str], str]) -> list[str]:
-  """The first name of every role, then the others."""
+  """Sorts names: the first of every role, then the others."""
   # Of a dict the last entry of a key stays, so reversed it is the first name.
   # Sorting is stable: otherwise the order of names is kept.
   firsts = list({role(name): name for name in reversed(names)}.values())

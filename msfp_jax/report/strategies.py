@@ -1,4 +1,4 @@
-"""Error of the strategies across AALs (figure 4)."""
+"""The section with the errors of quantization strategies on AALs (figure 4)."""
 
 from collections.abc import Mapping
 
@@ -27,7 +27,7 @@ _ROWS = 20  # a drawing
 
 def search(activations: Mapping[str, Activations], bits: int
            ) -> dict[str, dict[str, float]]:
-  """{layer: {strategy: least mean squared error}}.
+  """Searches the least error by layer and strategy.
 
   Args:
     activations: of the layers; of each at most 4,096 values are searched,

@@ -1,4 +1,4 @@
-"""Matplotlib's drawings as SVG that stands inside an HTML page.
+"""Turns Matplotlib's drawings into SVG that stands inside an HTML page.
 
 A drawing is made once, in stand-in colours; in the page they are CSS variables,
 so that it follows the reader's light or dark mode. Its text stays text, in the
@@ -54,7 +54,7 @@ _STYLE = {
 
 def draw(id: str, height: float, label: str, paint: Callable[[Figure], None]
          ) -> markupsafe.Markup:
-  """An <svg> element.
+  """Draws an <svg> element.
 
   Args:
     id: begins the ids inside, so that drawings of one page do not collide.
@@ -79,7 +79,7 @@ def draw(id: str, height: float, label: str, paint: Callable[[Figure], None]
 
 
 def _strip(root: ElementTree.Element) -> None:
-  """Takes out namespaces, which HTML needs not, styles and fonts of its own."""
+  """Takes out namespaces and metadata; colours become the page's variables."""
   for parent in list(root.iter()):
     for child in list(parent):
       if child.tag.endswith(('}metadata', '}style')):

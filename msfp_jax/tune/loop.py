@@ -14,7 +14,7 @@ from msfp_jax.tune import checkpoint
 
 
 class DivergedError(RuntimeError):
-  """The loss or the gradients are no longer finite."""
+  """The loss or the gradients are no longer finite, so training stops."""
 
 
 def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Denoising factors and DFA, the distillation loss they weight."""
+"""The denoising factors, and DFA, the distillation loss that they weight."""
 
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ class PretrainState:
 
 def optimizer(
     config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with warm-up, cosine decay to zero and clipped gradients."""
+  """Makes AdamW with warm-up, cosine decay to zero and clipped gradients."""
   if not 0 <= config.warmup < config.num_steps:
     raise ValueError(
         f'config.pretrain: warmup={config.warmup} must be less than '
@@ -63,7 +63,7 @@ Update = Callable[[PretrainState, Callable[[jax.Array], jax.Array]],
 def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
                 tx: optax.GradientTransformation, ema_decay: float,
                 key: jax.Array) -> Update:
-  """The update on a batch, on eps-prediction (DDPM eq. 14); to be jitted.
+  """Makes the update on a batch (DDPM eq. 14), which is to be jitted.
 
   Args:
     model: predicts the noise.
@@ -101,7 +101,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
 
 def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
               stack: contextlib.ExitStack):
-  """The update with its images: state -> (state, scalars), jitted.
+  """Makes the update that takes its images itself: state -> (state, scalars).
 
   An array is kept on the device, and every step draws from it with
   replacement. Other images are streamed in the order of the seed, every one
@@ -207,7 +207,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
 def model_config(fields: ml_collections.ConfigDict,
                  images: data.Images) -> unet.UNetConfig:
-  """The UNet of config.model; sizes and channels of 0 are the images'."""
+  """The UNetConfig of config.model; sizes and channels of 0 are the images'."""
   fields = dict(fields)
   height, width, channels = images.shape[1:]
   fields['image_size'] = fields['image_size'] or height

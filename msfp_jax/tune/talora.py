@@ -51,7 +51,7 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
 
 def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
                  ) -> dict[str, jax.Array]:
-  """The low-rank updates of the kernels.
+  """Multiplies the banks out to the low-rank updates of the kernels.
 
   Args:
     banks: of every layer.
@@ -72,12 +72,12 @@ def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
 
 def merge(kernels: Mapping[str, jax.Array],
           updates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """{layer: W + update}, for the layers that have one."""
+  """Adds updates to their kernels, {layer: W + update}."""
   return {name: kernels[name] + update for name, update in updates.items()}
 
 
 class Router(nn.Module):
-  """Timestep -> one score per layer and bank.
+  """The router: one score for each layer and bank from the timestep.
 
   A sinusoidal embedding of the timestep, one hidden layer, and one output for
   every layer and bank. To it a fixed prior is added that prefers bank i in
@@ -109,7 +109,7 @@ class Router(nn.Module):
 
 
 def select(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-  """Hard choice with a straight-through gradient.
+  """Chooses the highest score, with a straight-through gradient.
 
   r = onehot(argmax p) + p - stop_gradient(p), p = softmax(logits / T).
 
@@ -127,7 +127,7 @@ def select(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
 
 
 def plan_choices(router: Router, params: Any, timesteps: Any) -> jax.Array:
-  """The banks of every step of a sampler, int32 `[S, num_layers]`.
+  """The banks that the router picks at every step, int32 `[S, num_layers]`.
 
   Args:
     router: the router.

@@ -1,4 +1,4 @@
-"""How the Hopper kernel's work is cut into blocks."""
+"""Chooses how the Hopper kernel's work is cut into blocks."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -48,12 +48,12 @@ class Blocks:
 
 
 def stored_rows(rows: int, out_dtype) -> int:
-  """Rows of y that the epilogue stores at a time."""
+  """The number of rows of y that the epilogue stores at a time."""
   return math.gcd(rows, _STORED_BYTES // jnp.dtype(out_dtype).itemsize)
 
 
 def most_stages(rows: int, depth: int, out_dtype) -> int:
-  """Stages that fit into shared memory beside the epilogue's tiles."""
+  """The most stages that fit into shared memory beside the epilogue's tiles."""
   # Two slots for each of two warpgroups; then tiles of codes, half a byte each,
   # and of x.
   stored = (4 * stored_rows(rows, out_dtype) * WARPGROUP_CHANNELS
@@ -63,7 +63,7 @@ def most_stages(rows: int, depth: int, out_dtype) -> int:
 
 
 def multiprocessors() -> int:
-  """Of the default device; where that is no GPU, of the usual Hopper."""
+  """The multiprocessors of the default device; without a GPU, an H100's."""
   return getattr(jax.devices()[0], 'core_count', None) or MULTIPROCESSORS
 
 

@@ -45,7 +45,7 @@ CHANNELS = 64
 
 
 class Ops(NamedTuple):
-  """32-bit operations; NumPy, JAX and MLIR each bring their own."""
+  """The 32-bit operations of `decode`, which NumPy, JAX and MLIR each bring."""
 
   xor: Callable[[Any, Any], Any]
   shift_right: Callable[[Any, int], Any]
@@ -72,7 +72,7 @@ def tables(fmt: FPFormat, carrier: str) -> tuple[int, int, int, int]:
 
 
 def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
-  """Levels of the 8 nibbles of `word`: of the lower 4, and of the upper 4."""
+  """Decodes the 8 nibbles of a word: the lower 4, then the upper 4."""
   first_low, first_high, second_low, second_high = map(ops.constant, words)
   # With bit 3 of every nibble flipped, the tables change their parts:
   #
@@ -92,7 +92,7 @@ def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
 
 
 def _permute(xp, low, high, selector):
-  """PTX's prmt.b32 in its default mode, on uint32 arrays."""
+  """Does what PTX's prmt.b32 does in its default mode, on uint32 arrays."""
   table = xp.stack([(word >> np.uint32(8 * i)) & np.uint32(255)
                     for word in (low, high) for i in range(4)])
   out = xp.zeros_like(selector)
@@ -113,7 +113,7 @@ def array_ops(xp) -> Ops:
 
 
 def decode_array(packed, fmt: FPFormat, carrier: str):
-  """Prepared bytes `[..., K / 2]` -> levels `[..., K]` in the carrier's dtype.
+  """Decodes prepared bytes `[..., K / 2]` to levels `[..., K]` in the carrier.
 
   What the kernel computes, in NumPy or JAX.
   """
@@ -132,7 +132,7 @@ def decode_array(packed, fmt: FPFormat, carrier: str):
 
 
 def prepare(codes, length: int):
-  """Canonical packed weights to the layout that the kernels read.
+  """Lays canonical packed weights out as the kernels read them.
 
   Done once, when a model is loaded.
 

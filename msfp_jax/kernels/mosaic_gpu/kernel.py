@@ -75,7 +75,7 @@ class Taps:
 
 
 def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
-  """Function of packed bytes `shape` giving levels `[rows, 2 * columns]`."""
+  """Makes the decoder: packed bytes `shape` to levels `[rows, 2 columns]`."""
   # Written in MLIR, as Pallas has neither prmt nor arithmetic of 8-bit vectors.
   # Bytes are loaded in the layout of an 8-bit operand, 4 to a register.
   rows, columns = shape
@@ -120,7 +120,7 @@ def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
 
 
 def _tiled(width: int, dtype) -> tuple:
-  """Transforms of a shared-memory tile of rows of `width` elements."""
+  """The transforms of a tile in shared memory, of rows of `width` elements."""
   # wgmma and TMA know tiles of 8 rows of 32, 64 or 128 bytes, whose 16-byte
   # pieces are permuted by row, so that columns do not meet in one memory bank.
   bits = jnp.dtype(dtype).itemsize * 8
@@ -132,7 +132,7 @@ def _tiled(width: int, dtype) -> tuple:
 def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
             taps: Taps, out_dtype, blocks: Blocks, multiprocessors: int,
             interpret=None) -> jax.Array:
-  """The kernel's call.
+  """Runs the kernel.
 
   Args:
     x: `[R, C]` in the carrier, R a multiple of 8, C one of blocks.depth.

@@ -34,7 +34,7 @@ prepare = decode_lib.prepare
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
-  """What the kernels' weights are multiples of: the value of level step(fmt).
+  """The unit of the kernels' weights: what they have for level step(fmt).
 
   1 for all signed formats of 4 bits in int8 and in fp8: scale stays as it is.
   """
@@ -130,7 +130,7 @@ def output_size(size: tuple[int, int], window: tuple[int, int], strides,
 
 
 def _lay_out(x, window, strides, padding, size):
-  """The window's pixels as channels, its columns' or all, and its rows left.
+  """Lays a window's columns side by side as channels, with strides all of it.
 
   Args:
     x: `[B, H, W, C]`.
@@ -175,7 +175,7 @@ def _lay_out(x, window, strides, padding, size):
 
 def _product(x, codes, scale, shift, rows, taps, fmt, out_dtype, blocks,
              interpret):
-  """The kernel on rows of pixels `[R, C]`, and what it leaves to XLA."""
+  """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = scale.shape[0]
   carrier = CARRIERS[np.dtype(x.dtype)]
   if blocks is None:

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels, and what a chip offers them."""
+"""Chooses the blocks of the TPU kernels by what a chip has."""
 
 import dataclasses
 import math
@@ -59,12 +59,12 @@ CONV = {
 
 
 def generation() -> str | None:
-  """A key of CHIPS, if the default device is such a chip; else None."""
+  """The default device's key in CHIPS; None if it is no such chip."""
   return _KINDS.get(jax.devices()[0].device_kind)
 
 
 def budget(chip: str | None) -> int:
-  """Bytes of vector memory that a kernel may take: half of what there is.
+  """The bytes of vector memory that a kernel may take: half of what there is.
 
   The rest is XLA's, which keeps there what passes between operations.
   """
@@ -78,7 +78,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _share(n: int, most: int, multiple: int) -> int:
-  """Length of each of the fewest even blocks that cover n."""
+  """The length of each of the fewest even blocks that cover n."""
   # Even, as 600 rows in blocks of 512 would be 1024 rows of work, and in two of
   # 320 (300 rounded up) are 640. A block may always be the whole axis.
   share = _round_up(-(-n // -(-n // most)), multiple)
@@ -102,7 +102,7 @@ class Matmul:
   steps: int
 
   def vmem(self, itemsize: int, out_itemsize: int) -> int:
-    """Bytes; what is fetched or written lies there twice."""
+    """The bytes of vector memory, with two buffers of what moves."""
     columns = _round_up(self.columns, 128)
     x = self.rows * _round_up(2 * self.half, 128) * itemsize
     decoded = 2 * self.half * self.steps * columns * itemsize
@@ -115,7 +115,7 @@ class Matmul:
 
 def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
            chip: str | None, blocks=None) -> Matmul | None:
-  """The cut of a product of m rows, n columns, and half packed rows.
+  """Cuts a product of m rows, n columns, and `half` packed rows.
 
   Args:
     itemsize: bytes of an element of the carrier.
@@ -169,7 +169,7 @@ class Conv:
     return self.rows + (window[0] - 1 if shared else 0)
 
   def vmem(self, window, strides, itemsize: int, out_itemsize: int) -> int:
-    """Bytes; what is fetched or written lies there twice, a shift map too."""
+    """The bytes of vector memory, with two buffers of what moves."""
     pixels, columns = self.rows * self.width, _round_up(self.columns, 128)
     taps = window[1] * self.lanes
     # x as `conv._phases` lays it out: every phase of the strides.
@@ -188,7 +188,7 @@ class Conv:
 
 def conv(out_size, window, strides, half: int, n: int, itemsize: int,
          out_itemsize: int, chip: str | None, blocks=None) -> Conv | None:
-  """The cut of a convolution; None if none fits the vector memory.
+  """Cuts a convolution; None if no cut fits the vector memory.
 
   Args:
     out_size: height and width of the result.

@@ -39,7 +39,7 @@ from msfp_jax.quant.numbers import FPFormat
 
 def output_size(size: tuple[int, int], window: tuple[int, int], strides,
                 padding) -> tuple[int, int]:
-  """Height and width of the result."""
+  """The height and width of a convolution's result."""
   return tuple((s + sum(p) - w) // stride + 1 for s, w, stride, p in zip(
       size, window, strides, padding, strict=True))
 
@@ -102,7 +102,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
 
 
 def _phases(x, window, strides, padding, size):
-  """x with its borders, `[B, sh, sw, rows, columns, C]`.
+  """Pads x and takes it apart by strides, `[B, sh, sw, rows, columns, C]`.
 
   Pixel (i * sh + p, j * sw + q) stands at [p, q, i, j], so that a step of the
   window is a step by one at any stride. There are as many rows and columns as
@@ -123,7 +123,7 @@ def _phases(x, window, strides, padding, size):
 
 
 def _map_rows(shift, size):
-  """A shift `[N]` or `[H', W', N]` -> `[1 or height * width, N]`."""
+  """Lays a shift `[N]` or `[H', W', N]` out as `[1 or height * width, N]`."""
   if shift.ndim == 1:
     return shift.reshape(1, -1)
   # For the rows and columns that are computed in vain and cut off.
@@ -180,7 +180,7 @@ def _place_weights(codes, weights, t, fmt, carrier):
 
 
 def _place_patches(x, patches, t, columns, strides, width):
-  """Row t of the window of each pixel, its taps side by side.
+  """Places row t of every pixel's window in `patches`, its taps side by side.
 
   Where `patches` has rows beyond the result's, t is 0, and its later rows are
   what rows 1, 2, ... of the window read.

@@ -36,7 +36,7 @@ ROWS = 32
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
-  """What the kernels' weights are multiples of: the value of level step(fmt).
+  """The unit of the kernels' weights: what they have for level step(fmt).
 
   1 in the carriers of integers. In fp8 the fields of a code are shifted into
   those of float8_e4m3fn, whose bias is another, so that the weights and with
@@ -50,7 +50,7 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
 
 
 def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
-  """The codes of the low and of the high nibbles, inside a kernel.
+  """Decodes the low and the high nibbles, inside a kernel.
 
   Args:
     packed: uint8 `[rows, n]`, rows a multiple of 4.
@@ -75,7 +75,7 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _fp8(words, mantissa_bits: int):
-  """Sign, exponent and mantissa shifted to their places in e4m3."""
+  """Shifts sign, exponent and mantissa to their places in e4m3."""
   # e4m3 is s eeee mmm. Exponent and mantissa of a code are neighbours, as they
   # are there, so that one shift places both; subnormals stay subnormals.
   low = ((words & _each(8)) << 4) | (
@@ -86,7 +86,7 @@ def _fp8(words, mantissa_bits: int):
 
 
 def _int8(words, fmt: FPFormat):
-  """The low nibble of each byte -> its level in steps, two's complement."""
+  """Decodes each byte's low nibble to its level in steps, two's complement."""
   # Magnitudes take 7 bits (E3M0's reach 64), so that no step carries into the
   # next byte.
   magnitude = {1: _e1m2, 2: _e2m1, 3: _e3m0}[fmt.exponent_bits](words)
@@ -102,7 +102,7 @@ def _e1m2(words):
 
 
 def _e2m1(words):
-  """0 1 2 3 4 6 8 12: the code, plus 0 1 2 5 from code 4 on."""
+  """Magnitudes 0 1 2 3 4 6 8 12: the code, plus 0 1 2 5 from code 4 on."""
   above = _right(words, 2) & _each(1)  # 1 from code 4 on
   beyond = words & (above + (above << 1))  # there, the lowest two bits
   three = beyond & _right(beyond, 1)  # 1 for code 7, to which 5 are added
@@ -110,7 +110,7 @@ def _e2m1(words):
 
 
 def _e3m0(words):
-  """0 1 2 4 .. 64: 1 shifted by each bit of the code in turn, and halved."""
+  """Magnitudes 0 1 2 4 .. 64: 1 shifted by each bit of the code, and halved."""
   # `moving` is the power where the bit is set, else 0; adding 3 or 15 times as
   # much multiplies it by 4 or 16. 128, the most, still fits its byte.
   one = _each(1)
@@ -125,7 +125,7 @@ def _e3m0(words):
 
 
 def _each(byte: int) -> np.int32:
-  """A word of four times the same byte."""
+  """A word that is four times the same byte."""
   return np.array([byte] * 4, np.uint8).view(np.int32)[0]
 
 
