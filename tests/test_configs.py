@@ -42,7 +42,7 @@ def case_id(value):
 
 
 def flat(config):
-  """{dotted field: value}."""
+  """Flattens a config, {dotted field: value}."""
   found = {}
   for name, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):

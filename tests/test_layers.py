@@ -11,7 +11,7 @@ from msfp_jax.quant import interception as layers_lib
 
 
 class MLP(nn.Module):
-  """Two layers; the second is named to run before the first, by the name."""
+  """Two layers, whose names sort in another order than they run."""
 
   @nn.compact
   def __call__(self, x):
@@ -21,7 +21,7 @@ class MLP(nn.Module):
 
 
 class Wrapped(nn.Module):
-  """`inner` under a name, next to a Dense."""
+  """A model that holds another under a name, next to a Dense."""
 
   inner: nn.Module
 
