@@ -58,7 +58,7 @@ def interrupt(patch, module, at):
 
 
 def contents(folder):
-  """Reads all files, {path: bytes}; of events, which hold the time, the path."""
+  """Reads all files, {path: bytes}; of events, which hold times, only paths."""
   return {str(path.relative_to(folder)):
           b'' if 'tfevents' in path.name else path.read_bytes()
           for path in sorted(folder.rglob('*')) if path.is_file()}

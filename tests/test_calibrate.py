@@ -95,7 +95,7 @@ def test_samples_are_drawn_evenly_from_all_pixels_and_batches():
 
 
 def test_extremes_are_over_all_values_of_all_steps():
-  """With no noise predicted, x is x_T sqrt(abar_t / abar_T) at t."""
+  """Extremes are those at all steps; x is x_T sqrt(abar_t / abar_T) at t."""
   noise = np.array(tiny.noise(0))
   noise[1, 2, 3, 0], noise[2, 0, 0, 0] = 1000, -500
   found = run(Pixels(), [tiny.noise(1), jnp.asarray(noise)], samples=8)

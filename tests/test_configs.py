@@ -92,7 +92,7 @@ def test_what_a_config_names_exists(module, variant):
 @pytest.mark.parametrize('sampler', ['ddim', 'ddpm'])
 @pytest.mark.parametrize('schedule', ['linear', 'scaled_linear', 'cosine'])
 def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
-  """With the other fields as they are, since a config's cannot be removed."""
+  """Any sampler can be named while a config's other fields stay as they are."""
   config = common.get_config()
   config.sampler.name, config.schedule.name = sampler, schedule
   plan = diffusion.make_plan(

@@ -150,7 +150,7 @@ class _Machine:
     elif name in _PUT:
       self.memo[int(argument)] = self.stack[-1]
     elif name == 'MEMOIZE':
-      self.memo[len(self.memo)] = self.stack[-1]
+      self.memo[len(self.memo)] = self.stack[-1]  # under the next free number
     elif hasattr(self, f'op_{name}'):
       getattr(self, f'op_{name}')(argument)
     else:
@@ -280,6 +280,7 @@ class _Machine:
     self.stack.append(check_global(Global(module, name)))
 
   def op_STACK_GLOBAL(self, _):
+    # Protocol 4: strings on the stack, which may be any other value as well.
     name, module = self.pop(), self.pop()
     if not isinstance(name, str) or not isinstance(module, str):
       raise PickleError('damaged: a name that is no string')
@@ -296,6 +297,7 @@ class _Machine:
     self.stack.append(self.call(function, args, kwargs))
 
   def op_INST(self, argument):
+    # Protocol 0: the name is the instruction's own, its arguments the stack's.
     args = self.pop_to_mark()
     self.op_GLOBAL(argument)
     self.stack.append(self.call(self.pop(), args))

@@ -46,7 +46,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
   """
   image = check_pixels(str(path), image, 'HWC')
   if image.shape[-1] == 1:
-    image = image[..., 0]
+    image = image[..., 0]  # Pillow has grey images without an axis of colours
   if jax.process_index() == 0:
     with files.atomic_path(path) as temporary:
       Image.fromarray(image).save(temporary, format='PNG')

@@ -45,6 +45,7 @@ class Progress:
 
     Call it once for steps that end together: the rate would be wrong.
     """
+    # Process 0 speaks for all.
     now = self._clock()
     done = step >= self._total
     if jax.process_index() or (

@@ -181,6 +181,7 @@ def _drop_lines(path: pathlib.Path, last_step: float) -> None:
   kept = []
   for number, line in enumerate(lines, 1):
     try:
+      # Valid JSON or not: the next line would be appended to it.
       if not line.endswith(b'\n'):
         raise ValueError('no end of line')
       if json.loads(line)['step'] <= last_step:

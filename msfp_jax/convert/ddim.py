@@ -50,6 +50,7 @@ def config(tensors: Mapping[str, LazyTensor],
       found |= {field: shapes[field] for field in absent}
     return UNetConfig(**found)
   found = _shapes(tensors)
+  # Shapes do not tell the image's side; where attention stands does.
   attended = naming.indices(tensors, r'down\.(\d+)\.attn')
   side = _ATTENTION_SIDE << min(attended, default=1)
   logging.info('image side %d, as attention at %d pixels suggests; 32 groups',

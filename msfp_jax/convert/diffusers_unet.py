@@ -248,6 +248,7 @@ def _from_shapes(tensors):
 
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+  # Attentions of one name are transformers where the model has a context.
   levels = len(config.ch_mult)
   attention = (diffusers_names.ATTENTION if config.context_dim is None
                else naming.TRANSFORMER)

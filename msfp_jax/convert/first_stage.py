@@ -23,6 +23,7 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
   """Picks the autoencoder's tensors, without those of its training's loss."""
+  # Alone, or below `first_stage_model.` of a whole latent diffusion model.
   inside = _INSIDE + _LANDMARK in tensors
   found = naming.below(tensors, _INSIDE) if inside else dict(tensors)
   return {name: tensor for name, tensor in found.items()
@@ -78,6 +79,7 @@ def _shapes(tensors, named):
   # A KL encoder gives mean and log variance: twice the latent's channels.
   latent = tensors['encoder.conv_out.weight'].shape[0]
   codebook = tensors.get('quantize.embedding.weight')
+  # Its inputs are the latents; without one, the encoder's result is.
   post = tensors.get('post_quant_conv.weight')
   return {
       'kind': autoencoder.KL if codebook is None else autoencoder.VQ,

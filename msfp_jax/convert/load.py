@@ -50,6 +50,8 @@ def load_pretrained(path: str, config: str | None = None,
   """
   if str(path) in native.SHIPPED:
     return native.load_pretrained(path)
+  # Names and shapes tell the family and the configuration; only then are
+  # values read, one tensor at a time.
   try:
     source = _open(path, config, _UNET_PARTS)
   except FileNotFoundError as error:
@@ -131,6 +133,8 @@ def _wants_ema(config):
 
 def _check_scheduler(path: pathlib.Path) -> None:
   """Raises ValueError if the pipeline's scheduler wants no noise predicted."""
+  # A pipeline: PIPE/unet/WEIGHTS beside PIPE/scheduler. Models that predict v
+  # have the same shapes, and would sample garbage here.
   file = path.parent.parent / 'scheduler' / 'scheduler_config.json'
   if file.is_file():
     kind = source_lib.read_config(file).get('prediction_type', 'epsilon')

@@ -51,6 +51,7 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
     ValueError: tensors that are missing, unexpected, misshapen, of a type
       that holds no weights, or not finite: all are listed.
   """
+  # All problems are collected first, so that a person sees them at once.
   flat = traverse_util.flatten_dict(abstract)
   expected = {form.name(path): path for path in flat}
   shapes = {name: form.shape(flat[path].shape, path[-1])
@@ -85,6 +86,7 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
 
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
   """The shape that PyTorch gives a parameter of ours."""
+  # Flax: [*window, I, O]; PyTorch: [O, I, *window]. Others have one axis.
   if leaf == 'kernel':
     return (shape[-1], shape[-2], *shape[:-2])
   return shape

@@ -78,6 +78,7 @@ def open_source(path: str | pathlib.Path,
 def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
                    ) -> pathlib.Path | None:
   """Looks for diffusers' config.json, or CompVis' yaml, beside the weights."""
+  # By the tensors' names: a folder may hold files of several code bases.
   blocks = ('down_blocks.', 'encoder.down_blocks.')
   names = (['config.json'] if any(n.startswith(blocks) for n in tensors)
            else [f'{path.stem}.yaml', 'config.yaml'])
@@ -114,6 +115,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 def _looks_like_torch(path: pathlib.Path) -> bool:
   """Whether a file begins as torch's do: ermongroup's have no suffix."""
+  # A zip archive, or a pickle of protocol 2 or later.
   with open(path, 'rb') as file:
     head = file.read(4)
   return head == b'PK\x03\x04' or head[:1] == b'\x80'

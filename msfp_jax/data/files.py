@@ -92,7 +92,7 @@ def _celeba_crop(image: Image.Image) -> Image.Image:
   if image.size != (178, 218):
     raise ValueError(f'is {image.size[0]} x {image.size[1]} pixels, not CelebA'
                      "'s aligned 178 x 218")
-  x, y = 89, 121
+  x, y = 89, 121  # the centre of the faces, as DDIM's code has it
   return image.crop((x - 64, y - 64, x + 64, y + 64)).resize(
       (64, 64), Image.BILINEAR)
 

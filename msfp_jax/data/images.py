@@ -59,6 +59,8 @@ class EncodedImages:
     Raises:
       ValueError: an image met is not readable, or `change` refuses it.
     """
+    # fetch(rows) -> files -> Pillow -> mode L or RGB -> change -> uint8 pixels;
+    # `change` may crop and resize, so the size is known after it only.
     self._fetch, self._change = fetch, change
     self._mode = 'L' if _all_grey(count, fetch) else 'RGB'
     (self._first, file), = fetch([0])

@@ -141,7 +141,7 @@ def trajectory(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
                key: jax.Array | None = None,
                visit: Callable[..., Any] = lambda x, eps, step: None
                ) -> tuple[jax.Array, Any]:
-  """As `sample`, and collects what `visit(x, eps, step)` returns on the way.
+  """Samples, and collects what `visit(x, eps, step)` returns on the way.
 
   Returns:
     The samples, and visit's results stacked along a first axis of S steps.

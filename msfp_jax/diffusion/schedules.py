@@ -95,6 +95,8 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array,
     noise: standard normal, like x0.
     t: timesteps, int `[B]`.
   """
+  # The marginal of t steps of noise, at once; [T] looked up at t, for [B, H, W,
+  # C]. Rounded to float32 after the roots.
   bar = schedule.alphas_cumprod
   signal = jnp.asarray(np.sqrt(bar), x0.dtype)[t][:, None, None, None]
   sigma = jnp.asarray(np.sqrt(1 - bar), x0.dtype)[t][:, None, None, None]

@@ -103,7 +103,7 @@ def carry(fmt: FPFormat, carrier: str) -> Carried | None:
 
 
 def _carry_fp8(fmt: FPFormat) -> Carried | None:
-  """As `carry`, for fp8: the smallest unit that keeps all levels in range."""
+  """Finds the way for fp8: the smallest unit that keeps all levels in range."""
   largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
   unit = max(2.0**np.ceil(np.log2(fmt.max / largest)), step(fmt))
   carried = Carried(fmt, 'fp8', unit)

@@ -40,6 +40,7 @@ def axes(op: str, x, codes) -> str | None:
 def window(size: Sequence[int], window: Sequence[int], strides: Sequence[int],
            padding: Sequence[tuple[int, int]], x) -> str | None:
   """Why a window is refused: the result, of this `size`, is empty."""
+  # Negative padding crops, for which neither kernel is made.
   if min(size) < 1 or min(strides) < 1 or min(map(min, padding)) < 0:
     return (f'a window of {tuple(window)} with strides {strides} and '
             f'padding {padding} on x {x.shape}')

@@ -64,6 +64,7 @@ def collect(
       if outputs.spatial is not None:
         spatial = spatial or frechet.GaussianStats()
         spatial.update(outputs.spatial)
+      # Of the rows to keep, those in this chunk, counted from its start.
       vectors.append(outputs.features[
           kept[(kept >= chunk.start) & (kept < chunk.stop)] - chunk.start])
       watch(outputs)

@@ -122,6 +122,7 @@ class FeatureNetwork:
       raise ValueError(
           f'feature network {self.name!r} takes uint8 images [N, {wanted}], '
           f'got {images.dtype} {list(images.shape)}')
+    # Arrays for all images are made first, as joining parts would need both.
     found = jax.tree.map(
         lambda x: np.empty((len(images), *x.shape[1:]), x.dtype), self._shapes)
     for start in range(0, len(images), self._batch_size):

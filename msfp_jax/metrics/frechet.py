@@ -58,6 +58,8 @@ class GaussianStats:
     x = vectors.checked(features)
     if not len(x):
       return
+    # Any shift gives the same mean and covariance; one near the mean loses the
+    # fewest digits.
     if self._shift is None:
       self._shift = x.mean(axis=0)
       self._sum = np.zeros_like(self._shift)

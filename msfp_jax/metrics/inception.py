@@ -244,6 +244,7 @@ def _run_a(p, x):
           _chain(p, three, 'branch3x3dbl_2', 'branch3x3dbl_3'), pooled]
 
 
+# Blocks b and d halve the sides: by strides on two ways, by a pool on a third.
 def _run_b(p, x):
   three, = _layer([p['branch3x3']], x, 2, 'VALID')
   double = _chain(p, x, 'branch3x3dbl_1', 'branch3x3dbl_2')
@@ -251,6 +252,7 @@ def _run_b(p, x):
   return [three, double, _max_pool(x, 2)]
 
 
+# Block c: 7x7 windows as 1x7 and 7x1, once on one way, twice on another.
 def _run_c(p, x):
   one, seven, double, pooled = _entries(
       p, x, ('branch1x1', 'branch7x7_1', 'branch7x7dbl_1'))
@@ -267,6 +269,12 @@ def _run_d(p, x):
   return [three, seven, _max_pool(x, 2)]
 
 
+# Block e, in the order in which its channels are joined:
+#
+#   1x1                               320
+#   1x1 -> 1x3, and 3x1 beside it     384 + 384
+#   1x1 -> 3x3 -> 1x3, and 3x1        384 + 384
+#   pool -> 1x1                       192
 def _run_e(p, x):
   one, three, double, pooled = _entries(
       p, x, ('branch1x1', 'branch3x3_1', 'branch3x3dbl_1'))
@@ -274,7 +282,7 @@ def _run_e(p, x):
 
 
 def _run_last(p, x):
-  """As `_run_e`, with the maximum pool of the original graph."""
+  """Runs the last block: `_run_e` with the original graph's maximum pool."""
   one, three, double = _layer(
       [p[name] for name in ('branch1x1', 'branch3x3_1', 'branch3x3dbl_1')], x)
   pooled = _chain(p, _max_pool(x, 1, 1), 'branch_pool')

@@ -34,6 +34,7 @@ def published(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
   """Gives a script's tensors the published names; others stay as they are."""
   if 'layers.conv.weight' not in tensors:
     return dict(tensors)
+  # The script's batch normalisation has no scale: here a scale of ones.
   names = {f'output.{leaf}': f'fc.{leaf}' for leaf in ('weight', 'bias')}
   found = {}
   for name, (*_, out) in inception.CONVOLUTIONS.items():

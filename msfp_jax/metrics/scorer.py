@@ -38,6 +38,7 @@ class Scorer:
     Raises:
       ValueError: the reference is another network's.
     """
+    # What the reference does not tell, as files of other tools, cannot differ.
     odd = [f'{name}: {reference.provenance[name]!r} there, {value!r} here'
            for name, value in network.provenance.items()
            if reference.provenance.get(name, value) != value]

@@ -67,6 +67,8 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
   planes = lambda x: jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:3], 1)
   # Around 0, where float32 subtracts squares with the least loss.
   x, y = (planes(data.to_float(image)) / 2 for image in (a, b))
+  # SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)),
+  # with Gaussian means and variances around every place, then its mean.
   mean_x, mean_y = _blur(x), _blur(y)
   var_x = _blur(x * x) - mean_x**2
   var_y = _blur(y * y) - mean_y**2

@@ -69,6 +69,7 @@ def measure(images: data.Images, network: features.FeatureNetwork,
   Raises:
     ValueError: see `collect.collect`.
   """
+  # The hash tells sets apart that have a name in common, at no further read.
   images = _Hashed(images)
   pool, spatial, vectors = collect.collect(
       images, network, num_vectors=num_vectors)

@@ -77,6 +77,7 @@ def train(images: np.ndarray, labels: np.ndarray, seed: int,
 
   state = optimizer.init(params)
   for epoch in range(1, epochs + 1):
+    # Whole batches only, in one shape; which images are left out changes.
     order = rng.permutation(len(images))[:steps * _BATCH_SIZE]
     for batch in order.reshape(steps, _BATCH_SIZE):
       params, state, loss = step_fn(

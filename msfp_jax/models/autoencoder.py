@@ -167,6 +167,7 @@ class Autoencoder(nn.Module):
   def decode(self, z: jax.Array) -> jax.Array:
     """Decodes latents as a UNet sees them to images, nominally in [-1, 1]."""
     cfg = self.config
+    # What a UNet generates lies near entries of the codebook, not on them.
     h = z / cfg.scale + cfg.shift
     if cfg.kind == VQ:
       h = self._nearest(h)

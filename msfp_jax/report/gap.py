@@ -44,6 +44,7 @@ def along_trajectory(
     t = jnp.full(position.x.shape[:1], step['t'])
     eps = [predict(position.x, t, step['index'])
            for predict in (teacher, student)]
+    # Both from the teacher's position; only its own step is gone on from.
     new = [sampling.advance(plan, step, position, e, key) for e in eps]
     return new[0], Gaps(losses.dfa_loss(1.0, *eps),
                         jnp.mean((new[0].x - new[1].x)**2))

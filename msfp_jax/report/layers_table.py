@@ -54,6 +54,7 @@ def rows(layers: Mapping[str, spec_lib.LayerSpec]) -> list[list[Any]]:
 
 
 def _cell(value: Any) -> dict[str, Any]:
+  # 'value' is what the page's script sorts by: all digits, not those shown.
   number = isinstance(value, int | float)
   if value is None:
     return {'text': '', 'value': '', 'number': False}

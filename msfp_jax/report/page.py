@@ -62,6 +62,7 @@ def title(source: Source) -> str:
 
 def render(heading: str, sections: list[Section]) -> str:
   """Renders the page with everything inline; what sections hold is escaped."""
+  # A name that a template misspells is an error, not an empty string.
   environment = jinja2.Environment(
       loader=jinja2.PackageLoader('msfp_jax.report', 'templates'),
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

@@ -26,6 +26,7 @@ class Column:
   better: Any = None
 
 
+# In the order in which patterns are tried: '.*_to_fp' must come before 'fid'.
 COLUMNS = (
     Column('weight_bits', 'bits of the weights, but for the exceptions'),
     Column('act_bits', 'bits of the layers\' inputs, but for the exceptions'),
@@ -79,6 +80,8 @@ def _quantized(row: dict[str, Any]) -> bool:
 
 def section(source: Source) -> Section:
   rows = source.results['rows']
+  # Of all rows, in the order of their first appearance: a metric that a row
+  # does not have leaves its cell empty.
   names = list(dict.fromkeys(key for row in rows for key in row))
   names.remove('name')
   winners = {name: best(rows, name) for name in names}

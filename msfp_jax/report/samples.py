@@ -62,6 +62,7 @@ def section(source: Source) -> Section | None:
 
 def _spaced_grid(images: np.ndarray, columns: int) -> np.ndarray:
   """Makes `pictures.image_grid` with grey lines between the images."""
+  # Lines to the right and below each; those at the ends are cut off.
   width = max(images.shape[1] // 32, 1)
   padded = np.pad(images, ((0, 0), (0, width), (0, width), (0, 0)),
                   constant_values=_GREY)

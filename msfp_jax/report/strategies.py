@@ -77,6 +77,7 @@ def section(source: Source) -> section_lib.Section | None:
       f'of {len(ratios)}. After figure 4 of the paper.')
   names = sorted(ratios, key=lambda name: ratios[name][MSFP])
   seen = [value for row in ratios.values() for value in row.values()]
+  # The same for all drawings, so that they can be compared.
   limits = 0.85 * min(seen), max(seen) / 0.85
   drawn = [_figure(f'strategies-{i}', {n: ratios[n] for n in part}, limits)
            for i, part in enumerate(_parts(names))]

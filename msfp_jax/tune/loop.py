@@ -70,6 +70,7 @@ def run(
       # Uncommitted, as a fresh state is: both run the same compiled program.
       state = jax.tree.map(jnp.array, jax.device_get(restored))
       logging.info('%s: resumed at step %d', name, int(state.step))
+    # Steps behind the checkpoint will be repeated, and logged once more.
     start = int(state.step)
     writer.truncate_after(start)
     progress = progress_lib.Progress(name, num_steps, start)

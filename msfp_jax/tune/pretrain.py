@@ -80,6 +80,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     return jnp.mean((eps - noise)**2)
 
   def update(state, take):
+    # One key each for rows, noise, timesteps and dropout, of the step alone.
     keys = jax.random.split(jax.random.fold_in(key, state.step), 4)
     x = data.to_float(take(keys[0]))
     noise = jax.random.normal(keys[1], x.shape)
@@ -121,6 +122,7 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
   if isinstance(images, np.ndarray):
     resident = jnp.asarray(images)
 
+    # Inside of the program: no image crosses to the device while it trains.
     def take(key):
       rows = jax.random.randint(key, (batch_size,), 0, len(resident))
       return resident[rows]
