@@ -38,14 +38,14 @@ _OUTPUT = flags.DEFINE_string('output', 'agreement.json', 'Where figures go.')
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Decibels of every image of [-1, 1], `[B]`; at most 150."""
+  """Computes the PSNR of every image of [-1, 1], `[B]`, at most 150 dB."""
   error = ((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2).mean((1, 2, 3))
   return 10 * np.log10(4 / np.maximum(error, 4e-15))
 
 
 def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
          seed: int) -> np.ndarray:
-  """`[N, H, W, C]` from the noise of a seed."""
+  """Samples images `[N, H, W, C]` from the noise of a seed."""
   sample = jax.jit(lambda arrays, noise: diffusion.sample(
       model.with_arrays(arrays).eps_fn, plan, noise),
                    compiler_options=kernels.compiler_options())

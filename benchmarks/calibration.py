@@ -32,7 +32,7 @@ _VALUES = flags.DEFINE_integer(
 
 
 def measure(values: int) -> str:
-  """One row: times in seconds, the process' peak in MB."""
+  """Measures one row: times in seconds, the process' peak in MB."""
   model = UNet(UNetConfig(dropout=0.0))
   params = random_params(abstract_params(model), 0)
   schedule = diffusion.make_schedule(

@@ -18,7 +18,7 @@ import diffusers_oracle  # noqa: E402
 
 def make(config: UNetConfig, state: Mapping[str, np.ndarray], num_steps: int,
          betas: Mapping[str, float]) -> Callable[[np.ndarray], np.ndarray]:
-  """Noise `[B, H, W, C]` -> samples, in float32 on all cores."""
+  """Makes diffusers' sampler, noise `[B, H, W, C]` -> samples, in float32."""
   torch.set_num_threads(os.cpu_count())
   model = diffusers_oracle.unet(config, state)
   scheduler = diffusers.DDIMScheduler(

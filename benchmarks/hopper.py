@@ -70,7 +70,7 @@ def widens(hlo: str) -> bool:
 
 
 def seconds(compiled, copies, least: float = 0.15, repeats: int = 3) -> float:
-  """Of one product: the fastest of three runs of `least` seconds or more."""
+  """Times one product: the fastest of three runs of `least` seconds or more."""
   jax.block_until_ready(compiled(copies))
   best, calls = math.inf, 2
   for _ in range(repeats):
@@ -89,7 +89,7 @@ def seconds(compiled, copies, least: float = 0.15, repeats: int = 3) -> float:
 
 def measure(case: Case, method: Method, drawn, truth, roofline
             ) -> dict[str, Any]:
-  """A row: the time, whether right, and shares of the roofline."""
+  """Measures a row: the time, whether right, and shares of the roofline."""
   x_bits = {'bf16': 16, 'int8': 8, 'fp8': 8}[method.carrier]
   size = case.bytes(x_bits, 4 if method.packed else x_bits)
   args = hopper_cases.arguments(method, drawn)
@@ -118,13 +118,13 @@ def measure(case: Case, method: Method, drawn, truth, roofline
 
 @jax.jit
 def largest_error(y, truth, magnitudes):
-  """Largest |y - truth| of any element, in the sum of magnitudes."""
+  """The largest |y - truth| of any element, over its sum of magnitudes."""
   return jnp.max(jnp.abs(y.astype(jnp.float32) - truth.astype(jnp.float32))
                  / magnitudes)
 
 
 def truths(case: Case, drawn) -> tuple[jax.Array, jax.Array]:
-  """y by exact sums, and the sums of |x w|, scaled."""
+  """Computes y by exact sums, and the sums of |x w|, scaled."""
 
   @jax.jit
   def run(x, w):
@@ -138,7 +138,7 @@ def truths(case: Case, drawn) -> tuple[jax.Array, jax.Array]:
 
 
 def compile_case(case: Case, method: Method, sharding) -> None:
-  """Ahead of time, for a device that is not there."""
+  """Compiles a case for a device that is not there."""
   dtype = carriers.DTYPES[method.carrier][0]
   n, *window = (case.w_shape[-1], *case.w_shape[:-2])
   weights = (n, *window, case.k)
@@ -153,7 +153,7 @@ def compile_case(case: Case, method: Method, sharding) -> None:
 
 
 def compile_sampling(sharding) -> None:
-  """Ahead of time, a step of what `sample_cifar10` runs packed."""
+  """Compiles a step of packed sampling for a device that is not there."""
   subject = packed_models.make(num_steps=1)
   shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
   with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
@@ -165,7 +165,7 @@ def compile_sampling(sharding) -> None:
 
 
 def compile_all(cases) -> int:
-  """Prints what compiles; returns how many do not."""
+  """Compiles all cases; prints the outcomes, returns how many fail."""
   from jax.experimental import topologies
   jax.config.update('jax_platforms', 'cpu')
   topology = topologies.get_topology_desc(
@@ -196,7 +196,7 @@ def _has_sampling() -> bool:
 
 
 def show(case: Case, method: Method, row, base: float | None) -> str:
-  """A row of the table; the ratio only of what is right."""
+  """Formats a row of the table; only right ones have a ratio."""
   cell = lambda key, form: format(row[key], form) if row.get(key) else ''
   ratio = (f'{base / row["us"]:.2f}x' if base and 'note' not in row else '')
   return ' | '.join([
@@ -206,7 +206,7 @@ def show(case: Case, method: Method, row, base: float | None) -> str:
 
 
 def run_case(case: Case, roofline) -> Iterator[dict[str, Any]]:
-  """The rows of a case, printed as they come; an error is a row's note."""
+  """Measures and prints the rows of a case; an error is a row's note."""
   drawn, base = hopper_cases.draw(case), None
   truth = truths(case, drawn)
   for method in hopper_cases.methods(case):
@@ -226,7 +226,7 @@ def describe(error: Exception) -> str:
 
 
 def run_all(cases, start: float) -> None:
-  """Prints the table, and writes the rows of every finished case."""
+  """Runs all cases; prints the table, and writes every finished case."""
   device = jax.devices()[0]
   if device.platform != 'gpu':
     raise app.UsageError(f'{device.device_kind} is no GPU; see --aot')
@@ -255,7 +255,7 @@ def run_all(cases, start: float) -> None:
 
 
 def write(roofline, **found: Any) -> None:
-  """What is known by now."""
+  """Writes the figures that are known by now."""
   if _OUTPUT.value:
     files.write_json(_OUTPUT.value, {
         'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
@@ -264,7 +264,7 @@ def write(roofline, **found: Any) -> None:
 
 def sample_cifar10(batch: int = SAMPLES, num_steps: int = 4
                    ) -> list[dict[str, Any]]:
-  """The rows of bf16 and of packed weights, which it prints."""
+  """Times sampling in bf16 and with packed weights; prints the rows."""
   subject = packed_models.make(num_steps)
   fallen = packed_layers.count_fallen(packed_layers.cases(
       subject.packed, subject.params, *packed_models.inputs(batch)))

@@ -1,4 +1,4 @@
-"""What benchmarks/hopper.py measures: cases, and ways to compute them."""
+"""The cases that benchmarks/hopper.py measures, and ways to compute them."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -22,7 +22,7 @@ LARGEST = 7  # of the activations, which bf16, int8 and fp8 hold
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """x [M, K] by [K, N], or, with a size, a 3x3 convolution of B images.
+  """A product of [M, K] and [K, N], or a 3x3 convolution of M images.
 
   Attributes:
     name: of the row.
@@ -45,7 +45,7 @@ class Case:
 
   @property
   def w_shape(self) -> tuple[int, ...]:
-    """As codes: HWIO, or `[K, N]`."""
+    """The shape of the weights' codes: HWIO, or `[K, N]`."""
     return (3, 3, self.k, self.n) if self.size else (self.k, self.n)
 
   @property
@@ -61,7 +61,7 @@ class Case:
     return 2 * self.pixels * self.length * self.n
 
   def bytes(self, x_bits: int, w_bits: int) -> int:
-    """Read and written at least, y in bf16."""
+    """The bytes that are read and written at least, y in bf16."""
     return (self.pixels * (self.k * x_bits + self.n * 16)
             + self.length * self.n * w_bits) // 8
 
@@ -89,7 +89,7 @@ class Method:
 
 
 def xla(x, w, scale, shift, *, sums):
-  """The product or convolution by XLA; w is `[N, K]` or OHWI."""
+  """Computes a case by XLA; w is `[N, K]` or OHWI."""
   if x.ndim == 2:
     y = lax.dot_general(x, w, (((1,), (1,)), ((), ())),
                         preferred_element_type=sums)
@@ -101,7 +101,7 @@ def xla(x, w, scale, shift, *, sums):
 
 
 def packed(x, w, scale, shift, *, blocks=None):
-  """The same by our kernels."""
+  """Computes a case by our kernels."""
   settings = dict(fmt=E2M1, out_dtype=jnp.bfloat16, blocks=blocks)
   if x.ndim == 2:
     return mosaic_gpu.matmul(x, w, scale, shift, **settings)
@@ -110,7 +110,7 @@ def packed(x, w, scale, shift, *, blocks=None):
 
 
 def methods(case: Case) -> Iterator[Method]:
-  """bf16 first, then what is compared with it."""
+  """Yields the ways to compute a case, bf16 first."""
   # XLA widens bf16 convolutions that are asked for float32 sums.
   yield Method('XLA bf16', 'bf16', functools.partial(
       xla, sums=None if case.size else jnp.float32))
@@ -126,7 +126,7 @@ def methods(case: Case) -> Iterator[Method]:
 
 
 def other_blocks(case: Case) -> Iterator[blocks_lib.Blocks]:
-  """The model's choice in steps of another depth, and its next two."""
+  """Yields the chosen blocks with another depth, and the next two choices."""
   taps, row = (3, 3 * case.k) if case.size else (1, case.k)
   rows = case.pixels
   if case.size:
@@ -145,7 +145,7 @@ def other_blocks(case: Case) -> Iterator[blocks_lib.Blocks]:
 
 
 def draw(case: Case) -> dict[str, np.ndarray]:
-  """Random x, codes, scales that are powers of two, and the levels."""
+  """Draws x, codes and their levels, and scales that are powers of two."""
   rng = np.random.default_rng(0)
   codes = rng.integers(0, 16, case.w_shape, np.uint8)
   levels = carriers.carry(E2M1, 'int8').values().astype(np.int8)[codes]

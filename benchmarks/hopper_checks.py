@@ -18,7 +18,7 @@ E2M1 = FPFormat.parse('E2M1')
 
 
 def fp8_bound(length: int) -> float:
-  """Largest error of a sum in fp8, as a fraction of the sum of magnitudes.
+  """The largest error of a sum in fp8, over the sum of magnitudes.
 
   Hopper adds the 32 products of an instruction to the sum with 13 fractional
   bits of the largest.
@@ -27,7 +27,7 @@ def fp8_bound(length: int) -> float:
 
 
 def exact(x, w, padding: int = 0, stride: int = 1) -> jax.Array:
-  """x @ w, or the convolution, in float32: exact for integers up to 2^24.
+  """Computes x @ w, or the convolution, exactly for integers up to 2^24.
 
   Pixel by pixel of the window, since cuDNN's fast algorithms round.
 
@@ -49,7 +49,7 @@ def exact(x, w, padding: int = 0, stride: int = 1) -> jax.Array:
 
 
 def check() -> Iterator[tuple[str, bool]]:
-  """Claims about the kernels on this device, and whether they hold."""
+  """Yields claims about the kernels on this device, and whether they hold."""
   rng = np.random.default_rng(1)
   yield from _decoding(rng)
   yield from _blocks(rng)
@@ -58,7 +58,7 @@ def check() -> Iterator[tuple[str, bool]]:
 
 
 def _multiply(x, codes, fmt=E2M1, blocks=None) -> np.ndarray:
-  """x times codes `[K, N]`, in float32."""
+  """Multiplies x by codes `[K, N]`, in float32."""
   ones = np.ones(codes.shape[1], np.float32)
   run = jax.jit(functools.partial(
       mosaic_gpu.matmul, fmt=fmt, out_dtype=jnp.float32, blocks=blocks))
@@ -77,7 +77,7 @@ def _decoding(rng) -> Iterator[tuple[str, bool]]:
 
 
 def _blocks(rng) -> Iterator[tuple[str, bool]]:
-  """All int8 values, shapes that are multiples of no block, every block."""
+  """Checks every block with all int8 values, on shapes it does not divide."""
   codes = rng.integers(0, 16, (3072, 1000), np.uint8)
   x = rng.integers(-128, 128, (500, 3072)).astype(np.int8)
   levels = carriers.carry(E2M1, 'int8').values()[codes]
@@ -93,7 +93,7 @@ def _blocks(rng) -> Iterator[tuple[str, bool]]:
 
 
 def _subnormals(rng) -> tuple[str, bool]:
-  """Inputs below fp8's least normal number, 2^-6."""
+  """Checks inputs below fp8's least normal number, 2^-6."""
   codes = rng.integers(0, 16, (256, 64), np.uint8)
   levels = carriers.carry(E2M1, 'fp8').values()[codes]
   x = np.ldexp(rng.integers(-7, 8, (64, 256)).astype(np.float32), -9)
@@ -104,7 +104,7 @@ def _subnormals(rng) -> tuple[str, bool]:
 
 
 def _convolutions(rng) -> Iterator[tuple[str, bool]]:
-  """With a map of shifts."""
+  """Checks convolutions with a map of shifts."""
   codes = rng.integers(0, 16, (3, 3, 96, 80), np.uint8)
   x = rng.integers(-7, 8, (3, 20, 24, 96)).astype(np.int8)
   levels = carriers.carry(E2M1, 'int8').values()[codes].astype(np.float32)

@@ -35,7 +35,7 @@ _PAIRS = flags.DEFINE_integer('pairs', 5, 'Timed pairs.')
 
 
 def ours(state):
-  """uint8 images `[N, H, W, 3]` -> features `[N, 2048]`."""
+  """Makes our network, uint8 images `[N, H, W, 3]` -> features `[N, 2048]`."""
   params = jax.device_put(inception_weights.fold(state))
   run = jax.jit(lambda params, images: inception.apply(
       params, preprocess.to_inception(images)).pool)
@@ -43,7 +43,7 @@ def ours(state):
 
 
 def theirs(state):
-  """As `ours`, by torch-fidelity."""
+  """Makes torch-fidelity's network, called as ours."""
   model = inception_oracle.network(state, ['2048'])
 
   @torch.no_grad()

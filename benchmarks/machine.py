@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how fast that can be at best, as measured."""
+"""Describes the machine of a benchmark, and measures how fast it can be."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,7 +15,7 @@ from msfp_jax.kernels import carriers
 
 
 def describe() -> dict[str, Any]:
-  """The device and its software."""
+  """Describes the device and its software."""
   device = jax.devices()[0]
   name = device.device_kind
   if device.platform == 'cpu':
@@ -35,7 +35,7 @@ def _cpu_name() -> str:
 
 def rounds(functions: dict[str, Callable[[], Any]], count: int,
            warm: bool = False) -> dict[str, list[float]]:
-  """Seconds of each, called in turn A B C A B C, after a call unmeasured.
+  """Times functions in turn, A B C A B C, after a call of each unmeasured.
 
   Machines drift: figures of the same round are comparable.
 
@@ -59,14 +59,14 @@ def rounds(functions: dict[str, Callable[[], Any]], count: int,
 
 
 def ratio(base: list[float], other: list[float]) -> float:
-  """How many times faster `other` is: the median over the rounds."""
+  """Tells how many times faster `other` is: the median over the rounds."""
   return statistics.median(
       a / b for a, b in zip(base, other, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """The fastest that XLA computes and moves here.
+  """The highest rates at which XLA computes and moves bytes here.
 
   Attributes:
     flops: {carrier: multiplications and additions a second}, of a large square
@@ -83,7 +83,7 @@ class Roofline:
 
 
 def measure() -> Roofline:
-  """Takes seconds on a CPU."""
+  """Measures the roofline, which takes seconds on a CPU."""
   small = jax.default_backend() == 'cpu'
   n = 2048 if small else 8192
   flops = {}

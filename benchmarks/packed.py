@@ -37,7 +37,7 @@ _OUTPUT = flags.DEFINE_string('output', 'packed.json', 'Where figures go.')
 
 
 def samplers(subject: packed_models.Subject) -> dict[str, Any]:
-  """Those of `packed_models`, and diffusers' where it is installed."""
+  """The samplers of `packed_models`, and diffusers' where it is installed."""
   found = packed_models.samplers(subject)
   if all(map(importlib.util.find_spec, ('torch', 'diffusers'))):
     from benchmarks import diffusers_sampler

@@ -1,4 +1,4 @@
-"""The layers of a packed model, one by one, against XLA's."""
+"""Times the layers of a packed model, one by one, against XLA's."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -41,11 +41,11 @@ class Case:
 
   @property
   def flop(self) -> int:
-    """Of the direct product."""
+    """The multiplications and additions of the direct product."""
     return 2 * int(np.prod(self.params['kernel'].shape[:-1]) * np.prod(self.y))
 
   def bytes(self, weights: int, each: int) -> int:
-    """Of weights, input and output, with `each` bytes a value."""
+    """The bytes of weights, input and output, with `each` bytes a value."""
     return weights + each * int(np.prod(self.x) + np.prod(self.y))
 
   def run(self, layer: PackedLayer, x: jax.Array,
@@ -68,7 +68,7 @@ class Case:
 
 def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
           ) -> list[Case]:
-  """The most work first; `params` are those of the model that was packed."""
+  """Groups a packed model's layers into cases, those of the most work first."""
   banks = {name: jax.tree.map(jnp.asarray, layer.bank(0))
            for name, layer in model.layers.items()}
   weights = layers_lib.leaves(params, 'kernel')
@@ -98,14 +98,14 @@ def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
 
 
 def count_fallen(cases: list[Case]) -> int:
-  """Layers of 4 bits that the device's kernel does not take."""
+  """Counts the layers of 4 bits that the device's kernel does not take."""
   return sum(len(case.names) for case in cases
              if case.layer.fmt.bits == 4 and case.fell_back())
 
 
 def measure(case: Case, roofline: machine.Roofline, count: int
             ) -> dict[str, Any]:
-  """A row of the table, and of the JSON beside it."""
+  """Measures a row of the table, and of the JSON beside it."""
   x = jax.random.normal(jax.random.key(0), case.x)
   half = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
   apply = jax.jit(lambda params, x: case.module.apply({'params': params}, x))
@@ -143,7 +143,7 @@ def measure(case: Case, roofline: machine.Roofline, count: int
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-  """Markdown."""
+  """Formats the rows as a Markdown table."""
   yield ('| layers | input | kernel | formats | carrier | KB of float32 | KB | '
          'ms of float32 | bfloat16 | packed | share of the roofline | times '
          'float32 | bfloat16 |')

@@ -61,18 +61,18 @@ def make(num_steps: int) -> Subject:
 
 
 def shape() -> tuple[int, ...]:
-  """Of an image."""
+  """The shape of an image."""
   return (CONFIG.image_size, CONFIG.image_size, CONFIG.in_channels)
 
 
 def inputs(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """x and t."""
+  """The shapes of x and t."""
   return (jax.ShapeDtypeStruct((batch, *shape()), jnp.float32),
           jax.ShapeDtypeStruct((batch,), jnp.float32))
 
 
 def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
-  """{name: (noise `[B, H, W, C]` -> samples, bytes of the weights)}."""
+  """The samplers, {name: (noise -> samples, bytes of the weights)}."""
   plan, model = subject.packed.plan, subject.packed.model
 
   def run(params, x):

@@ -1,4 +1,4 @@
-"""Sampling by packed models beside other ways, as a whole."""
+"""Times whole sampling by packed models and by other ways."""
 
 from collections.abc import Callable, Iterator
 import statistics
@@ -17,7 +17,7 @@ Ways = dict[str, tuple[Callable[..., Any], int]]
 
 
 def agreement(subject: packed_models.Subject, batch: int) -> float:
-  """Relative L2 of packed and simulated predictions at the first step."""
+  """The relative L2 distance of packed and simulated first predictions."""
   x = jax.random.normal(
       jax.random.key(2), (batch, *packed_models.shape()))
   t = jnp.full(batch, float(subject.packed.plan.timesteps[0]))
@@ -30,7 +30,7 @@ def agreement(subject: packed_models.Subject, batch: int) -> float:
 
 def measure(ways: Ways, batch: int, num_steps: int, count: int, fell_back: int
             ) -> list[dict[str, Any]]:
-  """A row for each; no speed-ups where layers fell back."""
+  """Measures a row for each way; no speed-ups where layers fell back."""
   x = jax.random.normal(jax.random.key(1), (batch, *packed_models.shape()))
   noise = {name: np.array(x) if 'diffusers' in name else x for name in ways}
   times = machine.rounds({
@@ -46,7 +46,7 @@ def measure(ways: Ways, batch: int, num_steps: int, count: int, fell_back: int
 
 def table(rows: list[dict[str, Any]], floor: float | None, fell_back: int
           ) -> Iterator[str]:
-  """Markdown; `floor`: seconds of an image and step in float32 at best."""
+  """Formats a Markdown table; `floor` is float32's least time of a step."""
   yield ('| sampling | MB of weights | times packed | ms an image and step | '
          'share of the roofline | packed is faster by |')
   yield '|---|---|---|---|---|---|'

@@ -1,4 +1,4 @@
-"""What the routers of runs have learnt.
+"""Summarizes what the routers of runs have learnt.
 
   python -m benchmarks.routing runs/choices
 
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def summarize(router: dict[str, Any]) -> dict[str, Any]:
-  """Figures of one router.json.
+  """Summarizes one router.json.
 
   Returns:
     'layers' with banks; 'one_bank': how many of them have one bank at all

@@ -49,7 +49,7 @@ CONVS = (((2, 64, 64, 320), 320), ((2, 32, 32, 640), 640),
 
 
 def sharding(chip: str) -> jax.sharding.NamedSharding:
-  """On one device of a chip that need not be there."""
+  """Returns a sharding on one device of a chip that need not be there."""
   device = topologies.get_topology_desc(
       platform='tpu', topology_name=TOPOLOGIES[chip]).devices[0]
   return jax.sharding.NamedSharding(
@@ -58,7 +58,7 @@ def sharding(chip: str) -> jax.sharding.NamedSharding:
 
 def _bundles(on: jax.sharding.NamedSharding, dumps: str, name: str,
              function: Callable, *args) -> list[int]:
-  """Scheduled bundles of the parts of the kernel `name`.
+  """Counts the scheduled bundles of the parts of the kernel `name`.
 
   Parts are what branches part: what each step does and what some skip. Those
   of less than 50 bundles, the machinery between steps, are left out.
@@ -79,7 +79,7 @@ def _bundles(on: jax.sharding.NamedSharding, dumps: str, name: str,
 
 
 def _widened(packed, fmt, carrier):
-  """The obvious decoder: one code in a 32-bit lane."""
+  """Decodes in the obvious way: one code in a 32-bit lane."""
   words = packed.astype(jnp.int32)
   decoded = []
   for code in (words & 15, words >> 4):
@@ -95,7 +95,7 @@ def _widened(packed, fmt, carrier):
 
 
 def _tile(bundles, name, carrier, rows, decode=None):
-  """A step of [rows, 512] x [512, 256]; the weights decoded in each step."""
+  """Counts a step of [rows, 512] x [512, 256], with decoding in each step."""
   depth, columns = 512, 256
   held, sums = carriers.DTYPES[carrier]
 
@@ -123,7 +123,7 @@ def _tile(bundles, name, carrier, rows, decode=None):
 
 
 def _tiles(bundles: Callable[..., list[int]], chip: str, carrier: str):
-  """(what, (bundles, products)) of tiles, plain and decoded."""
+  """Yields (what, (bundles, products)) of tiles, plain and decoded."""
   for rows in (256, 1024):
     for plain in ('bf16', carrier):
       yield f'{rows} rows, {plain} weights', _tile(
@@ -137,7 +137,7 @@ def _tiles(bundles: Callable[..., list[int]], chip: str, carrier: str):
 
 
 def _kernels(bundles: Callable[..., list[int]], chip: str, carrier: str):
-  """(what, (bundles, products)) of steps of the kernels."""
+  """Yields (what, (bundles, products)) of steps of the kernels."""
   settings = {'fmt': WEIGHTS[1], 'out_dtype': jnp.bfloat16}
   size, dtype = carriers.DTYPES[carrier][0].dtype.itemsize, jnp.float32
   for x, n in MATMULS:

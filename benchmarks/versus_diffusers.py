@@ -35,7 +35,7 @@ _PAIRS = flags.DEFINE_integer('pairs', 5, 'Timed pairs.')
 
 
 def sampler(config: UNetConfig, params):
-  """Noise `[B, H, W, C]` -> samples, by ours."""
+  """Makes our sampler, noise `[B, H, W, C]` -> samples."""
   schedule = diffusion.make_schedule('linear', num_train_steps=1000, **_BETAS)
   plan = diffusion.make_plan(schedule, 'ddim', num_steps=_STEPS.value)
   model = UNet(config)

@@ -1,4 +1,4 @@
-"""What the experiments share: every field, its default and its meaning."""
+"""The fields of every experiment, their defaults and their meanings."""
 
 import re
 from typing import Any
@@ -31,7 +31,7 @@ SMOKE = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The fields of every experiment; configs/*.py fill in theirs."""
+  """Makes the fields of every experiment; configs/*.py fill in theirs."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   # Full-precision checkpoint to start from: a file, a folder, or the name of a

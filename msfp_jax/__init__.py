@@ -8,13 +8,13 @@ from msfp_jax.convert import load_pretrained
 from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
 from msfp_jax.diffusion import sample
+from msfp_jax.kernels.apply import QuantizedModel
 from msfp_jax.packed.model import pack
 from msfp_jax.packed.model import PackedModel
 from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.functional import fake_quant
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantize import quantize
-from msfp_jax.kernels.apply import QuantizedModel
-from msfp_jax.quant.functional import fake_quant
 from msfp_jax.quant.spec import QuantSpec
 
 __all__ = [

@@ -15,7 +15,7 @@ def state_of(name, seed=0):
 
 
 def save_list(path, state, config):
-  """As ermongroup/ddim's training: model, optimizer, epoch, step, EMA."""
+  """Saves as ermongroup/ddim's training: model, optimizer, steps, EMA."""
   trained = {f'module.{n}': v + 1 for n, v in state.items()}
   torch_writer.save_zip(path, [trained, {'lr': 1e-4}, 3, 4, dict(state)])
 
@@ -60,14 +60,14 @@ def save_diffusers_old(path, state, config):
 
 
 def save_diffusers_linear(path, state, config):
-  """Stable Diffusion 2: the projections around transformers are matrices."""
+  """Saves as Stable Diffusion 2, whose projections are matrices."""
   state = {n: v[:, :, 0, 0] if '.proj_' in n and v.ndim == 4 else v
            for n, v in state.items()}
   save_diffusers(path, state, config)
 
 
 def save_sharded(path, tensors, config, suffix, save):
-  """Two files and their index, as diffusers writes large models."""
+  """Saves two files and their index, as diffusers writes large models."""
   path.mkdir()
   names, places = sorted(tensors), {}
   for i in range(2):
@@ -81,7 +81,7 @@ def save_sharded(path, tensors, config, suffix, save):
 
 
 def save_diffusers_half(path, state, config):
-  """Shards of torch.save in half precision."""
+  """Saves shards by torch.save in half precision."""
   tensors = {n: v.astype(np.float16)
              for n, v in foreign.diffusers(state, config).items()}
   save_sharded(path, tensors, config, 'bin',

@@ -1,4 +1,4 @@
-"""What all tests share: compiled programs, and processes."""
+"""Set-up that all tests share: compiled programs, and processes."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ _LARGEST = 2**30  # bytes, after which it starts anew
 
 
 def pytest_configure():
-  """What any run of the tests compiled is not compiled again.
+  """Keeps what any run of the tests compiled for the next ones.
 
   JAX's own variables choose another folder; programs that tests start use it
   too.
@@ -33,7 +33,7 @@ def pytest_configure():
 
 @pytest.fixture(scope='module')
 def uncached():
-  """Compilers run, whatever they left before."""
+  """Makes compilers run, whatever is kept from before."""
   jax.config.update('jax_enable_compilation_cache', False)
   compilation_cache.reset_cache()
   yield
@@ -43,7 +43,7 @@ def uncached():
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-  """Runs on the CPU, as where there is nothing else."""
+  """Runs the test on the CPU, as where there is nothing else."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
   with jax.default_device(jax.devices('cpu')[0]):
     yield
@@ -51,7 +51,7 @@ def on_cpu(monkeypatch):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-  """A file's tests stay together, as they share compilations.
+  """Keeps a file's tests in one process, as they share compilations.
 
   Those of the folder experiment/ share one training, and stay together too.
   """

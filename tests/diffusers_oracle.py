@@ -1,4 +1,4 @@
-"""What diffusers computes, for models of every family.
+"""Runs diffusers' models of every family with our weights, as an oracle.
 
 Needs PyTorch and diffusers. A model is built from the config.json and loaded
 strictly from the names that `foreign` writes, which checks both.
@@ -24,7 +24,7 @@ def _load(model, state):
 
 
 def unet(config, state):
-  """UNet2DModel or UNet2DConditionModel with our weights."""
+  """Builds a UNet2DModel or UNet2DConditionModel with our weights."""
   state = dict(state)
   state.pop('context_emb.weight', None)
   fields = foreign.diffusers_config(config)
@@ -42,7 +42,7 @@ def unet(config, state):
 
 @torch.no_grad()
 def unet_output(config, state, x, t, labels, context):
-  """NHWC in and out."""
+  """Runs a UNet of diffusers; images are NHWC, in and out."""
   model = unet(config, state)
   image, t = _tensor(x).permute(0, 3, 1, 2), _tensor(t)
   if config.context_classes:
@@ -57,7 +57,7 @@ def unet_output(config, state, x, t, labels, context):
 
 
 def first_stage(config, state):
-  """AutoencoderKL or VQModel with our weights."""
+  """Builds an AutoencoderKL or VQModel with our weights."""
   levels = range(len(config.ch_mult))
   kind = lambda side, part: [
       f'Attn{side}{part}Block2D' if i in config.attn_levels
@@ -82,7 +82,7 @@ def first_stage(config, state):
 
 @torch.no_grad()
 def first_stage_outputs(config, state, images, latents):
-  """(encoded, decoded), with scale and shift as a pipeline applies them."""
+  """Returns (encoded, decoded), scaled and shifted as by a pipeline."""
   model = first_stage(config, state)
   nchw = lambda a: _tensor(a).permute(0, 3, 1, 2)
   nhwc = lambda a: a.permute(0, 2, 3, 1).contiguous().numpy()

@@ -63,7 +63,7 @@ STAGES = {
 
 
 def state_of(config, seed=0):
-  """Random weights in our names, as PyTorch shapes them."""
+  """Draws random weights in our names, as PyTorch shapes them."""
   if isinstance(config, AutoencoderConfig):
     abstract = convert.abstract_autoencoder(Autoencoder(config))
     return unet_oracle.random_state_dict(unet_oracle.shapes_of(abstract), seed)
@@ -72,7 +72,7 @@ def state_of(config, seed=0):
 
 
 def inputs_of(config, seed=1, height=16, width=24):
-  """`(x NHWC, t, labels or None, context or None)`, not square."""
+  """Draws inputs, not square: (x NHWC, t, labels or None, context or None)."""
   rng = np.random.RandomState(seed)
   t = np.array([0, 3, 500, 999])
   x = rng.standard_normal((4, height, width, config.in_channels))
@@ -85,14 +85,14 @@ def inputs_of(config, seed=1, height=16, width=24):
 
 
 def output_of(config, state, inputs):
-  """What our model computes, highest precision."""
+  """Runs our model in the highest precision."""
   params = unet_oracle.from_state_dict(config, state)
   with jax.default_matmul_precision('highest'):
     return np.asarray(jax.jit(UNet(config).apply)({'params': params}, *inputs))
 
 
 def images_of(config, seed=2):
-  """`[2, 16, 24, C]` in [-1, 1]."""
+  """Draws images `[2, 16, 24, C]` in [-1, 1]."""
   rng = np.random.RandomState(seed)
   return rng.uniform(-1, 1, (2, 16, 24, config.in_channels)).astype(np.float32)
 
@@ -103,7 +103,7 @@ def latents_of(config, seed=3):
 
 
 def first_stage_outputs(config, state):
-  """(encoded images, decoded latents) of our autoencoder."""
+  """Runs our autoencoder: (encoded images, decoded latents)."""
   model = Autoencoder(config)
   params = unet_oracle.restore(convert.abstract_autoencoder(model), state)
   with jax.default_matmul_precision('highest'):

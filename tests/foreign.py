@@ -1,4 +1,4 @@
-"""State dicts in the names of other code bases, from ours.
+"""Renames our state dicts to those of other code bases.
 
 Renames backwards, and was written apart from `msfp_jax.convert`, which it
 helps to check.
@@ -24,7 +24,7 @@ def _split(name):
 
 
 def _transformer(rest):
-  """Inside of a spatial transformer; the same in both code bases."""
+  """Renames a spatial transformer's tensors, alike in both code bases."""
   rest = re.sub(r'^transformer\.', 'transformer_blocks.', rest)
   rest = re.sub(r'(attn[12])\.([qkv])$', r'\1.to_\2', rest)
   rest = re.sub(r'(attn[12])\.proj_out$', r'\1.to_out.0', rest)
@@ -36,7 +36,7 @@ def _swap(table, name):
 
 
 def ldm(state, config):
-  """As the UNet of CompVis names it, without any prefix."""
+  """Renames a UNet's tensors as CompVis does, without any prefix."""
   per_level, levels = config.num_res_blocks + 1, len(config.ch_mult)
   found = {}
   for name, value in _fused(state, config).items():
@@ -77,7 +77,7 @@ def ldm(state, config):
 
 
 def _fused(state, config):
-  """q, k, v of plain attention as one: for each head its q, then k, then v."""
+  """Fuses q, k, v of plain attention: for each head its q, then k, then v."""
   if config.context_dim is not None:
     return state
   found = {}
@@ -100,7 +100,7 @@ def _fused(state, config):
 
 
 def ldm_checkpoint(state, config, averaged=None):
-  """`{'state_dict': ...}` as training leaves it, with a moving average."""
+  """Makes `{'state_dict': ...}` as training does, with a moving average."""
   names = ldm(state, config)
   embedder = names.pop('context_emb.weight', None)
   found = {f'model.diffusion_model.{n}': v for n, v in names.items()}
@@ -126,7 +126,7 @@ def compvis_yaml(config):
 
 
 def diffusers(state, config, attention=None):
-  """As UNet2DModel or UNet2DConditionModel names it."""
+  """Renames a UNet's tensors as UNet2DModel or UNet2DConditionModel does."""
   attention = attention or DIFFUSERS_ATTENTION
   levels = len(config.ch_mult)
   plain = config.context_dim is None
@@ -201,7 +201,7 @@ def diffusers_config(config):
 
 
 def diffusers_first_stage(state, config):
-  """As AutoencoderKL and VQModel name it."""
+  """Renames an autoencoder's tensors as AutoencoderKL and VQModel do."""
   levels = len(config.ch_mult)
   found = {}
   for name, value in state.items():
@@ -234,6 +234,6 @@ def diffusers_first_stage(state, config):
 
 
 def compvis_first_stage(state, unused_config):
-  """As CompVis names it: ours but for the codebook."""
+  """Renames an autoencoder's tensors as CompVis: only the codebook's differ."""
   return {name.replace('quantize.', 'quantize.embedding.'): value
           for name, value in state.items()}

@@ -43,7 +43,7 @@ def random_images(shape, seed: int = 0) -> np.ndarray:
 
 @contextlib.contextmanager
 def imports():
-  """While it is open, torch-fidelity can be imported.
+  """Makes torch-fidelity importable while it is open.
 
   Only the stubs go afterwards: what was imported meanwhile stays, since
   PyTorch cannot be imported twice.
@@ -78,7 +78,7 @@ def network(state: dict[str, np.ndarray], features: list[str]):
 
 def outputs(state: dict[str, np.ndarray], images: np.ndarray
             ) -> inception.Outputs:
-  """What torch-fidelity computes from uint8 `[N, H, W, 3]`."""
+  """Runs torch-fidelity's network on uint8 `[N, H, W, 3]`."""
   import torch
   model = network(state, ['2048', 'logits_unbiased', 'logits'])
   kept = []

@@ -1,4 +1,4 @@
-"""Quantized layers at random, with what they return, for tests of kernels."""
+"""Random quantized layers and their exact outputs, for tests of kernels."""
 
 import functools
 
@@ -17,7 +17,7 @@ jit = functools.partial(
 
 
 class Case:
-  """A layer at random, its input, and what it returns, in float64.
+  """A random layer, its input, and its output by float64.
 
   Attributes:
     layer: not packed.
@@ -64,7 +64,7 @@ class Case:
     return kernel_oracle.conv(x, w, **self.geometry)
 
   def apply(self, x, layer, **options):
-    """Operation by operation, unless it is jitted."""
+    """Runs the layer; one operation after the other unless it is jitted."""
     if not self.geometry:
       return kernels.matmul(x, layer, **options)
     return kernels.conv(x, layer, **self.geometry, **options)
@@ -75,13 +75,13 @@ class Case:
         self.x, layer)
 
   def assert_close(self, actual, rtol=1e-6):
-    """To the largest output."""
+    """Checks outputs to a tolerance relative to the largest one."""
     np.testing.assert_allclose(
         actual, self.expected, rtol=rtol, atol=rtol * np.abs(
             self.expected).max())
 
   def outputs(self, x, layer):
-    """{'reference': its own, carrier: of XLA}."""
+    """Runs the reference, and XLA in every carrier that holds the formats."""
     fmts = self.layer.fmt, self.layer.act_fmt
     expected = self.apply(x, layer, implementation='reference')
     return {'reference': expected} | {
@@ -90,7 +90,7 @@ class Case:
         if all(carriers.carry(fmt, carrier) for fmt in fmts)}
 
   def assert_agree(self, layer=None, compile_=None):
-    """The reference, and XLA in every carrier that holds the formats.
+    """Checks the reference, and XLA in every carrier, against float64.
 
     Bit for bit where sums are exact. Else every product and sum rounds once,
     and so do scale, shift and what they are applied to.

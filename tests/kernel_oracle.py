@@ -1,4 +1,4 @@
-"""Quantized layers in float64 NumPy, from the formats' tables."""
+"""Computes quantized layers in float64 NumPy, from the formats' tables."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def fake_quant(x, fmt, scale, zero_point=None):
-  """scale * (nearest level) + zero_point; ties go to the even code."""
+  """Quantizes to scale * nearest level + zero_point; ties to the even code."""
   zero = 0.0 if zero_point is None else np.float64(zero_point)
   u = (np.float64(x) - zero) / np.float64(scale)
   values = fmt.values()
@@ -25,7 +25,7 @@ def fake_quant(x, fmt, scale, zero_point=None):
 
 
 def conv(x, w, strides, padding, dilation, groups=1):
-  """A convolution tap by tap; int64 stays int64.
+  """Convolves tap by tap; int64 stays int64.
 
   Args:
     x: `[B, *spatial, I]`.

@@ -28,7 +28,7 @@ ROOT = {'time_embedding.linear_1': 'temb.dense.0',
 
 
 def diffusers_unet(config: UNetConfig) -> diffusers.UNet2DModel:
-  """The UNet2DModel that computes what `config` describes."""
+  """Builds the UNet2DModel that computes what `config` describes."""
   attn = [config.image_size // 2 ** i in config.attn_resolutions
           for i in range(len(config.ch_mult))]
   resblock = config.resample == 'resblock'
@@ -61,7 +61,7 @@ def diffusers_unet(config: UNetConfig) -> diffusers.UNet2DModel:
 
 
 def original_name(name: str, levels: int) -> str:
-  """diffusers' parameter name -> ermongroup/ddim's."""
+  """Renames a parameter of diffusers as ermongroup/ddim does."""
   module, leaf = name.rsplit('.', 1)
 
   def rest(part: str) -> str:
@@ -104,7 +104,7 @@ def diffusers_output(config: UNetConfig, state: dict[str, np.ndarray],
 
 
 def golden(config: UNetConfig, seed: int) -> dict[str, np.ndarray]:
-  """Contents of a golden file with its weights; half precision is exact."""
+  """The contents of a golden file with its weights; half precision is exact."""
   shapes = unet_oracle.state_dict_shapes(config)
   state = {name: value.astype(np.float16) for name, value in
            unet_oracle.random_state_dict(shapes, seed).items()}
@@ -119,7 +119,7 @@ def golden(config: UNetConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def golden_cifar10(seed: int) -> dict[str, np.ndarray]:
-  """The full-size case; its weights are drawn again by the test."""
+  """Makes the full-size case; the test draws its weights again."""
   config = UNetConfig()
   state = unet_oracle.random_state_dict(
       unet_oracle.state_dict_shapes(config), seed)
@@ -129,7 +129,7 @@ def golden_cifar10(seed: int) -> dict[str, np.ndarray]:
 
 
 def golden_families() -> dict[str, np.ndarray]:
-  """Outputs of every family; weights and inputs are drawn again by the test."""
+  """Makes outputs of every family; the test draws weights and inputs again."""
   found = {}
   for name, config in families.CONFIGS.items():
     state = families.state_of(config)
@@ -144,7 +144,7 @@ def golden_families() -> dict[str, np.ndarray]:
 
 
 def golden_inception() -> dict[str, np.ndarray]:
-  """Outputs; the test draws weights and images again."""
+  """Makes Inception's outputs; the test draws weights and images again."""
   images = inception_oracle.random_images(inception_oracle.GOLDEN_SHAPE)
   return inception_oracle.outputs(
       inception_oracle.random_state(), images)._asdict()

@@ -1,4 +1,4 @@
-"""An HTML page as the tests of the report look at it."""
+"""Parses an HTML page, for the tests of the report."""
 
 from html import parser
 
@@ -6,7 +6,7 @@ VOID = {'meta', 'link', 'img', 'input', 'br', 'wbr'}
 
 
 class Page(parser.HTMLParser):
-  """Elements in order as (tag, attributes), and the page's visible text.
+  """A page's elements in order, as (tag, attributes), and its visible text.
 
   Attributes:
     elements: [(tag, {attribute: value})].
@@ -37,7 +37,7 @@ class Page(parser.HTMLParser):
       self.text += data
 
   def all(self, tag):
-    """Attributes of the elements of a tag."""
+    """The attributes of all elements of a tag."""
     return [attrs for name, attrs in self.elements if name == tag]
 
   @property

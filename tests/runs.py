@@ -24,7 +24,7 @@ SMALL = {
 
 
 def smooth(count, height, width, channels, seed=0):
-  """Random smooth images, uint8."""
+  """Draws random smooth images, uint8."""
   rng = np.random.default_rng(seed)
   rows, columns = (np.linspace(0, np.pi, n) for n in (height, width))
   a = rng.uniform(0.5, 3, (4, count, 1, 1, channels))
@@ -41,7 +41,7 @@ def config_of(path, changes=None):
 
 
 def interrupt(patch, module, at):
-  """SIGTERM reaches this process during step `at` of the module's loop."""
+  """Sends this process SIGTERM during step `at` of the module's loop."""
   make_step = module.make_step
 
   def patched(*args):
@@ -58,7 +58,7 @@ def interrupt(patch, module, at):
 
 
 def contents(folder):
-  """{path: bytes} of all files; events hold the time, so only their paths."""
+  """Reads all files, {path: bytes}; of events, which hold times, only paths."""
   return {str(path.relative_to(folder)):
           b'' if 'tfevents' in path.name else path.read_bytes()
           for path in sorted(folder.rglob('*')) if path.is_file()}
@@ -70,14 +70,14 @@ def times(folder):
 
 
 def teacher(workdir):
-  """Tensors of the teacher's file."""
+  """Reads the tensors of the teacher's file."""
   with safetensors.safe_open(
       workdir / 'pretrain/model.safetensors', 'np') as opened:
     return {key: opened.get_tensor(key) for key in opened.keys()}
 
 
 def final_parameters(config, workdir):
-  """All arrays of the fine-tuned model."""
+  """Reads all arrays of the fine-tuned model."""
   experiment = experiment_lib.load(config, str(workdir))
   spec = finetune.calibrated_spec(experiment, str(workdir))
   deployed = finetune.fit(experiment, spec, str(workdir))
@@ -86,7 +86,7 @@ def final_parameters(config, workdir):
 
 
 def assert_same_run(config, workdir, reference):
-  """Teacher, result and every record of the runs agree, bit for bit."""
+  """Checks that teacher, result and records of two runs agree bit for bit."""
   for name in ('metrics.jsonl', 'pretrain/metrics.jsonl', 'quant_spec.json',
                'router.json'):
     assert ((workdir / name).read_bytes()

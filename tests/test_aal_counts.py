@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
     (tiny.CIFAR10, 68, 45), (tiny.CELEBA64, 83, 51)],
     ids=['cifar10', 'celeba64'])
 def test_the_counts_of_the_real_models(config, aals, nals):
-  """docs/method.md, section 4; full-size models with random weights."""
+  """The counts in docs/method.md, section 4, by full-size random models."""
   params = unet_oracle.from_state_dict(config, unet_oracle.random_state_dict(
       unet_oracle.state_dict_shapes(config), seed=0))
   side = config.image_size

@@ -25,7 +25,7 @@ MULTIPLY = {'int8': 's32.s8.s8', 'fp8': 'f32.e4m3.e4m3'}
 
 @pytest.fixture(scope='module')
 def hopper():
-  """A sharding onto an H200 that is not there."""
+  """Returns a sharding onto an H200 that is not there."""
   pytest.importorskip('jax_cuda12_plugin')
   # As in `make aot`, for who runs this file alone.
   jax.config.update('jax_platforms', 'cpu')
@@ -53,7 +53,7 @@ def build(hopper, monkeypatch, capfd):
 
 
 def check(said, carrier, rows):
-  """No register is spilled, and the tensor cores multiply the carrier."""
+  """Checks that no register is spilled and tensor cores take the carrier."""
   stores, loads = re.findall(r'(\d+) bytes spill (?:stores|loads)', said)
   assert (stores, loads) == ('0', '0')
   # Three warpgroups of 128 threads share 65536 registers.
@@ -96,7 +96,7 @@ def test_conv(build, carrier, stride, mapped):
 
 
 def test_odd_shapes(build):
-  """What the wrapper pads and cuts off compiles too."""
+  """Shapes that the wrapper pads and cuts off compile too."""
   said = build(
       functools.partial(mosaic_gpu.matmul, fmt=E2M1, out_dtype=jnp.bfloat16),
       ((5, 30), np.int8), ((64, 32), jnp.uint8), ((7,), jnp.float32),

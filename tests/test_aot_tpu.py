@@ -40,7 +40,7 @@ CONVS = {  # x, output channels, window, stride
 
 @pytest.fixture(scope='module')
 def shardings():
-  """A sharding on one device of each chip."""
+  """Returns a sharding on one device of each chip."""
   with pytest.MonkeyPatch.context() as patch:
     for name, value in tpu_cost.LIBTPU_ENVIRONMENT.items():
       patch.setenv(name, value)
@@ -49,7 +49,7 @@ def shardings():
 
 @pytest.fixture
 def compile_for(shardings, monkeypatch):
-  """(chip, function, (shape, dtype)...) -> the compiled function."""
+  """Returns a compiler: (chip, function, (shape, dtype)...) -> compiled."""
 
   def compile_(chip, function, *args):
     monkeypatch.setattr(blocks_lib, 'generation', lambda: chip)

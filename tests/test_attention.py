@@ -1,4 +1,4 @@
-"""Attention in pieces, and guidance, against what they stand for."""
+"""Attention in pieces, and guidance, against their plain formulas."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the benchmarks compute from the files of runs."""
+"""The figures that benchmarks compute from the files of runs."""
 
 import pytest
 

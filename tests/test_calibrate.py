@@ -34,7 +34,7 @@ def test_aals_by_their_extremes(minimum, maximum, expected):
 
 
 def test_silu_itself_is_an_aal():
-  """With float32's rounding, over a range that holds its minimum."""
+  """SiLU is an AAL, with float32's rounding, where its minimum is seen."""
   x = np.linspace(-20, 6, 100_001, dtype=np.float32)
   y = np.asarray(jax.nn.silu(x))
   assert y.min() < -0.2784
@@ -43,7 +43,7 @@ def test_silu_itself_is_an_aal():
 
 
 class Clock(nn.Module):
-  """Its layer's input is t; it predicts no noise."""
+  """A model whose one layer has the input t; it predicts no noise."""
 
   @nn.compact
   def __call__(self, x, t):
@@ -51,7 +51,7 @@ class Clock(nn.Module):
 
 
 class Pixels(nn.Module):
-  """Its layers' inputs are the image and twice the image; no noise."""
+  """A model whose layers see the image, once doubled; it predicts no noise."""
 
   @nn.compact
   def __call__(self, x, t):
@@ -95,7 +95,7 @@ def test_samples_are_drawn_evenly_from_all_pixels_and_batches():
 
 
 def test_extremes_are_over_all_values_of_all_steps():
-  """With no noise predicted, x is x_T sqrt(abar_t / abar_T) at t."""
+  """Extremes are those at all steps; x is x_T sqrt(abar_t / abar_T) at t."""
   noise = np.array(tiny.noise(0))
   noise[1, 2, 3, 0], noise[2, 0, 0, 0] = 1000, -500
   found = run(Pixels(), [tiny.noise(1), jnp.asarray(noise)], samples=8)
@@ -146,7 +146,7 @@ def test_a_spec_has_every_layer_in_order_with_its_role():
 
 
 def test_stated_errors_are_those_of_the_quantizers():
-  """By brute force, on activations and on kernels."""
+  """The errors that a spec states are found again by brute force."""
   params = tiny.params(tiny.NET)
   for recipe in ('msfp', 'int'):
     for name, layer in tiny.spec(tiny.NET, recipe).layers.items():
@@ -204,7 +204,7 @@ def widths(spec):
     ('skip-8', {'conv_in', 'conv_out', 'temb', 'shortcut', 'downsample',
                 'upsample'})])
 def test_exceptions_reach_the_listed_roles_and_no_other(name, eight):
-  """Layers of the real names, with hardly any values."""
+  """Exceptions reach the listed roles alone, told by the real layers' names."""
   rng = np.random.default_rng(0)
   names = list(tiny.layers(tiny.CONFIG))
   one = tiny.activations(tiny.NET)['body']
@@ -241,7 +241,7 @@ def test_an_exception_may_be_full_precision():
 
 
 def test_calibrate_follows_the_plan_itself():
-  """As `collect` does; here the input is t."""
+  """Calibration visits the plan's timesteps, as `collect` does."""
   params = {'clock': {'kernel': jnp.ones((1, 1)), 'bias': jnp.zeros(1)}}
   found = calibrate(
       Clock(), params, batches=[tiny.noise(0)],

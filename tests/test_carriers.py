@@ -48,7 +48,7 @@ def test_every_level_is_exact(carrier):
 
 
 def test_formats_are_left_out_only_where_no_unit_fits():
-  """Of all powers of two; for int8 with any offset."""
+  """A format is left out only where no unit would do, nor an offset in int8."""
   for fmt in FORMATS:
     assert carriers.carry(fmt, 'bf16') and carriers.carry(fmt, 'f32')
     steps = fmt.values() / carriers.step(fmt)
@@ -86,7 +86,7 @@ def test_unknown_carriers_are_refused():
 
 
 def grid_of(fmt, length=1600):
-  """Levels, ties, their neighbours in float32, and what is beyond."""
+  """The values to try: levels, ties, their neighbours, and values beyond."""
   levels = fmt.levels()
   ties = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
   around = [np.nextafter(ties, np.float32(s * np.inf)) for s in (-1, 1)]
@@ -97,7 +97,7 @@ def grid_of(fmt, length=1600):
 
 @each_carrier
 def test_quantize_finds_the_nearest_level(carrier):
-  """Levels, all ties, values next to them, saturation."""
+  """Levels, all ties and values next to them are rounded as by brute force."""
   scale = np.float32(0.125)
   for fmt, carried in carried_formats(carrier):
     u = grid_of(fmt)
@@ -173,7 +173,7 @@ def test_sums_are_exact_up_to_the_largest_integer(carrier, bound):
 
 
 def test_sums_of_wide_formats_are_not_exact():
-  """Whose levels are no integers in float32."""
+  """Sums never count as exact where levels are no integers in float32."""
   wide, narrow = FPFormat.parse('E5M2'), FPFormat.parse('E2M1')
   assert not carriers.is_exact(wide, narrow, 1, 'f32')
   assert not carriers.is_exact(narrow, wide, 1, 'bf16')
@@ -183,7 +183,7 @@ def test_sums_of_wide_formats_are_not_exact():
     ('E2M1', 'E2M1', 116508), ('E2M1', 'UE2M2', 49932),
     ('E2M1', 'UE4M0', 85), ('E3M0', 'UE4M0', 16)])
 def test_longer_sums_round_in_float32(weight, act, length):
-  """With a smallest product among the largest ones."""
+  """Beyond the bound a smallest product among the largest ones is lost."""
   weight, act = FPFormat.parse(weight), FPFormat.parse(act)
   assert carriers.is_exact(weight, act, length, 'f32')
   largest = np.float32(math.prod(

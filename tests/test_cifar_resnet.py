@@ -11,7 +11,7 @@ from msfp_jax.metrics import features
 
 @pytest.fixture
 def state():
-  """Random weights of ResNet-8."""
+  """Draws random weights of ResNet-8."""
   rng = np.random.RandomState(0)
   found = {}
   for name, shape in cifar_resnet.state_shapes(1).items():
@@ -24,14 +24,14 @@ def state():
 
 
 def save(path, state):
-  """As its authors: a DataParallel's names in a checkpoint."""
+  """Saves as its authors do: a DataParallel's names in a checkpoint."""
   torch_writer.save_zip(path, {
       'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}})
   return path
 
 
 def reference(state, images):
-  """The network in float64 NumPy."""
+  """Computes the network in float64 NumPy."""
   s = {name: value.astype(np.float64) for name, value in state.items()}
 
   def conv_norm(x, conv, norm, stride=1):

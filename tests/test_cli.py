@@ -25,7 +25,7 @@ def run(*arguments, **environment):
 
 
 def assert_refused(finished, *parts):
-  """Fails with a message that holds the parts, and without a traceback."""
+  """Checks that a command fails with a message of these parts, no traceback."""
   assert finished.returncode not in (0, None)
   assert finished.stdout == ''
   assert 'Traceback' not in finished.stderr

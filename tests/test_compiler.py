@@ -40,7 +40,7 @@ def test_only_cpus_have_any(monkeypatch):
 @pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('is_packed', [False, True])
 def test_xla_leaves_layers_apart(is_packed):
-  """A branch of its own for each of the two quantized layers of three."""
+  """Two of three layers are quantized; each has a branch of its own."""
   model = toy.deployed()
   if is_packed:
     model = packed_lib.pack(model, toy.plan())
@@ -53,7 +53,7 @@ def test_xla_leaves_layers_apart(is_packed):
 @pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('value', [0, 1, -2, np.nan, np.inf])
 def test_whatever_the_input_a_layer_apart_is_itself(value):
-  """Traced, at once, and without any input."""
+  """Setting a layer apart changes no result, jitted or not, empty or not."""
   layer = toy.deployed().layers()['conv_in'].bank(0)
   run = lambda x, layer: x * layer.scale + layer.bias
   x = jnp.full((2, 4), value, jnp.float32)

@@ -42,7 +42,7 @@ def case_id(value):
 
 
 def flat(config):
-  """{dotted field: value}."""
+  """Flattens a config, {dotted field: value}."""
   found = {}
   for name, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
@@ -92,7 +92,7 @@ def test_what_a_config_names_exists(module, variant):
 @pytest.mark.parametrize('sampler', ['ddim', 'ddpm'])
 @pytest.mark.parametrize('schedule', ['linear', 'scaled_linear', 'cosine'])
 def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
-  """With the other fields as they are, since a config's cannot be removed."""
+  """Any sampler can be named while a config's other fields stay as they are."""
   config = common.get_config()
   config.sampler.name, config.schedule.name = sampler, schedule
   plan = diffusion.make_plan(

@@ -1,4 +1,4 @@
-"""What a configuration, or shapes alone, tell about a checkpoint's model."""
+"""A checkpoint's model is told by its configuration, or by shapes alone."""
 
 import copy
 import dataclasses
@@ -78,7 +78,7 @@ def test_the_scale_of_kl_latents_where_nothing_tells_it(tmp_path, naming):
 
 
 def test_an_original_yaml_of_ddim(tmp_path):
-  """Sides and attention that shapes do not tell."""
+  """A yaml of ermongroup/ddim tells what shapes do not: side and attention."""
   config = families.CONFIGS['ddim']
   path = checkpoints.write(
       tmp_path / 'm.safetensors', checkpoints.state_of('ddim'))

@@ -11,7 +11,7 @@ from msfp_jax.models import convolution
 
 
 def reference(x, kernel):
-  """By NumPy in float64: a sum over the nine shifts."""
+  """Convolves in float64 NumPy: a sum over the nine shifts."""
   height, width = x.shape[1:3]
   x = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
   return sum(x[:, i:i + height, j:j + width] @ np.float64(kernel[i, j])
@@ -51,7 +51,7 @@ def conv(features, **fields):
 
 
 def both(features, x, **fields):
-  """The layer with our convolution, and Flax's own, on the same weights."""
+  """Runs a layer with our convolution, and with Flax's, on the same weights."""
   ours = conv(features, conv_general_dilated=convolution.conv_general_dilated,
               **fields)
   params = ours.init(jax.random.key(0), x)

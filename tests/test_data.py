@@ -49,7 +49,7 @@ def test_digits_are_uint8_on_black():
 
 
 def test_digits_shrunk_again_are_the_scans():
-  """Bilinear doubling, then 2 x 2 means, is the kernel (1, 6, 1) / 8."""
+  """Means of 2 x 2 pixels give the scans, blurred by (1, 6, 1) / 8."""
   scans = load_digits().images * 255 / 16
   blur = lambda a, axis: np.apply_along_axis(
       lambda v: np.convolve(np.pad(v, 1, 'edge'), [1/8, 6/8, 1/8], 'valid'),

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope='module')
 def planes():
-  """Five files of 10,000 rows as published: red, green, blue planes."""
+  """Makes five files of 10,000 rows as published: red, green, blue planes."""
   return RNG.integers(0, 256, (5, 10_000, 3, 32, 32), np.uint8)
 
 
@@ -33,7 +33,7 @@ def write_binary(folder, planes):
 
 
 def python2_pickle(rows):
-  """As Python 2 wrote it: everything a string of bytes, old module names."""
+  """Pickles as Python 2 did: strings of bytes, old module names."""
   short = lambda text: b'U' + bytes([len(text)]) + text
   content = rows.tobytes()
   dtype = (b'cnumpy\ndtype\n' + short(b'u1') + b'K\x00K\x01\x87R'
@@ -169,7 +169,7 @@ def write_parquet(tmp_path):
 
 
 def test_parquet(write_parquet):
-  """Two files, any rows in any order, also twice."""
+  """Rows of two files are read in any order, also twice."""
   images = RNG.integers(0, 256, (8, 4, 6, 3), np.uint8)
   write_parquet('a.parquet', images[:3])
   loaded = data.load('parquet', str(write_parquet('b.parquet', images[3:])))

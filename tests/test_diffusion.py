@@ -24,7 +24,7 @@ def noise(seed=0):
 
 
 def toy_eps(xp, x, t):
-  """Not linear in x, different for every t and every pixel; xp: np or jnp."""
+  """A toy model, not linear in x, different at every t and pixel."""
   phase = xp.arange(x.size).reshape(x.shape) / 7
   t = t.reshape(-1, 1, 1, 1)
   return (xp.sqrt((t + 1) / 1001) * x + 0.2 * xp.sin(2 * x + phase)
@@ -42,13 +42,13 @@ def numpy_eps(x, t):
 
 @functools.cache
 def fresh_noise(num_steps):
-  """What the samplers draw at each position, float64 [S, ...]."""
+  """Draws the noise that samplers draw at each position, float64 [S, ...]."""
   draw = lambda i: jax.random.normal(jax.random.fold_in(KEY, i), SHAPE)
   return np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(num_steps)), np.float64)
 
 
 def ddim_step(bar, t, t_next, x, e, z, eta):
-  """ermongroup's recurrence, functions/denoising.py."""
+  """Steps by ermongroup's recurrence, functions/denoising.py."""
   a = bar[t]
   a_next = bar[t_next] if t_next >= 0 else 1.0
   x0 = (x - e * np.sqrt(1 - a)) / np.sqrt(a)
@@ -58,7 +58,7 @@ def ddim_step(bar, t, t_next, x, e, z, eta):
 
 
 def ddpm_step(bar, t, t_next, x, e, z, variance):
-  """Algorithm 2, with alpha = abar / abar' between the visited steps."""
+  """Steps by DDPM's algorithm 2, alpha = abar / abar' between visited steps."""
   a_next = bar[t_next] if t_next >= 0 else 1.0
   alpha = bar[t] / a_next
   beta = 1 - alpha
@@ -78,13 +78,13 @@ def walk(step, bar, timesteps, x, option):
 
 
 def assert_near(actual, desired, relative=1e-4):
-  """Within `relative` of the largest magnitude (float32 over many steps)."""
+  """Checks to a tolerance relative to the largest magnitude."""
   np.testing.assert_allclose(
       actual, desired, rtol=0, atol=relative * np.abs(desired).max())
 
 
 def bars(betas):
-  """alphabar by the recurrence."""
+  """Computes alphabar by the recurrence."""
   out, bar = [], 1.0
   for beta in betas:
     bar *= 1 - beta

@@ -37,14 +37,14 @@ def from_spec(model, params, spec, plan=tiny.PLAN):
 
 @functools.cache
 def of_unet():
-  """Every layer of the small UNet, in 4 bits."""
+  """Packs the small UNet, every layer in 4 bits."""
   params = tiny.params(tiny.UNET)
   return from_spec(tiny.UNET, params, tiny.by_hand(params))
 
 
 @functools.cache
 def of_toy():
-  """Two banks, 3 bits, a layer in full precision; a model of our own."""
+  """Packs the toy: two banks, 3 bits, a layer in full precision."""
   return packed_lib.pack(toy.deployed(), toy.plan())
 
 
@@ -56,7 +56,7 @@ def saved(tmp_path):
 
 
 def assert_equal(actual, expected):
-  """All of both models."""
+  """Checks that two packed models are equal in everything."""
   for field in ('arrays', 'act_quantizers', 'choices'):
     tiny.assert_trees_equal(getattr(actual, field), getattr(expected, field))
   assert actual.model == expected.model
@@ -141,7 +141,7 @@ def test_the_file_is_what_other_tools_expect(saved):
 
 
 def of_shapes(config):
-  """Zeros, with two banks in all layers but those of 'skip-8'."""
+  """Makes a model of zeros, with two banks in all layers of 4 bits."""
   shapes = native.abstract_params(UNet(config))
   wide = spec_lib.EXCEPTIONS['skip-8']
   layers = {}
@@ -170,7 +170,7 @@ def of_shapes(config):
     (native.load_pretrained('digits16')[0].config, 4.3),
     (tiny.CIFAR10, 4.1)], ids=['digits', 'cifar10'])
 def test_bits_of_a_weight_and_bank(tmp_path, config, limit):
-  """Everything counted: header, scales, biases, normalizations."""
+  """The bits of a file, everything counted: header, scales, normalizations."""
   path = tmp_path / 'model'
   export.save(path, of_shapes(config), command=(
       'python train.py --config=configs/digits.py:demo --workdir=runs/demo'))
@@ -335,7 +335,7 @@ def test_an_unknown_implementation(saved):
 
 
 def test_a_format_that_the_kernels_lack(tmp_path):
-  """Asked for by name, they are not replaced in silence."""
+  """A kernel asked for by name says why not; nothing else runs in silence."""
   export.save(tmp_path / 'toy', of_toy())
   loaded = export.load(
       tmp_path / 'toy', model=toy.Toy(), implementation='mosaic_tpu')

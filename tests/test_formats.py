@@ -17,7 +17,7 @@ ALL = [
 
 
 def value_of_bits(pattern: str, exponent_bits: int, signed: bool) -> float:
-  """What a string of bits stands for, read one binary digit after the other."""
+  """Reads the value of a string of bits, one binary digit after the other."""
   sign = -1.0 if signed and pattern[0] == '1' else 1.0
   field = pattern[signed:][:exponent_bits]
   fraction = pattern[signed:][exponent_bits:]

@@ -18,7 +18,7 @@ def save(folder, arrays):
 
 @pytest.fixture
 def opened(monkeypatch):
-  """Names of the files that are opened."""
+  """Records the names of the files that are opened."""
   names, original = [], Image.open
 
   def counted(file):
@@ -68,7 +68,7 @@ def test_a_set_is_not_turned_into_an_array_by_accident(tmp_path):
 
 
 def test_all_headers_are_read_before_a_set_is_grey(tmp_path, opened):
-  """Also where the last image alone has colours."""
+  """A set is not taken for grey where its last image alone has colours."""
   images = list(np.zeros((30, 2, 2), np.uint8))
   assert data.load('images', save(tmp_path, images)).shape == (30, 2, 2, 1)
   assert len(set(opened)) == 30

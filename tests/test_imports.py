@@ -49,7 +49,7 @@ def room_of(path):
 
 
 def imports(path):
-  """Dotted names of all that a file imports, also inside functions."""
+  """Lists the dotted names that a file imports, also inside functions."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -61,7 +61,7 @@ def imports(path):
 
 
 def rooms_imported(path):
-  """The package's rooms that a file imports; '__init__' for the package."""
+  """Lists the rooms that a file imports; '__init__' for the package."""
   rooms = set()
   for name in imports(path):
     head, *rest = name.split('.')
@@ -121,7 +121,7 @@ def test_only_the_report_draws_and_only_evaluation_reports(path):
 
 @pytest.mark.parametrize('room', ['metrics', 'data', 'writer', 'models'])
 def test_no_quantization_beneath(room):
-  """Neither directly nor through another room."""
+  """Rooms below import no quantization, directly or through others."""
   reached, todo = set(), {room}
   while todo:
     reached |= todo

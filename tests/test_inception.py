@@ -30,7 +30,7 @@ SMALL = {'first': (3, 3, 3, 4), 'Mixed.second': (1, 7, 4, 2)}
 
 @pytest.fixture
 def small(monkeypatch):
-  """Its state dict; the package knows no other network meanwhile."""
+  """Puts a tiny network in Inception's place; returns its state dict."""
   monkeypatch.setattr(inception, 'CONVOLUTIONS', SMALL)
   monkeypatch.setattr(inception, 'NUM_FEATURES', 5)
   monkeypatch.setattr(inception, 'NUM_CLASSES', 3)
@@ -40,7 +40,7 @@ def small(monkeypatch):
 
 
 def nested(state, make):
-  """Dotted names -> modules in modules."""
+  """Nests tensors of dotted names as modules in modules."""
   root = make()
   for name, value in state.items():
     module = root
@@ -52,7 +52,7 @@ def nested(state, make):
 
 
 def save_script(path, state):
-  """As torch.jit.save: objects of the archive's own classes."""
+  """Saves as torch.jit.save does: objects of the archive's own classes."""
   name = '__torch__.net.___torch_mangle_1.Net'
   torch_writer.save_zip(
       path, lambda made: nested(state, made[name]), extra=[name])
@@ -230,7 +230,7 @@ def test_files_by_hand(tmp_path):
 
 
 def resize_like_tensorflow(x):
-  """TensorFlow 1's kernel, every operation rounded to float32."""
+  """Resizes as TensorFlow 1 does, every operation rounded to float32."""
   one = np.float32
   out = x.astype(one)
   for axis in (1, 0):
@@ -286,7 +286,7 @@ def test_conventions_and_channels_that_there_are_not():
 
 @pytest.fixture
 def fake(monkeypatch):
-  """'inception' without weights: outputs depend on the mean colour."""
+  """Puts a fake in Inception's place, whose outputs are mean colours."""
   def apply(params, x):
     mean = x.mean(axis=(1, 2))
     return inception.Outputs(

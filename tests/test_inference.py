@@ -47,7 +47,7 @@ DENSES = {'dense': (IMAGE, {}), 'dense_vector': ((4,), {}),
 
 
 class One(nn.Module):
-  """A layer, called `layer`."""
+  """A model of one layer, called `layer`."""
 
   make: type
   options: dict
@@ -58,7 +58,7 @@ class One(nn.Module):
 
 
 class Zoo(nn.Module):
-  """One layer of every kind."""
+  """A model of one layer of every kind."""
 
   @nn.compact
   def __call__(self, inputs):
@@ -74,7 +74,7 @@ _jit = functools.partial(
 
 
 def params_of(model, *inputs):
-  """Random, biases too."""
+  """Draws random parameters, biases too."""
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)['params']
   rng = np.random.default_rng(0)
   return jax.tree.map(
@@ -82,7 +82,7 @@ def params_of(model, *inputs):
 
 
 def weight_of(kernel):
-  """Its quantizer, by output channel."""
+  """Makes a kernel's quantizer, with a scale for each output channel."""
   return quantizers.Quantizer(
       FPFormat.parse('E2M1'), jnp.abs(kernel).max(
           tuple(range(kernel.ndim - 1)), keepdims=True) / 6)
@@ -95,7 +95,7 @@ ACTS = [
 
 
 def quantize(params, act):
-  """{layer: packed}, parameters without kernels, quantized parameters."""
+  """Returns {layer: packed}, and the parameters with quantized kernels."""
   weights = layers_lib.leaves(params, 'kernel')
   biases = layers_lib.leaves(params, 'bias')
   packed = {name: kernels.prepare(kernels.pack(kernels.make_layer(
@@ -125,7 +125,7 @@ def test_every_kind_of_layer(act):
 
 
 def one(make, *inputs, **options):
-  """A model of one layer, what is packed of it, and quantized parameters."""
+  """Returns a model of one layer, its packed layer and quantized parameters."""
   model = One(make, options)
   return model, *quantize(params_of(model, *inputs), ACTS[1])
 
@@ -141,7 +141,7 @@ KINDS = {'conv': (nn.Conv, IMAGE, {'features': 5, 'kernel_size': (3, 3)}),
     (jnp.float32, jnp.bfloat16, jnp.float32),
     (None, jnp.bfloat16, jnp.float32)])
 def test_dtypes_are_those_of_flax(kind, dtype, of_input, expected):
-  """And levels those of the input as it is, rounded at the end alone."""
+  """Results have Flax's dtypes; inputs are quantized before any rounding."""
   make, shape, options = KINDS[kind]
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), of_input)
   model, packed, quantized = one(make, x, **options, dtype=dtype)
@@ -158,7 +158,7 @@ def test_dtypes_are_those_of_flax(kind, dtype, of_input, expected):
 
 
 class Pair(nn.Module):
-  """Two layers, called as keywords too."""
+  """A model whose two layers are also called with keywords."""
 
   @nn.compact
   def __call__(self, x):
@@ -236,7 +236,7 @@ def test_a_format_that_the_kernels_lack():
 
 
 def test_a_convolution_of_the_models_own_is_used():
-  """In float32; with another than XLA's."""
+  """A model's own convolution is used, for products in float32."""
   calls = []
 
   def double(*args, **options):

@@ -20,7 +20,7 @@ ACTS = WEIGHTS + formats_lib.formats_of_width(4, signed=False)
 
 @pytest.mark.parametrize('weight', WEIGHTS, ids=str)
 def test_every_pair_of_4_bits(weight):
-  """Operation by operation, so that they share compilations."""
+  """All pairs of 4-bit formats agree; not jitted, to share compilations."""
   eager = lambda function: function
   for act in ACTS:
     for case in [
@@ -35,7 +35,7 @@ def test_every_pair_of_4_bits(weight):
     ('E3M2', 'UE3M3'), ('E1M6', 'UE1M7'), ('E4M3', 'E4M3'), ('E4M0', 'UE2M4'),
     ('E1M1', 'E2M0'), ('E5M2', 'E2M5')])
 def test_other_widths(weight, act):
-  """Two that int8 holds, one of them with an offset; two that fp8 does."""
+  """Formats of other widths agree: some fit int8, some fp8, some neither."""
   case = Case((5, 37), (37, 6), weight, act, act_zero=-0.3)
   case.assert_agree()
   assert case.packed.packing == ('nibbles' if weight == 'E1M1' else 'bytes')
@@ -62,7 +62,7 @@ CONVS = {
 
 @pytest.mark.parametrize('name', CONVS)
 def test_geometries(name):
-  """With all that the shift is made of."""
+  """Convolutions of all shapes agree, with zero point, offset and bias."""
   x, w, options = CONVS[name]
   conv_case(x, w, 'E2M1', 'UE3M1', act_zero=0.3, **options).assert_agree()
 
@@ -72,7 +72,7 @@ def test_geometries(name):
     ('UE1M3', 'UE1M3', 'dilation'), ('UE1M3', 'UE1M3', '1-D'),
     ('UE1M7', 'UE1M7', '3x3, strides'), ('UE3M1', 'E2M1', '3x3, strides')])
 def test_zero_points_of_weights(weight, act, name):
-  """INT; the sums are large and their difference small."""
+  """Weights with zero points agree, though large sums nearly cancel."""
   x, w, options = CONVS[name]
   case = conv_case(x, w, weight, act, zero=-1.5, act_zero=-1.2, **options)
   outputs = jit(lambda x, layers: [
@@ -125,7 +125,7 @@ def test_the_layout_for_hopper_runs_by_xla_too(kind):
 
 @pytest.mark.parametrize('kind', SOME)
 def test_banks(kind):
-  """One compilation for all of them; in every packing."""
+  """One compiled program runs every bank, in every packing."""
   case = SOME[kind]('E2M1', 'UE3M1', act_zero=0.2)
   banked = case.layer.replace(
       banked=True, weights=jnp.stack([
@@ -160,7 +160,7 @@ def test_nan_reaches_what_it_is_part_of(kind):
 
 @pytest.mark.parametrize('kind', SOME)
 def test_bfloat16_is_rounded_once(kind):
-  """In, and out."""
+  """A bfloat16 input is quantized as it is, and the result is rounded once."""
   case = SOME[kind]('E2M1', 'UE3M1', act_zero=0.2)
   case.x = jnp.asarray(case.x, jnp.bfloat16)
   y = case.run()

@@ -29,7 +29,7 @@ class State:
 
 @jax.jit
 def step_fn(state):
-  """A random walk whose noise depends on the step alone."""
+  """Steps a random walk whose noise depends on the step alone."""
   noise = jax.random.normal(jax.random.fold_in(KEY, state.step), (SIZE,))
   value = 0.9 * state.value + noise
   scalars = {'loss': jnp.mean(value**2), 't': state.step * 100.0}
@@ -53,7 +53,7 @@ def steps_on_disk(workdir):
 
 
 def assert_same_run(workdir, state, reference):
-  """State and metrics.jsonl are the uninterrupted run's, bit for bit."""
+  """Checks that state and metrics.jsonl are the uninterrupted run's."""
   reference_workdir, reference_state = reference
   assert int(state.step) == int(reference_state.step)
   np.testing.assert_array_equal(
@@ -72,7 +72,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def orbax_noise():
-  """orbax drops coroutines when a read fails; they complain when collected."""
+  """Collects the coroutines that orbax drops when a read fails."""
   yield
   gc.collect()
 
@@ -213,7 +213,7 @@ def empty_all(files):
 
 
 def zero_largest(files):
-  """What a power failure may leave: the length, but not the content."""
+  """Zeroes the largest file, as a power failure may: the length stays."""
   file = max(files, key=lambda f: f.stat().st_size)
   file.write_bytes(bytes(file.stat().st_size))
 
@@ -352,7 +352,7 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_remain(
 
 @with_orbax_noise
 def test_files_that_cannot_be_written_whole(tmp_path, reference):
-  """As a full disk or a quota, by the limit on the size of files."""
+  """A full disk, by a limit on file sizes, leaves earlier checkpoints."""
   with pytest.raises(Crash):
     run(tmp_path, on_step=crash_at(4))
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

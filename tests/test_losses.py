@@ -21,7 +21,7 @@ PLANS = {
 
 
 def bar(t):
-  """alphabar_t of LINEAR; 1 before the first step."""
+  """Computes alphabar_t of LINEAR; 1 before the first step."""
   return np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:t + 1])
 
 

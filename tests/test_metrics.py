@@ -27,7 +27,7 @@ def _stats(x, batch=None):
 
 
 def _normalised(count=400, dim=2, seed=0):
-  """Samples with mean 0 and the identity as covariance, exactly."""
+  """Draws samples with mean 0 and the identity as covariance, exactly."""
   x = np.random.RandomState(seed).standard_normal((count, dim))
   x -= x.mean(axis=0)
   return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T

@@ -37,7 +37,7 @@ def integers(codes, fmt):
 
 
 def draw(shape, carrier, seed=0):
-  """Levels that int8 and fp8 both hold."""
+  """Draws levels that int8 and fp8 both hold."""
   rng = np.random.default_rng(seed)
   return rng.integers(-8, 9, shape).astype(DTYPES[carrier])
 
@@ -66,7 +66,7 @@ def lower(function, *shapes):
 @pytest.mark.parametrize('carrier', DTYPES)
 @pytest.mark.parametrize('fmt', FORMATS)
 def test_every_byte_decodes(fmt, carrier):
-  """Every pair of codes in a byte, in each of a word's 4 bytes."""
+  """Every pair of codes in a byte decodes, in each of a word's 4 bytes."""
   codes = np.arange(256, dtype=np.uint8)
   codes = np.stack([codes & 15, codes >> 4], -1)  # [256, 2]
   codes = np.concatenate([np.roll(codes, i, axis=0) for i in range(64)], 1)
@@ -77,7 +77,7 @@ def test_every_byte_decodes(fmt, carrier):
 
 
 def test_permute_is_that_of_ptx():
-  """The examples of the PTX manual's table: bytes by number, then signs."""
+  """Our prmt does what the PTX manual says: bytes by number, then signs."""
   ops = decode_lib.array_ops(np)
   low, high = np.uint32(0x83828180), np.uint32(0x07060504)
   pick = lambda selector: hex(ops.permute(low, high, np.uint32(selector)))
@@ -88,7 +88,7 @@ def test_permute_is_that_of_ptx():
 
 @pytest.mark.parametrize('fmt', FORMATS)
 def test_no_level_is_a_subnormal_of_fp8(fmt):
-  """So that devices which flush these still multiply right."""
+  """No level is a subnormal of fp8, which a device may flush to 0."""
   levels = np.abs(integers(np.arange(16), fmt))
   least = ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).smallest_normal
   assert mosaic_gpu.weight_unit(FPFormat.parse(fmt), 'fp8') == 1.0
@@ -150,7 +150,7 @@ def test_conv_lowers(stride, mapped):
     *((rows, 128) for rows in blocks_lib.ROWS),
     *((256, depth) for depth in blocks_lib.DEPTHS)])
 def test_blocks_fit_into_shared_memory(rows, depth):
-  """Mosaic adds it up when it lowers."""
+  """The largest blocks fit: Mosaic adds up shared memory when it lowers."""
   stages = blocks_lib.most_stages(rows, depth, jnp.float32)
   text = lower(
       functools.partial(
@@ -225,7 +225,7 @@ def epilogue(sums, scale, shift, out_dtype=np.float32):
 
 
 def affine(n, map_size=()):
-  """Scales that are powers of two, so that float32 is exact here."""
+  """Draws a scale of powers of two and a shift, so that float32 is exact."""
   rng = np.random.default_rng(2)
   scale = np.ldexp(1.0, rng.integers(-3, 3, n)).astype(np.float32)
   return scale, rng.integers(-9, 9, (*map_size, n)).astype(np.float32)
@@ -252,7 +252,7 @@ def test_matmul(fmt, carrier, shape, blocks, out_dtype):
 
 
 def convolve(x, w, strides, padding):
-  """By its definition, in int64; `[B, H, W, C]` and `[kh, kw, C, N]`."""
+  """Convolves by the definition, in int64."""
   x = np.pad(x.astype(np.int64), ((0, 0), *padding, (0, 0)))
   kh, kw = w.shape[:2]
   h, w_ = ((s - k) // d + 1 for s, k, d in zip(

@@ -22,18 +22,18 @@ E2M1 = FPFormat.parse('E2M1')
 
 
 def _integers(fmt: FPFormat) -> np.ndarray:
-  """The level of each code in steps, int64."""
+  """The level of each code, in steps, int64."""
   return np.rint(fmt.values() / carriers.step(fmt)).astype(np.int64)
 
 
 def _draw(shape):
-  """Codes, and the canonical packed ones."""
+  """Draws codes, and packs them in the canonical way."""
   codes = np.random.default_rng(0).integers(0, 16, shape, dtype=np.uint8)
   return codes, jnp.asarray(carriers.pack_halves(codes))
 
 
 def _x(fmt: FPFormat, carrier: str, shape):
-  """Levels as the carrier holds them, and the same in float64."""
+  """Draws levels, as the carrier holds them and in float64."""
   carried = carriers.carry(fmt, carrier)
   codes = np.random.default_rng(1).integers(0, 2**fmt.bits, shape)
   values = carried.values()[codes]
@@ -63,7 +63,7 @@ def _conv(strides=(1, 1), padding=((1, 1), (1, 1)), fmt=E2M1,
 
 
 def _conv_oracle(x, w, strides, padding):
-  """Taps one after the other; int64 stays int64."""
+  """Convolves tap by tap; int64 stays int64."""
   x = np.pad(x, ((0, 0), *padding, (0, 0)))
   (kh, kw), (sh, sw) = w.shape[:2], strides
   height = (x.shape[1] - kh) // sh + 1

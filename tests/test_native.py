@@ -44,7 +44,7 @@ def test_there_and_back(saved):
 
 
 def test_the_file_is_what_other_tools_expect(saved):
-  """Plain safetensors: dotted names, the configuration in the header."""
+  """The file is plain safetensors: dotted names, the model in the header."""
   with safetensors.safe_open(saved, 'np') as opened:
     metadata, keys = opened.metadata(), set(opened.keys())
     kernel = opened.get_tensor('down.0.block.0.conv1.kernel')
@@ -143,7 +143,7 @@ class DiskFull(OSError):
 
 
 def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
-  """Neither a half-written file nor damage to the one that was there."""
+  """A failed save leaves no half-written file, and the old one as it was."""
   before = saved.read_bytes()
   new = saved.with_name('new.safetensors')
   written = []

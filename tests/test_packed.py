@@ -1,4 +1,4 @@
-"""Packed models predict and sample as the models that they were."""
+"""Packed models predict and sample as the models that were packed."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def noise(shape, seed=0):
 
 @functools.cache
 def pair():
-  """The toy, with one set of biases that are not 0, and the same packed."""
+  """The toy, with biases that are not 0, and the same packed."""
   deployed = toy.deployed()
   biases = {name: noise(bias.shape) for name, bias in layers_lib.leaves(
       deployed.params, 'bias').items()}
@@ -42,7 +42,7 @@ def pair():
 
 @pytest.mark.parametrize('implementation', [None, 'reference', 'xla'])
 def test_every_step_has_the_weights_of_its_bank(implementation):
-  """Against the fake-quantized model, and the simulation."""
+  """Every step runs its own bank, by fake quantization and by simulation."""
   deployed, packed = pair()
   packed = packed.with_implementation(implementation)
   x, t = noise((3, *toy.SHAPE)), jnp.full(3, 500.0)
@@ -84,7 +84,7 @@ def test_what_is_packed_is_held_once():
 
 
 def test_sizes():
-  """Codes of two a byte, float32 beside."""
+  """Sizes are those of two codes a byte, and of float32 for the rest."""
   _, packed = pair()
   assert packed.layers['conv_in'].weights.shape == (2, 3, 3, 1, 4)
   assert packed.layers['conv_out'].weights.shape == (1, 3, 3, 2, 1)
@@ -126,7 +126,7 @@ def test_what_cannot_be_packed_is_named():
 
 
 def tuned(model):
-  """Two banks in every layer, as `Student.deploy` returns them."""
+  """Makes a tuned model of two banks in every layer, by `Student.deploy`."""
   params = tiny.params(model)
   spec = tiny.by_hand(params)
   banked = tuple(spec.layers)
@@ -176,7 +176,7 @@ def test_models_of_two_banks(model):
 
 
 class Deep(nn.Module):
-  """Convolutions wide enough for Winograd's algorithm."""
+  """A deep model of convolutions wide enough for Winograd's algorithm."""
 
   @nn.compact
   def __call__(self, x, t):
@@ -203,7 +203,7 @@ def test_deep_networks_are_equal_bit_for_bit():
 
 
 class Heavy(nn.Module):
-  """Many weights and small inputs."""
+  """A model of many weights for inputs that are small."""
 
   @nn.compact
   def __call__(self, x, t):

@@ -17,7 +17,7 @@ E2M1 = FPFormat.parse('E2M1')
     ('E2M1', 'nibbles'), ('E1M1', 'nibbles'), ('UE2M2', 'nibbles'),
     ('E3M1', 'bytes'), ('E4M3', 'bytes')])
 def test_packed_weights(fmt, packing):
-  """Their size, codes and values."""
+  """Packed weights have the right size, codes and values."""
   case = SOME['conv'](fmt, 'E2M1')
   packed = case.packed
   assert (packed.packing, packed.in_features) == (packing, 3)

@@ -44,7 +44,7 @@ def test_weights_of_torch_and_of_torchscript(state, tmp_path):
   network = inception_oracle.network(state, ['2048'])
 
   class Layers(torch.nn.Module):
-    """The layers alone: torch cannot script the rest of torch-fidelity's."""
+    """The layers of torch-fidelity's network; torch cannot script the rest."""
 
     def __init__(self):
       super().__init__()

@@ -51,7 +51,7 @@ def test_shared_values_are_shared(protocol):
 
 
 class Custom:
-  """An object with state, of a module that is no library."""
+  """An object with state, whose module is not a library's."""
 
   def __init__(self):
     self.value = 3
@@ -77,7 +77,7 @@ def harm(*args):
 
 
 class Harm:
-  """Its pickle calls a function of this module."""
+  """An object whose pickle calls a function of this module."""
 
   def __reduce__(self):
     return harm, (1,)
@@ -96,7 +96,7 @@ def test_nothing_is_called(protocol):
 
 
 def reduce_pickle(function, *args):
-  """A pickle that calls any function."""
+  """Makes a pickle that calls any function."""
 
   class Call:
 

@@ -15,7 +15,7 @@ class _Clock:
 
 
 def _progress(caplog, updates, total, start=0, **kwargs):
-  """The lines logged for `updates`, a list of (seconds, step, scalars)."""
+  """Collects the lines logged for `updates`, (seconds, step, scalars) each."""
   caplog.set_level(logging.INFO, logger='absl')
   clock = _Clock()
   progress = progress_lib.Progress(

@@ -22,7 +22,7 @@ def lazy(state):
 
 
 def zeros(config):
-  """A state dict of full size that takes no memory."""
+  """Makes a state dict of full size that takes no memory."""
   return {name: np.broadcast_to(np.float32(0), shape) for name, shape
           in unet_oracle.state_dict_shapes(config).items()}
 

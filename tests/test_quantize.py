@@ -127,7 +127,7 @@ def test_jitted_and_eager_agree():
 
 
 class Spy:
-  """In a quantizer's place: records its layer, passes the input."""
+  """Takes a quantizer's place: records its layer, passes the input."""
 
   def __init__(self, name, calls):
     self.name, self.calls = name, calls

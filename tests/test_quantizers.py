@@ -36,14 +36,14 @@ def assert_same_bits(actual, desired):
 
 
 def log_uniform(fmt, size):
-  """Both signs, from far below the smallest level to beyond the largest."""
+  """Draws both signs, from far below the smallest level to past the largest."""
   low = np.log2(fmt.levels()[fmt.levels() > 0][0]) - 3
   magnitude = 2.0**rng().uniform(low, np.log2(fmt.max) + 1, size)
   return (magnitude * rng().choice([-1, 1], size)).astype(np.float32)
 
 
 def brute_force(u, fmt):
-  """The nearest level in float64, and whether two levels are equally near."""
+  """Finds the nearest level in float64, and whether another is as near."""
   levels = fmt.levels()
   u = np.clip(np.asarray(u, np.float64), fmt.lowest, fmt.max)
   distance = np.abs(u[..., None] - levels)
@@ -52,7 +52,7 @@ def brute_force(u, fmt):
 
 
 def affine_case(fmt):
-  """A random x [64, 5], with scales and zero points per column."""
+  """Draws x `[64, 5]`, and scales and zero points per column."""
   x = (3 * rng().normal(size=(64, 5))).astype(np.float32)
   scale = (rng().uniform(2, 8, 5) / fmt.max).astype(np.float32)
   zero_point = rng().uniform(-1, 1, 5).astype(np.float32)

@@ -1,4 +1,4 @@
-"""How far teacher and student are apart at every step."""
+"""Distances of teacher and student at every step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What each section of the report finds in the data."""
+"""Each section of the report shows what is in the data."""
 
 import base64
 import io
@@ -191,7 +191,7 @@ def test_curves_are_read_and_grouped(tmp_path):
 
 
 def source(**changes):
-  """Full precision and two models, of which the evil one is shown."""
+  """Makes a run of full precision and two models; one has a hostile name."""
   full = spec_lib.LayerSpec('conv', 'NAL', None, None)
   fields = {
       'workdir': '', 'command': EVIL, 'row': EVIL,

@@ -63,7 +63,7 @@ def test_the_same_drawing_has_the_same_bytes(drawn):
 
 
 def luminance(colour):
-  """WCAG 2.2, relative luminance."""
+  """Computes the relative luminance of WCAG 2.2."""
   channels = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
   r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055)**2.4
              for c in channels)

@@ -74,7 +74,7 @@ def test_npz_as_adm_reads_it(tmp_path):
 
 
 def peak(folder, count):
-  """Most memory while images on the disk are scored, and the metrics."""
+  """Scores images on the disk; returns the peak of memory and the metrics."""
   images = filled(folder, random_images(count, 1), 64)
   first = filled(folder / 'fp', random_images(count, 2), 64)
   network = features.get('random', SHAPE)

@@ -40,7 +40,7 @@ def assert_near(actual, desired):
 
 
 class CompVis:
-  """DDIMSampler and PLMSSampler of latent diffusion, eta = 0."""
+  """Steps as DDIMSampler and PLMSSampler of latent diffusion do, eta = 0."""
 
   def __init__(self, steps, spacing='uniform'):
     if spacing == 'uniform':
@@ -98,7 +98,7 @@ def test_plms_is_compvis(steps):
 
 
 def dpm_solver(x, steps):
-  """multistep_dpm_solver_second_update of the authors' code, by its terms."""
+  """Steps by the terms of the authors' multistep_dpm_solver_second_update."""
   times = np.linspace(0, 999, steps + 1).round().astype(int)[1:][::-1]
   alpha, sigma = np.sqrt(BAR[times]), np.sqrt(1 - BAR[times])
   lam = np.log(alpha) - np.log(sigma)
@@ -126,7 +126,7 @@ def test_dpm_solver_is_its_algorithm(steps):
 
 @pytest.mark.parametrize('name', ['plms', 'dpm_solver'])
 def test_the_denoising_factor_is_minus_the_derivative(name):
-  """gamma_t: what a step subtracts of the noise that it just predicted."""
+  """gamma_t is what a step subtracts of the noise that it just predicted."""
   plan = diffusion.make_plan(SCHEDULE, name, num_steps=7)
   assert (plan.eps_factor >= 0).all()
   position = sampling.start(plan, jnp.asarray(NOISE))
@@ -141,7 +141,7 @@ def test_the_denoising_factor_is_minus_the_derivative(name):
 
 
 def test_a_trajectory_can_be_walked_step_by_step():
-  """As fine-tuning does, with the history in its state."""
+  """Single steps, as in fine-tuning, are those of a whole trajectory."""
   for name in ('ddim', 'plms', 'dpm_solver'):
     plan = diffusion.make_plan(SCHEDULE, name, num_steps=6)
     position = sampling.start(plan, jnp.asarray(NOISE))
@@ -168,7 +168,7 @@ def test_classifier_free_guidance(scale):
 
 
 def test_clipping_x0_is_ddpms():
-  """Ho et al.'s code: the posterior's mean of a clipped x_0."""
+  """Clipping is Ho et al.'s: the posterior's mean of a clipped x_0."""
   schedule = diffusion.make_schedule(
       'linear', num_train_steps=20, beta_start=0.01, beta_end=0.3)
   plan = diffusion.ddpm_plan(schedule)

@@ -24,7 +24,7 @@ def scorer_of(images, name, num_vectors=0):
 
 @pytest.fixture(scope='module')
 def scores():
-  """Scores of three sets: the data itself, itself again, and others."""
+  """Scores three sets: the data itself, itself again, and others."""
   scorer = scorer_of(smooth(200, 0), 'random')
   return scorer, [scorer.score(smooth(200, seed)) for seed in (0, 0, 1)]
 

@@ -22,13 +22,13 @@ def draw(kind, size=1000, seed=0):
 
 
 def quantization_mse(x, levels):
-  """Every value to its nearest level; levels ascend, x is float64."""
+  """The error of rounding every value to its nearest level, float64."""
   middles = (levels[1:] + levels[:-1]) / 2
   return np.mean((levels[np.searchsorted(middles, x)] - x)**2)
 
 
 def brute_force(x, fmt, zero_points=(0.0,)):
-  """The least error over the grid of maximum values and zero points."""
+  """Searches the least error over all maximum values and zero points."""
   x = np.sort(np.asarray(x, np.float64).ravel())
   levels = fmt.levels() / fmt.levels().max()
   return min(quantization_mse(x, c * levels + zero)
@@ -36,13 +36,13 @@ def brute_force(x, fmt, zero_points=(0.0,)):
 
 
 def achieved(x, quantizer):
-  """The error of the quantizer on x, float64 from its float32 outputs."""
+  """The error of a quantizer on x, in float64 from its float32 outputs."""
   out = np.asarray(quantizer.fake_quant(jnp.asarray(x)), np.float64)
   return np.mean((out - x)**2)
 
 
 def test_brute_force_knows_the_best_uniform_grid():
-  """Of x = 0, .1, ... 1.5 with 16 levels the error is 0 at c = 1.5."""
+  """16 levels to 1.5 hold x = 0, .1, ... 1.5 without error."""
   fmt = formats_of_width(4, False)[0]
   levels = np.arange(16) / 10
   np.testing.assert_allclose(fmt.levels() / fmt.max * 1.5, levels, atol=1e-12)
@@ -76,7 +76,7 @@ def test_never_worse_than_brute_force_and_true_to_its_word(bits, signed):
 ])
 def test_silu_of_a_normal_has_the_known_errors(
     bits, signed_mse, signed, unsigned_mse, unsigned):
-  """Measured apart, on a plain grid: refinement may gain a few percent."""
+  """Errors measured apart, on a plain grid; refining may gain a few percent."""
   x = draw('silu', 20_000)
   result = search(x, formats_of_width(bits, True))
   assert str(result.fmt) == signed
@@ -88,7 +88,7 @@ def test_silu_of_a_normal_has_the_known_errors(
 
 
 def channels(count, length=300):
-  """Rows of different spread and shape, the odd ones with heavy tails."""
+  """Draws rows of different spread and shape, the odd ones with heavy tails."""
   rng = np.random.default_rng(1)
   rows = [rng.standard_t(3, length) if i % 2 else rng.uniform(-1, 1, length)
           for i in range(count)]

@@ -16,7 +16,7 @@ def normal(count, dim, seed=0, shift=0.0):
 
 
 def score_of(p):
-  """exp(E KL(p || mean p)) of probabilities, in the open."""
+  """Computes exp(E KL(p || mean p)) of probabilities by its formula."""
   return np.exp(np.mean(np.sum(p * np.log(p / p.mean(axis=0)), axis=1)))
 
 
@@ -79,7 +79,7 @@ def test_scores_that_there_are_not():
 
 
 def manifold_shares(generated, real, k):
-  """Precision and recall with the whole distance matrices."""
+  """Computes precision and recall with the whole distance matrices."""
   cdist = scipy.spatial.distance.cdist
   reach = lambda x: np.sort(cdist(x, x), axis=1)[:, k]
   inside = lambda a, b: np.mean((cdist(a, b) <= reach(b)).any(axis=1))
@@ -103,7 +103,7 @@ def test_precision_and_recall_of_one_set_and_of_strangers():
 
 
 def kernel_formula(a, b):
-  """The unbiased estimator, term by term."""
+  """Computes the unbiased estimator term by term."""
   k = lambda x, y: (x @ y / len(x) + 1) ** 3
   among = lambda s: np.mean([k(x, y) for i, x in enumerate(s)
                              for j, y in enumerate(s) if i != j])

@@ -38,7 +38,7 @@ def test_psnr_refuses_what_cannot_be_compared(a, b):
 
 
 def ssim_of(a, b):
-  """The formula of Wang et al. on two planes, in float64."""
+  """Computes the formula of Wang et al. on two planes, in float64."""
   blur = lambda x: scipy.ndimage.gaussian_filter(
       x, 1.5, truncate=5 / 1.5)[5:-5, 5:-5]
   a, b = a / 255, b / 255

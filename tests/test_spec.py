@@ -18,7 +18,7 @@ REAL = pytest.mark.parametrize(
 
 
 def random_quantizer(fmt, shape, zero_point):
-  """Scales of all 24 bits, over many binades."""
+  """Draws a quantizer with scales of all 24 bits, over many binades."""
   rng = np.random.default_rng(len(shape))
   array = lambda a: jnp.asarray(a, jnp.float32)
   return Quantizer(
@@ -119,7 +119,7 @@ def test_errors_name_what_is_wrong():
 
 @pytest.mark.parametrize('scale', [0.0, -1.0, float('nan'), float('inf')])
 def test_scales_that_cannot_be_are_refused(scale):
-  """They would make NaN images of a file damaged by hand."""
+  """Scales of a file damaged by hand are refused, not turned to NaN images."""
   wrong = damaged(lambda c: c['layers'][0]['act'].update(scale=[scale]))
   with pytest.raises(ValueError, match='not a quantization spec.*scale'):
     spec_lib.QuantSpec.from_json(wrong)

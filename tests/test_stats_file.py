@@ -41,7 +41,7 @@ def test_saved_statistics_load_exactly(tmp_path):
 
 
 def test_the_other_tools_read_ours(tmp_path):
-  """What they do: np.load, the keys, and sqrtm of the product."""
+  """Read as by other tools, by np.load and keys, the distance is the same."""
   paths = [tmp_path / f'{seed}.npz' for seed in (0, 5)]
   for path, seed in zip(paths, (0, 5), strict=True):
     stats_file.save(path, reference(seed))

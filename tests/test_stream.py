@@ -37,7 +37,7 @@ def test_the_rows_of_a_step_depend_on_nothing_before():
 
 
 def test_the_order_is_the_same_everywhere():
-  """Golden: a run may be resumed under another version of NumPy."""
+  """The order is a fixed one, as a run may resume under another NumPy."""
   assert stream.batch_rows(0, 8, 8, 0).tolist() == [
       0, 2, 1, 5, 4, 3, 6, 7]
 

@@ -23,7 +23,7 @@ GAMMA = tuple(losses.denoising_factors(tiny.SCHEDULE, tiny.PLAN, 'sampler'))
 
 
 def config_of(**options):
-  """Two banks and all that can be learned, quickly; in batches of 4."""
+  """Makes a config with two banks and all that can be learned, quickly."""
   config = common.get_config().finetune
   config.update(ml_collections.ConfigDict({
       'batch_size': 4, 'num_updates': 200, 'num_banks': 2, 'rank': 4,
@@ -64,7 +64,7 @@ class Setup:
     self.predict = jax.jit(self.student.predict)
 
   def run(self, updates, state=None):
-    """The state after some updates, and their scalars."""
+    """Runs some updates; returns the state and their scalars."""
     state = self.start() if state is None else state
     scalars = []
     for _ in range(updates):
@@ -80,13 +80,13 @@ def net(**options):
 
 @functools.cache
 def trained(**options):
-  """What is trained after 6 updates, on the host."""
+  """Trains for 6 updates; returns what is trained, on the host."""
   return jax.device_get(net(**options).run(6)[0].trainable)
 
 
 @functools.cache
 def plain_msfp(model, recipe='msfp'):
-  """jitted (x, t) -> eps of the calibrated model, by quantize alone."""
+  """Makes (x, t) -> eps of the calibrated model, by quantize alone."""
   spec = tiny.spec(model, recipe)
   params = quantize(tiny.params(model), spec)
   return jax.jit(lambda x, t: apply(
@@ -94,7 +94,7 @@ def plain_msfp(model, recipe='msfp'):
 
 
 def assert_starts_as_plain(setup, recipe='msfp'):
-  """Predicts the same at two steps of the plan, which it yields."""
+  """Checks that a student starts as the calibrated model; yields two steps."""
   plain, trainable = (plain_msfp(setup.student.model, recipe),
                       setup.start().trainable)
   for index in (0, 3):
@@ -107,7 +107,7 @@ def assert_starts_as_plain(setup, recipe='msfp'):
 
 @variants
 def test_step_0_is_plain_msfp_bit_for_bit(options):
-  """Predicted; and deployed, where sums are of other numbers."""
+  """Before training, predictions are the calibrated model's, bit for bit."""
   setup = net(**options)
   deployed = setup.student.deploy(
       setup.start().trainable, tiny.PLAN.timesteps)
@@ -123,7 +123,7 @@ def test_step_0_is_plain_msfp_bit_for_bit(options):
 
 
 def test_step_0_is_the_plain_int_baseline_bit_for_bit():
-  """Zero points on weights too, and their scales learned."""
+  """The same for INT, whose weights have zero points and learned scales."""
   assert len(list(assert_starts_as_plain(net(recipe='int'), 'int'))) == 2
 
 
@@ -292,7 +292,7 @@ def test_gradients_reach_everything_trained():
 
 
 def test_one_update_changes_the_chosen_bank_alone():
-  """The first is at t = 750, which starts in the second of two banks."""
+  """The first update, at t = 750, changes the second of two banks alone."""
   setup = net()
   before = jax.device_get(setup.start().trainable['banks'])
   state, scalars = setup.run(1)
@@ -344,13 +344,13 @@ def test_the_unet_starts_as_plain_msfp_bit_for_bit():
 
 
 def loss_by_trajectory(setup, updates):
-  """The mean loss of each trajectory of the plan's 4 steps."""
+  """The mean loss of each trajectory, which has 4 steps."""
   _, scalars = setup.run(updates)
   return np.array([s['loss'] for s in scalars]).reshape(-1, 4).mean(axis=1)
 
 
 def test_the_loss_falls():
-  """A little: this small a net owes most of it to its activations."""
+  """The loss falls, if little: a net this small owes most to activations."""
   loss = loss_by_trajectory(net(), 200)
   assert loss[-10:].mean() < 0.93 * loss[:10].mean()
 

@@ -43,7 +43,7 @@ CONFIG = """
 
 @pytest.fixture
 def text(tmp_path):
-  """'FILE:small' of a study on random images and a model of zeros."""
+  """Writes a study of random images and a model of zeros; returns its name."""
   rng = np.random.default_rng(0)
   np.savez(tmp_path / 'd.npz', rng.integers(0, 256, (200, 8, 8), np.uint8))
   config = unet.UNetConfig(
@@ -118,7 +118,7 @@ def test_the_same_study_again_measures_no_row_twice(tmp_path, text, draws):
 
 
 def test_parts_make_up_the_whole(tmp_path, text, draws):
-  """A seed alone, then a group, then a row, then the rest."""
+  """Parts of a study, run one after the other, make up the whole."""
   parts = str(tmp_path / 'parts')
   part = study.run(text, parts, [1])
   assert '±' not in part and 'seed 0, fp' not in draws

@@ -20,7 +20,7 @@ def random_banks(num_banks, rank=2):
 
 
 def loop_updates(banks):
-  """{layer: `[h, ..., in, out]`}, one output entry at a time, float64."""
+  """Computes the updates of banks in float64, one output entry at a time."""
   out = {}
   for name, shape in SHAPES.items():
     a, b = np.float64(banks[name]['a']), np.float64(banks[name]['b'])
@@ -42,7 +42,7 @@ def test_banks_start_without_effect():
 
 
 def test_a_starts_as_loras():
-  """Uniform within 1 / sqrt(fan in), other in every bank and layer."""
+  """a is uniform within 1 / sqrt(fan in), other in every bank and layer."""
   kernels = {'x': jnp.ones((3, 3, 16, 64)), 'y': jnp.ones((3, 3, 16, 64))}
   banks = talora.init_banks(KEY, kernels, 2, 32)
   for bank in banks.values():
@@ -117,7 +117,7 @@ def test_select_takes_the_first_of_equals():
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 4.0])
 def test_gradient_of_select_is_the_softmaxs(temperature):
-  """dp_i / dl_j = p_i (delta_ij - p_j) / T."""
+  """The gradient is the softmax's, p_i (delta_ij - p_j) / T."""
   logits = np.random.default_rng(1).normal(size=4)
   p = np.exp(logits / temperature)
   p /= p.sum()
@@ -146,7 +146,7 @@ def test_every_span_of_timesteps_starts_in_its_own_bank(num_banks):
 
 
 def test_plan_choices_are_the_argmax_at_each_step_in_order():
-  """A router of random parameters, whose layers differ."""
+  """Choices are the argmax at each step, of a router whose layers differ."""
   router, params = router_of(3)
   rng = np.random.default_rng(0)
   params = jax.tree.map(

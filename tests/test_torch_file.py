@@ -84,7 +84,7 @@ def test_flatten_of_what_contains_itself_or_is_deep():
 
 
 def test_flatten_of_what_shares_its_parts():
-  """n lists that are one of n tensors; 2**40 leaves; names of any length."""
+  """Shared lists with 2**40 leaves, or endless names, are refused."""
   tensor = LazyTensor.of(ARRAYS['float32'])
   with pytest.raises(ValueError, match='more than 1000000 entries'):
     flatten([[tensor] * 2000] * 2000)
@@ -103,7 +103,7 @@ def test_flatten_of_what_shares_its_parts():
 
 @both_formats
 def test_objects_of_other_frameworks_are_inert(tmp_path, save):
-  """As in the published files of latent diffusion."""
+  """Objects of other frameworks, as in latent diffusion's files, are inert."""
   name = 'pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint'
 
   def content(made):

@@ -40,7 +40,7 @@ CELEBA64_BLOCKS = {
 
 
 def expected_layers(blocks):
-  """`{name: weight shape}` of the original's convs and linears, and norms."""
+  """Lists the original's layers, {name: weight shape}, and its norms."""
   layers = {'temb.dense.0': (512, 128), 'temb.dense.1': (512, 512),
             'conv_in': (128, 3, 3, 3), 'conv_out': (3, 128, 3, 3)}
   norms = {'norm_out': 128}
@@ -175,7 +175,7 @@ def test_timesteps_may_be_int_or_float():
 
 
 def numpy_conv3x3(x, kernel, bias, stride, padding):
-  """Convolution of `[B, H, W, C]` in float64, tap by tap."""
+  """Convolves `[B, H, W, C]` in float64, tap by tap."""
   x = np.pad(x.astype(np.float64), ((0, 0), padding, padding, (0, 0)))
   height, width = ((side - 3) // stride + 1 for side in x.shape[1:3])
   out = np.float64(bias)

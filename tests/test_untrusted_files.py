@@ -39,7 +39,7 @@ def test_calls_copy_no_more_than_the_file_holds(first, function, arguments):
 
 
 def pickled_tensor(arguments, after=b''):
-  """data.pkl with one tensor of the storage '0', 60 float32."""
+  """Makes a data.pkl with one tensor of the storage '0', 60 float32."""
   storage = (b'(X\x07\x00\x00\x00storagectorch\nFloatStorage\n'
              b'X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK<tQ')
   return (b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(' + storage
@@ -129,7 +129,7 @@ def legacy_reference(kind, count, view):
     (legacy_reference(b'FloatStorage', 4, b'N\x85' + b'2\x86' * 40), 'a view'),
 ], ids=['type', 'count', 'beyond', 'none', 'endless'])
 def test_legacy_views_agree_with_their_storage(tmp_path, second, message):
-  """Bytes of one type, read as of a larger one, end behind the memory."""
+  """A view may not read a storage as of a larger type, beyond its end."""
   path = tmp_path / 'f'
   path.write_bytes(
       LEGACY_HEAD + b'\x80\x02(' + legacy_reference(b'FloatStorage', 4, b'N')

@@ -20,13 +20,13 @@ PAIRS = [('E1M2', 'UE1M3'), ('E2M1', 'UE2M2'), ('E2M1', 'UE3M1'),
 
 
 def integers(name):
-  """The values of a format as carried, int64, ascending."""
+  """The values that a format has in the carrier, int64, ascending."""
   carried = carriers.carry(FPFormat.parse(name), 'f32')
   return np.unique(carried.values().astype(np.int64))
 
 
 def inputs(kind, levels, shape):
-  """Integers `[B, H, W, C]`."""
+  """Draws integers `[B, H, W, C]`."""
   if kind == 'random':
     return np.random.default_rng(0).choice(levels, shape)
   highest, lowest = levels.max(), levels.min()
@@ -73,7 +73,7 @@ def test_equals_the_convolution_of_integers(size):
 
 
 def largest_sums(w, act, parts):
-  """The largest sum of magnitudes of products, int64, over all tiles.
+  """Computes the largest sum of magnitudes over all tiles, int64.
 
   At every position of the transform the input of 6x6 that makes its value
   largest, or smallest, in every channel.
@@ -157,7 +157,7 @@ def test_nan_spoils_its_image_alone():
 
 
 def wide_layer(weight, act, zero_point=None):
-  """64 channels to 64, with and without preparation."""
+  """Makes a layer of 64 to 64 channels, not prepared and prepared."""
   rng = np.random.default_rng(3)
   layer = kernels.make_layer(
       jnp.asarray(rng.normal(size=(3, 3, 64, 64)), jnp.float32),
@@ -171,7 +171,7 @@ def wide_layer(weight, act, zero_point=None):
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Parts of every call of `winograd.conv`."""
+  """Records the number of parts at every call of `winograd.conv`."""
   found, conv = [], winograd.conv
 
   def record(x, weights, parts, *functions):
@@ -190,7 +190,7 @@ def calls(monkeypatch):
     ('E5M2', 'E2M1', None, []), ('E3M0', 'UE4M0', None, [])])
 def test_prepared_layers_equal_the_reference(
     calls, weight, act, zero_point, parts):
-  """Bit for bit."""
+  """Prepared layers equal the reference bit for bit."""
   layer, prepared = wide_layer(weight, act, zero_point)
   x = jnp.asarray(
       np.random.default_rng(4).normal(size=(16, 16, 16, 64)), jnp.float32)

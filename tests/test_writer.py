@@ -22,7 +22,7 @@ def _lines(workdir):
 
 
 def _events(folder):
-  """All events of a folder's files, by the TFRecord framing."""
+  """Reads all events of a folder's files, by the TFRecord framing."""
   events = []
   for file in sorted(folder.glob('events*')):
     content = file.read_bytes()
@@ -40,7 +40,7 @@ def _values(folder):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-  """This is not process 0."""
+  """Makes this process another one than process 0."""
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
 
 

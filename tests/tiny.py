@@ -1,4 +1,4 @@
-"""Models small enough to compile in seconds, with what they calibrate to.
+"""Models small enough to compile in seconds, and their specs.
 
 `UNET` has every part of the real UNet, `NET` one layer of each kind. All
 results are cached, so that test files share compilations.
@@ -59,7 +59,7 @@ NET_ROLES = {'in': 'conv_in', 'time': 'temb', 'body': 'body',
 
 @functools.cache
 def layers(config):
-  """`list_layers` of a UNet, from shapes alone."""
+  """Lists a UNet's layers, from shapes alone."""
   side = config.image_size
   labels = (jax.ShapeDtypeStruct((1,), jnp.int32),) if config.by_class else ()
   return list_layers(
@@ -70,7 +70,7 @@ def layers(config):
 
 @functools.cache
 def params(model):
-  """Random parameters, none of them neutral."""
+  """Draws random parameters, none of them neutral."""
   if model is UNET:
     shapes = unet_oracle.state_dict_shapes(CONFIG)
     return unet_oracle.from_state_dict(
@@ -84,7 +84,7 @@ def params(model):
 
 
 def noise(seed, batch=4):
-  """`[B, 8, 8, 1]`."""
+  """Draws noise `[B, 8, 8, 1]`."""
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.normal(size=(batch, *IMAGE)), jnp.float32)
 
@@ -101,7 +101,7 @@ def activations(model):
 
 @functools.cache
 def spec(model, recipe='msfp', bits=4):
-  """The last (and the UNet's first) layers have 8 bits."""
+  """Calibrates a model; the last (and the UNet's first) layers have 8 bits."""
   options = {'exceptions': 'all-4'}
   if model is NET:
     options = {'exceptions': {'out': 8}, 'roles': NET_ROLES}
@@ -111,12 +111,12 @@ def spec(model, recipe='msfp', bits=4):
 
 @functools.cache
 def teacher(model):
-  """jitted (params, x, t) -> eps."""
+  """Jits the full-precision model, (params, x, t) -> eps."""
   return jax.jit(lambda params, x, t: model.apply({'params': params}, x, t))
 
 
 def fake_quant(x, quantizer):
-  """Nearest level by brute force, float64; for small arrays.
+  """Quantizes a small array to the nearest levels by brute force, float64.
 
   Where two levels are equally near, either may be meant: tests draw values
   at random, which avoids ties.
@@ -132,13 +132,13 @@ def fake_quant(x, quantizer):
 
 
 def assert_trees_equal(a, b):
-  """Same structure and, bit for bit, the same values (-0.0 is 0.0)."""
+  """Checks that two trees have equal structure and values (-0.0 is 0.0)."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def by_hand(params):
-  """A spec that takes no calibration; inputs of both kinds."""
+  """Makes a spec without calibration, for signed and for unsigned inputs."""
   acts = [
       quantizers.Quantizer(FPFormat.parse('E2M1'), jnp.float32(0.4)),
       quantizers.Quantizer(

@@ -26,7 +26,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @contextlib.contextmanager
 def names(*dotted):
-  """Lets pickle write the names: modules of stand-ins, while it is open.
+  """Lets pickle write foreign names, by modules of stand-ins, while open.
 
   Yields {dotted name: stand-in class}.
   """
@@ -49,7 +49,7 @@ class _StandIn(types.ModuleType):
 
 
 class _Pickler(pickle.Pickler):
-  """Arrays become tensors; equal bases share a storage."""
+  """A pickler that writes arrays as tensors; equal bases share a storage."""
 
   def __init__(self, file, made, legacy):
     super().__init__(file, protocol=2)
@@ -105,7 +105,7 @@ def _bytes(array):
 
 
 def save_zip(path, content, extra=(), compression=zipfile.ZIP_STORED):
-  """`content`: containers of arrays, or a function of the stand-ins."""
+  """Writes containers of arrays as torch.save does, in a zip."""
   pickled, storages = _pickled(content, legacy=False, extra=extra)
   with zipfile.ZipFile(path, 'w', compression) as archive:
     archive.writestr('archive/data.pkl', pickled)
@@ -116,7 +116,7 @@ def save_zip(path, content, extra=(), compression=zipfile.ZIP_STORED):
 
 
 def save_legacy(path, content, extra=()):
-  """As `save_zip`, in the format before torch 1.6."""
+  """Writes as `save_zip` does, in the format before torch 1.6."""
   pickled, storages = _pickled(content, legacy=True, extra=extra)
   with open(path, 'wb') as file:
     pickle.dump(0x1950a86a20f9469cfc6c, file, protocol=2)

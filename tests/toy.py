@@ -16,7 +16,7 @@ SHAPE = (8, 8, 1)
 
 
 class Toy(nn.Module):
-  """Three layers, called as a UNet is."""
+  """A model of three layers, which is called as a UNet is."""
 
   @nn.compact
   def __call__(self, x, t):
@@ -27,7 +27,7 @@ class Toy(nn.Module):
 
 
 def plan():
-  """Two steps that add noise."""
+  """Makes a plan of two steps that add noise."""
   config = common.get_config()
   config.sampler.num_steps = 2
   config.sampler.eta = 0.5
@@ -51,7 +51,7 @@ def layer(weight, act):
 
 
 def deployed():
-  """Two banks of 4 bits, one layer as it was, one of 3 bits."""
+  """Makes a model: two banks of 4 bits, a layer as it was, one of 3 bits."""
   spec = spec_lib.QuantSpec('by hand', {
       'conv_in': layer(quantizer('E2M1', 4),
                        quantizer('UE2M2', zero_point=jnp.float32(-0.25))),

@@ -30,7 +30,7 @@ TINY_RELATIVE = UNetConfig(
 
 
 def abstract_params(config: UNetConfig):
-  """The parameter tree's shapes, at no cost."""
+  """The shapes of the parameters, at no cost."""
   side = config.image_size
   labels = context = None
   if config.num_classes is not None or config.context_classes is not None:
@@ -58,12 +58,12 @@ def flat_params(params) -> dict:
 
 
 def from_state_dict(config: UNetConfig, state: dict[str, np.ndarray]):
-  """Our parameters from PyTorch's; strict in names and shapes."""
+  """Makes our parameters of PyTorch's; strict in names and shapes."""
   return restore(abstract_params(config), state)
 
 
 def restore(params, state: dict[str, np.ndarray]):
-  """As `from_state_dict`, for the shapes of any model's parameters."""
+  """Does what `from_state_dict` does, for any model's parameters."""
   missing = flat_params(params).keys() ^ state.keys()
   assert not missing, f'on one side only: {sorted(missing)}'
 
@@ -81,12 +81,12 @@ def restore(params, state: dict[str, np.ndarray]):
 
 
 def state_dict_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of the PyTorch state dict, attention as 1x1 convolutions."""
+  """The shapes of the PyTorch state dict, attention as 1x1 convolutions."""
   return shapes_of(abstract_params(config))
 
 
 def shapes_of(params) -> dict[str, tuple[int, ...]]:
-  """As `state_dict_shapes`, of any model's parameters."""
+  """The shapes of the PyTorch state dict of any model's parameters."""
   shapes = {}
   for name, leaf in flat_params(params).items():
     shape = leaf.shape
@@ -102,7 +102,7 @@ def shapes_of(params) -> dict[str, tuple[int, ...]]:
 
 
 def random_state_dict(shapes: dict[str, tuple[int, ...]], seed: int):
-  """Weights that keep activations near 1 and leave no parameter neutral."""
+  """Draws weights that keep activations near 1; no parameter is neutral."""
   # RandomState's stream never changes between NumPy versions.
   rng = np.random.RandomState(seed)
   state = {}
@@ -118,7 +118,7 @@ def random_state_dict(shapes: dict[str, tuple[int, ...]], seed: int):
 
 
 def random_inputs(config: UNetConfig, height: int, width: int, seed: int):
-  """`(x NHWC, t, labels or None)`, a batch over the range of timesteps."""
+  """Draws (x NHWC, t, labels or None), a batch over the range of timesteps."""
   rng = np.random.RandomState(seed)
   t = np.array([0, 3, 500, 999])
   x = rng.standard_normal((len(t), height, width, config.in_channels))
@@ -129,7 +129,7 @@ def random_inputs(config: UNetConfig, height: int, width: int, seed: int):
 
 
 def apply(config: UNetConfig, state, x, t, labels=None) -> np.ndarray:
-  """Output of our UNet holding a PyTorch-named state dict."""
+  """Runs our UNet with a PyTorch-named state dict."""
   params = from_state_dict(config, state)
   with jax.default_matmul_precision('highest'):
     return np.asarray(jax.jit(UNet(config).apply)(
@@ -137,7 +137,7 @@ def apply(config: UNetConfig, state, x, t, labels=None) -> np.ndarray:
 
 
 def load_golden(name: str):
-  """`(config, state dict, inputs, expected output)` of a golden file."""
+  """Reads (config, state dict, inputs, expected output) of a golden file."""
   with np.load(GOLDEN / f'{name}.npz') as file:
     arrays = dict(file)
   config = UNetConfig(**json.loads(str(arrays.pop('config'))))

@@ -1,1 +1,1 @@
-"""Files, progress, pictures, pickles: what knows nothing of diffusion."""
+"""Tools that know nothing of diffusion: files, progress, pictures, pickles."""

@@ -1,4 +1,4 @@
-"""Batches over all devices."""
+"""Splitting batches over all devices."""
 
 import jax
 from jax.sharding import Mesh
@@ -8,18 +8,20 @@ import numpy as np
 
 
 def batch_sharding() -> NamedSharding | None:
-  """Splits a first axis over all devices; None where there is only one."""
+  """The sharding that splits a first axis over all devices; None if one."""
   if jax.device_count() == 1:
     return None
+  # One axis over all devices of all processes: data parallel, nothing else.
   mesh = Mesh(np.asarray(jax.devices()), ('batch',))
   return NamedSharding(mesh, PartitionSpec('batch'))
 
 
 def on_all(tree):
-  """Arrays as they are, or with a copy of each on every device."""
+  """Copies a tree of arrays to every device, where there are several."""
   sharding = batch_sharding()
   if sharding is None:
     return tree
+  # A specification that names no axis splits nothing: whole copies.
   return jax.device_put(tree, NamedSharding(sharding.mesh, PartitionSpec()))
 
 

@@ -16,6 +16,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
+  # In the same folder, so on the same disk: os.replace is then one step, and
+  # readers see the old file or the new one. By process, as two may write it.
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
     yield temporary

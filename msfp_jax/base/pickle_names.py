@@ -1,4 +1,4 @@
-"""What of a foreign pickle is looked at: names, keys of dicts, shown values.
+"""Checks of what a foreign pickle brings: names, keys of dicts, values to show.
 
 Parts of a pickle may be shared: forty instructions make a tuple whose text,
 or hash, takes 2**40 steps. So nothing foreign is formatted or hashed but by
@@ -52,7 +52,7 @@ _LONGEST_NAME = 255
 
 
 def check_global(name: Global) -> Global:
-  """Returns the name.
+  """Returns a name that a checkpoint may well mention.
 
   Raises:
     PickleError: it is a function of the standard library that has no place
@@ -62,6 +62,8 @@ def check_global(name: Global) -> Global:
   if length > _LONGEST_NAME:
     raise PickleError(f'damaged: a name of {length} characters, expected '
                       f'at most {_LONGEST_NAME}')
+  # Only the standard library's names are refused: those of other packages are
+  # classes of frameworks, which are as inert here and common in checkpoints.
   module = name.module.partition('.')[0]
   if module in BUILTINS:
     refused = name.name not in _HARMLESS_BUILTINS
@@ -81,7 +83,7 @@ _WIDEST_KEY = 32  # entries of a tuple
 
 
 def check_key(key: Any) -> Any:
-  """Returns a key of a dict that is quickly hashed and compared.
+  """Returns the key of a dict, if it is quick to hash and to compare.
 
   Raises:
     PickleError: a nested tuple or another container, or too long.
@@ -95,6 +97,7 @@ def check_key(key: Any) -> Any:
 
 
 def _is_quick(part):
+  # Python hashes a large integer, and prints it, in time that grows with it.
   if isinstance(part, str | bytes):
     return len(part) <= _LONGEST_KEY
   if isinstance(part, int):
@@ -103,7 +106,7 @@ def _is_quick(part):
 
 
 def shown(value: Any) -> str:
-  """A foreign value for a message, in bounded time and length."""
+  """Formats a foreign value for a message, in bounded time and length."""
   if isinstance(value, tuple | list) and len(value) <= 8:
     inner = ', '.join(map(_shown_part, value))
     return f'[{inner}]' if isinstance(value, list) else f'({inner})'
@@ -123,6 +126,6 @@ def _shown_part(value):
 
 
 def first_words(error: Exception) -> str:
-  """An error's text, which may quote the file at any length."""
+  """The beginning of an error's text, which may quote much of the file."""
   text = str(error)
   return text if len(text) <= 200 else f'{text[:200]}...'

@@ -22,22 +22,22 @@ from msfp_jax.base.pickle_names import shown
 
 
 class Buildable:
-  """What a caller's function may return to be given its state afterwards."""
+  """Base of objects that a pickle fills in after it has made them (BUILD)."""
 
   def build(self, state: Any) -> None:
-    """Takes what the pickle has for `__setstate__`."""
+    """Takes the state that the pickle would pass to `__setstate__`."""
     raise NotImplementedError
 
 
 class _Mark:
-  """The pickle machine's mark on its stack."""
+  """Marks on the stack where the items of a container or a call begin."""
 
 
 _MARK = _Mark()
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-  """How protocols before 3 spell bytes."""
+  """Bytes as protocols before 3 spell them: a call of `_codecs.encode`."""
   if encoding not in ('latin1', 'latin-1'):
     raise PickleError(f'damaged: encoding {shown(encoding)}')
   return text.encode('latin1')
@@ -49,7 +49,8 @@ def _dict(items: Any = ()) -> dict[Any, Any]:
   return {check_key(key): value for key, value in items}
 
 
-# Calls that make plain containers, in every spelling.
+# Calls that make plain containers, in every spelling. Sets become lists, as
+# their entries would have to be hashed (see `pickle_names`).
 _CONTAINERS: dict[Global, Callable[..., Any]] = {
     Global('_codecs', 'encode'): _latin1,
     Global('collections', 'OrderedDict'): _dict,
@@ -64,6 +65,7 @@ _CONTAINERS: dict[Global, Callable[..., Any]] = {
 }
 
 # How many values calls may copy: what a file holds, it holds about once.
+# Without a bound, n instructions could double a list n times.
 _COPIES_PER_BYTE = 4
 _COPIES_OF_ANY = 1_000_000
 
@@ -94,6 +96,7 @@ def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
   machine = _Machine({**_CONTAINERS, **calls}, persistent, other)
   try:
     start = file.tell()
+    # genops decodes one instruction after the other and executes nothing.
     for opcode, argument, position in pickletools.genops(file):
       machine.consumed = position - start
       machine.step(opcode.name, argument)
@@ -108,7 +111,21 @@ def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
 
 
 class _Machine:
-  """The stack, the memo, and a method for every kind of instruction."""
+  """Executes a pickle's instructions on a stack, by a method for each kind."""
+
+  # The pickle of {'a': [1]}, and the stack (its top to the right) behind each:
+  #
+  #   EMPTY_DICT             {}
+  #   MARK                   {} mark
+  #   BINUNICODE 'a'         {} mark 'a'
+  #   EMPTY_LIST             {} mark 'a' []
+  #   BININT1 1              {} mark 'a' [] 1
+  #   APPEND                 {} mark 'a' [1]
+  #   SETITEMS               {'a': [1]}
+  #   STOP
+  #
+  # The memo holds what PUT took from the stack's top, for GET to push again:
+  # the same object, so that containers may share parts, and contain themselves.
 
   def __init__(self, calls, persistent, other):
     self.stack = []
@@ -133,7 +150,7 @@ class _Machine:
     elif name in _PUT:
       self.memo[int(argument)] = self.stack[-1]
     elif name == 'MEMOIZE':
-      self.memo[len(self.memo)] = self.stack[-1]
+      self.memo[len(self.memo)] = self.stack[-1]  # under the next free number
     elif hasattr(self, f'op_{name}'):
       getattr(self, f'op_{name}')(argument)
     else:
@@ -154,9 +171,10 @@ class _Machine:
     raise PickleError('damaged: no mark on the stack')
 
   def call(self, function: Any, args: Any, kwargs: Any = None) -> Any:
-    """What REDUCE and its like push."""
+    """Returns what REDUCE and its like push: the result of a known call."""
     if not isinstance(function, Global):
       raise PickleError(f'damaged: a call of {type(function).__name__}')
+    # Arguments of a call that is not understood are dropped unseen.
     if kwargs or function not in self.calls:
       return self.other(function)
     if not isinstance(args, tuple | list):
@@ -168,7 +186,7 @@ class _Machine:
       raise PickleError(f'{function}: {first_words(error)}') from error
 
   def charge(self, args):
-    """Counts what a call copies: the memo gives it the same again and again."""
+    """Counts the values that calls copy; stops where they are too many."""
     self.copied += len(args) + sum(
         len(arg) for arg in args
         if isinstance(arg, str | bytes | bytearray | list | tuple | dict))
@@ -215,6 +233,7 @@ class _Machine:
   def extend(self, values):
     if isinstance(self.stack[-1], list):
       self.stack[-1].extend(values)
+    # What a foreign class makes of its items is not known, nor needed.
     elif not isinstance(self.stack[-1], Opaque):
       raise PickleError('damaged: items for what is no list')
 
@@ -261,6 +280,7 @@ class _Machine:
     self.stack.append(check_global(Global(module, name)))
 
   def op_STACK_GLOBAL(self, _):
+    # Protocol 4: strings on the stack, which may be any other value as well.
     name, module = self.pop(), self.pop()
     if not isinstance(name, str) or not isinstance(module, str):
       raise PickleError('damaged: a name that is no string')
@@ -270,13 +290,14 @@ class _Machine:
     args, function = self.pop(), self.pop()
     self.stack.append(self.call(function, args))
 
-  op_NEWOBJ = op_REDUCE
+  op_NEWOBJ = op_REDUCE  # cls.__new__(cls, *args): here, a call of the name
 
   def op_NEWOBJ_EX(self, _):
     kwargs, args, function = self.pop(), self.pop(), self.pop()
     self.stack.append(self.call(function, args, kwargs))
 
   def op_INST(self, argument):
+    # Protocol 0: the name is the instruction's own, its arguments the stack's.
     args = self.pop_to_mark()
     self.op_GLOBAL(argument)
     self.stack.append(self.call(self.pop(), args))
@@ -286,6 +307,7 @@ class _Machine:
     self.stack.append(self.call(function, args))
 
   def op_BUILD(self, _):
+    # The state of any other object is dropped: an Opaque has none.
     state = self.pop()
     if isinstance(self.stack[-1], Buildable):
       self.stack[-1].build(state)

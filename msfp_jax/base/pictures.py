@@ -30,6 +30,8 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
   rows = -(-count // columns)
   images = np.pad(
       images, ((0, rows * columns - count), (0, 0), (0, 0), (0, 0)))
+  # [rows, columns, H, W, C] -> [rows, H, columns, W, C]: rows of pixels run
+  # through all images of a row.
   grid = images.reshape(rows, columns, height, width, channels)
   return grid.transpose(0, 2, 1, 3, 4).reshape(
       rows * height, columns * width, channels)
@@ -44,7 +46,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
   """
   image = check_pixels(str(path), image, 'HWC')
   if image.shape[-1] == 1:
-    image = image[..., 0]
+    image = image[..., 0]  # Pillow has grey images without an axis of colours
   if jax.process_index() == 0:
     with files.atomic_path(path) as temporary:
       Image.fromarray(image).save(temporary, format='PNG')

@@ -45,11 +45,13 @@ class Progress:
 
     Call it once for steps that end together: the rate would be wrong.
     """
+    # Process 0 speaks for all.
     now = self._clock()
     done = step >= self._total
     if jax.process_index() or (
         not done and now - self._last[1] < self._every_seconds):
       return
+    # Since the line before, or for the last line since the start.
     since_step, since = self._first if done else self._last
     rate = (step - since_step) / max(now - since, 1e-9)
     if done:
@@ -67,7 +69,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-  """`m:ss`, or `h:mm:ss` from an hour on."""
+  """Formats a time as `m:ss`, from an hour on as `h:mm:ss`."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   if hours:

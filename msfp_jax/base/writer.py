@@ -55,6 +55,7 @@ class MetricWriter:
     self.close()
 
   def _open(self, last_step: float) -> None:
+    # What is appended must follow a whole line, of a step before.
     _drop_lines(self._path, last_step)
     # Line by line, so that the file can be followed and a crash costs little.
     self._file = open(self._path, 'a', 1, encoding='utf-8')  # noqa: SIM115
@@ -63,6 +64,7 @@ class MetricWriter:
 
   @property
   def _board(self) -> tensorboardX.SummaryWriter:
+    # Made when first used: a run that logs nothing leaves no event file.
     if self._events is None:
       # The suffix: two files begun in one second would have the same name.
       self._events = tensorboardX.SummaryWriter(
@@ -179,6 +181,7 @@ def _drop_lines(path: pathlib.Path, last_step: float) -> None:
   kept = []
   for number, line in enumerate(lines, 1):
     try:
+      # Valid JSON or not: the next line would be appended to it.
       if not line.endswith(b'\n'):
         raise ValueError('no end of line')
       if json.loads(line)['step'] <= last_step:

@@ -1,4 +1,4 @@
-"""Checkpoints -> (model, parameters), strict both ways."""
+"""Reading checkpoints: no tensor may be missing, none may be left over."""
 
 from msfp_jax.convert.load import abstract_autoencoder
 from msfp_jax.convert.load import load_first_stage

@@ -1,4 +1,4 @@
-"""ermongroup/ddim: ema_cifar10, CelebA's ckpt.pth and the like.
+"""Checkpoints of ermongroup/ddim: ema_cifar10, CelebA's ckpt.pth and the like.
 
 The names are ours already (docs of `models.unet`). A file is either a state
 dict or the list [model, optimizer, epoch, step, EMA of the model].
@@ -24,7 +24,7 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def select(tensors: Mapping[str, LazyTensor], ema: bool
            ) -> dict[str, LazyTensor]:
-  """The state dict that is wanted, of those in the file."""
+  """Picks the wanted state dict of those in the file."""
   roots = sorted(name.removesuffix(_LANDMARK) for name in tensors
                  if name.endswith(_LANDMARK))
   # '0.module.' is the trained model, '4.' its moving average.
@@ -42,7 +42,7 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From the original yaml (`model`, `data`), or from shapes without one."""
+  """The configuration, from the original yaml, or from shapes without one."""
   if given:
     found = _from_yaml(given)
     if absent := _STRUCTURE - found.keys():
@@ -50,6 +50,7 @@ def config(tensors: Mapping[str, LazyTensor],
       found |= {field: shapes[field] for field in absent}
     return UNetConfig(**found)
   found = _shapes(tensors)
+  # Shapes do not tell the image's side; where attention stands does.
   attended = naming.indices(tensors, r'down\.(\d+)\.attn')
   side = _ATTENTION_SIDE << min(attended, default=1)
   logging.info('image side %d, as attention at %d pixels suggests; 32 groups',
@@ -63,7 +64,7 @@ _STRUCTURE = frozenset({
 
 
 def _shapes(tensors):
-  """The fields of _STRUCTURE, as the tensors have them."""
+  """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   ch = tensors['conv_in.weight'].shape[0]
   levels = naming.indices(tensors, r'down\.(\d+)\.block')
   return {

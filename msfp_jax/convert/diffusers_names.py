@@ -1,4 +1,4 @@
-"""Names of diffusers' blocks -> ours; its UNets and autoencoders share them."""
+"""Renames diffusers' blocks to ours, for its UNets and its autoencoders."""
 
 from collections.abc import Sequence
 import re
@@ -38,6 +38,8 @@ def block_module(module: str, levels: int,
     if not match:
       return None
     side, level, kind, j, rest = match.groups()
+    # up_blocks.0 is the coarsest, ours up.3 of 4 levels. A ResNet that
+    # resamples lies in downsamplers.0 and upsamplers.0, like a convolution.
     level = int(level) if side == 'down' else levels - 1 - int(level)
     place = f'{side}.{level}.' + {
         'resnets': f'block.{j}', 'attentions': f'attn.{j}'}.get(

@@ -1,4 +1,4 @@
-"""diffusers: UNet2DModel and UNet2DConditionModel (Stable Diffusion 1, 2)."""
+"""UNets of diffusers: UNet2DModel and UNet2DConditionModel."""
 
 from collections.abc import Mapping
 import re
@@ -45,13 +45,13 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def select(tensors: Mapping[str, LazyTensor], unused_ema: bool
            ) -> dict[str, LazyTensor]:
-  """All; a folder of diffusers holds one model."""
+  """Returns all tensors: a folder of diffusers holds one model."""
   return dict(tensors)
 
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From config.json; without one from shapes, for the published models.
+  """The configuration, from config.json, or from a published model's shapes.
 
   Raises:
     ValueError: config.json asks for what this UNet does not have; or there is
@@ -69,6 +69,7 @@ def config(tensors: Mapping[str, LazyTensor],
     shapes = _shapes(tensors)
     found |= {field: shapes[field] for field in absent}
   attended = found.pop('attended')
+  # Without one, the published models' sides: Stable Diffusion's and CIFAR-10's.
   side = given.get('sample_size') or (64 if found['context_dim'] else 32)
   side = side if isinstance(side, int) else max(side)
   return UNetConfig(**found | _heads(given, found) | {
@@ -102,7 +103,7 @@ _DEFAULTS = {'time_injection': 'add', 'num_classes': None,
 
 
 def _structure(given):
-  """The fields of _STRUCTURE that config.json has."""
+  """Reads those fields of _STRUCTURE that config.json states."""
   found = {ours: naming.single(given[theirs], theirs)
            for theirs, ours in _FIELDS.items() if theirs in given}
   if 'block_out_channels' in given:
@@ -114,6 +115,7 @@ def _structure(given):
   if 'down_block_types' in given:
     types = given['down_block_types']
     found['attended'] = [i for i, name in enumerate(types) if 'Attn' in name]
+    # Two spellings of one thing: block types, or how the plain types resample.
     resnet = any(name.startswith('Resnet') for name in types)
     found['resample'] = ('resblock' if resnet or 'resnet' in (
         given.get('downsample_type'), given.get('upsample_type')) else 'conv')
@@ -130,7 +132,10 @@ def _structure(given):
 
 
 def _heads(given, found):
-  """Attention heads: one number, or one width, for all levels."""
+  """Reads the attention heads: one number, or one width, for all levels."""
+  # A field whose meaning depends on the class: of UNet2DModel it is the width
+  # of a head, of UNet2DConditionModel the number of heads, by diffusers' own
+  # error, which it keeps for compatibility.
   width = given.get('attention_head_dim', 8)
   if (found['context_dim'] is None
       and 'Condition' not in given.get('_class_name', '')):
@@ -143,6 +148,7 @@ def _heads(given, found):
   if len(counts) != len(channels):
     raise ValueError(f'attention_head_dim={counts}: expected one for each of '
                      f'{len(channels)} levels')
+  # Stable Diffusion 2 has 5, 10, 20, 20 heads: one width, 64.
   widths = {c // n for c, n in zip(channels, counts, strict=True)}
   if len(set(counts)) == 1:
     return {'num_heads': counts[0]}
@@ -159,6 +165,7 @@ def _check_supported(given):
   odd += [f'block type {name!r}' for name in
           (*given.get('down_block_types', ()), *given.get('up_block_types', ()))
           if not _BLOCK.fullmatch(name)]
+  # Our UNet has attention at the same levels on both ways.
   down = ['Attn' in name
           for name in given.get('down_block_types', ())]
   up = ['Attn' in name
@@ -173,13 +180,13 @@ def _check_supported(given):
 
 
 def _values(given, field):
-  """What a field says, be it once for all levels or in a list."""
+  """The values of a field that is given once for all levels, or as a list."""
   value = given.get(field, _SUPPORTED[field][0])
   return value if isinstance(value, list) else [value]
 
 
 def _shapes(tensors):
-  """The fields of _STRUCTURE, as the tensors have them."""
+  """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   levels = naming.indices(tensors, r'down_blocks\.(\d+)\.')
   out = [tensors[f'down_blocks.{i}.resnets.0.conv1.weight'].shape[0]
          for i in levels]
@@ -241,6 +248,7 @@ def _from_shapes(tensors):
 
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+  # Attentions of one name are transformers where the model has a context.
   levels = len(config.ch_mult)
   attention = (diffusers_names.ATTENTION if config.context_dim is None
                else naming.TRANSFORMER)

@@ -1,4 +1,4 @@
-"""VQ and KL autoencoders, in CompVis' names and in diffusers'."""
+"""Checkpoints of VQ and KL autoencoders, in CompVis' or in diffusers' names."""
 
 from collections.abc import Mapping
 import re
@@ -22,7 +22,8 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 
 def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-  """The autoencoder's tensors; those of its training's loss are left out."""
+  """Picks the autoencoder's tensors, without those of its training's loss."""
+  # Alone, or below `first_stage_model.` of a whole latent diffusion model.
   inside = _INSIDE + _LANDMARK in tensors
   found = naming.below(tensors, _INSIDE) if inside else dict(tensors)
   return {name: tensor for name, tensor in found.items()
@@ -32,7 +33,7 @@ def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None = None,
            scale: float | None = None) -> AutoencoderConfig:
-  """From config.json or yaml; what they do not tell, from shapes.
+  """The configuration, from config.json or yaml, and from shapes for the rest.
 
   Args:
     tensors: of the autoencoder, in either naming.
@@ -45,6 +46,7 @@ def config(tensors: Mapping[str, LazyTensor],
     if given.get(field) is not None:
       raise ValueError(f'the configuration has {field}: only one scale and '
                        'shift for all channels are supported')
+  # What is stated wins over what shapes tell.
   named = is_diffusers(tensors)
   found = _from_json(given) if named else _from_yaml(given)
   if _STRUCTURE - found.keys():
@@ -67,15 +69,17 @@ _STRUCTURE = frozenset({
 
 
 def _shapes(tensors, named):
-  """The fields of _STRUCTURE, as the tensors have them."""
+  """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   level = r'encoder\.down_blocks' if named else r'encoder\.down'
   block = r'resnets' if named else r'block'
   ch = tensors['encoder.conv_in.weight'].shape[0]
   first = ('encoder.down_blocks.{}.resnets.0.conv1.weight' if named
            else 'encoder.down.{}.block.0.conv1.weight')
   levels = naming.indices(tensors, rf'{level}\.(\d+)\.{block}')
+  # A KL encoder gives mean and log variance: twice the latent's channels.
   latent = tensors['encoder.conv_out.weight'].shape[0]
   codebook = tensors.get('quantize.embedding.weight')
+  # Its inputs are the latents; without one, the encoder's result is.
   post = tensors.get('post_quant_conv.weight')
   return {
       'kind': autoencoder.KL if codebook is None else autoencoder.VQ,
@@ -96,7 +100,7 @@ def _shapes(tensors, named):
 
 
 def _from_json(given):
-  """The fields of _STRUCTURE that diffusers' config.json has."""
+  """Reads those fields of _STRUCTURE that diffusers' config.json states."""
   found = {ours: given[theirs] for ours, theirs in (
       ('in_channels', 'in_channels'), ('out_channels', 'out_channels'),
       ('num_res_blocks', 'layers_per_block'), ('z_channels', 'latent_channels'),
@@ -114,11 +118,12 @@ def _from_json(given):
 
 
 def _from_yaml(given):
-  """The fields of _STRUCTURE that a CompVis yaml has."""
+  """Reads those fields of _STRUCTURE that a CompVis yaml states."""
   try:
     params = given['model']['params']
   except (KeyError, TypeError):
     return {}
+  # An autoencoder's own yaml, or that of a latent diffusion model around it.
   inside = params.get('first_stage_config', {}).get('params', {})
   params = params if 'ddconfig' in params else inside
   shape = params.get('ddconfig')
@@ -142,7 +147,7 @@ def _from_yaml(given):
 
 
 def _published_scale(z: int, quant_conv: bool) -> tuple[float, float]:
-  """Scale and shift of Stable Diffusion's KL autoencoder, or of FLUX's.
+  """The published scale and shift of Stable Diffusion's latents, or of FLUX's.
 
   Neither is in its files: old config.json lack it, and CompVis keeps it in
   the yaml of the whole model.
@@ -156,7 +161,7 @@ def _published_scale(z: int, quant_conv: bool) -> tuple[float, float]:
 
 
 def _compvis_scale(given):
-  """model.params.scale_factor of a CompVis yaml, or None."""
+  """The scale of the latents, model.params.scale_factor of a CompVis yaml."""
   try:
     return given['model']['params'].get('scale_factor')
   except (KeyError, TypeError, AttributeError):
@@ -177,6 +182,7 @@ def rename(tensors: Mapping[str, LazyTensor], config: AutoencoderConfig
 
 
 def _compvis_module(module):
+  # Our names are CompVis', except for the codebook's.
   return 'quantize' if module == 'quantize.embedding' else module
 
 

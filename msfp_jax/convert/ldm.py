@@ -1,4 +1,4 @@
-"""CompVis latent diffusion and Stable Diffusion: openaimodel.UNetModel.
+"""UNets of CompVis, latent diffusion and Stable Diffusion (openaimodel.py).
 
 A Lightning file holds the trained UNet (`model.diffusion_model.*`), its moving
 average under names without dots (`model_ema.*`), the first stage and the
@@ -21,6 +21,18 @@ _EMA = 'model_ema.'
 # cin256-v2's embedder of the class, kept with the UNet.
 _CLASS_EMBEDDER = 'cond_stage_model.embedding.weight'
 
+# openaimodel numbers its blocks in one row, ours count by level; here with two
+# residual blocks a level (n: index in input_blocks and output_blocks):
+#
+#   input_blocks   0        1  2    3           4  5    6           7 ...
+#   ours           conv_in  down.0  downsample  down.1  downsample  down.2
+#
+#   output_blocks  0  1  2                 3  4  5  ...
+#   ours           up.LAST (2: upsample)   up.LAST - 1
+#
+# Inside of a block a Sequential numbers what is there: .0 is the residual
+# block, .1 attention where the level has it, and an up-sampling comes behind
+# these.
 _RESBLOCK = (
     (r'in_layers\.0', 'norm1'), (r'in_layers\.2', 'conv1'),
     (r'emb_layers\.1', 'temb_proj'), (r'out_layers\.0', 'norm2'),
@@ -39,7 +51,7 @@ def detect(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def select(tensors: Mapping[str, LazyTensor], ema: bool
            ) -> dict[str, LazyTensor]:
-  """The UNet's tensors, and a class embedder as `context_emb.weight`."""
+  """Picks the UNet's tensors; a class embedder becomes `context_emb.weight`."""
   root = next(name.removesuffix(_LANDMARK) for name in tensors
               if name.endswith(_LANDMARK))
   found = naming.below(tensors, root)
@@ -59,7 +71,9 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
 
 
 def _averaged(raw, averaged):
-  """The moving averages under the names of the weights they belong to."""
+  """Gives the moving averages the names of the weights that they belong to."""
+  # LitEma drops the dots, which cannot be put back; so they are dropped here
+  # too.
   dotless = {f'diffusion_model{name.replace(".", "")}': name for name in raw}
   unknown = [name for name in averaged if name not in dotless]
   absent = [name for flat, name in dotless.items() if flat not in averaged]
@@ -73,7 +87,7 @@ def _averaged(raw, averaged):
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None) -> UNetConfig:
-  """From the yaml; without one from shapes, for the published models.
+  """The configuration, from the yaml, or from a published model's shapes.
 
   Raises:
     ValueError: the yaml asks for what this UNet does not have; or there is
@@ -103,15 +117,18 @@ _STRUCTURE = frozenset({
 
 
 def _shapes(tensors):
-  """The fields of _STRUCTURE, as the tensors have them."""
+  """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   ch = tensors['time_embed.0.weight'].shape[1]
   blocks = naming.indices(tensors, r'input_blocks\.(\d+)\.')
+  # As many blocks up as down, and an up-sampling on each level but the finest.
   levels = 1 + sum(_is_upsample(tensors, n) for n in blocks)
   res = len(blocks) // levels - 1
+  # An up-sampling is a plain convolution, or else a residual block.
   resblock = not any(re.fullmatch(r'output_blocks\.\d+\.\d\.conv\.weight', name)
                      for name in tensors)
   first = [f'input_blocks.{1 + i * (res + 1)}' for i in range(levels)]
   out = [tensors[f'{block}.0.out_layers.3.weight'].shape[0] for block in first]
+  # Of the time to a scale and a shift for each channel, or to a sum alone.
   projection = tensors['input_blocks.1.0.emb_layers.1.weight'].shape[0]
   labels = tensors.get('label_emb.weight')
   return {
@@ -133,6 +150,7 @@ def _shapes(tensors):
 
 def _is_upsample(tensors, n):
   """Whether output block n ends with an up-sampling, of either kind."""
+  # [12]: behind the residual block, or behind its attention.
   return any(re.match(rf'output_blocks\.{n}\.([12]\.conv|[12]\.in_layers)\.',
                       name) for name in tensors)
 
@@ -152,7 +170,7 @@ _FIELDS = {
 
 
 def _from_yaml(config):
-  """The fields that a CompVis yaml states."""
+  """Reads the fields of a CompVis yaml; refuses those of other models."""
   try:
     outer = config['model']['params']
     params = outer['unet_config']['params']
@@ -212,7 +230,7 @@ _PUBLISHED = {
 
 
 def _published(fields):
-  """Side and heads of the published model of this shape."""
+  """Looks up side and heads of the published model of this shape."""
   key = (fields['context_dim'], fields['resample'], fields['ch_mult'])
   if key not in _PUBLISHED:
     raise ValueError(
@@ -228,7 +246,7 @@ def _published(fields):
 
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
-  """Our names, with fused projections split by head."""
+  """Gives tensors our names, and splits fused projections by head."""
   return naming.rename(_split_qkv(tensors, config),
                        lambda module: _module(module, config))
 
@@ -248,7 +266,7 @@ def _module(module: str, config: UNetConfig) -> str | None:
   per_level = config.num_res_blocks + 1
   is_block = naming.rename_module(rest, _RESBLOCK) is not None
   if side == 'input':
-    level, j = divmod(n - 1, per_level)
+    level, j = divmod(n - 1, per_level)  # block 0 was conv_in
     if j == config.num_res_blocks:
       if rest == 'op':
         return f'down.{level}.downsample.conv'
@@ -256,7 +274,7 @@ def _module(module: str, config: UNetConfig) -> str | None:
     place = f'down.{level}'
   else:
     level, j = divmod(n, per_level)
-    level = len(config.ch_mult) - 1 - level
+    level = len(config.ch_mult) - 1 - level  # the coarsest comes first
     place = f'up.{level}'
     if rest == 'conv':
       return f'{place}.upsample.conv'
@@ -273,8 +291,9 @@ def _inside(place, rest, rules):
 
 
 def _split_qkv(tensors, config):
-  """Fused qkv -> q, k, v: their rows are [head][q, k, v][width of a head]."""
+  """Splits fused projections: rows are [head][q, k, v][width of a head]."""
   found = {}
+  # Rows of 2 heads of width d: q0 k0 v0 q1 k1 v1, each d rows. Split when read.
   for name, tensor in tensors.items():
     match = re.fullmatch(r'(.+)\.qkv\.(weight|bias)', name)
     channels, rest = divmod(tensor.shape[0] if tensor.shape else 0, 3)

@@ -1,4 +1,4 @@
-"""Any supported checkpoint -> (model, parameters)."""
+"""Loads any supported checkpoint as a model and its parameters."""
 
 import pathlib
 from typing import Any
@@ -50,6 +50,8 @@ def load_pretrained(path: str, config: str | None = None,
   """
   if str(path) in native.SHIPPED:
     return native.load_pretrained(path)
+  # Names and shapes tell the family and the configuration; only then are
+  # values read, one tensor at a time.
   try:
     source = _open(path, config, _UNET_PARTS)
   except FileNotFoundError as error:
@@ -101,7 +103,7 @@ def load_first_stage(path: str, config: str | None = None
 
 
 def abstract_autoencoder(model: autoencoder.Autoencoder) -> Any:
-  """Shapes of the parameters, without making any."""
+  """The shapes of the autoencoder's parameters, without making any."""
   cfg = model.config
   image = jax.ShapeDtypeStruct(
       (1, cfg.stride, cfg.stride, cfg.in_channels), jnp.float32)
@@ -109,7 +111,7 @@ def abstract_autoencoder(model: autoencoder.Autoencoder) -> Any:
 
 
 def family_of(source: source_lib.Source) -> str:
-  """The name in FAMILIES of a checkpoint.
+  """Tells a checkpoint's family by its tensors' names: a key of FAMILIES.
 
   Raises:
     ValueError: of none of them.
@@ -122,7 +124,7 @@ def family_of(source: source_lib.Source) -> str:
 
 
 def _wants_ema(config):
-  """What a CompVis yaml says of sampling; by default yes."""
+  """Whether a CompVis yaml asks for the moving average; yes without one."""
   try:
     return bool(config['model']['params'].get('use_ema', True))
   except (KeyError, TypeError, AttributeError):
@@ -131,6 +133,8 @@ def _wants_ema(config):
 
 def _check_scheduler(path: pathlib.Path) -> None:
   """Raises ValueError if the pipeline's scheduler wants no noise predicted."""
+  # A pipeline: PIPE/unet/WEIGHTS beside PIPE/scheduler. Models that predict v
+  # have the same shapes, and would sample garbage here.
   file = path.parent.parent / 'scheduler' / 'scheduler_config.json'
   if file.is_file():
     kind = source_lib.read_config(file).get('prediction_type', 'epsilon')
@@ -152,7 +156,7 @@ def _open(path, config, parts):
 
 
 def _configure(source, make):
-  """The configuration, or an error that says which file it failed on."""
+  """Calls make(), and adds the file's name to whatever error it raises."""
   try:
     return make()
   except KeyError as error:

@@ -1,4 +1,4 @@
-"""Names of other code bases -> ours: rules that match a whole name."""
+"""Renaming tensors of other code bases, by rules that match a whole name."""
 
 from collections.abc import Callable, Mapping, Sequence
 import re
@@ -27,7 +27,7 @@ TRANSFORMER: tuple[Rule, ...] = (
 
 
 def rename_module(module: str, rules: Sequence[Rule]) -> str | None:
-  """The first rule's result that matches the whole name; None without."""
+  """Renames a module by the first rule that matches all of it, or None."""
   for pattern, replacement in rules:
     match = re.fullmatch(pattern, module)
     if match:
@@ -56,6 +56,7 @@ def rename(tensors: Mapping[str, LazyTensor],
       leftover.append(name)
       continue
     new = f'{ours}.{leaf}'
+    # Two names for one place, of which neither may be lost in silence.
     if new in found:
       leftover.append(f'{name}, the same as {came_from[new]}')
       continue
@@ -64,7 +65,7 @@ def rename(tensors: Mapping[str, LazyTensor],
 
 
 def single(value: Any, field: str) -> int | None:
-  """A field of a configuration that must be one number, or none.
+  """Returns a field of a configuration that must be one number, or None.
 
   A list of equal numbers, one for each level, is one as well.
 
@@ -81,12 +82,12 @@ def single(value: Any, field: str) -> int | None:
 
 def below(tensors: Mapping[str, LazyTensor], prefix: str
           ) -> dict[str, LazyTensor]:
-  """The tensors whose names begin with a prefix, without it."""
+  """The tensors whose names begin with a prefix, which is taken off."""
   return {name.removeprefix(prefix): tensor
           for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def indices(tensors: Mapping[str, LazyTensor], pattern: str) -> list[int]:
-  """The distinct numbers in a pattern's group, ascending, over all names."""
+  """The distinct numbers that a pattern finds in the names, ascending."""
   matches = (re.match(pattern, name) for name in tensors)
   return sorted({int(match[1]) for match in matches if match})

@@ -48,6 +48,8 @@ def write_safetensors(path: str | pathlib.Path,
     start, end = end, end + array.nbytes
     header[name] = {'dtype': _DTYPES[array.dtype], 'shape': list(array.shape),
                     'data_offsets': [start, end]}
+  # safetensors: 8 bytes with the header's length, the header in JSON, padded so
+  # that tensors begin at a multiple of 8, then the tensors without gaps.
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
   with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
@@ -96,7 +98,7 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
 
 
 def abstract_params(model: unet.UNet) -> Any:
-  """Shapes of the model's parameters, without making any."""
+  """The shapes of the model's parameters, without making any."""
   cfg = model.config
   side = cfg.image_size
   image = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), jnp.float32)

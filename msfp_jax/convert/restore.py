@@ -1,4 +1,4 @@
-"""Named tensors -> parameters of a model, strict both ways."""
+"""Turns named tensors into a model's parameters; none missing or left over."""
 
 from collections.abc import Callable, Mapping
 import operator
@@ -16,7 +16,7 @@ _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight',
 
 
 class Form(NamedTuple):
-  """How a code base names and lays out the parameters of our modules.
+  """The names and layouts that a code base has for our modules' parameters.
 
   Attributes:
     name: path in the parameters -> dotted name.
@@ -38,7 +38,7 @@ def torch_names(abstract: Any) -> dict[str, tuple[str, ...]]:
 
 def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
             form: Form, leftover: tuple[str, ...] = ()) -> Any:
-  """Tensors -> a model's parameters, float32. They are read one at a time.
+  """Reads a model's parameters, float32, one tensor at a time.
 
   Args:
     tensors: {name as `form` has it: tensor}.
@@ -51,6 +51,7 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
     ValueError: tensors that are missing, unexpected, misshapen, of a type
       that holds no weights, or not finite: all are listed.
   """
+  # All problems are collected first, so that a person sees them at once.
   flat = traverse_util.flatten_dict(abstract)
   expected = {form.name(path): path for path in flat}
   shapes = {name: form.shape(flat[path].shape, path[-1])
@@ -85,6 +86,7 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
 
 def torch_shape(shape: tuple[int, ...], leaf: str) -> tuple[int, ...]:
   """The shape that PyTorch gives a parameter of ours."""
+  # Flax: [*window, I, O]; PyTorch: [O, I, *window]. Others have one axis.
   if leaf == 'kernel':
     return (shape[-1], shape[-2], *shape[:-2])
   return shape

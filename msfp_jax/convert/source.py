@@ -1,4 +1,4 @@
-"""A checkpoint's tensors and configuration, wherever and however it lies."""
+"""Opens checkpoints: files or folders of safetensors or torch, and configs."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -77,7 +77,8 @@ def open_source(path: str | pathlib.Path,
 
 def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
                    ) -> pathlib.Path | None:
-  """diffusers' config.json, or CompVis' yaml, in the folder of the weights."""
+  """Looks for diffusers' config.json, or CompVis' yaml, beside the weights."""
+  # By the tensors' names: a folder may hold files of several code bases.
   blocks = ('down_blocks.', 'encoder.down_blocks.')
   names = (['config.json'] if any(n.startswith(blocks) for n in tensors)
            else [f'{path.stem}.yaml', 'config.yaml'])
@@ -86,7 +87,7 @@ def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
 
 
 def _weights_in(folder: pathlib.Path, parts: tuple[str, ...]) -> pathlib.Path:
-  """The file with the weights in a folder of diffusers."""
+  """Looks for the file with the weights in a folder of diffusers."""
   folders = [folder / part for part in parts] + [folder]
   for place in folders:
     for name in _WEIGHTS:
@@ -113,7 +114,8 @@ def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def _looks_like_torch(path: pathlib.Path) -> bool:
-  """ermongroup's files have no suffix (ema_cifar10)."""
+  """Whether a file begins as torch's do: ermongroup's have no suffix."""
+  # A zip archive, or a pickle of protocol 2 or later.
   with open(path, 'rb') as file:
     head = file.read(4)
   return head == b'PK\x03\x04' or head[:1] == b'\x80'
@@ -121,7 +123,7 @@ def _looks_like_torch(path: pathlib.Path) -> bool:
 
 def read_safetensors(path: pathlib.Path
                      ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-  """({name: tensor}, metadata) of one file.
+  """Opens one file: ({name: tensor}, metadata).
 
   Raises:
     ValueError: it is no safetensors file, or a damaged one.
@@ -151,12 +153,13 @@ def _safetensors_reader(path, name):
 
 
 def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
-  """The files that an index.json lists, as one."""
+  """Opens the files that an index.json lists, as if they were one."""
   try:
     places = json.loads(index.read_text())['weight_map']
     files = sorted({str(file) for file in places.values()})
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{index} is no index of shards: {error!r}') from error
+  # A name with folders in it could lead out of the checkpoint's own.
   if odd := [f for f in files if pathlib.Path(f).name != f
              or not f.endswith(('.safetensors', '.bin'))]:
     raise ValueError(f'{index} names {odd}, which are no files of weights '
@@ -172,7 +175,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
-  """A config.json, or a yaml without any of its tags resolved.
+  """Reads a config.json, or a yaml without any of its tags resolved.
 
   Raises:
     ValueError: it is neither.

@@ -22,7 +22,7 @@ class LazyTensor:
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':
-    """One that is in memory."""
+    """Wraps an array that is in memory already."""
     return cls(array.shape, array.dtype, lambda: array)
 
 
@@ -53,13 +53,16 @@ _DEEPEST = 1_000
 
 
 def flatten(tree: Any) -> dict[str, LazyTensor]:
-  """Nested dicts and lists of a checkpoint -> {dotted name: tensor}.
+  """Collects the tensors of nested dicts and lists as {dotted name: tensor}.
 
   What is no tensor is left out, and so is a container inside of itself.
 
   Raises:
     ValueError: more entries, or deeper ones, than a checkpoint has.
   """
+  # A loop with a stack of its own, as a file may nest deeper than Python
+  # recurses. Each entry is a container that is being walked through; one that
+  # is met inside of itself, which a pickle can make, is passed over.
   found, entries, letters = {}, 0, 0
   around = set()  # ids of the containers that are open
   levels = [(None, '', iter([('', tree)]))]  # id, name, items still to visit

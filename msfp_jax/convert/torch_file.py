@@ -23,6 +23,20 @@ from msfp_jax.convert.tensors import BFLOAT16
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.convert.tensors import Storage
 
+# The containers, and where their tensors lie:
+#
+#   zip                                 legacy, one stream
+#     NAME/data.pkl   the object          pickle: magic number
+#     NAME/byteorder  'little' or 'big'   pickle: protocol
+#     NAME/data/0     a storage           pickle: sizes and byte order
+#     NAME/data/1     a storage           pickle: the object
+#     ...                                 pickle: keys of the storages, in order
+#                                         for each: count (8 bytes), elements
+#
+# In the object's pickle a tensor is a call of _rebuild_tensor with a persistent
+# id ('storage', type, key, ...), an offset, a shape and strides; several
+# tensors may be views of one storage. Everything that a file states about sizes
+# is checked against what it has, before memory is asked for.
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
 _LEGACY_PROTOCOL = 1001
 
@@ -47,7 +61,7 @@ class TorchFileError(pickles.PickleError):
 
 
 class _Scripted(dict, pickles.Buildable):
-  """A module or object of TorchScript: its attributes."""
+  """Stands for a module or an object of TorchScript, with its attributes."""
 
   def build(self, state: Any) -> None:
     if isinstance(state, dict):
@@ -55,6 +69,7 @@ class _Scripted(dict, pickles.Buildable):
 
 
 def _other(name: Global) -> Any:
+  # The classes of a script are made up per file, all below __torch__.
   scripted = name.module.partition('.')[0] == '__torch__'
   return _Scripted() if scripted else pickles.Opaque(str(name))
 
@@ -99,6 +114,7 @@ def _load_zip(path: pathlib.Path) -> Any:
     def resolve(pid):
       dtype, key, count = _parse_id(pid)
       name = f'{root}data/{key}'
+      # A member may be longer than its tensors need, but not shorter.
       if name not in members:
         raise TorchFileError(f'truncated: it lacks the member {name}')
       size = members[name].file_size
@@ -124,6 +140,8 @@ def _check_member(info, size_on_disk):
 
 
 def _check_pickle_size(info, size_on_disk):
+  # The pickle is read whole, unlike tensors, and the directory may lie about
+  # sizes; a bomb of zeros is refused before it is inflated.
   held = min(info.compress_size, size_on_disk)
   if info.file_size > _MOST_INFLATED * held:
     raise TorchFileError(f'damaged: {held} bytes inflate to {info.file_size} '
@@ -131,7 +149,7 @@ def _check_pickle_size(info, size_on_disk):
 
 
 def _byte_order(archive, info):
-  if info is None:
+  if info is None:  # older torch wrote none
     return 'little'
   if info.file_size > 16:
     raise TorchFileError(f'damaged: its byteorder has {info.file_size} bytes, '
@@ -140,7 +158,7 @@ def _byte_order(archive, info):
 
 
 def _zip_reader(path, info, dtype, swap):
-  """Reads parts of a member; those of torch.save are not compressed."""
+  """Makes the reader of a storage's elements; torch.save compresses nothing."""
   if info.compress_type != zipfile.ZIP_STORED:
     def read_compressed(first, count):
       with zipfile.ZipFile(path) as archive, archive.open(info) as member:
@@ -163,6 +181,8 @@ def _zip_reader(path, info, dtype, swap):
 
 
 def _load_legacy(path: pathlib.Path) -> Any:
+  # Storages are known before their place is: they follow the pickle, each after
+  # the one before, so that `read` is filled in at the end.
   storages = {}
 
   def resolve(pid):
@@ -172,6 +192,7 @@ def _load_legacy(path: pathlib.Path) -> Any:
       raise TorchFileError(
           f'damaged: storage {key!r} of {count} {dtype}, elsewhere of '
           f'{base.count} {base.dtype}')
+    # A sixth entry makes the storage itself a part of another one.
     view = pid[5] if len(pid) > 5 else None
     if view is None:
       return base
@@ -236,7 +257,7 @@ def _from_bytes(content, dtype, count, swap):
 
 
 def _parse_id(pid: Any) -> tuple[np.dtype, str, int]:
-  """('storage', type, key, location, count, ...) -> dtype, key, count."""
+  """Reads ('storage', type, key, location, count, ..): dtype, key, count."""
   if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage':
     raise TorchFileError(f'a reference to {shown(pid)}, which is no storage')
   _, kind, key, _, count = pid[:5]
@@ -259,13 +280,13 @@ def _is_size(value):
 
 
 def _is_view(view, count):
-  """(key, start, size) within `count` elements."""
+  """Whether a view is (key, start, size) within `count` elements."""
   return (isinstance(view, tuple) and len(view) == 3
           and all(map(_is_size, view[1:])) and sum(view[1:]) <= count)
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *unused) -> LazyTensor:
-  """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+  """Does what torch._utils._rebuild_tensor does, or its _v2, when read."""
   if not isinstance(storage, Storage):
     raise TorchFileError(f'a tensor made of {shown(storage)}')
   text = f'a tensor of shape {shown(shape)}, strides {shown(strides)}'
@@ -275,12 +296,14 @@ def _rebuild_tensor(storage, offset, shape, strides, *unused) -> LazyTensor:
   shape, strides = tuple(shape), tuple(strides)
   if len(shape) != len(strides):
     raise TorchFileError(text)
+  # Elements from the first to the last that the view touches.
   count = 0
   if 0 not in shape:
     count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if offset + count > storage.count:
     raise TorchFileError(f'{text} at {offset} reaches beyond its storage of '
                          f'{storage.count} elements')
+  # With strides of 0 a few bytes could stand for any size.
   if math.prod(shape) > storage.count:
     raise TorchFileError(
         f'{text} is larger than its storage of {storage.count} elements: '
@@ -302,6 +325,7 @@ def _are_sizes(values):
           and all(map(_is_size, values)))
 
 
+# Whether it requires a gradient, hooks and the like say nothing of its values.
 _CALLS = {
     Global('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
     Global('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,

@@ -1,4 +1,4 @@
-"""Images in: uint8 `[N, H, W, C]` by rows; models see float32 in [-1, 1]."""
+"""Data sets: uint8 images `[N, H, W, C]`, which models see in [-1, 1]."""
 
 from collections.abc import Callable
 
@@ -42,12 +42,12 @@ DATASETS: dict[str, Callable[[str], Images]] = {
 
 
 def to_float(images: np.ndarray | jax.Array) -> jax.Array:
-  """uint8 0..255 -> float32 in [-1, 1]."""
+  """Scales uint8 0..255 to float32 in [-1, 1]."""
   return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-  """float32, clipped to [-1, 1] -> uint8, rounded to the nearest.
+  """Clips float32 to [-1, 1], and scales it to the nearest uint8.
 
   NaN becomes 0 in the cast; callers check samples for NaN before (see
   `generate.batches`).
@@ -56,7 +56,7 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def load(name: str, path: str = '') -> Images:
-  """The images of a data set.
+  """Loads the images of a data set, or opens it for reading by rows.
 
   Folders and parquet files stay on the disk; the others are arrays.
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's training images in both of its published forms."""
+"""Reads CIFAR-10's training images, in both of its published forms."""
 
 import pathlib
 from typing import Any
@@ -15,7 +15,7 @@ _IMAGES = 10_000  # of a file
 
 
 def read(path: str) -> np.ndarray:
-  """The 50,000 training images, uint8 `[50000, 32, 32, 3]`.
+  """Reads the 50,000 training images, uint8 `[50000, 32, 32, 3]`.
 
   Args:
     path: the folder with data_batch_1.bin ... 5.bin (the binary version) or
@@ -29,6 +29,7 @@ def read(path: str) -> np.ndarray:
   for names, parse in ((_BINARY, _parse_binary), (_PYTHON, _parse_python)):
     if all((root / name).is_file() for name in names):
       batches = [_parse(root / name, parse) for name in names]
+      # Both have colour planes: all reds, then greens, then blues.
       return np.concatenate(batches).reshape(-1, 3, 32, 32).transpose(
           0, 2, 3, 1)
   raise FileNotFoundError(
@@ -49,7 +50,7 @@ def _parse(file, parse):
 
 
 def _parse_binary(file: pathlib.Path) -> np.ndarray:
-  """Rows of a label and 3,072 pixels."""
+  """Reads the binary form: rows of a label and 3,072 pixels."""
   content = np.fromfile(file, np.uint8)
   if len(content) != _IMAGES * (_PIXELS + 1):
     raise ValueError(f'{len(content)} bytes, expected '
@@ -58,7 +59,7 @@ def _parse_binary(file: pathlib.Path) -> np.ndarray:
 
 
 def _parse_python(file: pathlib.Path) -> np.ndarray:
-  """A pickled dict whose 'data' is an array."""
+  """Reads the Python form: a pickled dict whose 'data' is an array."""
   with open(file, 'rb') as opened:
     content = pickles.read_pickle(opened, _CALLS)
   if not isinstance(content, dict):
@@ -75,7 +76,7 @@ class _Dtype(pickles.Buildable):
     self.name = _bytes(name)
 
   def build(self, state: Any) -> None:
-    """Byte order and fields, of which bytes have none."""
+    """Ignores the state: byte order and fields, which bytes do not have."""
 
 
 class _Array(pickles.Buildable):
@@ -88,6 +89,7 @@ class _Array(pickles.Buildable):
     self.state = state
 
   def array(self) -> np.ndarray:
+    # The state of ndarray.__setstate__: (version, shape, dtype, order, bytes).
     _, shape, dtype, fortran, content = self.state
     if not isinstance(dtype, _Dtype) or dtype.name != b'u1' or fortran:
       kind = shown(getattr(dtype, 'name', dtype))
@@ -97,7 +99,7 @@ class _Array(pickles.Buildable):
 
 
 def _bytes(value: bytes | str) -> bytes:
-  """Python 2 wrote bytes as strings."""
+  """Bytes as they are; Python 2 wrote them as strings of these characters."""
   return value.encode('latin1') if isinstance(value, str) else value
 
 

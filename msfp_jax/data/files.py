@@ -16,7 +16,7 @@ _SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 
 
 def read(path: str) -> Images:
-  """The images at a path: an array, or a folder's, decoded when asked for.
+  """Reads an array of images, or opens a folder, decoded when asked for.
 
   Args:
     path: a folder of image files of one size, or an `.npz` with one uint8
@@ -67,7 +67,7 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
 
 
 def read_celeba(path: str) -> EncodedImages:
-  """CelebA's aligned photographs as DDIM's models saw them, 64 x 64.
+  """Opens CelebA's aligned photographs as DDIM's models saw them, 64 x 64.
 
   The 128 x 128 pixels around (89, 121), halved with a bilinear filter, as
   ermongroup/ddim prepares them.
@@ -92,7 +92,7 @@ def _celeba_crop(image: Image.Image) -> Image.Image:
   if image.size != (178, 218):
     raise ValueError(f'is {image.size[0]} x {image.size[1]} pixels, not CelebA'
                      "'s aligned 178 x 218")
-  x, y = 89, 121
+  x, y = 89, 121  # the centre of the faces, as DDIM's code has it
   return image.crop((x - 64, y - 64, x + 64, y + 64)).resize(
       (64, 64), Image.BILINEAR)
 
@@ -114,5 +114,5 @@ def _read_folder(root: pathlib.Path,
 
 
 def _raise(error: OSError) -> None:
-  """os.walk would leave out a folder that it cannot read."""
+  """For os.walk, which would otherwise skip a folder that it cannot read."""
   raise error

@@ -27,10 +27,10 @@ class Images(Protocol):
   shape: tuple[int, ...]
 
   def __len__(self) -> int:
-    """N."""
+    """The number of images, N."""
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """uint8 `[n, H, W, C]` of a slice, or of an int array `[n]`."""
+    """Reads the images of a slice or int array `[n]`, uint8 `[n, H, W, C]`."""
 
 
 class EncodedImages:
@@ -48,7 +48,7 @@ class EncodedImages:
       self, count: int,
       fetch: Callable[[Sequence[int]], list[tuple[str, File]]],
       change: Callable[[Image.Image], Image.Image] = lambda image: image):
-    """Decodes the first image.
+    """Decodes the first image, whose size all others must have.
 
     Args:
       count: how many there are, at least one.
@@ -59,6 +59,8 @@ class EncodedImages:
     Raises:
       ValueError: an image met is not readable, or `change` refuses it.
     """
+    # fetch(rows) -> files -> Pillow -> mode L or RGB -> change -> uint8 pixels;
+    # `change` may crop and resize, so the size is known after it only.
     self._fetch, self._change = fetch, change
     self._mode = 'L' if _all_grey(count, fetch) else 'RGB'
     (self._first, file), = fetch([0])
@@ -68,7 +70,7 @@ class EncodedImages:
     return self.shape[0]
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """uint8 `[n, H, W, C]`, decoded by several threads.
+    """Decodes some images with several threads, uint8 `[n, H, W, C]`.
 
     Args:
       rows: a slice, or an int array `[n]`.
@@ -86,6 +88,7 @@ class EncodedImages:
     def store(i: int, named: tuple[str, File]) -> None:
       images[i] = self._decode(*named, images.shape[1:])
 
+    # Pillow decodes outside of Python's lock, so threads are enough.
     with futures.ThreadPoolExecutor(_THREADS) as pool:
       for _ in pool.map(store, range(len(wanted)), self._fetch(wanted)):
         pass  # raises what a thread raised
@@ -93,7 +96,7 @@ class EncodedImages:
 
   def _decode(self, name: str, file: File,
               shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """uint8 `[H, W, C]`; raises ValueError unless it has the shape."""
+    """Decodes one, uint8 `[H, W, C]`; ValueError unless it has the shape."""
     with _opened(name, file) as image:
       if image.mode.startswith('I;16'):
         # Pillow's conversion would saturate.
@@ -120,7 +123,7 @@ def _all_grey(count: int, fetch: Callable) -> bool:
 
 @contextlib.contextmanager
 def _opened(name: str, file: File) -> Iterator[Image.Image]:
-  """The image in a file; every error is a ValueError that names it."""
+  """Opens the image in a file; every error is a ValueError that names it."""
   try:
     with Image.open(file) as image:
       yield image

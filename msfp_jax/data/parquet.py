@@ -16,7 +16,7 @@ _KEPT_BYTES = 2**28
 
 
 def read(path: str) -> EncodedImages:
-  """Images of one size, read and decoded when they are asked for.
+  """Opens images of one size, read and decoded when they are asked for.
 
   A file gives whole row groups. Of a data set larger than the 256 MiB that are
   kept, training, which takes rows in random order, reads about a row group an
@@ -78,8 +78,9 @@ class _EncodedRows:
     return self._starts[-1]
 
   def fetch(self, rows: Sequence[int]) -> list[tuple[str, io.BytesIO]]:
-    """(name for messages, encoded image) of each row."""
+    """Reads some rows: (name for messages, encoded image) of each."""
     rows = np.asarray(rows)
+    # Group g has rows starts[g] to starts[g + 1] - 1, over all files.
     groups = np.searchsorted(self._starts, rows, side='right') - 1
     found = [None] * len(rows)
     with self._lock:
@@ -98,6 +99,7 @@ class _EncodedRows:
       with _opened(group.file) as opened:
         table = opened.read_row_group(group.index, columns=[group.column])
       self._kept[group] = table.column(0)
+      # Oldest first in the dict, to whose end each use moves a group.
       while len(self._kept) > 1 and sum(
           values.nbytes for values in self._kept.values()) > _KEPT_BYTES:
         self._kept.popitem(last=False)
@@ -107,7 +109,7 @@ class _EncodedRows:
 
 @contextlib.contextmanager
 def _opened(file: pathlib.Path) -> Iterator[Any]:
-  """The file as pyarrow's; every error is a ValueError that names it."""
+  """Opens a file with pyarrow; every error is a ValueError that names it."""
   try:
     from pyarrow import parquet
   except ImportError as error:

@@ -1,4 +1,4 @@
-"""Batches read ahead, shuffled by seed; the position is the step alone."""
+"""Shuffled batches, read ahead, which depend on the seed and the step alone."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +36,10 @@ def batch_rows(seed: int, num_images: int, batch_size: int, step: int
   if num_images < 1 or batch_size < 1 or step < 0:
     raise ValueError(f'num_images={num_images}, batch_size={batch_size} must '
                      f'be at least 1, step={step} at least 0')
+  # Images are numbered through all epochs: of 5 images in batches of 3,
+  #
+  #   epoch    0 0 0 0 0 1 1 1 1 1 2 ..
+  #   step     0 0 0 1 1 1 2 2 2 3 3 ..
   epochs, rows = np.divmod(
       np.arange(batch_size) + step * batch_size, num_images)
   return np.concatenate([
@@ -45,7 +49,7 @@ def batch_rows(seed: int, num_images: int, batch_size: int, step: int
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, num_images: int, epoch: int) -> np.ndarray:
-  """The permutation of an epoch.
+  """The order of the images in an epoch.
 
   Raw numbers, sorted: unlike `Generator.permutation`, they are the same in
   every version of NumPy.
@@ -88,6 +92,7 @@ def read_ahead(read: Callable[[_Item], _Result], items: Iterable[_Item],
     items: may be without end.
     ahead: results that are kept ready.
   """
+  # One thread: results come in the order of the items, whatever each takes.
   pool = futures.ThreadPoolExecutor(1, 'read_ahead')
   pending = collections.deque()
   try:

@@ -39,6 +39,8 @@ def make_plan(schedule: NoiseSchedule, name: str, **options) -> SamplerPlan:
   """
   if name not in _PLANS:
     raise ValueError(f'sampler {name!r}: must be one of {sorted(_PLANS)}')
+  # A config has one set of fields for all samplers, so those that this one
+  # lacks are dropped, but only where that cannot change what was asked for.
   known = inspect.signature(_PLANS[name]).parameters
   for option, value in options.items():
     if option not in known and value != _NEUTRAL.get(option):

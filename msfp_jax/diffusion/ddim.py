@@ -26,6 +26,8 @@ def ddim_timesteps(num_train_steps: int, num_steps: int,
   if not 1 <= num_steps <= num_train_steps:
     raise ValueError(f'num_steps={num_steps}: must be in 1..{num_train_steps}')
   if spacing == 'uniform':
+    # Not linspace: steps of one length from 0 on, as in the original, so that
+    # sampling begins below T - 1 (with 100 steps of 1000 at 990).
     steps = np.arange(0, num_train_steps, num_train_steps // num_steps)
   elif spacing == 'quad':
     grid = np.linspace(0, np.sqrt(num_train_steps * 0.8), num_steps)
@@ -42,7 +44,7 @@ def ddim_timesteps(num_train_steps: int, num_steps: int,
 
 def previous_alphas_cumprod(schedule: NoiseSchedule, timesteps: np.ndarray,
                             convention: str = 'ddim') -> np.ndarray:
-  """alphabar after each of the ascending timesteps' steps.
+  """The alphabar that each of the ascending timesteps is stepped to.
 
   At the end it is 1; CompVis ends at alphabar_0 instead.
   """
@@ -73,6 +75,9 @@ def ddim_plan(schedule: NoiseSchedule, num_steps: int,
       schedule.num_train_steps, num_steps, spacing, convention)
   bar = schedule.alphas_cumprod[timesteps]
   bar_prev = previous_alphas_cumprod(schedule, timesteps, convention)
+  # sigma is eq. 16. What of the noise eps is left at x' is `direction`; taking
+  # x to x' = x_coef * x would leave x_coef sqrt(1 - abar) of it, and the
+  # difference is what a step subtracts. Plans run from the noisiest step on.
   sigma = eta * np.sqrt((1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev))
   x_coef = np.sqrt(bar_prev / bar)
   direction = np.sqrt(np.maximum(1 - bar_prev - sigma**2, 0))

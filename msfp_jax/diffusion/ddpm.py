@@ -44,10 +44,12 @@ def ddpm_plan(schedule: NoiseSchedule, num_steps: int | None = None,
                      'timestep twice, which DDPM cannot; use fewer steps')
   bar = schedule.alphas_cumprod[timesteps]
   bar_prev = previous_alphas_cumprod(schedule, timesteps)
+  # Between visited timesteps the process is one longer step: its alpha is the
+  # product of those skipped, the ratio of the cumulative products.
   alphas = bar / bar_prev
   sigma = np.sqrt(1 - alphas)
   if variance == 'small':
     sigma = sigma * np.sqrt((1 - bar_prev) / (1 - bar))
-  sigma[0] = 0.0
+  sigma[0] = 0.0  # timesteps ascend here: the last step adds none
   return SamplerPlan(timesteps[::-1], 1 / np.sqrt(alphas)[::-1],
                      denoising_factors(alphas, bar)[::-1], sigma[::-1])

@@ -31,6 +31,8 @@ def dpm_solver_plan(schedule: NoiseSchedule, num_steps: int) -> SamplerPlan:
     raise ValueError(f'num_steps={num_steps}: must be in 1..{last}')
   timesteps = np.linspace(0, last, num_steps + 1).round().astype(np.int64)
   timesteps = timesteps[:0:-1]
+  # The last step lands on alphabar = 1: sigma' = 0, lambda' infinite, exp(-h) =
+  # 0. So its gain is 1, and the result the predicted x_0.
   bar = schedule.alphas_cumprod[timesteps]
   alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
   alpha_next, sigma_next = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
@@ -41,6 +43,7 @@ def dpm_solver_plan(schedule: NoiseSchedule, num_steps: int) -> SamplerPlan:
   slope = np.zeros(num_steps)
   slope[1:-1] = h[1:-1] / h[:-2] / 2
   weights = np.stack([gain * (1 + slope), -gain * slope], axis=1)
+  # p_i is x_0 as predicted at step i: (x - sigma eps) / alpha.
   multistep = Multistep(1 / alpha, -sigma / alpha, weights)
   return SamplerPlan(
       timesteps, sigma_next / sigma, weights[:, 0] * sigma / alpha,

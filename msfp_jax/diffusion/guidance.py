@@ -1,4 +1,4 @@
-"""What is done to a predicted noise before a sampler uses it."""
+"""Changes to a predicted noise before a sampler uses it."""
 
 import jax
 import jax.numpy as jnp

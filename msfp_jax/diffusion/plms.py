@@ -31,6 +31,8 @@ def plms_plan(schedule: NoiseSchedule, num_steps: int,
     raise ValueError(f'num_steps={num_steps}: PLMS takes at least 2')
   one = ddim_plan(schedule, num_steps, spacing, convention=convention)
   first, factor = one.eps_factor[0], one.eps_factor
+  # Evaluation 0 takes DDIM's step, to the far end. Evaluation 1, there, takes
+  # half of it back and adds half of its own: from the start, the mean of both.
   rows = [[first], [first / 2, -first / 2]]
   for i in range(1, one.num_steps):
     terms = list(_ORDERS[min(i + 1, 4)])
@@ -42,6 +44,7 @@ def plms_plan(schedule: NoiseSchedule, num_steps: int,
   weights = np.zeros((len(rows), max(map(len, rows))))
   for row, values in zip(weights, rows, strict=True):
     row[:len(values)] = values
+  # Evaluation 1 is at the second timestep, and so is 2, from the better sample.
   again = lambda values, extra: np.concatenate(
       [values[:1], [extra], values[1:]])
   count = len(rows)

@@ -59,7 +59,7 @@ class SamplerPlan:
 
   @property
   def num_steps(self) -> int:
-    """Evaluations of the model."""
+    """The number of times that the model is evaluated."""
     return len(self.timesteps)
 
   def steps(self) -> dict[str, jax.Array]:
@@ -106,6 +106,8 @@ def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
   if plan.multistep is None:
     new = step['x_coef'] * x - step['eps_factor'] * eps
   else:
+    # The history has a place for each of the K - 1 steps before, the latest
+    # first; in the beginning these are zeros, whose weights are 0 as well.
     prediction = step['x_part'] * x + step['eps_part'] * eps
     past = jnp.concatenate([prediction[None], past])
     new = step['x_coef'] * x + jnp.tensordot(step['weights'], past, 1)
@@ -113,6 +115,7 @@ def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
   if plan.noise_std.any():
     if key is None:
       raise ValueError('this sampler adds noise at every step: pass a key')
+    # A step's noise depends on the key and on its number alone.
     z = jax.random.normal(jax.random.fold_in(key, step['index']), x.shape)
     new += step['noise_std'] * z
   return Position(new, past)
@@ -138,7 +141,7 @@ def trajectory(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
                key: jax.Array | None = None,
                visit: Callable[..., Any] = lambda x, eps, step: None
                ) -> tuple[jax.Array, Any]:
-  """As `sample`, and collects what `visit(x, eps, step)` returns on the way.
+  """Samples, and collects what `visit(x, eps, step)` returns on the way.
 
   Returns:
     The samples, and visit's results stacked along a first axis of S steps.

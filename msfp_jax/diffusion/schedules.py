@@ -60,6 +60,7 @@ def scaled_linear(num_train_steps: int, beta_start: float,
 def cosine(num_train_steps: int, offset: float = 0.008,
            max_beta: float = 0.999) -> NoiseSchedule:
   """Nichol and Dhariwal 2021, eq. 17: alphabar a squared cosine of t."""
+  # Capped, as alphabar reaches 0 at the end, and beta would be 1 there.
   grid = np.arange(num_train_steps + 1) / num_train_steps
   bar = np.cos((grid + offset) / (1 + offset) * np.pi / 2)**2
   return NoiseSchedule(np.minimum(1 - bar[1:] / bar[:-1], max_beta))
@@ -94,6 +95,8 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array,
     noise: standard normal, like x0.
     t: timesteps, int `[B]`.
   """
+  # The marginal of t steps of noise, at once; [T] looked up at t, for [B, H, W,
+  # C]. Rounded to float32 after the roots.
   bar = schedule.alphas_cumprod
   signal = jnp.asarray(np.sqrt(bar), x0.dtype)[t][:, None, None, None]
   sigma = jnp.asarray(np.sqrt(1 - bar), x0.dtype)[t][:, None, None, None]

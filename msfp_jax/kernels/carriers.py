@@ -30,13 +30,15 @@ DTYPES = {
     'bf16': (jnp.bfloat16, jnp.float32),
     'f32': (jnp.float32, jnp.float32),
 }
-# Integers up to here are exact, whatever the order of a sum.
+# Integers up to here are exact, whatever the order of a sum: if the magnitudes
+# of all terms add up to no more, so does every partial sum, however they are
+# grouped; float32 has 24 bits for it and rounds nothing.
 EXACT_FLOAT32, EXACT_INT32 = 2**24, 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-  """How a format is carried: level = unit * (v + offset).
+  """The way in which a carrier holds a format: level = unit * (v + offset).
 
   The offset is an integer. It takes the integer part of a zero point into v,
   where it costs no digits: left outside of the sum, a zero point far from 0
@@ -81,6 +83,7 @@ class Carried:
 
   def carry(self, levels: jax.Array, offset: Any) -> jax.Array:
     """v of levels in float32, in the carrier; int8 has no NaN."""
+    # The unit is a power of two and v has few bits: no rounding here.
     return (levels * (1 / self.unit) - offset).astype(self.dtype)
 
 
@@ -135,14 +138,15 @@ def step(fmt: FPFormat) -> float:
 
 @functools.cache
 def carry(fmt: FPFormat, carrier: str) -> Carried | None:
-  """How `carrier` carries `fmt`; None if it cannot."""
+  """The way in which `carrier` holds `fmt`; None if it cannot."""
   if carrier not in DTYPES:
     raise ValueError(f'carrier {carrier!r}: must be one of {sorted(DTYPES)}')
   if carrier == 'fp8':
     return _carry_fp8(fmt)
   largest = fmt.max / fmt.step
-  # Not of the carrier but of the format, so that exact carriers agree: what
-  # int8 holds, and bfloat16 as well.
+  # UE3M1 has 0 .. 192 steps, beyond int8; less 65 to 128 it fits. Ranges are
+  # not of the carrier but of the format, so that exact carriers agree: what
+  # int8 holds, and bfloat16 as well (it has 8 significant bits).
   low = high = 0
   if not fmt.signed and largest <= 255:
     low, high = max(0, int(largest) - 127), min(int(largest), 128)
@@ -154,16 +158,18 @@ def carry(fmt: FPFormat, carrier: str) -> Carried | None:
 
 
 def _carry_fp8(fmt: FPFormat) -> Carried | None:
-  """In the smallest unit in which the largest level is in range."""
+  """Finds the way for fp8: the smallest unit that keeps all levels in range."""
   largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
   unit = max(2.0**np.ceil(np.log2(fmt.max / largest)), step(fmt))
   carried = Carried(fmt, 'fp8', unit)
+  # The unit may be larger than a step, so small levels may need subnormals, or
+  # not be there.
   exact = carried.values().astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
   return carried if (exact == carried.values()).all() else None
 
 
 def magnitude(fmt: FPFormat) -> int:
-  """Largest |v| in steps, of the carriers that take an offset."""
+  """The largest |v| in steps, with the offset of integer carriers taken off."""
   carried = carry(fmt, 'f32')
   ends = [np.abs(carried.values(offset)).max() for offset in (
       carried.lowest_offset, carried.highest_offset)]

@@ -1,4 +1,4 @@
-"""What both Pallas back ends refuse alike; each returns the reason, or None."""
+"""Checks that both chips' kernels share; each returns the reason, or None."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _OUT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 
 
 def format_of_weights(fmt: FPFormat, device: str) -> str | None:
-  """Both decode the signed formats of 4 bits."""
+  """Why weights of a format are refused: both decode signed 4 bits alone."""
   if fmt.signed and fmt.bits == 4:
     return None
   return (f'weights in {fmt}: the {device} kernels decode signed formats of 4 '
@@ -21,14 +21,14 @@ def format_of_weights(fmt: FPFormat, device: str) -> str | None:
 
 
 def out_dtype(dtype) -> str | None:
-  """Both write float32 and bfloat16."""
+  """Why a result's dtype is refused: both write float32 and bfloat16."""
   if np.dtype(dtype) in _OUT_DTYPES:
     return None
   return f'out_dtype {np.dtype(dtype)}: must be float32 or bfloat16'
 
 
 def axes(op: str, x, codes) -> str | None:
-  """`[M, K]` and `[K, N]`, or images and windows; not empty."""
+  """Why the operands' axes are refused: too few or many, or an empty one."""
   if x.ndim != _RANK[op] or codes.ndim != _RANK[op]:
     return (f'{op} of x {x.shape} and codes {codes.shape}: both must have '
             f'{_RANK[op]} axes')
@@ -39,7 +39,8 @@ def axes(op: str, x, codes) -> str | None:
 
 def window(size: Sequence[int], window: Sequence[int], strides: Sequence[int],
            padding: Sequence[tuple[int, int]], x) -> str | None:
-  """The result has a pixel at least; `size` is its height and width."""
+  """Why a window is refused: the result, of this `size`, is empty."""
+  # Negative padding crops, for which neither kernel is made.
   if min(size) < 1 or min(strides) < 1 or min(map(min, padding)) < 0:
     return (f'a window of {tuple(window)} with strides {strides} and '
             f'padding {padding} on x {x.shape}')
@@ -47,7 +48,9 @@ def window(size: Sequence[int], window: Sequence[int], strides: Sequence[int],
 
 
 def sums(x, length: int, fmt: FPFormat) -> str | None:
-  """Of `length` products with any int8 stay in int32."""
+  """Why sums are refused: of `length` products with int8, beyond int32."""
+  # x may hold any int8, be it no level: -128 bounds them all. In float32 sums
+  # are rounded beyond 2^24, which is no error to refuse.
   bound = length * 128 * carriers.magnitude(fmt)
   if x.dtype == jnp.int8 and bound > carriers.EXACT_INT32:
     return (f'sums of {length} products of int8 and {fmt} may leave int32; '

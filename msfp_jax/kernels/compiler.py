@@ -1,4 +1,4 @@
-"""How XLA is asked to compile whole samplers."""
+"""What XLA is told when it compiles whole samplers."""
 
 from collections.abc import Callable
 import functools
@@ -17,7 +17,7 @@ _CPU = {'xla_cpu_experimental_ynn_fusion_type':
 
 @functools.cache
 def options() -> dict[str, str] | None:
-  """For `jax.jit(compiler_options=)`; None where XLA does not know them."""
+  """Options for `jax.jit(compiler_options=)`; None where XLA lacks them."""
   if jax.default_backend() != 'cpu':
     return None
   try:

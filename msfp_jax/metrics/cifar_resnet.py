@@ -28,7 +28,7 @@ Params = Mapping[str, Any]
 
 
 def load(path: str | os.PathLike) -> tuple[int, Params]:
-  """(depth, parameters) of a state dict, alone or in a checkpoint.
+  """Loads (depth, parameters) of a state dict, alone or in a checkpoint.
 
   Raises:
     FileNotFoundError: nothing at `path`.
@@ -54,7 +54,7 @@ def _block_names(blocks: int) -> list[str]:
 
 
 def state_shapes(blocks: int) -> dict[str, tuple[int, ...]]:
-  """{name: shape} of the tensors with `blocks` blocks a level."""
+  """The tensors of a network of `blocks` blocks a level, {name: shape}."""
   shapes = {'conv1.weight': (_WIDTHS[0], 3, 3, 3),
             **classifier_files.norm_shapes('bn1', _WIDTHS[0])}
   channels = _WIDTHS[0]
@@ -69,10 +69,12 @@ def state_shapes(blocks: int) -> dict[str, tuple[int, ...]]:
 
 
 def apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """uint8 `[N, 32, 32, 3]` -> float32 features `[N, 64]`, logits `[N, 10]`."""
+  """Runs the network on uint8 `[N, 32, 32, 3]`; features and logits."""
   x = (images.astype(jnp.float32) / 255 - _MEAN) / _STD
   x = jax.nn.relu(_convolve(params['stem'], x))
   for first, second in params['blocks']:
+    # Option A of the paper: where channels double, the shortcut takes every
+    # other pixel and is padded with channels of zeros.
     added = first['kernel'].shape[-1] - x.shape[-1]
     stride = 2 if added else 1
     y = jax.nn.relu(_convolve(first, x, stride))

@@ -1,4 +1,4 @@
-"""What the readers of published classifiers share: strictness and folding."""
+"""Reading published classifiers: which tensors must be there, and folding."""
 
 from collections.abc import Mapping
 import hashlib
@@ -19,7 +19,7 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
-  """{name: tensor} of a file; nothing in it is run, nothing read yet.
+  """Opens a file as {name: tensor}; nothing in it is run, nothing read yet.
 
   The counters of batch normalisation are left out.
 
@@ -72,7 +72,7 @@ def norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
 
 def fold(state: State, conv: str, norm: str, epsilon: float
          ) -> dict[str, np.ndarray]:
-  """A convolution without bias and its batch normalisation, as one layer.
+  """Folds a batch normalisation into the convolution before it.
 
   Args:
     state: {name: tensor}, PyTorch's names and layouts.
@@ -83,6 +83,8 @@ def fold(state: State, conv: str, norm: str, epsilon: float
   Returns:
     float32 'kernel' HWIO and 'bias' `[O]`.
   """
+  # (conv(x) - mean) / sqrt(variance + epsilon) * scale + bias is a convolution
+  # with other weights and a bias.
   scale, bias, mean, variance = (
       np.asarray(state[name], np.float64) for name in norm_shapes(norm, 0))
   scale = scale / np.sqrt(variance + epsilon)
@@ -92,6 +94,6 @@ def fold(state: State, conv: str, norm: str, epsilon: float
 
 
 def dense(state: State, name: str) -> dict[str, np.ndarray]:
-  """A dense layer: float32 'kernel' `[in, out]` and 'bias' `[out]`."""
+  """Reads a dense layer: float32 'kernel' `[in, out]` and 'bias' `[out]`."""
   return {'kernel': np.asarray(state[f'{name}.weight'], np.float32).T,
           'bias': np.asarray(state[f'{name}.bias'], np.float32)}

@@ -1,4 +1,4 @@
-"""A set of images -> the statistics of its features, in one pass."""
+"""Takes the statistics of a set's features, in one pass over its images."""
 
 from collections.abc import Callable
 import contextlib
@@ -18,7 +18,7 @@ _BYTES_A_NUMBER = 20  # of the outputs: float32, and float64 twice
 
 
 class Moments(NamedTuple):
-  """What is kept of a set's features.
+  """The statistics of a set's features.
 
   Attributes:
     pool: Gaussian of the feature vectors.
@@ -64,6 +64,7 @@ def collect(
       if outputs.spatial is not None:
         spatial = spatial or frechet.GaussianStats()
         spatial.update(outputs.spatial)
+      # Of the rows to keep, those in this chunk, counted from its start.
       vectors.append(outputs.features[
           kept[(kept >= chunk.start) & (kept < chunk.stop)] - chunk.start])
       watch(outputs)

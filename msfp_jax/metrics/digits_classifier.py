@@ -75,7 +75,7 @@ def save(path: str | os.PathLike, params: dict,
 
 
 def load(path: str | os.PathLike = WEIGHTS) -> tuple[dict, dict[str, str]]:
-  """The parameters (float32) and the header's metadata.
+  """Loads the parameters (float32) and the header's metadata.
 
   Raises:
     FileNotFoundError: nothing at `path`.

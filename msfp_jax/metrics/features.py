@@ -29,7 +29,7 @@ _INCEPTION_METRICS = {
 
 
 class Outputs(NamedTuple):
-  """What a network gives of N images, float32.
+  """The outputs of a network for N images, float32.
 
   Attributes:
     features: `[N, D]`.
@@ -64,7 +64,7 @@ class FeatureNetwork:
       metrics: Mapping[str, str] | None = None,
       provenance: Mapping[str, str] | None = None,
   ):
-    """Wraps a function.
+    """Compiles a function for batches of one size.
 
     Args:
       name: see above.
@@ -97,11 +97,11 @@ class FeatureNetwork:
 
   @property
   def metric(self) -> str:
-    """What a Frechet distance on these features is called."""
+    """The name of a Frechet distance on these features."""
     return self.named('fd')
 
   def named(self, kind: str) -> str:
-    """What a metric on these features is called.
+    """The name of a metric on these features.
 
     Args:
       kind: 'fd' for the Frechet distance, 'fd_spatial' for that of the spatial
@@ -111,7 +111,7 @@ class FeatureNetwork:
     return self._metrics.get(kind, f'{kind}_{self.name}')
 
   def outputs(self, images: np.ndarray) -> Outputs:
-    """uint8 images `[N, H, W, C]` -> all that the network gives, on the host.
+    """Runs the network on uint8 images `[N, H, W, C]`; outputs on the host.
 
     Raises:
       ValueError: images of another type or shape.
@@ -122,11 +122,13 @@ class FeatureNetwork:
       raise ValueError(
           f'feature network {self.name!r} takes uint8 images [N, {wanted}], '
           f'got {images.dtype} {list(images.shape)}')
+    # Arrays for all images are made first, as joining parts would need both.
     found = jax.tree.map(
         lambda x: np.empty((len(images), *x.shape[1:]), x.dtype), self._shapes)
     for start in range(0, len(images), self._batch_size):
       batch = images[start:start + self._batch_size]
       count = len(batch)
+      # Filled up with black images: one shape, one compilation.
       missing = self._batch_size - count
       batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
       out = jax.device_get(self._apply(
@@ -137,7 +139,7 @@ class FeatureNetwork:
     return found
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """uint8 images `[N, H, W, C]` -> float32 features `[N, dim]`.
+    """The features of uint8 images `[N, H, W, C]`, float32 `[N, dim]`.
 
     Raises:
       ValueError: images of another type or shape.
@@ -145,7 +147,7 @@ class FeatureNetwork:
     return self.outputs(images).features
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
-    """uint8 images `[N, H, W, C]` -> float32 `[N, num_classes]`, rows sum to 1.
+    """The class probabilities of uint8 images, float32 `[N, num_classes]`.
 
     Raises:
       ValueError: images of another type or shape, or no classifier.
@@ -254,16 +256,18 @@ def _random(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
     kernels.append(np.float32(
         scale * rng.standard_normal((3, 3, channels, width))))
     channels = width
+  # About 4 million pixels at once: large images come in smaller batches.
   batch_size = max(1, min(256, 2**22 // int(np.prod(image_shape[:2]))))
   return FeatureNetwork('random', image_shape, _apply_random,
                         {'kernels': kernels}, batch_size)
 
 
 def _apply_random(params: dict, images: jax.Array) -> Outputs:
-  """Means and deviations over the image of each layer's channels."""
+  """Means and deviations of each layer's channels over the image."""
   x = images.astype(jnp.float32) / 127.5 - 1.0
   pooled = []
   for kernel in params['kernels']:
+    # Halved while there is something to halve, so that any size will do.
     stride = 2 if min(x.shape[1:3]) >= 4 else 1
     x = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), 'SAME',

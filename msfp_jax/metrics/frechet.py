@@ -58,6 +58,8 @@ class GaussianStats:
     x = vectors.checked(features)
     if not len(x):
       return
+    # Any shift gives the same mean and covariance; one near the mean loses the
+    # fewest digits.
     if self._shift is None:
       self._shift = x.mean(axis=0)
       self._sum = np.zeros_like(self._shift)
@@ -81,6 +83,8 @@ class GaussianStats:
       self._sum = np.zeros_like(other._sum)
       self._outer = np.zeros_like(other._outer)
     self._check_dim(len(other._shift))
+    # Sums of (x - s') with s' = s + d, as sums of (x - s): each x gains d, each
+    # outer product d (x - s')^T, its transpose and d d^T.
     n, d = other.num_samples, other._shift - self._shift
     cross = np.outer(d, other._sum)
     self.num_samples += n
@@ -89,13 +93,13 @@ class GaussianStats:
 
   @property
   def mean(self) -> np.ndarray:
-    """float64 `[D]`. Raises ValueError before the first sample."""
+    """The mean, float64 `[D]`; ValueError before the first sample."""
     self._need(1)
     return self._shift + self._sum / self.num_samples
 
   @property
   def cov(self) -> np.ndarray:
-    """Unbiased (N - 1), float64 `[D, D]`. Raises ValueError below 2 samples."""
+    """The unbiased covariance, float64 `[D, D]`; ValueError below 2 samples."""
     self._need(2)
     n = self.num_samples
     return (self._outer - np.outer(self._sum, self._sum) / n) / (n - 1)
@@ -152,6 +156,8 @@ def frechet_distance(a: Stats, b: Stats) -> float:
           'covariance is singular and the distance is biased upwards; compare '
           'it only with distances from as many samples',
           FewSamplesWarning, stacklevel=2)
+  # tr (S1 S2)^{1/2} is the sum of the roots of the eigenvalues of S1 S2, which
+  # are those of R S2 R. Rounding may leave some of the smallest below 0.
   values, vectors = np.linalg.eigh(cov_a)
   root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
   values = np.linalg.eigvalsh(root @ cov_b @ root)

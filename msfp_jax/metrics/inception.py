@@ -25,7 +25,7 @@ Params = Mapping[str, Mapping[str, jax.Array]]
 
 
 class Outputs(NamedTuple):
-  """What the metrics take from the network, float32.
+  """The outputs of the network that metrics are made of, float32.
 
   Attributes:
     pool: `[N, 2048]`, the mean over the last block's pixels: FID, KID,
@@ -40,6 +40,20 @@ class Outputs(NamedTuple):
   spatial: jax.Array
   logits_unbiased: jax.Array
   logits: jax.Array
+
+
+# The network, by the side of its maps and their channels:
+#
+#   299 x 3   Conv2d 1a, 2a, 2b, pool     73 x 64
+#             Conv2d 3b, 4a, pool         35 x 192
+#             Mixed_5b, 5c, 5d (a)        35 x 256, 288, 288
+#             Mixed_6a (b, stride 2)      17 x 768
+#             Mixed_6b .. 6e (c)          17 x 768     6d: spatial features
+#             Mixed_7a (d, stride 2)       8 x 1280
+#             Mixed_7b, 7c (e)             8 x 2048    mean: the 2048 features
+#
+# Each block runs branches beside each other and joins their channels; the
+# letters are those of the functions below. Shapes are (height, width, in, out).
 
 
 def _block_a(channels: int, pooled: int) -> Shapes:
@@ -129,6 +143,8 @@ def apply(params: Params, x: jax.Array) -> Outputs:
   x = layer('Conv2d_3b_1x1', x)
   x = layer('Conv2d_4a_3x3', x, padding='VALID')
   x = _max_pool(x, 2)
+  # TensorFlow's mixed_6/conv is taken before the channels are joined: branch 0
+  # begins with it. Rows, columns, channels, in this order, as one vector.
   spatial = None
   for block, shapes in _BLOCKS.items():
     inner = {name: params[f'{block}.{name}'] for name in shapes}
@@ -143,7 +159,8 @@ def apply(params: Params, x: jax.Array) -> Outputs:
 
 def _layer(layers: Sequence[Mapping[str, jax.Array]], x: jax.Array,
            stride: int = 1, padding: str = 'SAME') -> list[jax.Array]:
-  """ReLU of convolutions of one kernel size, computed as one."""
+  """Computes convolutions of one kernel size, with their ReLUs, as one."""
+  # Branches that begin alike on one input: one larger product is faster.
   kernel = jnp.concatenate([layer['kernel'] for layer in layers], axis=-1)
   bias = jnp.concatenate([layer['bias'] for layer in layers])
   x = jax.nn.relu(_convolve(x, kernel, stride, padding) + bias)
@@ -182,12 +199,14 @@ def _max_pool(x: jax.Array, stride: int, margin: int = 0) -> jax.Array:
 
 def _mean_pool(x: jax.Array) -> jax.Array:
   """Mean over the 3x3 pixels around each, of those that are there."""
+  # Sums over counts: at the border, fewer than 9 are there.
   ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
   return (_pool(x, jnp.add, 1, 1, 0.0) / _pool(ones, jnp.add, 1, 1, 0.0))
 
 
 def _pool(x, combine, stride, margin, nothing):
-  """By slices: several times as fast on the CPU as `lax.reduce_window`."""
+  """Pools by slices, several times as fast on CPUs as `lax.reduce_window`."""
+  # Maxima and sums over 3x3 are those over 3 rows, then over 3 columns.
   for axis in (1, 2):
     sides = [(margin, margin) if i == axis else (0, 0) for i in range(4)]
     padded = jnp.pad(x, sides, constant_values=nothing)
@@ -200,7 +219,7 @@ def _pool(x, combine, stride, margin, nothing):
 
 
 def _entries(p, x, names):
-  """The 1x1 convolutions of x, and that of its mean pool, as one product.
+  """Computes the 1x1 convolutions of x and of its mean pool as one product.
 
   Pooling and a 1x1 convolution commute, and after it there are fewer channels.
   """
@@ -225,6 +244,7 @@ def _run_a(p, x):
           _chain(p, three, 'branch3x3dbl_2', 'branch3x3dbl_3'), pooled]
 
 
+# Blocks b and d halve the sides: by strides on two ways, by a pool on a third.
 def _run_b(p, x):
   three, = _layer([p['branch3x3']], x, 2, 'VALID')
   double = _chain(p, x, 'branch3x3dbl_1', 'branch3x3dbl_2')
@@ -232,6 +252,7 @@ def _run_b(p, x):
   return [three, double, _max_pool(x, 2)]
 
 
+# Block c: 7x7 windows as 1x7 and 7x1, once on one way, twice on another.
 def _run_c(p, x):
   one, seven, double, pooled = _entries(
       p, x, ('branch1x1', 'branch7x7_1', 'branch7x7dbl_1'))
@@ -248,6 +269,12 @@ def _run_d(p, x):
   return [three, seven, _max_pool(x, 2)]
 
 
+# Block e, in the order in which its channels are joined:
+#
+#   1x1                               320
+#   1x1 -> 1x3, and 3x1 beside it     384 + 384
+#   1x1 -> 3x3 -> 1x3, and 3x1        384 + 384
+#   pool -> 1x1                       192
 def _run_e(p, x):
   one, three, double, pooled = _entries(
       p, x, ('branch1x1', 'branch3x3_1', 'branch3x3dbl_1'))
@@ -255,7 +282,7 @@ def _run_e(p, x):
 
 
 def _run_last(p, x):
-  """As `_run_e`, with the maximum pool of the original graph."""
+  """Runs the last block: `_run_e` with the original graph's maximum pool."""
   one, three, double = _layer(
       [p[name] for name in ('branch1x1', 'branch3x3_1', 'branch3x3dbl_1')], x)
   pooled = _chain(p, _max_pool(x, 1, 1), 'branch_pool')

@@ -1,4 +1,4 @@
-"""Names of Inception's tensors: the published ones, and those of a script.
+"""The names of Inception's tensors, as published and as in NVIDIA's script.
 
 NVIDIA's inception-2015-12-05.pt, which clean-fid and EDM load, is TorchScript
 with the names of TensorFlow's graph and a batch normalisation without scale.
@@ -20,7 +20,7 @@ _FORKED = ('Mixed_7b', 'Mixed_7c')
 
 
 def state_shapes() -> dict[str, tuple[int, ...]]:
-  """{name: shape} of the published tensors, without num_batches_tracked."""
+  """The published tensors, {name: shape}, without num_batches_tracked."""
   shapes = {}
   for name, (height, width, fan, out) in inception.CONVOLUTIONS.items():
     shapes[f'{name}.conv.weight'] = (out, fan, height, width)
@@ -31,9 +31,10 @@ def state_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def published(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-  """A script's tensors under the published names; others as they are."""
+  """Gives a script's tensors the published names; others stay as they are."""
   if 'layers.conv.weight' not in tensors:
     return dict(tensors)
+  # The script's batch normalisation has no scale: here a scale of ones.
   names = {f'output.{leaf}': f'fc.{leaf}' for leaf in ('weight', 'bias')}
   found = {}
   for name, (*_, out) in inception.CONVOLUTIONS.items():

@@ -78,6 +78,8 @@ class InceptionScore:
                        f'{len(self._split)} were announced')
     split = self._split[self._seen:self._seen + len(x)]
     self._seen += len(x)
+    # The mean divergence of p from the mean q is the mean of sum p log p, less
+    # sum q log q: sums of both, by split, are all that is kept.
     log_p = x - x.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
@@ -88,7 +90,7 @@ class InceptionScore:
       self._entropies[i] += (p * log_p)[split == i].sum()
 
   def result(self) -> Score:
-    """The score. Raises ValueError while images are missing."""
+    """The score of all images; ValueError while some are missing."""
     if self._seen != len(self._split):
       raise ValueError(f'inception score: {self._seen} of {len(self._split)} '
                        'images have come')
@@ -99,14 +101,14 @@ class InceptionScore:
 
 
 def inception_score(logits: np.ndarray, splitting: str = 'shuffled') -> Score:
-  """The score of images whose logits `[N, K]` are at hand, see above."""
+  """The score of images whose logits `[N, K]` are all in memory."""
   score = InceptionScore(len(logits), splitting)
   score.update(logits)
   return score.result()
 
 
 def _assign(count: int, splitting: str) -> np.ndarray:
-  """The split `[N]` of every image."""
+  """Assigns every image to a split, int64 `[N]`."""
   if splitting == 'consecutive':
     return np.arange(count) // _SPLIT_SIZE
   ends = np.arange(NUM_SPLITS + 1) * count // NUM_SPLITS

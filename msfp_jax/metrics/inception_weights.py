@@ -1,4 +1,4 @@
-"""Inception's published weights: found, checked, folded."""
+"""Finds, checks and reads Inception's published weights."""
 
 from collections.abc import Mapping
 import http.client
@@ -28,13 +28,13 @@ _ADVICE = ('get it where there is a network, check that its SHA-256 is '
 
 
 def cache_path() -> pathlib.Path:
-  """Where the download is kept: under $XDG_CACHE_HOME, or ~/.cache."""
+  """The path of the kept download: under $XDG_CACHE_HOME, or ~/.cache."""
   root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   return pathlib.Path(root) / 'msfp_jax' / FILE
 
 
 def find(path: str | os.PathLike = '') -> pathlib.Path:
-  """The file of the weights, downloaded where it must be.
+  """Finds the file of the weights; downloads it where it must.
 
   Args:
     path: a file; empty: the one in the cache, which is filled from URL the
@@ -62,6 +62,7 @@ def find(path: str | os.PathLike = '') -> pathlib.Path:
 
 def _download(path: pathlib.Path) -> None:
   logging.info('downloading %s (96 MB) to %s', URL, path)
+  # Checked under its temporary name: what is damaged never enters the cache.
   try:
     with (files.atomic_path(path) as temporary,
           urllib.request.urlopen(URL, timeout=_TIMEOUT) as response):
@@ -101,7 +102,7 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, np.ndarray]]:
 
 
 def fold(state: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-  """Batch normalisation into each convolution's weights and bias.
+  """Folds batch normalisation into each convolution's weights and bias.
 
   Args:
     state: as `inception_names.state_shapes` says; other names are ignored.

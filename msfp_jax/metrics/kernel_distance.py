@@ -17,13 +17,13 @@ _SEED = 2020  # torch-fidelity's
 
 
 class SubsetDistance(NamedTuple):
-  """Over the subsets."""
+  """The distance over random subsets: mean and standard deviation."""
   mean: float
   std: float
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-  """The estimate from all vectors; memory grows with them only linearly.
+  """Estimates the distance from all vectors, in blocks of the kernel matrix.
 
   Args:
     a, b: feature vectors `[N, D]` and `[M, D]`.
@@ -36,7 +36,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def subset_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100,
                     size: int = 1000) -> SubsetDistance:
-  """The estimate on random subsets, as torch-fidelity draws them.
+  """Estimates the distance on random subsets, as torch-fidelity draws them.
 
   Args:
     a, b: feature vectors `[N, D]` and `[M, D]`.
@@ -59,12 +59,13 @@ def subset_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100,
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
+  # E k(a, a') + E k(b, b') - 2 E k(a, b), over different a, a' and b, b'.
   return float(_mean_of_others(a) + _mean_of_others(b)
                - 2 * _kernel_sum(a, b) / (len(a) * len(b)))
 
 
 def _mean_of_others(x: np.ndarray) -> float:
-  """Mean kernel value of two different vectors of a set."""
+  """The mean kernel value of two different vectors of a set."""
   itself = ((np.einsum('nd,nd->n', x, x) / x.shape[1] + 1) ** 3).sum()
   return (_kernel_sum(x, x) - itself) / (len(x) * (len(x) - 1))
 

@@ -16,7 +16,7 @@ _BLOCK = 2048  # rows of a distance matrix, and its columns, held at once
 
 
 class PrecisionRecall(NamedTuple):
-  """Shares, 0 to 1; high is good."""
+  """Precision and recall, 0 to 1; high is good."""
   precision: float
   recall: float
 
@@ -54,7 +54,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3
 
 
 def _reach(x: np.ndarray, k: int) -> np.ndarray:
-  """Squared distance `[N]` to the k-th nearest other vector."""
+  """The squared distance `[N]` to the k-th nearest other vector."""
   reach = np.empty(len(x))
   for rows in _blocks(len(x)):
     nearest = np.empty((rows.stop - rows.start, 0))
@@ -63,6 +63,7 @@ def _reach(x: np.ndarray, k: int) -> np.ndarray:
       if rows == columns:
         np.fill_diagonal(distances, np.inf)  # not its own neighbour
       nearest = np.concatenate([nearest, distances], axis=1)
+      # The k nearest of what was seen are all that the rest may still change.
       if nearest.shape[1] > k:
         nearest = np.partition(nearest, k - 1, axis=1)[:, :k]
     reach[rows] = nearest.max(axis=1)
@@ -74,7 +75,9 @@ def _blocks(count: int) -> list[slice]:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Squared distances `[N, M]`."""
+  """The squared distances of all pairs, `[N, M]`."""
+  # |a|^2 + |b|^2 - 2 a b, most of it one matrix product; for vectors that are
+  # nearly equal, rounding may leave it below 0.
   square = lambda x: np.einsum('nd,nd->n', x, x)
   found = square(a)[:, None] + square(b) - 2 * (a @ b.T)
   return np.maximum(found, 0)

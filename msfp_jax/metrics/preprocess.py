@@ -1,4 +1,4 @@
-"""Images -> what Inception takes, in the three conventions in use.
+"""Prepares images for Inception, in the three conventions in use.
 
 They differ by up to 0.6 of the range -1..1 at a pixel of a 32 x 32 image, so a
 FID holds for its convention alone, and so do reference statistics.
@@ -23,7 +23,7 @@ def check(convention: str) -> None:
 
 
 def to_inception(images: jax.Array, convention: str = 'tf') -> jax.Array:
-  """Resizes to 299 x 299 and scales.
+  """Resizes images to 299 x 299 and scales them as a convention says.
 
   'tf': TensorFlow 1's bilinear resize, whose pixel i lies at i * in / out, and
   (x - 128) / 128: FID's original code, torch-fidelity, ADM.
@@ -60,9 +60,11 @@ def to_inception(images: jax.Array, convention: str = 'tf') -> jax.Array:
 
 
 def _resize_tf(x: jax.Array) -> jax.Array:
-  """Bit for bit what TensorFlow 1 computes."""
+  """Resizes to 299 x 299, bit for bit as TensorFlow 1 does."""
   for axis in (2, 1):
     size = x.shape[axis]
+    # In float32 as there: where `at` is nearly a whole number, its floor
+    # decides which two pixels are mixed.
     at = np.arange(inception.SIZE, dtype=np.float32)
     at *= np.float32(size / inception.SIZE)
     low = at.astype(np.int64)
@@ -80,6 +82,7 @@ def _resize_tf(x: jax.Array) -> jax.Array:
 def _resize_pillow(x: jax.Array) -> jax.Array:
   """Pillow's bicubic resize of mode F, as two products."""
   rows, columns = (_pillow_weights(size) for size in x.shape[1:3])
+  # Columns first, as Pillow does; floats are not rounded between the passes.
   x = jnp.einsum('nhwc,ow->nhoc', x, columns, precision='highest')
   x = jnp.einsum('nhwc,oh->nowc', x, rows, precision='highest')
   return jnp.clip(x, 0, 255)
@@ -87,9 +90,12 @@ def _resize_pillow(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _pillow_weights(size: int) -> np.ndarray:
-  """`[299, size]` float32: each row sums to 1."""
+  """The weights of a resize, float32 `[299, size]`: each row sums to 1."""
   scale = size / inception.SIZE
   stretch = max(scale, 1.0)  # a smaller image averages
+  # Pixel i covers i to i + 1. The kernel reaches 2 pixels of the smaller of
+  # both images each way; Pillow rounds where it begins and ends to whole
+  # pixels.
   centre = (np.arange(inception.SIZE)[:, None] + 0.5) * scale
   pixel = np.arange(size)[None]
   weights = _cubic((pixel - centre + 0.5) / stretch)

@@ -1,4 +1,4 @@
-"""Images against a reference, and against the full-precision model's."""
+"""Scores images against a reference, and against the full-precision model's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +38,7 @@ class Scorer:
     Raises:
       ValueError: the reference is another network's.
     """
+    # What the reference does not tell, as files of other tools, cannot differ.
     odd = [f'{name}: {reference.provenance[name]!r} there, {value!r} here'
            for name, value in network.provenance.items()
            if reference.provenance.get(name, value) != value]
@@ -57,12 +58,12 @@ class Scorer:
 
   @property
   def metric(self) -> str:
-    """Name of the Frechet distance: fd_<features>, or fid."""
+    """The name of the Frechet distance: fd_<features>, or fid."""
     return self._network.metric
 
   @property
   def provenance(self) -> Mapping[str, Any]:
-    """What the metrics hold for: network, reference, splits, vectors."""
+    """The conditions of the metrics: network, reference, splits, vectors."""
     found = {**self._network.provenance, 'reference': {
         name: value for name, value in self._reference.provenance.items()
         if name not in self._network.provenance}}
@@ -74,7 +75,7 @@ class Scorer:
 
   @property
   def least_samples(self) -> int:
-    """Images that the metrics need."""
+    """The least number of images that the metrics can be taken of."""
     if self._scored:
       return inception_score.NUM_SPLITS
     return 2 if self._reference.vectors is None else LEAST_VECTORS
@@ -85,12 +86,14 @@ class Scorer:
     return self._network.num_classes > 0 and self._network.name != 'digits'
 
   def score(self, images: data.Images) -> dict[str, float]:
-    """Metrics of images; the first call's are the reference of the others.
+    """The metrics of images; later calls also compare with the first call's.
 
     Args:
       images: uint8, of the network's shape; the first call's must stay
         readable.
     """
+    # Outputs pass once, in chunks: an inception score adds them up, while the
+    # checks of digits need the logits of all images, of 10 numbers each.
     logits, score = [], None
     watch = lambda outputs: None
     if self._scored:
@@ -112,6 +115,8 @@ class Scorer:
       probabilities = np.asarray(jax.nn.softmax(np.concatenate(logits)))
       found |= {'confidence': digits_checks.confidence(probabilities),
                 'class_balance': digits_checks.class_balance(probabilities)}
+    # The first call is the full-precision model's: there is nothing to compare
+    # it with. Its vectors are as large as a set and are not needed any more.
     if self._teacher is None:
       self._teacher = (images, moments._replace(vectors=None), probabilities)
       return found
@@ -137,8 +142,9 @@ class Scorer:
 
   def _set_distances(self, generated: np.ndarray, real: np.ndarray
                      ) -> dict[str, float]:
-    """Metrics that need the vectors themselves."""
+    """The metrics that need the vectors themselves."""
     name = self._network.named('kd')
+    # With few vectors all of them serve, as subsets would be nearly the same.
     if min(len(generated), len(real)) > _SUBSET_SIZE:
       kernel = kernel_distance.subset_distance(
           generated, real, size=_SUBSET_SIZE)

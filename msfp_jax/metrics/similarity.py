@@ -1,4 +1,4 @@
-"""How close two sets of images are, image by image."""
+"""Compares two sets of images, image by image."""
 
 from collections.abc import Iterator
 
@@ -63,14 +63,17 @@ def ssim(a: data.Images, b: data.Images) -> float:
 
 @jax.jit
 def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Of every image, `[N]`."""
+  """The structural similarity of every pair of images, `[N]`."""
   planes = lambda x: jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:3], 1)
   # Around 0, where float32 subtracts squares with the least loss.
   x, y = (planes(data.to_float(image)) / 2 for image in (a, b))
+  # SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)),
+  # with Gaussian means and variances around every place, then its mean.
   mean_x, mean_y = _blur(x), _blur(y)
   var_x = _blur(x * x) - mean_x**2
   var_y = _blur(y * y) - mean_y**2
   cov = _blur(x * y) - mean_x * mean_y
+  # Variances do not depend on where 0 is, means do: back to 0..1.
   mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
   found = ((2 * mean_x * mean_y + _C1) * (2 * cov + _C2)
            / ((mean_x**2 + mean_y**2 + _C1) * (var_x + var_y + _C2)))
@@ -78,7 +81,7 @@ def _ssim(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _blur(x: jax.Array) -> jax.Array:
-  """Gaussian means of the places where the window fits; x `[N, H, W, 1]`."""
+  """Gaussian means wherever the window fits; x is `[N, H, W, 1]`."""
   places = np.arange(_SIDE) - _SIDE // 2
   window = np.exp(-places**2 / (2 * _SIGMA**2))
   window = np.float32(window / window.sum())
@@ -92,7 +95,7 @@ def _blur(x: jax.Array) -> jax.Array:
 
 def _pairs(name: str, a: data.Images, b: data.Images
            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Both sets in chunks, checked."""
+  """Yields both sets in chunks, after checking them."""
   if tuple(a.shape) != tuple(b.shape) or not np.prod(a.shape):
     raise ValueError(f'{name}: got {list(a.shape)} and {list(b.shape)}; both '
                      'must hold the same number of images of one size')

@@ -1,4 +1,4 @@
-"""Reference statistics in files that the other tools read too.
+"""Reads and writes reference statistics, in files that other tools read too.
 
 An `.npz` with `mu` and `sigma` is what pytorch-fid, clean-fid and EDM write and
 read; ADM's has `mu_s` and `sigma_s` beside them, for sFID, and sample images.
@@ -69,6 +69,7 @@ def measure(images: data.Images, network: features.FeatureNetwork,
   Raises:
     ValueError: see `collect.collect`.
   """
+  # The hash tells sets apart that have a name in common, at no further read.
   images = _Hashed(images)
   pool, spatial, vectors = collect.collect(
       images, network, num_vectors=num_vectors)
@@ -123,6 +124,7 @@ def load(path: str | os.PathLike) -> Reference:
   except (OSError, ValueError, KeyError, EOFError, TypeError,
           zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
+  # The count holds for both; files of other tools have none.
   pool = _gaussian(path, '', pool, count)
   if vectors is not None and vectors.shape[1:] != pool.mean.shape:
     raise ValueError(f'{path}: vectors must be [K, {len(pool.mean)}] as mu, '

@@ -55,7 +55,7 @@ def correct(params: dict, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 def train(images: np.ndarray, labels: np.ndarray, seed: int,
           epochs: int) -> dict:
-  """The parameters after `epochs` passes over the images."""
+  """Trains for `epochs` passes over the images; returns the parameters."""
   rng = np.random.RandomState(seed)
   steps = len(images) // _BATCH_SIZE
   schedule = optax.warmup_cosine_decay_schedule(
@@ -77,6 +77,7 @@ def train(images: np.ndarray, labels: np.ndarray, seed: int,
 
   state = optimizer.init(params)
   for epoch in range(1, epochs + 1):
+    # Whole batches only, in one shape; which images are left out changes.
     order = rng.permutation(len(images))[:steps * _BATCH_SIZE]
     for batch in order.reshape(steps, _BATCH_SIZE):
       params, state, loss = step_fn(

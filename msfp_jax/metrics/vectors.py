@@ -1,4 +1,4 @@
-"""Feature vectors, checked before anything is computed from them."""
+"""Checks feature vectors before anything is computed from them."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def checked(features: np.ndarray) -> np.ndarray:
 
 def checked_pair(name: str, a: np.ndarray, b: np.ndarray, least: int
                  ) -> tuple[np.ndarray, np.ndarray]:
-  """Two sets of vectors to compare, as float64.
+  """Returns two sets of vectors to compare, as float64.
 
   Args:
     name: of the metric, for messages.

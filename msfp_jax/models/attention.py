@@ -23,6 +23,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Returns:
     Like q.
   """
+  # A query has one score for every key, head and image. Pieces need no
+  # exchange: the softmax goes over keys, and each piece sees all of them.
   images, count, heads = q.shape[:3]
   piece = max(_SCORES_AT_ONCE // (images * heads * k.shape[1]), _LEAST_QUERIES)
   if count <= piece:
@@ -31,6 +33,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   piece = -(-count // pieces)  # even pieces: the least padding
   padded = jnp.pad(q, ((0, 0), (0, pieces * piece - count), (0, 0), (0, 0)))
   split = padded.reshape(q.shape[0], pieces, piece, *q.shape[2:])
+  # A loop, one piece at a time: [pieces, B, piece, heads, D] in and out.
   out = jax.lax.map(lambda part: jax.nn.dot_product_attention(part, k, v),
                     jnp.moveaxis(split, 1, 0))
   return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :count]
@@ -52,6 +55,8 @@ class Attention(nn.Module):
                ) -> jax.Array:
     c = x.shape[-1]
     context = x if context is None else context
+    # Three layers and not a fused one, so that each has its own quantizers; q,
+    # k and v of a fused checkpoint are split when it is read.
     q, k, v = (
         nn.Dense(c, self.qkv_bias, name=name)(source).reshape(
             *source.shape[:2], self.heads, c // self.heads)
@@ -61,22 +66,26 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """GEGLU: half of a fourfold widening gates the other half."""
+  """The feed-forward layer GEGLU: 4 C values, each times its own gate."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     c = x.shape[-1]
+    # 4 c channels and a gate for each. The exact GELU is PyTorch's default,
+    # Flax's an approximation that is up to 5e-4 away.
     value, gate = jnp.split(nn.Dense(8 * c, name='proj')(x), 2, axis=-1)
     return nn.Dense(c, name='out')(value * jax.nn.gelu(gate, approximate=False))
 
 
 class TransformerBlock(nn.Module):
-  """Attention to itself, to the context, feed-forward; each with its norm."""
+  """Attention to x, attention to the context, GEGLU, each with its norm."""
 
   heads: int
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array | None) -> jax.Array:
+    # PyTorch's epsilon (Flax's is 1e-6), and variances in two passes, which do
+    # not cancel (see `blocks.group_norm`).
     norm = lambda name: nn.LayerNorm(
         epsilon=1e-5, use_fast_variance=False, name=name)
     attention = lambda name: Attention(self.heads, qkv_bias=False, name=name)
@@ -102,6 +111,8 @@ class SpatialTransformer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array | None) -> jax.Array:
     c = x.shape[-1]
+    # [B, H, W, C] -> [B, H W, C], pixels as tokens. The projections, 1x1
+    # convolutions in Stable Diffusion 1, are the same products as dense layers.
     h = nn.GroupNorm(self.groups, epsilon=1e-6, use_fast_variance=False,
                      name='norm')(x)
     h = nn.Dense(c, name='proj_in')(h.reshape(x.shape[0], -1, c))

@@ -51,12 +51,12 @@ class AutoencoderConfig:
 
   @property
   def stride(self) -> int:
-    """Pixels along a side of a latent."""
+    """The pixels of an image along a side of one latent."""
     return 2 ** (len(self.ch_mult) - 1)
 
 
 class _Stack(nn.Module):
-  """What encoder and decoder share."""
+  """The blocks that encoder and decoder are both built of."""
 
   config: AutoencoderConfig
 
@@ -81,7 +81,7 @@ class _Stack(nn.Module):
 
 
 class Encoder(_Stack):
-  """Images `[B, H, W, in_channels]` -> `[B, H/s, W/s, z (2 z for KL)]`."""
+  """Encodes images `[B, H, W, in_channels]` to `[B, H/s, W/s, z; KL: 2 z]`."""
 
   @nn.compact
   def __call__(self, x):
@@ -93,6 +93,7 @@ class Encoder(_Stack):
         if i in cfg.attn_levels:
           h = self._attn(f'down.{i}.attn.{j}')(h)
       if i < len(cfg.ch_mult) - 1:
+        # Padded to the right and below only, as CompVis does.
         h = blocks.conv3x3(h.shape[-1], f'down.{i}.downsample.conv', 2,
                            (0, 1))(h)
     width = cfg.z_channels * (2 if cfg.kind == KL else 1)
@@ -100,7 +101,7 @@ class Encoder(_Stack):
 
 
 class Decoder(_Stack):
-  """`[B, h, w, z_channels]` -> images `[B, s h, s w, out_channels]`."""
+  """Decodes `[B, h, w, z_channels]` to images `[B, s h, s w, out_channels]`."""
 
   @nn.compact
   def __call__(self, z):
@@ -142,7 +143,7 @@ class Autoencoder(nn.Module):
     return self.decode(self.encode(x))
 
   def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Images in [-1, 1] -> the latents that a UNet sees.
+    """Encodes images in [-1, 1] to the latents that a UNet sees.
 
     Args:
       x: `[B, H, W, in_channels]`, sides multiples of `config.stride`.
@@ -156,6 +157,7 @@ class Autoencoder(nn.Module):
     if cfg.quant_conv:
       h = self.quant_conv(h)
     if cfg.kind == KL:
+      # Mean and logarithm of the variance, the latter clipped as in CompVis.
       h, log_variance = jnp.split(h, 2, axis=-1)
       if key is not None:
         std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
@@ -163,8 +165,9 @@ class Autoencoder(nn.Module):
     return (h - cfg.shift) * cfg.scale
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """Latents as a UNet sees them -> images, nominally in [-1, 1]."""
+    """Decodes latents as a UNet sees them to images, nominally in [-1, 1]."""
     cfg = self.config
+    # What a UNet generates lies near entries of the codebook, not on them.
     h = z / cfg.scale + cfg.shift
     if cfg.kind == VQ:
       h = self._nearest(h)
@@ -173,7 +176,7 @@ class Autoencoder(nn.Module):
     return self.decoder(h)
 
   def _nearest(self, z):
-    """The nearest entry of the codebook for every position, image by image."""
+    """Replaces every position by the nearest entry of the codebook."""
     book = self.quantize.embedding
     norms = jnp.sum(book**2, axis=1)
 

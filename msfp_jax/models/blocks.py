@@ -11,19 +11,20 @@ from msfp_jax.models import convolution
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:
-  """`[B, H, W, C]` -> `[B, 2H, 2W, C]`, every pixel four times."""
+  """Doubles the sides of `[B, H, W, C]`: every pixel becomes four."""
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def conv3x3(channels: int, name: str, stride: int = 1,
             padding: tuple[int, int] = (1, 1)) -> nn.Conv:
+  # Padding is written out: 'SAME' at stride 2 would pad otherwise than PyTorch.
   return nn.Conv(channels, (3, 3), (stride, stride), (padding, padding),
                  conv_general_dilated=convolution.conv_general_dilated,
                  name=name)
 
 
 def group_norm(groups: int, epsilon: float) -> Callable[[str], nn.GroupNorm]:
-  """Makes group normalizations of a given name."""
+  """Returns a maker of group normalizations, to be called with their names."""
   # In two passes: the fast variance cancels, with an error of 2e-2 where
   # |mean| = 100 std.
   return lambda name: nn.GroupNorm(
@@ -51,6 +52,8 @@ class ResnetBlock(nn.Module):
   def __call__(self, x: jax.Array, temb: jax.Array | None = None,
                train: bool = False) -> jax.Array:
     h = nn.silu(self.norm('norm1')(x))
+    # Both ways, between the activation and the convolution, as in ADM: the
+    # shortcut has to have the size of what it is added to.
     if self.resample == 'down':
       h, x = (nn.avg_pool(v, (2, 2), (2, 2)) for v in (h, x))
     elif self.resample == 'up':
@@ -67,6 +70,8 @@ class ResnetBlock(nn.Module):
     return x + h
 
   def _with_time(self, h, temb):
+    # The embedding comes without its last activation (see `UNet._embed`), which
+    # each block has before its own projection: a layer behind SiLU.
     scale_shift = self.time_injection == 'scale_shift'
     temb = nn.Dense(self.channels * (2 if scale_shift else 1),
                     name='temb_proj')(nn.silu(temb))[:, None, None, :]

@@ -8,7 +8,7 @@ from msfp_jax.models import unet
 
 
 class Guided(nn.Module):
-  """e_u + s (e_c - e_u) (Ho and Salimans 2022), as one model of (x, t, labels).
+  """A UNet with classifier-free guidance, as one model of (x, t, labels).
 
   Both predictions come from one batch, first that without condition; so what
   is calibrated, distilled and sampled is the guided model. Parameters and
@@ -25,6 +25,7 @@ class Guided(nn.Module):
   null_label: int
 
   def setup(self):
+    # The UNet's parameters and layer names stay as they are, without a prefix.
     nn.share_scope(self, self.inner)
 
   @property

@@ -20,6 +20,22 @@ import numpy as np
 from msfp_jax.models import attention
 from msfp_jax.models import blocks
 
+# The CIFAR-10 model, R a ResnetBlock, A attention, numbers the channels:
+#
+#   side
+#    32   conv_in  R R 128 ------------- skips ------------> R R R 128  conv_out
+#                     | downsample                              ^ upsample
+#    16            RA RA 256 ----------- skips -----------> RA RA RA 256
+#                     |                                         ^
+#     8             R R 256 ------------ skips -------------> R R R 256
+#                     |                                         ^
+#     4             R R 256 --> mid: R A R --> skips -------> R R R 256
+#
+# Everything that goes down is kept: conv_in, each block, each downsample. On
+# the way up each block takes the latest one that is left, behind its own
+# channels. That is num_res_blocks + 1 blocks a level: one for a skip of conv_in
+# or of the downsample into it.
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -75,6 +91,7 @@ class UNetConfig:
       raise ValueError(f'context_classes={self.context_classes} need a '
                        'context_dim')
     self.check_size(self.image_size)
+    # Where attention will stand: at the listed resolutions, and in the middle.
     for i, mult in enumerate(self.ch_mult):
       attn = self.image_size // 2 ** i in self.attn_resolutions
       if attn or i == len(self.ch_mult) - 1:
@@ -82,7 +99,7 @@ class UNetConfig:
 
   @property
   def stride(self) -> int:
-    """Sides must be multiples of this: 2 to the number of down-samplings."""
+    """The number that sides must be multiples of: 2 a down-sampling."""
     return 2 ** (len(self.ch_mult) - 1)
 
   @property
@@ -115,7 +132,7 @@ class UNetConfig:
     return channels // divisor if self.head_channels else divisor
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain JSON-able form; `UNetConfig(**d)` is its inverse."""
+    """The fields as plain JSON; `UNetConfig(**d)` is the inverse."""
     return {k: list(v) if isinstance(v, tuple) else v
             for k, v in dataclasses.asdict(self).items()}
 
@@ -138,6 +155,7 @@ def timestep_embedding(t: jax.Array, dim: int, order: str = 'sin_cos',
   # which is 3e-5 of the embedding at t = 999.
   freqs = np.exp(-math.log(10000.0) * np.arange(half) / (half - freq_shift))
   angles = t.astype(jnp.float32)[:, None] * freqs.astype(np.float32)[None, :]
+  # Sines and cosines side by side, not alternating.
   parts = [jnp.sin(angles), jnp.cos(angles)]
   emb = jnp.concatenate(parts if order == 'sin_cos' else parts[::-1], axis=-1)
   return jnp.pad(emb, ((0, 0), (0, dim % 2)))
@@ -163,6 +181,7 @@ class UNet(nn.Module):
     cfg.check_size(*x.shape[1:3])
     self._check_condition(labels, context)
     temb = self._embed(t, labels)
+    # A class as a context of one token (cin256-v2).
     if cfg.context_classes:
       context = nn.Embed(cfg.context_classes, cfg.context_dim,
                          name='context_emb')(labels)[:, None]
@@ -171,6 +190,8 @@ class UNet(nn.Module):
             channels, self._norm, cfg.dropout, cfg.time_injection, resample,
             name=name)(h, temb, train))
     attend = lambda name: lambda h: self._attention(h, context, name)
+    # From the trained model's side, not from x: another size of x has attention
+    # at the same levels.
     levels = len(cfg.ch_mult)
     resolutions = [cfg.image_size // 2 ** i for i in range(levels)]
 
@@ -231,7 +252,7 @@ class UNet(nn.Module):
                          f'{name}')
 
   def _embed(self, t, labels):
-    """Time (and class) embedding `[B, 4 ch]`, without a last activation."""
+    """Embeds time (and class) as `[B, 4 ch]`, without a last activation."""
     cfg = self.config
     temb = timestep_embedding(t, cfg.ch, cfg.time_order, cfg.time_freq_shift)
     temb = nn.Dense(4 * cfg.ch, name='temb.dense.0')(temb)

@@ -1,4 +1,4 @@
-"""Number formats of 3 to 8 bits: their grids, their codes, packing nibbles.
+"""The number formats of 3 to 8 bits: their grids, their codes, nibbles.
 
 The family is that of Kuzmin et al., "FP8 Quantization: The Power of the
 Exponent" (NeurIPS 2022), eq. 3, with the bias fixed: the real bias of the paper
@@ -34,6 +34,14 @@ class FPFormat:
     ValueError: if the format is outside of these ranges.
   """
 
+  # E2M1, whose bias is 1: three binades of two levels, and below them the
+  # subnormals, which go on with the lowest binade's step down to 0.
+  #
+  #   code (without sign)   000  001  010  011  100  101  110  111
+  #   p, m                  0,0  0,1  1,0  1,1  2,0  2,1  3,0  3,1
+  #   level                 0    .5   1    1.5  2    3    4    6
+  #
+  # IEEE 754 would take the last p for inf and NaN; here it is a binade more.
   exponent_bits: int
   mantissa_bits: int
   signed: bool = True
@@ -76,7 +84,7 @@ class FPFormat:
 
   @property
   def bits(self) -> int:
-    """Bits of a code, the sign included."""
+    """The bits of a code, the sign included."""
     return self.exponent_bits + self.mantissa_bits + int(self.signed)
 
   @property
@@ -85,7 +93,7 @@ class FPFormat:
 
   @property
   def min_exponent(self) -> int:
-    """Exponent of the lowest binade, which the subnormals share."""
+    """The exponent of the lowest binade, which the subnormals share."""
     return 1 - self.bias
 
   @property
@@ -101,7 +109,7 @@ class FPFormat:
 
   @property
   def fits_float32(self) -> bool:
-    """Whether quantizers can use it, which compute in float32."""
+    """Whether quantizers, which compute in float32, can use the format."""
     return self.max <= float(np.finfo(np.float32).max)
 
   @property
@@ -112,6 +120,7 @@ class FPFormat:
   def values(self) -> np.ndarray:
     """The value of each code, float64 `[2^bits]`; half of them are negative."""
     magnitude = np.arange(2**(self.exponent_bits + self.mantissa_bits))
+    # Codes are in the order of levels, all that are not negative first.
     p, m = np.divmod(magnitude, 2**self.mantissa_bits)
     significand = m / 2**self.mantissa_bits + (p > 0)
     values = np.ldexp(significand, np.maximum(p, 1) - self.bias)

@@ -247,8 +247,8 @@ class Block(Quantizer):
       raise ValueError(
           f'shared={self.shared!r}: must be one of {sorted(_SHARED)}')
     if (self.shared == 'group') != (self.group > 0):
-      raise ValueError(f'group={self.group} and shared={self.shared!r}: a group '
-                       "has a size of 1 or more, and shared='group'")
+      raise ValueError(f'group={self.group} and shared={self.shared!r}: a '
+                       "group has a size of 1 or more, and shared='group'")
     if self.scale_type not in SCALE_TYPES:
       raise ValueError(f'scale_type={self.scale_type!r}: must be one of '
                        f'{sorted(SCALE_TYPES)}')

@@ -1,4 +1,4 @@
-"""The best number format, scale and zero point of one tensor (MSFP).
+"""Searches the best number format, scale and zero point of a tensor (MSFP).
 
 For sorted data the squared error of a quantizer with K levels needs no pass
 over the data: between two neighbouring midpoints of the grid every value goes
@@ -21,6 +21,17 @@ import numpy as np
 from msfp_jax.quant import functional
 from msfp_jax.quant import numbers as formats_lib
 from msfp_jax.quant import quantizers
+
+# How the error is had from prefix sums: levels q0 < q1 < .. of a grid, sorted
+# data x, and the places where the midpoints (|) cut it,
+#
+#   x:       . .  .|. ..  . .|  .  . . |.   .
+#   levels:    q0      q1        q2      q3
+#
+#   sum (x - q)^2 = sum over levels of  S2 - 2 q S1 + q^2 S0,
+#
+# where S0, S1 and S2 are count, sum and sum of squares between two cuts, each a
+# difference of two prefix sums. A candidate costs K - 1 binary searches.
 
 # Maximum values tried, as fractions of the largest magnitude.
 RANGE_GRID = np.linspace(0.02, 1.2, 111)
@@ -94,6 +105,7 @@ def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,
   table = _level_table(tuple(formats))
   mse, maximum, zero = _search_rows(rows, table, _zero_point_rows(
       zero_points, rows))
+  # One format for all channels: that of the least total error.
   best = int(np.argmin(mse.sum(axis=0)))
   pick = lambda a: a[:, best] if channel_axis is not None else a[0, best]
   return SearchResult(
@@ -103,12 +115,13 @@ def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,
 
 
 def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:
-  """Candidates of every row, float64 `[R, Z]`."""
+  """The candidate zero points of every row, float64 `[R, Z]`."""
   if zero_points is None:
     return np.zeros((len(rows), 1))
   if isinstance(zero_points, str):
     if zero_points != 'range':
       raise ValueError(f"zero_points {zero_points!r}: an array or 'range'")
+    # From the minimum, where nothing of the range is lost, to 0.
     floor = np.minimum(rows.min(axis=1), 0.0)
     return floor[:, None] * np.linspace(1, 0, 7)
   return np.tile(np.asarray(zero_points, np.float64), (len(rows), 1))
@@ -116,7 +129,7 @@ def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _level_table(formats: tuple[formats_lib.FPFormat, ...]) -> np.ndarray:
-  """Ascending levels with max 1, float64 `[F, K]`, padded with the top."""
+  """The levels of all formats, ascending to 1, float64 `[F, K]`."""
   grids = [fmt.levels() / fmt.max for fmt in formats]
   width = max(len(grid) for grid in grids)
   return np.stack([
@@ -124,7 +137,7 @@ def _level_table(formats: tuple[formats_lib.FPFormat, ...]) -> np.ndarray:
 
 
 def _search_rows(rows, table, zero_points):
-  """Best (mse, maximum, zero point) by row and format, each `[R, F]`."""
+  """Finds the best (mse, maximum, zero point) of rows and formats, `[R, F]`."""
   count, length = rows.shape
   # Few distinct shapes, few compilations: rows go in fixed groups, their
   # length up to a power of four, padded with what sorts last and weighs 0.
@@ -137,7 +150,7 @@ def _search_rows(rows, table, zero_points):
       fill = group - len(chunk)
       values = np.pad(chunk, ((0, fill), (0, padded - length)),
                       constant_values=np.inf)
-      values[len(chunk):, :length] = 0.0
+      values[len(chunk):, :length] = 0.0  # rows of nothing but zeros
       zeros = np.pad(zero_points[start:start + group], ((0, fill), (0, 0)))
       result = _best_of_rows(values, np.float64(length), table, zeros)
       out.append([np.asarray(r)[:len(chunk)] for r in result])
@@ -145,7 +158,7 @@ def _search_rows(rows, table, zero_points):
 
 
 def _host() -> jax.Device | None:
-  """A CPU, for float64; the default device where JAX was given none."""
+  """The CPU, which has float64; None where JAX was not given one."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
@@ -159,11 +172,13 @@ def _best_of_rows(values, length, table, zero_points):
 
 
 def _best_of_row(values, length, table, zero_points):
-  """As `_search_rows`, for one row `[n]`: each result `[F]`."""
+  """Does what `_search_rows` does, for one row `[n]`: each result `[F]`."""
   values = jnp.sort(values)
   used = jnp.where(jnp.arange(len(values)) < length, values, 0.0)
   largest = jnp.max(jnp.abs(used))
   largest = jnp.where(largest > 0, largest, 1.0)  # all zero: any scale does
+  # With a zero point z, the grid reaches from z to z + c: best values of c lie
+  # near the largest magnitude or near the span from z to the largest value.
   maxima = [RANGE_GRID * largest]
   spacing = (RANGE_GRID[1] - RANGE_GRID[0]) * largest
   zero_spacing = 0.0
@@ -184,6 +199,8 @@ def _best_of_row(values, length, table, zero_points):
     return mse.ravel()[i], maxima.ravel()[i], zeros.ravel()[i]
 
   def refine(levels, best, fineness):
+    # From one grid point before the best to one behind it, in range and zero
+    # point; kept only if better, so that refining never does harm.
     offsets = jnp.linspace(-1.0, 1.0, _REFINED_POINTS) * fineness
     near = best[1] + offsets * spacing
     near = jnp.where(near > 0, near, best[1])
@@ -196,6 +213,7 @@ def _best_of_row(values, length, table, zero_points):
 
   def best_of_format(levels):
     best = best_of(levels, maxima, zero_points)
+    # 9 points over 2 spacings are 4 times finer: 1, 1/4, 1/16.
     fineness = (2.0 / (_REFINED_POINTS - 1)) ** jnp.arange(_REFINEMENTS)
     return jax.lax.scan(lambda b, f: (refine(levels, b, f), None), best,
                         fineness)[0]
@@ -204,7 +222,7 @@ def _best_of_row(values, length, table, zero_points):
 
 
 def _error_function(values, used, length):
-  """(levels `[K]`, maximum value, zero point) -> mean squared error.
+  """Makes (levels `[K]`, maximum value, zero point) -> mean squared error.
 
   Args:
     values: sorted `[n]`; beyond `length` infinite.
@@ -215,6 +233,8 @@ def _error_function(values, used, length):
   sums, squares = prefix(used), prefix(used**2)
 
   def error(levels, maximum, zero_point):
+    # Formats with fewer levels repeat their top, between which nothing lies:
+    # there counts and sums are 0.
     points = levels * maximum + zero_point
     places = jnp.searchsorted(values, (points[1:] + points[:-1]) / 2)
     ends = jnp.concatenate([places, length.astype(places.dtype)[None]])

@@ -1,4 +1,4 @@
-"""What people look at."""
+"""The page about an evaluation that people look at, section by section."""
 
 from msfp_jax.report.page import write
 

@@ -1,4 +1,4 @@
-"""Training curves from metrics.jsonl."""
+"""The section with training curves, from metrics.jsonl."""
 
 from collections.abc import Mapping
 import json
@@ -29,7 +29,7 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read(path: pathlib.Path) -> Curves:
-  """{scalar: (steps `[N]`, values `[N]`)} of a metrics.jsonl; {} without one.
+  """Reads a metrics.jsonl as {scalar: (steps `[N]`, values `[N]`)}.
 
   Lines that are damaged, as the last of a killed training, are left out.
   """
@@ -64,6 +64,7 @@ def binned(steps: np.ndarray, values: np.ndarray, period: int = 1,
   Returns:
     Four arrays `[G]`.
   """
+  # The fewest whole periods a group that leave no more groups than asked for.
   length = period * -(-len(steps) // (period * max_points))
   starts = np.arange(0, len(steps), length)
   groups = [np.split(a, starts[1:]) for a in (steps, values)]
@@ -73,7 +74,7 @@ def binned(steps: np.ndarray, values: np.ndarray, period: int = 1,
 
 
 def grouped(curves: Curves) -> dict[str, Curves]:
-  """{title: curves} of the drawings of one run."""
+  """Sorts the curves of one run into drawings, {title: curves}."""
   found = {}
   for name, curve in curves.items():
     short = name.rpartition('/')[2]
@@ -109,7 +110,7 @@ def section(source: Source) -> section_lib.Section | None:
 def _figure(id: str, run: str, title: str,
             curves: Mapping[str, tuple[int, tuple[np.ndarray, ...]]]
             ) -> section_lib.Figure:
-  """Of {scalar: (updates, what `binned` returned)}."""
+  """Draws {scalar: (updates, what `binned` returned)}."""
   points = {name: groups for name, (_, groups) in curves.items()}
   updates = max(count for count, _ in curves.values())
   said = '; '.join(
@@ -122,6 +123,7 @@ def _figure(id: str, run: str, title: str,
     lowest = min(low.min() for _, _, low, _ in points.values())
     for i, (name, (centre, mean, low, high)) in enumerate(points.items()):
       colour = svg.SERIES[i % len(svg.SERIES)]
+      # Bands of many series would cover each other.
       if len(points) <= 2 and lowest > 0:
         axes.fill_between(centre, low, high, color=colour, alpha=0.18,
                           linewidth=0)

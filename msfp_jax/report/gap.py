@@ -1,4 +1,4 @@
-"""How far apart teacher and student are at every step of the sampler."""
+"""Measures how far apart teacher and student are at every step."""
 
 import flax.struct
 import jax
@@ -11,7 +11,7 @@ from msfp_jax.tune import losses
 
 @flax.struct.dataclass
 class Gaps:
-  """Mean squared differences, over a batch, at each of S steps `[S]`.
+  """The mean squared differences over a batch, at each of S steps `[S]`.
 
   Attributes:
     eps: between the noise predicted by both from the teacher's x_t.
@@ -26,7 +26,7 @@ def along_trajectory(
     teacher: sampling.NoiseFn, student: sampling.NoiseFn,
     plan: diffusion.SamplerPlan, x: jax.Array, key: jax.Array | None = None
 ) -> Gaps:
-  """Both predict at every x_t of a trajectory that the teacher alone drives.
+  """Compares predictions at every x_t of a trajectory that the teacher drives.
 
   So each step shows the difference that it makes by itself, at the samples
   that fine-tuning sees. The quality gap of the paper's figure 3 is not defined
@@ -44,6 +44,7 @@ def along_trajectory(
     t = jnp.full(position.x.shape[:1], step['t'])
     eps = [predict(position.x, t, step['index'])
            for predict in (teacher, student)]
+    # Both from the teacher's position; only its own step is gone on from.
     new = [sampling.advance(plan, step, position, e, key) for e in eps]
     return new[0], Gaps(losses.dfa_loss(1.0, *eps),
                         jnp.mean((new[0].x - new[1].x)**2))

@@ -1,4 +1,4 @@
-"""Inputs of a few layers, with the grids that quantize them (figure 1)."""
+"""The section with the inputs of a few layers and their grids (figure 1)."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -64,6 +64,7 @@ def choose(layers: Mapping[str, spec_lib.LayerSpec],
   quantized = {name: layer for name, layer in layers.items()
                if layer.act is not None and layers_table.gain(layer)}
   bits = min((layer.act.bits for layer in quantized.values()), default=0)
+  # Layers kept at more bits have little to show.
   quantized = {name: layer for name, layer in quantized.items()
                if layer.act.bits == bits}
   aals = [name for name, layer in quantized.items()
@@ -77,7 +78,9 @@ def choose(layers: Mapping[str, spec_lib.LayerSpec],
 
 
 def _varied(names: list[str], role: Callable[[str], str]) -> list[str]:
-  """The first name of every role, then the others."""
+  """Sorts names: the first of every role, then the others."""
+  # Of a dict the last entry of a key stays, so reversed it is the first name.
+  # Sorting is stable: otherwise the order of names is kept.
   firsts = list({role(name): name for name in reversed(names)}.values())
   return sorted(names, key=lambda name: name not in firsts)
 
@@ -125,6 +128,7 @@ def _paint(figure, name: str, kind: str, values: np.ndarray,
            grids: list[Grid]) -> None:
   top, rug = figure.subplots(
       2, sharex=True, height_ratios=[5, 0.9 * len(grids)])
+  # From half a value on: the axis is logarithmic, and a bin of one still shows.
   counts, edges = np.histogram(values, _BINS)
   top.stairs(counts, edges, fill=True, baseline=0.5, color=svg.BLUE, alpha=0.35)
   top.stairs(counts, edges, baseline=0.5, color=svg.BLUE, linewidth=1)

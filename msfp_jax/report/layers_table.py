@@ -1,4 +1,4 @@
-"""Every layer's class, formats, scale, zero point and error."""
+"""The section with every layer's class, formats, scales and error."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,14 +30,14 @@ COLUMNS = (
 
 
 def gain(layer: spec_lib.LayerSpec) -> float | None:
-  """MSE of the best signed input over the chosen; None where unknown."""
+  """The error of the best signed input over the chosen one's, or None."""
   signed = layer.stats.get('act_signed_mse')
   chosen = layer.stats.get('act_mse')
   return signed / chosen if signed is not None and chosen else None
 
 
 def rows(layers: Mapping[str, spec_lib.LayerSpec]) -> list[list[Any]]:
-  """Values by layer and column; None where there is nothing."""
+  """The values by layer and column; None where there is nothing."""
   found = []
   for i, (name, layer) in enumerate(layers.items(), 1):
     act, weight = layer.act, layer.weight
@@ -54,6 +54,7 @@ def rows(layers: Mapping[str, spec_lib.LayerSpec]) -> list[list[Any]]:
 
 
 def _cell(value: Any) -> dict[str, Any]:
+  # 'value' is what the page's script sorts by: all digits, not those shown.
   number = isinstance(value, int | float)
   if value is None:
     return {'text': '', 'value': '', 'number': False}

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers as people read them."""
 
 import math
 
@@ -6,7 +6,7 @@ _SUPERSCRIPTS = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
 def significant(value: float, digits: int = 3) -> str:
-  """A number with so many significant digits: '0.0123', '1.23·10⁻⁵', '12.3'.
+  """Formats with so many significant digits: '0.0123', '1.23·10⁻⁵', '12.3'.
 
   Whole numbers from 10^digits on keep all their digits, in groups of three.
   """
@@ -20,12 +20,12 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def power_of_ten(exponent: int) -> str:
-  """'10⁻³'."""
+  """Formats a power of ten: '10⁻³'."""
   return '10' + str(exponent).translate(_SUPERSCRIPTS)
 
 
 def tick(value: float) -> str:
-  """A label of a logarithmic axis: '0.01', '200', '2·10⁻⁵'."""
+  """Formats a label of a logarithmic axis: '0.01', '200', '2·10⁻⁵'."""
   if 1e-4 < value < 1e5:
     return f'{value:g}'
   exponent = math.floor(math.log10(value) + 1e-9)
@@ -35,5 +35,5 @@ def tick(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-  """'2.3x'."""
+  """Formats a ratio: '2.3x'."""
   return f'{value:.2f}x' if value < 10 else f'{value:.0f}x'

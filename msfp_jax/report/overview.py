@@ -1,4 +1,4 @@
-"""What was evaluated, and the command and config that did it."""
+"""The section that says what was evaluated, by which command and config."""
 
 from collections.abc import Mapping
 import json
@@ -27,7 +27,7 @@ def section(source: Source) -> Section:
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested fields under names such as 'reference: vectors'."""
+  """Flattens nested fields, to names such as 'reference: vectors'."""
   found = {}
   for key, value in fields.items():
     name = prefix + _NAMES.get(key, key.replace('_', ' '))
@@ -50,7 +50,7 @@ def _timesteps(source: Source) -> str:
 
 
 def _outcome(source: Source) -> str:
-  """What the first metric and the size say of the model shown in detail."""
+  """Says how the model shown in detail did: first metric and size."""
   rows = {row['name']: row for row in source.results['rows']}
   full, row = rows.get('fp'), rows.get(source.row)
   if full is None or row is None or row is full:
@@ -65,7 +65,7 @@ def _outcome(source: Source) -> str:
 
 
 def _layers(source: Source) -> str:
-  """On what the model shown in detail quantizes."""
+  """Says which layers the model shown in detail quantizes."""
   layers = source.deployed.spec.layers.values()
   kinds = [layer.kind for layer in layers]
   unsigned = sum(layer.act is not None and not layer.act.fmt.signed

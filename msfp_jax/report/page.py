@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about an evaluation."""
+"""Writes report.html: one self-contained page about an evaluation."""
 
 from collections.abc import Mapping
 import importlib.resources
@@ -52,7 +52,7 @@ def write(workdir: str, *, experiment: experiment_lib.Experiment,
 
 
 def title(source: Source) -> str:
-  """Of the page: the data set, the bits and the recipe shown in detail."""
+  """The page's title: the data set, the bits and the recipe shown in detail."""
   dataset = pathlib.PurePath(str(source.results['dataset'])).name
   found = next((row for row in source.results['rows']
                 if row['name'] == source.row), None)
@@ -61,7 +61,8 @@ def title(source: Source) -> str:
 
 
 def render(heading: str, sections: list[Section]) -> str:
-  """The page, everything inline; what the sections hold is escaped."""
+  """Renders the page with everything inline; what sections hold is escaped."""
+  # A name that a template misspells is an error, not an empty string.
   environment = jinja2.Environment(
       loader=jinja2.PackageLoader('msfp_jax.report', 'templates'),
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

@@ -1,4 +1,4 @@
-"""The rows of results.json as a table, and their sizes."""
+"""The section with the rows of results.json as a table, and their sizes."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from msfp_jax.report.section import Source
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """What a column of the results means.
+  """The heading, meaning and format of a column of the results.
 
   Attributes:
     pattern: of its whole name.
@@ -26,6 +26,7 @@ class Column:
   better: Any = None
 
 
+# In the order in which patterns are tried: '.*_to_fp' must come before 'fid'.
 COLUMNS = (
     Column('weight_bits', 'bits of the weights, but for the exceptions'),
     Column('act_bits', 'bits of the layers\' inputs, but for the exceptions'),
@@ -61,13 +62,13 @@ _UNKNOWN = Column('', '')
 
 
 def column_of(name: str) -> Column:
-  """The first of COLUMNS that describes a field; an empty one if none does."""
+  """Finds the first of COLUMNS that describes a field; else an empty one."""
   return next((column for column in COLUMNS
                if re.fullmatch(column.pattern, name)), _UNKNOWN)
 
 
 def best(rows: list[dict[str, Any]], name: str) -> float | None:
-  """The best value of quantized rows; None where there is nothing to win."""
+  """The best value of quantized rows; None where there is no contest."""
   better = column_of(name).better
   values = [row[name] for row in rows if name in row and _quantized(row)]
   return better(values) if better and len(values) > 1 else None
@@ -79,6 +80,8 @@ def _quantized(row: dict[str, Any]) -> bool:
 
 def section(source: Source) -> Section:
   rows = source.results['rows']
+  # Of all rows, in the order of their first appearance: a metric that a row
+  # does not have leaves its cell empty.
   names = list(dict.fromkeys(key for row in rows for key in row))
   names.remove('name')
   winners = {name: best(rows, name) for name in names}
@@ -103,7 +106,7 @@ def _cell(value: Any, winner: float | None) -> dict[str, Any]:
 
 
 def sizes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Bytes of each row, as text and as a share of the largest."""
+  """The bytes of each row, as text and as a share of the largest."""
   largest = max(row['bytes'] for row in rows)
   full = next((row['bytes'] for row in rows if not _quantized(row)), None)
   return [{'name': row['name'], 'bytes': f'{row["bytes"]:,}',

@@ -1,4 +1,4 @@
-"""The router's choices over timesteps (figure 7)."""
+"""The section with the router's choices over timesteps (figure 7)."""
 
 from collections.abc import Mapping
 import itertools
@@ -17,14 +17,14 @@ _HATCHES = ('', '////', '....', '----')
 
 
 def choices_of(source: Source) -> dict[str, np.ndarray]:
-  """{layer: int `[S]`} of the layers that have banks to choose from."""
+  """The bank of every step, int `[S]`, by layer that has several."""
   deployed = source.deployed
   return {name: np.asarray(choice) for name, choice in deployed.choices.items()
           if len(deployed.weights[name]) > 1}
 
 
 def bank_shares(choices: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Share of the layers that use each bank at each step, `[banks, S]`."""
+  """The share of the layers that use each bank at each step, `[banks, S]`."""
   table = np.stack(list(choices.values()))
   return np.stack([(table == bank).mean(axis=0)
                    for bank in range(int(table.max()) + 1)])
@@ -53,6 +53,8 @@ def _colours(count: int) -> list[str]:
 def _axes(figure, t):
   axes = figure.add_subplot()
   axes.grid(False)
+  # Steps are equally wide cells, whatever their timesteps; five of them, by
+  # their middles, say which t they are.
   places = sorted({round(i) for i in np.linspace(0, len(t) - 1, 5)})
   axes.set_xticks([i + 0.5 for i in places], [str(t[i]) for i in places])
   axes.set_xlim(0, len(t))
@@ -100,6 +102,7 @@ def _map(t: np.ndarray, choices: Mapping[str, np.ndarray], changing: int
         axes.add_patch(patches.PathPatch(
             outline, facecolor=colour, edgecolor=svg.PAPER, linewidth=0,
             hatch=_HATCHES[bank % len(_HATCHES)], label=f'bank {bank}'))
+    # Names of blocks that are too low for their text are left out.
     groups = [(name, len(list(rows))) for name, rows in itertools.groupby(
         map(_group, choices))]
     starts = np.cumsum([0] + [size for _, size in groups])
@@ -121,14 +124,14 @@ def _map(t: np.ndarray, choices: Mapping[str, np.ndarray], changing: int
 
 
 def _group(layer: str) -> str:
-  """The block of a layer: 'down.0' of 'down.0.block.1.conv1'."""
+  """The block that a layer is in: 'down.0' of 'down.0.block.1.conv1'."""
   head, *rest = layer.split('.')
   return f'{head}.{rest[0]}' if rest and rest[0].isdigit() else head
 
 
 def _outline(choices: Mapping[str, np.ndarray], bank: int
              ) -> path_lib.Path | None:
-  """Rectangles over the steps of each row that use the bank."""
+  """Outlines a bank by rectangles over the steps of each row that use it."""
   boxes = []
   for row, choice in enumerate(choices.values()):
     start = 0

@@ -1,4 +1,4 @@
-"""Images of every method, in the same order and from the same noise."""
+"""The section with images of every method, all from the same noise."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ _PIXELATED = 64  # images up to this side are shown with hard pixels
 
 
 def count_shown(num_images: int, height: int, width: int) -> int:
-  """How many images of a method the page holds: a square number, at least 1."""
+  """The number of images of a method on the page: a square, at least 1."""
   allowed = min(num_images, _MAX_IMAGES, _MAX_PIXELS // (height * width))
   return max(math.isqrt(max(allowed, 1))**2, 1)
 
 
 def data_uri(image: np.ndarray) -> str:
-  """uint8 `[H, W, C]`, C = 1 or 3, as a PNG inside an address."""
+  """Encodes uint8 `[H, W, C]`, C = 1 or 3, as a PNG inside an address."""
   image = pictures_lib.check_pixels('report', image, 'HWC')
   buffer = io.BytesIO()
   Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
@@ -61,7 +61,8 @@ def section(source: Source) -> Section | None:
 
 
 def _spaced_grid(images: np.ndarray, columns: int) -> np.ndarray:
-  """`pictures.image_grid` with grey lines between the images."""
+  """Makes `pictures.image_grid` with grey lines between the images."""
+  # Lines to the right and below each; those at the ends are cut off.
   width = max(images.shape[1] // 32, 1)
   padded = np.pad(images, ((0, 0), (0, width), (0, width), (0, 0)),
                   constant_values=_GREY)

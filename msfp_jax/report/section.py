@@ -1,4 +1,4 @@
-"""What a report is made of: the run it tells of, sections and figures."""
+"""The parts of a report: the run that it tells of, sections and figures."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -13,7 +13,7 @@ from msfp_jax.tune import student as student_lib
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a report tells of.
+  """The run that a report tells of, with all that its sections need.
 
   Attributes:
     workdir: where metrics.jsonl and pretrain/metrics.jsonl may lie.

@@ -1,4 +1,4 @@
-"""Error of the strategies across AALs (figure 4)."""
+"""The section with the errors of quantization strategies on AALs (figure 4)."""
 
 from collections.abc import Mapping
 
@@ -27,7 +27,7 @@ _ROWS = 20  # a drawing
 
 def search(activations: Mapping[str, Activations], bits: int
            ) -> dict[str, dict[str, float]]:
-  """{layer: {strategy: least mean squared error}}.
+  """Searches the least error by layer and strategy.
 
   Args:
     activations: of the layers; of each at most 4,096 values are searched,
@@ -77,6 +77,7 @@ def section(source: Source) -> section_lib.Section | None:
       f'of {len(ratios)}. After figure 4 of the paper.')
   names = sorted(ratios, key=lambda name: ratios[name][MSFP])
   seen = [value for row in ratios.values() for value in row.values()]
+  # The same for all drawings, so that they can be compared.
   limits = 0.85 * min(seen), max(seen) / 0.85
   drawn = [_figure(f'strategies-{i}', {n: ratios[n] for n in part}, limits)
            for i, part in enumerate(_parts(names))]

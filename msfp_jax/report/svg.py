@@ -1,4 +1,4 @@
-"""Matplotlib's drawings as SVG that stands inside an HTML page.
+"""Turns Matplotlib's drawings into SVG that stands inside an HTML page.
 
 A drawing is made once, in stand-in colours; in the page they are CSS variables,
 so that it follows the reader's light or dark mode. Its text stays text, in the
@@ -54,7 +54,7 @@ _STYLE = {
 
 def draw(id: str, height: float, label: str, paint: Callable[[Figure], None]
          ) -> markupsafe.Markup:
-  """An <svg> element.
+  """Draws an <svg> element.
 
   Args:
     id: begins the ids inside, so that drawings of one page do not collide.
@@ -79,7 +79,7 @@ def draw(id: str, height: float, label: str, paint: Callable[[Figure], None]
 
 
 def _strip(root: ElementTree.Element) -> None:
-  """Takes out namespaces, which HTML needs not, styles and fonts of its own."""
+  """Takes out namespaces and metadata; colours become the page's variables."""
   for parent in list(root.iter()):
     for child in list(parent):
       if child.tag.endswith(('}metadata', '}style')):
@@ -103,6 +103,7 @@ def _strip(root: ElementTree.Element) -> None:
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
   """Numbers the ids that something refers to, and drops the others."""
+  # ids are referred to as '#id' and 'url(#id)', in any attribute.
   text = ' '.join(value for e in root.iter() for value in e.attrib.values())
   used = dict.fromkeys(re.findall(r'#([\w-]+)', text))
   new = {old: f'{prefix}-{i}' for i, old in enumerate(used)}
@@ -120,6 +121,7 @@ def log_axis(axes: Axes, axis: str) -> None:
   getattr(axes, f'set_{axis}scale')('log')
   low, high = getattr(axes, f'get_{axis}lim')()
   line = getattr(axes, f'{axis}axis')
+  # Over a few decades, 2 and 5 have ticks as well.
   few = high < 200 * low
   line.set_major_locator(ticker.LogLocator(
       subs=(1, 2, 5) if few else (1,), numticks=6))

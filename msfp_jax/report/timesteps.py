@@ -1,4 +1,4 @@
-"""Loss and what it should stand for, step by step (figure 3)."""
+"""The section that compares losses with the quality gap by step (figure 3)."""
 
 import dataclasses
 
@@ -19,8 +19,9 @@ _MAX_IMAGES = 32
 
 def measure(experiment: experiment_lib.Experiment,
             deployed: student_lib.Deployed) -> gap.Gaps:
-  """The gaps of a model on one batch of noise of its own, float64 `[S]`."""
+  """Measures the gaps of a model on a batch of noise of its own, `[S]`."""
   count = min(experiment.config.eval.batch_size, _MAX_IMAGES)
+  # A number that no batch of samples has: its noise is not theirs.
   key = jax.random.fold_in(experiment.key(experiment_lib.SAMPLES), 2**31 - 1)
 
   # Weights are arguments: constants would be folded at compile time.
@@ -42,13 +43,13 @@ def measure(experiment: experiment_lib.Experiment,
 
 
 def shares(values: np.ndarray) -> np.ndarray:
-  """`[S]` in percent of their sum; zeros where all are 0."""
+  """Scales values `[S]` to percent of their sum; zeros where all are 0."""
   total = values.sum()
   return 100 * values / total if total > 0 else np.zeros(len(values))
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-  """How much two distributions over steps have in common, in percent."""
+  """The percentage that two distributions over steps have in common."""
   return float(np.minimum(shares(a), shares(b)).sum())
 
 
@@ -85,7 +86,7 @@ def section(source: Source) -> section_lib.Section | None:
 
 
 def _axes(figure, t):
-  """Axes over timesteps in the order of sampling: noise on the left."""
+  """Makes axes over timesteps in the order of sampling: noise on the left."""
   axes = figure.add_subplot()
   axes.set_xlabel('timestep t (sampling goes from left to right)')
   margin = max(0.02 * t.max(), 1)

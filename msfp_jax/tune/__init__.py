@@ -1,1 +1,1 @@
-"""Training: the teacher, and banks against it (TALoRA, DFA)."""
+"""Training the teacher, and TALoRA's banks against it (DFA)."""

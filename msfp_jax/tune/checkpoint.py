@@ -54,6 +54,7 @@ class Checkpointer:
     return self
 
   def __exit__(self, *unused):
+    # Signals go back to whoever had them before.
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
     self._manager.close()
@@ -130,6 +131,7 @@ class Checkpointer:
   def _set_aside(self, steps: list[int]) -> None:
     if not steps:
       return
+    # The manager lists its folder once, when it is opened.
     self._manager.close()
     for step in steps:
       target = self._directory / f'{step}.damaged'

@@ -114,6 +114,15 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     key: folded with the trajectory's number.
     draw_condition: of every trajectory, for conditional models.
   """
+  # The trajectory, of S steps, and the updates n that go along it:
+  #
+  #   n            0      1      ..  S - 1    S      ..
+  #   index        0      1      ..  S - 1    0      ..   n % S
+  #   trajectory   0      0      ..  0        1      ..   n // S
+  #   teacher      x_T -> x'  -> ..  -> x_0   x_T -> ..
+  #
+  # The student sees the teacher's x alone, so its errors do not add up over a
+  # trajectory, and a batch costs one prediction of each.
   steps = plan.steps() | {'gamma': jnp.asarray(gamma, jnp.float32)}
 
   def loss_fn(trainable, params, x, step, condition, eps_teacher):
@@ -129,12 +138,15 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     index = state.step % plan.num_steps
     step = jax.tree.map(lambda a: a[index], steps)
     run_key = jax.random.fold_in(key, state.step // plan.num_steps)
+    # Drawn at every step, and taken at the first of a trajectory alone: one
+    # program for all steps.
     noise = jax.random.normal(
         jax.random.fold_in(run_key, 0), state.position.x.shape)
     position = jax.tree.map(
         functools.partial(jnp.where, index == 0),
         sampling.start(plan, noise), state.position)
     x = position.x
+    # By the trajectory's key: the condition stays the same along it.
     condition = draw_condition(jax.random.fold_in(run_key, 2), len(x))
     eps_teacher = student.model.apply(
         {'params': params}, x, jnp.full(x.shape[:1], step['t']), *condition)

@@ -14,7 +14,7 @@ from msfp_jax.tune import checkpoint
 
 
 class DivergedError(RuntimeError):
-  """The loss or the gradients are no longer finite."""
+  """The loss or the gradients are no longer finite, so training stops."""
 
 
 def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
@@ -70,9 +70,12 @@ def run(
       # Uncommitted, as a fresh state is: both run the same compiled program.
       state = jax.tree.map(jnp.array, jax.device_get(restored))
       logging.info('%s: resumed at step %d', name, int(state.step))
+    # Steps behind the checkpoint will be repeated, and logged once more.
     start = int(state.step)
     writer.truncate_after(start)
     progress = progress_lib.Progress(name, num_steps, start)
+    # Scalars stay on the device for log_every steps: to fetch them is to wait
+    # for the step, and the next one could not be queued meanwhile.
     pending = []
 
     def flush() -> None:

@@ -1,4 +1,4 @@
-"""Denoising factors and DFA, the distillation loss they weight."""
+"""The denoising factors, and DFA, the distillation loss that they weight."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ def denoising_factors(schedule: diffusion.NoiseSchedule,
   if variant == 'ddpm':
     gamma = ddpm.denoising_factors(schedule.alphas[t], bar)
   elif variant == 'ddpm_respaced':
+    # That function takes ascending timesteps; plans go down.
     previous = ddim.previous_alphas_cumprod(schedule, t[::-1])[::-1]
     gamma = ddpm.denoising_factors(bar / previous, bar)
   elif variant == 'sampler':

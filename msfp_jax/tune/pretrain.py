@@ -33,7 +33,7 @@ class PretrainState:
 
 def optimizer(
     config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with warm-up, cosine decay to zero and clipped gradients."""
+  """Makes AdamW with warm-up, cosine decay to zero and clipped gradients."""
   if not 0 <= config.warmup < config.num_steps:
     raise ValueError(
         f'config.pretrain: warmup={config.warmup} must be less than '
@@ -63,7 +63,7 @@ Update = Callable[[PretrainState, Callable[[jax.Array], jax.Array]],
 def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
                 tx: optax.GradientTransformation, ema_decay: float,
                 key: jax.Array) -> Update:
-  """The update on a batch, on eps-prediction (DDPM eq. 14); to be jitted.
+  """Makes the update on a batch (DDPM eq. 14), which is to be jitted.
 
   Args:
     model: predicts the noise.
@@ -80,6 +80,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     return jnp.mean((eps - noise)**2)
 
   def update(state, take):
+    # One key each for rows, noise, timesteps and dropout, of the step alone.
     keys = jax.random.split(jax.random.fold_in(key, state.step), 4)
     x = data.to_float(take(keys[0]))
     noise = jax.random.normal(keys[1], x.shape)
@@ -88,6 +89,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
         state.params, x, noise, t, keys[3])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Early averages would be of the initial weights: the warm-up forgets them.
     decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
                        state.ema_params, params)
@@ -100,7 +102,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
 
 def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
               stack: contextlib.ExitStack):
-  """The update with its images: state -> (state, scalars), jitted.
+  """Makes the update that takes its images itself: state -> (state, scalars).
 
   An array is kept on the device, and every step draws from it with
   replacement. Other images are streamed in the order of the seed, every one
@@ -120,6 +122,7 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
   if isinstance(images, np.ndarray):
     resident = jnp.asarray(images)
 
+    # Inside of the program: no image crosses to the device while it trains.
     def take(key):
       rows = jax.random.randint(key, (batch_size,), 0, len(resident))
       return resident[rows]
@@ -206,7 +209,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
 def model_config(fields: ml_collections.ConfigDict,
                  images: data.Images) -> unet.UNetConfig:
-  """The UNet of config.model; sizes and channels of 0 are the images'."""
+  """The UNetConfig of config.model; sizes and channels of 0 are the images'."""
   fields = dict(fields)
   height, width, channels = images.shape[1:]
   fields['image_size'] = fields['image_size'] or height

@@ -37,6 +37,8 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
   banks = {}
   for i, (name, kernel) in enumerate(kernels.items()):
     *axes, out = kernel.shape
+    # A convolution's kernel [kh, kw, I, O] counts as a matrix [kh kw I, O]: a
+    # has its window, b is 1x1. Few channels bound the rank of any matrix.
     fan_in = math.prod(axes)
     width = min(rank, fan_in, out)
     bound = 1 / math.sqrt(fan_in)
@@ -49,7 +51,7 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
 
 def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
                  ) -> dict[str, jax.Array]:
-  """The low-rank updates of the kernels.
+  """Multiplies the banks out to the low-rank updates of the kernels.
 
   Args:
     banks: of every layer.
@@ -70,12 +72,12 @@ def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
 
 def merge(kernels: Mapping[str, jax.Array],
           updates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """{layer: W + update}, for the layers that have one."""
+  """Adds updates to their kernels, {layer: W + update}."""
   return {name: kernels[name] + update for name, update in updates.items()}
 
 
 class Router(nn.Module):
-  """Timestep -> one score per layer and bank.
+  """The router: one score for each layer and bank from the timestep.
 
   A sinusoidal embedding of the timestep, one hidden layer, and one output for
   every layer and bank. To it a fixed prior is added that prefers bank i in
@@ -98,13 +100,16 @@ class Router(nn.Module):
     small = nn.initializers.normal(1e-3)
     logits = nn.Dense(self.num_layers * self.num_banks, kernel_init=small)(h)
     logits = logits.reshape(self.num_layers, self.num_banks)
+    # t and the middles of the spans, as parts of 0..1. From one span to the
+    # next the distance grows by 1 / h, times h is 1: the logits differ by
+    # `prior`.
     place = (jnp.asarray(t, jnp.float32) + 0.5) / self.num_train_steps
     centres = (jnp.arange(self.num_banks) + 0.5) / self.num_banks
     return logits - self.prior * self.num_banks * jnp.abs(place - centres)
 
 
 def select(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-  """Hard choice with a straight-through gradient.
+  """Chooses the highest score, with a straight-through gradient.
 
   r = onehot(argmax p) + p - stop_gradient(p), p = softmax(logits / T).
 
@@ -115,13 +120,14 @@ def select(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
   Returns:
     r like logits; exactly one-hot in value.
   """
+  # p - stop_gradient(p) is 0 in value, and has the gradient of p.
   p = jax.nn.softmax(logits / temperature)
   hard = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
   return hard + (p - jax.lax.stop_gradient(p))
 
 
 def plan_choices(router: Router, params: Any, timesteps: Any) -> jax.Array:
-  """The banks of every step of a sampler, int32 `[S, num_layers]`.
+  """The banks that the router picks at every step, int32 `[S, num_layers]`.
 
   Args:
     router: the router.

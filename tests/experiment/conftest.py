@@ -1,4 +1,4 @@
-"""One training and one evaluation serve most tests of this folder."""
+"""One training and one evaluation, which serve most tests of this folder."""
 
 import pathlib
 import shutil
@@ -29,7 +29,7 @@ def trained(tmp_path_factory, npz):
 
 @pytest.fixture(scope='session')
 def reported(tmp_path_factory, trained, npz):
-  """A copy of it with report.html; never changed by tests."""
+  """A copy of the trained workdir with report.html; never changed by tests."""
   workdir = tmp_path_factory.mktemp('reported') / 'run'
   shutil.copytree(trained, workdir)
   evaluate.run(runs.config_of(npz, {'eval.report': True}), str(workdir),
@@ -39,5 +39,5 @@ def reported(tmp_path_factory, trained, npz):
 
 @pytest.fixture
 def copy(tmp_path, trained):
-  """A copy of that workdir, to be changed."""
+  """A copy of the trained workdir that a test may change."""
   return pathlib.Path(shutil.copytree(trained, tmp_path / 'copy'))

@@ -1,4 +1,4 @@
-"""What stops train.py and eval.py: the message, and what stays whole."""
+"""Bad input stops train.py and eval.py with a message, and nothing is lost."""
 
 import json
 import pathlib
@@ -76,7 +76,7 @@ def test_a_damaged_spec(copy, npz, damage):
 
 
 def test_a_spec_of_another_model(copy, npz):
-  """As after a hand-made copy of a workdir."""
+  """A spec of other layers, copied from another workdir, is refused by name."""
   path = copy / 'quant_spec.json'
   path.write_text(path.read_text().replace('"conv_out"', '"conv_away"'))
   with pytest.raises(ValueError, match='conv_away'):

@@ -79,7 +79,7 @@ def test_the_page_does_not_scroll_sideways(page):
 
 
 def test_texts_in_drawings_are_readable(page):
-  """Heights of boxes are a little more than the size of the font."""
+  """Texts in drawings are at least 11 pixels high."""
   sizes = page.evaluate('''() => [...document.querySelectorAll('svg text')].map(
       (text) => parseFloat(getComputedStyle(text).fontSize)
           * text.getScreenCTM().a)''')

@@ -20,11 +20,11 @@ NUM_BATCHES = 9
 
 
 class Stopped(BaseException):
-  """What no handler of errors catches, as a kill."""
+  """Ends an evaluation as a kill does: no handler of errors catches it."""
 
 
 def stop_after(patch, count):
-  """The `count`-th file is written, and nothing after it."""
+  """Stops an evaluation after the `count`-th file is written."""
   write, left = files.os.replace, [count]
 
   def replace(*args):
@@ -38,7 +38,7 @@ def stop_after(patch, count):
 
 @pytest.fixture
 def drawn(monkeypatch):
-  """How often each batch of each row was stored."""
+  """Counts how often each batch of each row is stored."""
   counts, write = collections.Counter(), sample_store.SampleStore.write
 
   def counted(self, number, images):
@@ -50,7 +50,7 @@ def drawn(monkeypatch):
 
 
 def evaluate_in_pieces(config, workdir, each):
-  """Stopped again and again, after `each` files; returns how often."""
+  """Evaluates with a stop after `each` files; returns how many stops."""
   stops = 0
   while True:
     with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +156,7 @@ def test_stopped_while_it_cleans_up(copy, npz):
 
 
 def test_a_collapsed_row_is_named(copy, npz):
-  """Its images are all alike, so that no distance can be taken."""
+  """A row whose images are all alike has no distance; the error names it."""
   write = sample_store.SampleStore.write
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sample_store.SampleStore, 'write',

@@ -42,20 +42,20 @@ def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
 
 @pytest.fixture
 def orbax_noise():
-  """orbax drops coroutines when a read fails; they complain when collected."""
+  """Collects the coroutines that orbax drops when a read fails."""
   yield
   gc.collect()
 
 
 def truncate(folder):
-  """Every file of a checkpoint ends at its middle."""
+  """Cuts every file of a checkpoint off at its middle."""
   for path in folder.rglob('*'):
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_a_bit(folder):
-  """In the middle of the values; every file can be read as before."""
+  """Flips a bit among the values, so that every file can still be read."""
   path = max((path for path in folder.rglob('d/*')),
              key=lambda path: path.stat().st_size)
   content = bytearray(path.read_bytes())
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
 
 
 def start(workdir, npz, program='train.py', changes=LONG):
-  """The program; what it compiles stays apart, as it may be killed writing."""
+  """Starts a program with compilations of its own, as it will be killed."""
   flags = {'data.path': npz} | runs.SMALL | changes
   return subprocess.Popen(
       [sys.executable, program, '--config=configs/images.py:smoke',

@@ -1,4 +1,4 @@
-"""report.html of a whole run: what is in it, and that it needs nothing else."""
+"""The report.html of a whole run: what is in it, and that it stands alone."""
 
 import re
 
@@ -25,7 +25,7 @@ def page(html):
 
 
 def parts(html):
-  """{section: its HTML}."""
+  """Splits the page, {section: its HTML}."""
   found = re.findall(r'<section id="(\w+)"(.*?)</section>', html, re.S)
   return dict(found)
 
@@ -81,7 +81,7 @@ def test_the_tables_hold_every_row_and_layer(page):
 
 
 def test_without_asking_there_is_none(trained):
-  """The tests' config says eval.report=False."""
+  """No report is written where eval.report is False, as it is in the tests."""
   assert not (trained / 'report.html').exists()
 
 

@@ -18,7 +18,7 @@ ONLY_TEACHER = {'stage': 'pretrain'}
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Fewer images than the batches of six steps of eight."""
+  """A folder of 20 images, fewer than six batches of eight take."""
   path = tmp_path_factory.mktemp('folder')
   for i, image in enumerate(runs.smooth(20, 8, 8, 3)):
     Image.fromarray(image).save(path / f'{i:02d}.png')

@@ -1,4 +1,4 @@
-"""What train.py and eval.py leave in a workdir."""
+"""The files that train.py and eval.py leave in a workdir."""
 
 import json
 

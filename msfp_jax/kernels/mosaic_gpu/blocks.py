@@ -1,4 +1,4 @@
-"""How the Hopper kernel's work is cut into blocks."""
+"""Chooses how the Hopper kernel's work is cut into blocks."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -7,6 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+# More rows in a block use a decoded weight more often, and fewer blocks fetch
+# it; fewer rows give more blocks, where there are multiprocessors to spare. A
+# step is deep so that its overhead is small, and shallow so that several stages
+# fit.
 WARPGROUP_CHANNELS = 64  # what wgmma takes of its left operand
 CHANNELS = 2 * WARPGROUP_CHANNELS  # of a block
 SHARED_MEMORY = 232_448  # bytes that a block may have
@@ -44,12 +48,14 @@ class Blocks:
 
 
 def stored_rows(rows: int, out_dtype) -> int:
-  """Rows of y that the epilogue stores at a time."""
+  """The number of rows of y that the epilogue stores at a time."""
   return math.gcd(rows, _STORED_BYTES // jnp.dtype(out_dtype).itemsize)
 
 
 def most_stages(rows: int, depth: int, out_dtype) -> int:
-  """Stages that fit into shared memory beside the epilogue's tiles."""
+  """The most stages that fit into shared memory beside the epilogue's tiles."""
+  # Two slots for each of two warpgroups; then tiles of codes, half a byte each,
+  # and of x.
   stored = (4 * stored_rows(rows, out_dtype) * WARPGROUP_CHANNELS
             * jnp.dtype(out_dtype).itemsize)
   free = SHARED_MEMORY - _BARRIERS - stored
@@ -57,7 +63,7 @@ def most_stages(rows: int, depth: int, out_dtype) -> int:
 
 
 def multiprocessors() -> int:
-  """Of the default device; where that is no GPU, of the usual Hopper."""
+  """The multiprocessors of the default device; without a GPU, an H100's."""
   return getattr(jax.devices()[0], 'core_count', None) or MULTIPROCESSORS
 
 
@@ -76,11 +82,13 @@ def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
     splittable: whether sums may be split.
   """
   for tile in ROWS:
+    # A tile that is twice as high as y is worse than the one before.
     if tile > ROWS[0] and tile >= 2 * rows:
       break
     most = _FEW_ROWS_DEPTH if tile <= _FEW_ROWS else _DEPTH
     depth = next(d for d in DEPTHS if d <= most and row_length % d == 0)
     steps = taps * row_length // depth
+    # Splits end where they would make two blocks for every multiprocessor.
     whole = math.ceil(rows / tile) * math.ceil(channels / CHANNELS)
     for split in SPLITS:
       if split > 1 and (
@@ -106,6 +114,7 @@ def cost(blocks: Blocks, rows: int, channels: int, length: int,
   """
   blocks_count = (blocks.split * math.ceil(rows / blocks.rows)
                   * math.ceil(channels / CHANNELS))
+  # 133 blocks on 132 multiprocessors take as long as 264 would.
   waves = math.ceil(blocks_count / processors)
   steps = length / _DEPTH / blocks.split
   return (waves * steps * (blocks.rows + _STEP_ROWS)

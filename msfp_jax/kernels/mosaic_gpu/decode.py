@@ -31,7 +31,7 @@ CHANNELS = 64
 
 
 class Ops(NamedTuple):
-  """32-bit operations; NumPy, JAX and MLIR each bring their own."""
+  """The 32-bit operations of `decode`, which NumPy, JAX and MLIR each bring."""
 
   xor: Callable[[Any, Any], Any]
   shift_right: Callable[[Any, int], Any]
@@ -47,19 +47,28 @@ def tables(fmt: FPFormat, carrier: str) -> tuple[int, int, int, int]:
     carrier: 'int8' or 'fp8'.
   """
   carried = carriers.carry(fmt, carrier)
-  levels = carried.values().astype(carried.dtype).view(np.uint8)
+  levels = carried.values().astype(carried.dtype).view(np.uint8)  # of each code
   code = np.arange(8) << 1 & 8 | np.arange(8) & 3  # of table byte sbc: s0bc
   first, second = levels[code], levels[code | 4]
+  # No byte of the first table has its sign bit set, so that looking up a nibble
+  # of the second one there gives 0x00. The converse gives 0xff for negative
+  # codes, which completes the complement taken here.
   first = np.where(code & 8, ~first & 0x7f, first)
   return tuple(map(int, np.concatenate([first, second]).view('<u4')))
 
 
 def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
-  """Levels of the 8 nibbles of `word`: of the lower 4, and of the upper 4."""
+  """Decodes the 8 nibbles of a word: the lower 4, then the upper 4."""
   first_low, first_high, second_low, second_high = map(ops.constant, words)
+  # With bit 3 of every nibble flipped, the tables change their parts:
+  #
+  #   nibble    prmt(first, word)    prmt(second, other)    exclusive or
+  #   0 0 b c   level                0x00                   level
+  #   0 1 b c   ~level & 0x7f        0xff                   level
+  #   1 s b c   0x00                 level                  level
   other = ops.xor(word, ops.constant(0x88888888))
   halves = []
-  for shift in (0, 16):
+  for shift in (0, 16):  # prmt looks at the lower four nibbles only
     in_first = ops.shift_right(word, shift) if shift else word
     in_second = ops.shift_right(other, shift) if shift else other
     halves.append(ops.xor(
@@ -69,7 +78,7 @@ def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
 
 
 def _permute(xp, low, high, selector):
-  """PTX's prmt.b32 in its default mode, on uint32 arrays."""
+  """Does what PTX's prmt.b32 does in its default mode, on uint32 arrays."""
   table = xp.stack([(word >> np.uint32(8 * i)) & np.uint32(255)
                     for word in (low, high) for i in range(4)])
   out = xp.zeros_like(selector)
@@ -90,7 +99,7 @@ def array_ops(xp) -> Ops:
 
 
 def decode_array(packed, fmt: FPFormat, carrier: str):
-  """Prepared bytes `[..., K / 2]` -> levels `[..., K]` in the carrier's dtype.
+  """Decodes prepared bytes `[..., K / 2]` to levels `[..., K]` in the carrier.
 
   What the kernel computes, in NumPy or JAX.
   """
@@ -109,7 +118,7 @@ def decode_array(packed, fmt: FPFormat, carrier: str):
 
 
 def prepare(codes, length: int):
-  """Canonical packed weights to the layout that the kernels read.
+  """Lays canonical packed weights out as the kernels read them.
 
   Done once, when a model is loaded.
 
@@ -127,7 +136,7 @@ def prepare(codes, length: int):
   codes = xp.pad(codes, [
       (0, -codes.shape[0] % CHANNELS), *[(0, 0)] * (codes.ndim - 2),
       (0, -length % DEPTH)])
-  codes = xp.where(codes == 8, 0, codes)
+  codes = xp.where(codes == 8, 0, codes)  # -0
   nibbles = (codes & 3 | (codes & 4) << 1 | (codes & 8) >> 1).astype(np.uint8)
   # Lane l of 4 holds codes 4l..4l+3 of either half of its group in one word.
   nibbles = nibbles.reshape(*codes.shape[:-1], -1, 2, 4, 2, 2)

@@ -4,8 +4,8 @@ One persistent grid for matrix products and convolutions alike. A block of the
 grid takes 128 output channels, 64 for each of its two computing warpgroups, and
 `blocks.rows` rows of y. The third warpgroup fetches tiles of packed weights
 and of x by TMA. Weights go from shared memory to registers, where they are
-decoded (mosaic_gpu_decode.py) and are wgmma's left operand, which makes the
-sums those of y^T; the epilogue transposes them on the way out.
+decoded (decode.py) and are wgmma's left operand, which makes the sums those of
+y^T; the epilogue transposes them on the way out.
 
 Rows and channels beyond the arrays are zeros to TMA, and are not written.
 """
@@ -32,6 +32,30 @@ from msfp_jax.kernels.mosaic_gpu.blocks import CHANNELS
 from msfp_jax.kernels.mosaic_gpu.blocks import WARPGROUP_CHANNELS
 from msfp_jax.quant.numbers import FPFormat
 
+# One block, from the left to the right; T = blocks.rows, D = blocks.depth. Of
+# the tiles in shared memory there are blocks.stages.
+#
+#   device memory     shared memory       registers              tensor cores
+#
+#   codes [N, K/2] -> w [128, D/2] --+--> [64, D/2] -> [64, D] -> wgmma -> acc
+#                                    |    packed       decoded      ^    [64, T]
+#   x [R, K] -------> x [T, D] ------|------------------------------+
+#                                    |                              v
+#                                    +--> [64, D/2] -> [64, D] -> wgmma -> acc
+#
+#   y [M, N] <------- y_smem [2, 2, stored, 64] <--- (acc * scale + shift)^T
+#
+# Warpgroup 0 has the upper row of registers, warpgroup 1 the lower one.
+#
+# Why weights on the left: wgmma takes its left operand from registers or shared
+# memory, its right one from shared memory only. Weights exist only packed
+# there, so decoded ones on the right would have to be written back first.
+#
+# Barriers, which plgpu's pipeline makes, one pair for each stage: "full", on
+# which both TMA copies arrive, and "consumed", on which both computing
+# warpgroups arrive after a step. The fetching warpgroup waits for "consumed"
+# before it overwrites a stage, the others for "full" before they read it.
+
 # The grid goes through the channels for this many tiles of rows at a time, so
 # that neighbours share what they read, through the L2 cache.
 _BAND = 8
@@ -51,7 +75,9 @@ class Taps:
 
 
 def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
-  """Function of packed bytes `shape` giving levels `[rows, 2 * columns]`."""
+  """Makes the decoder: packed bytes `shape` to levels `[rows, 2 columns]`."""
+  # Written in MLIR, as Pallas has neither prmt nor arithmetic of 8-bit vectors.
+  # Bytes are loaded in the layout of an 8-bit operand, 4 to a register.
   rows, columns = shape
   dtype = carriers.DTYPES[carrier][0]
   words = decode_lib.tables(fmt, carrier)
@@ -82,7 +108,8 @@ def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
     for index, register in np.ndenumerate(packed.registers):
       word = mgpu.utils.bitcast(register, i32)
       for half, levels in enumerate(decode_lib.decode(word, words, ops)):
-        # The second axis counts tiles of 16 columns, 32 once decoded.
+        # The second axis counts tiles of 16 columns, 32 once decoded. Row and
+        # lane stay: `decode_lib.prepare` has ordered the codes for that.
         where = (index[0], 2 * index[1] + half, *index[2:])
         registers[where] = mgpu.utils.bitcast(levels, vector)
     return mgpu.FragmentedArray(
@@ -93,7 +120,9 @@ def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
 
 
 def _tiled(width: int, dtype) -> tuple:
-  """Transforms of a shared-memory tile of rows of `width` elements."""
+  """The transforms of a tile in shared memory, of rows of `width` elements."""
+  # wgmma and TMA know tiles of 8 rows of 32, 64 or 128 bytes, whose 16-byte
+  # pieces are permuted by row, so that columns do not meet in one memory bank.
   bits = jnp.dtype(dtype).itemsize * 8
   swizzle = plgpu.find_swizzle(width * bits)
   return (plgpu.TilingTransform((8, swizzle * 8 // bits)),
@@ -103,7 +132,7 @@ def _tiled(width: int, dtype) -> tuple:
 def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
             taps: Taps, out_dtype, blocks: Blocks, multiprocessors: int,
             interpret=None) -> jax.Array:
-  """The kernel's call.
+  """Runs the kernel.
 
   Args:
     x: `[R, C]` in the carrier, R a multiple of 8, C one of blocks.depth.
@@ -123,13 +152,15 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
   channels = codes.shape[0]
   depth, tile = blocks.depth, blocks.rows
   acc_dtype = carriers.DTYPES[carrier][1]
+  # K is walked as (row of the window, part of a row of x); a block that sums a
+  # part of K does steps share * steps and on.
   per_tap = x.shape[1] // depth
   steps = taps.height * per_tap // blocks.split
   tiles = pl.cdiv(channels, CHANNELS), pl.cdiv(rows, tile)
   stored = blocks_lib.stored_rows(tile, out_dtype)
   x_tile = _tiled(depth, x.dtype)
   w_tile = _tiled(depth // 2, codes.dtype)
-  part = x_tile[0].tiling[1]
+  part = x_tile[0].tiling[1]  # a swizzled tile of x; of depth 256 a half
   if interpret is None:
     decode = _decode_registers((WARPGROUP_CHANNELS, part // 2), fmt, carrier)
   else:
@@ -143,10 +174,15 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
 
     def pipeline(body, context, first_channel=0, first_row=0, first_step=0):
 
+      # Row m of y reads rows m + tap * pitch of x: for each row of the window
+      # the tile is the same, moved down. At the end of an image it reaches into
+      # the next one; what comes of that is cut off (see `ops.conv`).
       def x_block(step):
         tap, column = lax.div(step, per_tap), lax.rem(step, per_tap)
         return first_row + tap * taps.pitch, column
 
+      # Fetching takes few registers; those that its warpgroup gives back go to
+      # the two that hold sums and levels.
       return plgpu.emit_pipeline_warp_specialized(
           body, grid=(steps,), memory_registers=40, wg_axis='warpgroup',
           num_compute_wgs=2, max_concurrent_steps=blocks.stages,
@@ -169,12 +205,14 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
           levels_smem[warpgroup] = levels
           levels = levels_smem.at[warpgroup]
         plgpu.wgmma(acc, levels, x_smem.at[:, pl.ds(start, part)].T)
+      # On return the stage counts as consumed and may be overwritten.
       plgpu.wgmma_wait(0)
       return acc
 
     def store(acc, channel, row, summed):
       column = channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
       columns = pl.ds(column, WARPGROUP_CHANNELS)
+      # acc is y^T: channels are its first axis.
       wide = lambda per_channel: lax.broadcast_in_dim(
           per_channel, (WARPGROUP_CHANNELS, stored), (0,))
       load = lambda ref, layout: plgpu.load(
@@ -184,11 +222,13 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
         scales = wide(load(scale_gmem.at[columns], per_channel))
         if len(shift_gmem.shape) == 1:
           shifts = wide(load(shift_gmem.at[columns], per_channel))
+      # The block before may still be on its way out of either slot.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       for i in range(tile // stored):
         y = acc[:, i * stored:(i + 1) * stored]
         if scale_gmem is not None:
           if len(shift_gmem.shape) == 2:
+            # The map goes on for a tile beyond its end (see `ops._product`).
             period = shift_gmem.shape[1] - tile
             at = lax.rem(row, period) + i * stored
             shifts = load(shift_gmem.at[columns, pl.ds(at, stored)],
@@ -196,6 +236,7 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
           y = y.astype(jnp.float32) * scales + shifts
         y = plgpu.layout_cast(
             y.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        # One copy may be on its way, from the other slot.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         slot = y_smem.at[warpgroup, i % 2]
         slot.T[...] = y
@@ -205,11 +246,15 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
 
     nothing = lambda *_, **__: None
 
+    # Tiles and barriers are allocated once, for all turns of the loop below;
+    # which are needed is asked of a pipeline that does nothing.
     @functools.partial(
         pl.run_scoped, collective_axes='warpgroup',
         allocations=pipeline(nothing, nothing).get_allocations(w_gmem, x_gmem))
     def _(allocations):
 
+      # Persistent: no more blocks than multiprocessors, each of which computes
+      # tile after tile of y.
       @plgpu.nd_loop((blocks.split * tiles[0] * tiles[1],),
                      collective_axes='block')
       def _(loop):
@@ -217,6 +262,8 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
                         lax.rem(loop.index[0], tiles[0] * tiles[1]))
         channel, row = plgpu.planar_snake(index, tiles, 1, _BAND)
 
+        # Sums live in the computing warpgroups alone: 64 x T values are T / 2
+        # registers of each of its 128 threads.
         def compute(evaluate):
 
           @functools.partial(
@@ -239,6 +286,7 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
       (2, 2, stored, WARPGROUP_CHANNELS), out_dtype,
       transforms=_tiled(WARPGROUP_CHANNELS, out_dtype))]
   options = {}
+  # The interpreter's wgmma takes both operands from shared memory.
   if interpret is not None:
     scratch.append(plgpu.SMEM(
         (2, WARPGROUP_CHANNELS, part), x.dtype, transforms=x_tile))

@@ -6,7 +6,7 @@ product whose K runs over the window: XLA lays the columns of the window side by
 side, as channels, and the kernel walks down its rows. With strides XLA lays
 out the whole window.
 
-The kernel is mosaic_gpu_kernel.py, the layout mosaic_gpu_decode.py.
+The kernel is kernel.py, the layout of the weights decode.py.
 """
 
 import functools
@@ -27,7 +27,7 @@ from msfp_jax.quant.numbers import FPFormat
 
 CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
             for name in ('int8', 'fp8')}
-_INTERPRETED_SINCE = (0, 11)
+_INTERPRETED_SINCE = (0, 11)  # the first jax whose interpreter runs the kernel
 # TMA reads tiles of 8 rows.
 _ROWS = 8
 
@@ -43,7 +43,7 @@ def carriers_of(device_kind: str) -> tuple[str, ...]:
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
-  """What the kernels' weights are multiples of: the value of level step(fmt).
+  """The unit of the kernels' weights: what they have for level step(fmt).
 
   1 for all signed formats of 4 bits in int8 and in fp8: scale stays as it is.
   """
@@ -61,7 +61,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     shift: float32 `[N]`.
     fmt: of the weights, signed, of 4 bits.
     out_dtype: float32 or bfloat16.
-    blocks: how to cut the work; else `mosaic_gpu_blocks.choose`.
+    blocks: how to cut the work; else as `blocks.choose` says.
     interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
       has no register operands: decoding is the same bit expression in JAX.
       Needs jax 0.11.
@@ -75,6 +75,8 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
          interpret=interpret)
+  # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
+  # level 0.
   rows = x.shape[0]
   row_length = 2 * codes.shape[1]
   x = jnp.pad(x, ((0, -rows % _ROWS), (0, row_length - x.shape[1])))
@@ -109,17 +111,22 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   window = codes.shape[1:3]
   size = output_size(x.shape[1:3], window, strides, padding)
   x = jnp.pad(x, ((0, 0),) * 3 + ((0, 2 * codes.shape[3] - x.shape[3]),))
+  # From here on a convolution is a product of rows of pixels: all images below
+  # each other, `image` rows of `pitch` pixels each, with the window's columns
+  # as channels. A row of y sums over `height` rows of x, each `pitch` further.
   x, height = _lay_out(x, window, strides, padding, size)
   batch, image, pitch, row_length = x.shape
   x = x.reshape(-1, row_length)
   rows = x.shape[0]
   x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
   if shift.ndim == 3:
+    # The same map for every image, in as many rows as its x has.
     shift = jnp.pad(shift, ((0, image - size[0]), (0, pitch - size[1]), (0, 0)))
     shift = shift.reshape(image * pitch, -1)
   y = _product(x, codes.reshape(codes.shape[0], -1), scale, shift, x.shape[0],
                kernel_lib.Taps(height, pitch), fmt, out_dtype, blocks,
                interpret)
+  # Below and beside each image lie pixels whose windows left it.
   y = y[:rows].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
 
@@ -132,7 +139,7 @@ def output_size(size: tuple[int, int], window: tuple[int, int], strides,
 
 
 def _lay_out(x, window, strides, padding, size):
-  """The window's pixels as channels, its columns' or all, and its rows left.
+  """Lays a window's columns side by side as channels, with strides all of it.
 
   Args:
     x: `[B, H, W, C]`.
@@ -145,25 +152,39 @@ def _lay_out(x, window, strides, padding, size):
     W' is rounded up to a multiple of 8.
   """
   (above, below), (left, right) = padding
+  # Two images of 2 rows, padded by 1, to the kernel (o: zeros, x: pixels):
+  #
+  #   rows   0  o o o o   above image 0
+  #          1  x x x x
+  #          2  x x x x
+  #          3  o o o o   below image 0 and above image 1
+  #          4  x x x x
+  #          5  x x x x
+  #   beyond    o o o o   the array has ended, which TMA reads as zeros
+  #
+  # Rows 0 and 1 of y are image 0's. Row 2 mixes images and is cut off.
   single = strides == (1, 1)
   if single and min(above, below) < window[0]:
-    # The zeros above the next image are also those below this one.
+    # The zeros above the next image are also those below this one. With more
+    # padding than a window y has more rows than would be left for it here.
     below = max(below - above, 0)
   x = jnp.pad(x, ((0, 0), (above, below), (left, right), (0, 0)))
   take = lambda x, axis, start: jax.lax.slice_in_dim(
       x, start, start + (size[axis - 1] - 1) * strides[axis - 1] + 1,
       strides[axis - 1], axis)
+  # [B, H, W, C] -> [B, H, W', kw C]: kw copies in device memory, not kh kw.
   x = jnp.concatenate([take(x, 2, j) for j in range(window[1])], axis=-1)
   x = jnp.pad(x, ((0, 0), (0, 0), (0, -size[1] % _ROWS), (0, 0)))
   if single:
     return x, window[0]
+  # With strides the rows of a window are no longer one pitch apart.
   x = jnp.concatenate([take(x, 1, i) for i in range(window[0])], axis=-1)
   return x, 1
 
 
 def _product(x, codes, scale, shift, rows, taps, fmt, out_dtype, blocks,
              interpret):
-  """The kernel on rows of pixels `[R, C]`, and what it leaves to XLA."""
+  """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = scale.shape[0]
   carrier = CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
@@ -175,9 +196,12 @@ def _product(x, codes, scale, shift, rows, taps, fmt, out_dtype, blocks,
       multiprocessors=blocks_lib.multiprocessors(),
       interpret=plgpu.InterpretGPUParams() if interpret else None)
   if blocks.split > 1:
+    # Exact in int32, whatever the order, so that nothing depends on the split.
     sums = call(None, None, out_dtype=carriers.DTYPES[carrier][1]).sum(0)
     y = sums[:, :channels].astype(jnp.float32) * scale + shift
     return y.astype(out_dtype)
+  # Scales are loaded for whole blocks of channels: loads, unlike TMA, do not
+  # end where the array does.
   beyond = (0, -channels % blocks_lib.CHANNELS)
   if shift.ndim == 2:
     # Tiles of rows run on from the end of the map to its beginning.
@@ -263,6 +287,7 @@ def _why_not_sums(x, codes, fmt):
 def _why_not_blocks(x, codes, strides, out_dtype, blocks):
   if blocks is None:
     return None
+  # As `_lay_out` will cut K: into rows of the window, where they are walked.
   window = codes.shape[1:-1]
   taps = window[0] if window and tuple(strides) == (1, 1) else 1
   row_length = 2 * math.prod(codes.shape[1:]) // taps
@@ -275,7 +300,7 @@ def _why_not_blocks(x, codes, strides, out_dtype, blocks):
     return (f'{blocks}: rows of {row_length} codes must be whole steps, and '
             f'their number a multiple of the split')
   if blocks.split > 1:
-    out_dtype = jnp.float32
+    out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
   most = blocks_lib.most_stages(blocks.rows, blocks.depth, out_dtype)
   if not 1 <= blocks.stages <= most:
     return f'{blocks}: 1 to {most} stages fit into shared memory'

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels, and what a chip offers them."""
+"""Chooses the blocks of the TPU kernels by what a chip has."""
 
 import dataclasses
 import math
@@ -6,6 +6,11 @@ import math
 import jax
 
 _MIB = 2**20
+# All sizes below follow from a register's: 8 sublanes x 128 lanes of 32 bits.
+# Of 8-bit values it holds [32, 128]. The last axis of an array is padded to 128
+# in vector memory, whatever a kernel does; the one before is cut at multiples
+# of 32, so that blocks are whole registers of any carrier (those of bf16 hold
+# [16, 128]).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,10 @@ KINDS = {
     'TPU v6e': 'v6e', 'TPU v6 lite': 'v6e', 'TPU7x': '7x'}
 
 # Most rows of x, columns of the weights and packed rows of them in a step, from
-# `python -m benchmarks.tpu_cost`; None is for unknown chips.
+# `python -m benchmarks.tpu_cost`; None is for unknown chips. More rows share
+# one decoding; of the widths of Stable Diffusion's UNet, 320, 640 and 1280,
+# tiles of 640 columns leave no remainder; with 1280 packed rows K to 2560 is
+# one step.
 MATMUL = {
     None: (512, 640, 1280),
     'v5e': (512, 640, 1280),
@@ -56,7 +64,7 @@ def generation() -> str | None:
 
 
 def budget(chip: str | None) -> int:
-  """Bytes of vector memory that a kernel may take: half of what there is.
+  """The bytes of vector memory that a kernel may take: half of what there is.
 
   The rest is XLA's, which keeps there what passes between operations.
   """
@@ -70,7 +78,9 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _share(n: int, most: int, multiple: int) -> int:
-  """Length of each of the fewest even blocks that cover n."""
+  """The length of each of the fewest even blocks that cover n."""
+  # Even, as 600 rows in blocks of 512 would be 1024 rows of work, and in two of
+  # 320 (300 rounded up) are 640. A block may always be the whole axis.
   share = _round_up(-(-n // -(-n // most)), multiple)
   return min(share, n)
 
@@ -92,18 +102,20 @@ class Matmul:
   steps: int
 
   def vmem(self, itemsize: int, out_itemsize: int) -> int:
-    """Bytes; what is fetched or written lies there twice."""
+    """The bytes of vector memory, with two buffers of what moves."""
     columns = _round_up(self.columns, 128)
     x = self.rows * _round_up(2 * self.half, 128) * itemsize
     decoded = 2 * self.half * self.steps * columns * itemsize
     out = self.rows * columns
+    # Of an element of y: 4 bytes of the sum so far, 4 of the product that is
+    # added to it, and two buffers of the result.
     return (2 * x + 2 * self.half * columns + decoded
             + out * (8 + 2 * out_itemsize))
 
 
 def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
            chip: str | None, blocks=None) -> Matmul | None:
-  """The cut of a product of m rows, n columns, and half packed rows.
+  """Cuts a product of m rows, n columns, and `half` packed rows.
 
   Args:
     itemsize: bytes of an element of the carrier.
@@ -115,9 +127,12 @@ def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
     with more; None if none fits the vector memory.
   """
   rows, columns, most = blocks or MATMUL[chip]
+  # Part of K is an axis of lanes in x: several parts begin at multiples of 128.
   steps = -(-half // most)
   step = _round_up(-(-half // steps), 32 if steps == 1 else 128)
   cut = Matmul(_share(m, rows, 32), _share(n, columns, 128), step, steps)
+  # Rows are given up first, down to 128: more tiles of columns would each read
+  # all of x once more.
   while cut.vmem(itemsize, out_itemsize) > budget(chip):
     if cut.rows > 128:
       cut = dataclasses.replace(cut, rows=_round_up(cut.rows // 2, 32))
@@ -154,13 +169,16 @@ class Conv:
     return self.rows + (window[0] - 1 if shared else 0)
 
   def vmem(self, window, strides, itemsize: int, out_itemsize: int) -> int:
-    """Bytes; what is fetched or written lies there twice, a shift map too."""
+    """The bytes of vector memory, with two buffers of what moves."""
     pixels, columns = self.rows * self.width, _round_up(self.columns, 128)
     taps = window[1] * self.lanes
+    # x as `conv._phases` lays it out: every phase of the strides.
     read = (math.prod(strides) * (self.rows + (window[0] - 1) // strides[0])
             * _round_up(self.width + (window[1] - 1) // strides[1], 32)
             * self.lanes)
     packed = window[1] * self.lanes // 2 * columns
+    # Then x and codes twice, the decoded weights, the patches, and of an
+    # element of y sum and product, two of the shift map, and two of the result.
     return (2 * read * itemsize + 2 * packed
             + window[0] * taps * columns * itemsize
             + self.patch_rows(window, strides) * _round_up(self.width, 32)
@@ -170,7 +188,7 @@ class Conv:
 
 def conv(out_size, window, strides, half: int, n: int, itemsize: int,
          out_itemsize: int, chip: str | None, blocks=None) -> Conv | None:
-  """The cut of a convolution; None if none fits the vector memory.
+  """Cuts a convolution; None if no cut fits the vector memory.
 
   Args:
     out_size: height and width of the result.
@@ -182,6 +200,8 @@ def conv(out_size, window, strides, half: int, n: int, itemsize: int,
       output pixels and channels of a step.
   """
   pixels, columns = blocks or CONV[chip]
+  # A block has whole rows of y, whose pixels are joined in one axis: a width of
+  # whole groups of 8 sublanes keeps that a matter of indices.
   width = _round_up(out_size[1], 8)
   cut = Conv(0, width, _share(n, columns, 128),
              _round_up(2 * _round_up(half, 32), 128))
@@ -192,6 +212,7 @@ def conv(out_size, window, strides, half: int, n: int, itemsize: int,
     cut = dataclasses.replace(cut, rows=rows)
     if cut.vmem(window, strides, itemsize, out_itemsize) <= budget(chip):
       return cut
+    # Down to 256 pixels, then fewer channels, then any number of rows.
     if pixels > 256 and rows > 1:
       pixels //= 2
     elif cut.columns > 128:

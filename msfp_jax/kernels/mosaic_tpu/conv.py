@@ -21,20 +21,36 @@ from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
 from msfp_jax.quant.numbers import FPFormat
 
+# A 3x3 window at stride 1, for the pixels (i, j) of `rows` rows of an image; a,
+# b, c are the C channels of three neighbouring pixels, each in lanes of its
+# own:
+#
+#   x, with borders            patches                     weights[t]
+#   [rows + 2, width + 2, C]   [pixels, 3 lanes]           [3 lanes, columns]
+#
+#   . . . . . . .              pixel   tap 0 tap 1 tap 2   tap 0, channel 0..
+#   . a b c . . .  row i + t   (i, j)  |  a  |  b  |  c |  tap 1, channel 0..
+#   . . . . . . .                                          tap 2, channel 0..
+#
+# Step t of the grid adds patches of the window's row t times weights[t] to the
+# sums. The grid is (tiles of channels, images, rows of an image, t): weights
+# are decoded at the first rows of the first image, then stay for all others.
+
 
 def output_size(size: tuple[int, int], window: tuple[int, int], strides,
                 padding) -> tuple[int, int]:
-  """Height and width of the result."""
+  """The height and width of a convolution's result."""
   return tuple((s + sum(p) - w) // stride + 1 for s, w, stride, p in zip(
       size, window, strides, padding, strict=True))
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          cut: blocks_lib.Conv, interpret):
-  """As `mosaic_tpu.conv`, unchecked, with the blocks chosen."""
+  """`mosaic_tpu.ops.conv`, without its checks, cut as `cut` says."""
   batch, channels = x.shape[0], codes.shape[3]
   window = codes.shape[:2]
   out_size = output_size(x.shape[1:3], window, strides, padding)
+  # Halves of whole registers, so that decoded halves join without shifting.
   x, codes = decode_lib.pad_halves(x, codes, decode_lib.ROWS)
   carrier = decode_lib.CARRIERS[x.dtype]
   height = pl.cdiv(out_size[0], cut.rows) * cut.rows
@@ -54,11 +70,14 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
       grid=(pl.cdiv(channels, cut.columns), batch, height // cut.rows,
             window[0]),
       in_specs=[
-          # The rows of neighbouring steps overlap by the window's.
+          # Element: an index counts rows, not blocks, as the rows of x that
+          # neighbouring blocks of y read overlap. It does not depend on t, so
+          # that x is fetched once for all rows of the window.
           pl.BlockSpec(
               tuple(map(element, (1, *strides, read, x.shape[4], depth))),
               lambda j, b, r, t: (b, 0, 0, r * cut.rows, 0, 0)),
-          # Fetched for the first pixels only; later the index stands still.
+          # Fetched for the first pixels only; then the index stands still at
+          # the last row of the window, and nothing is fetched any more.
           pl.BlockSpec(
               (1, window[1], depth // 2, cut.columns),
               lambda j, b, r, t: (jnp.where(
@@ -83,7 +102,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
 
 
 def _phases(x, window, strides, padding, size):
-  """x with its borders, `[B, sh, sw, rows, columns, C]`.
+  """Pads x and takes it apart by strides, `[B, sh, sw, rows, columns, C]`.
 
   Pixel (i * sh + p, j * sw + q) stands at [p, q, i, j], so that a step of the
   window is a step by one at any stride. There are as many rows and columns as
@@ -92,6 +111,8 @@ def _phases(x, window, strides, padding, size):
   (sh, sw), pads = strides, []
   for length, w, stride, (low, _), out in zip(
       x.shape[1:3], window, strides, padding, size, strict=True):
+    # The last of `out` pixels reaches (w - 1) // stride rows of a phase beyond
+    # its own; times stride, a whole number of each phase.
     needed = (out + (w - 1) // stride) * stride
     pads.append((low, needed - low - length, 0))
   # Negative padding crops what no window reaches.
@@ -102,9 +123,10 @@ def _phases(x, window, strides, padding, size):
 
 
 def _map_rows(shift, size):
-  """A shift `[N]` or `[H', W', N]` -> `[1 or height * width, N]`."""
+  """Lays a shift `[N]` or `[H', W', N]` out as `[1 or height * width, N]`."""
   if shift.ndim == 1:
     return shift.reshape(1, -1)
+  # For the rows and columns that are computed in vain and cut off.
   extra = [(0, s - n) for s, n in zip(size, shift.shape, strict=False)]
   return jnp.pad(shift, [*extra, (0, 0)]).reshape(-1, shift.shape[-1])
 
@@ -122,6 +144,9 @@ def _kernel(x, codes, scale, shift, out, weights, patches, sums, *, fmt,
   place = functools.partial(
       _place_patches, x, patches, columns=columns, strides=strides, width=width)
   if patches.shape[0] > pixels:
+    # At stride 1 row t of the window of row i is row 0 of that of row i + t:
+    # patches of a few more rows serve all t, from `width` pixels further on
+    # each time. `patch_rows` sees to it that this begins at a whole register.
     pl.when(t == 0)(lambda: place(0))
     start = pl.multiple_of(t * width, width)
     pixels_x_taps = patches[pl.ds(start, pixels)]
@@ -130,6 +155,7 @@ def _kernel(x, codes, scale, shift, out, weights, patches, sums, *, fmt,
     pixels_x_taps = patches[...]
   product = lax.dot(
       pixels_x_taps, weights[t], preferred_element_type=sums.dtype)
+  # Chosen, not multiplied by 0: what was there first may be NaN.
   before = sums[...]
   total = product + jnp.where(t == 0, jnp.zeros_like(before), before)
   sums[...] = total
@@ -147,21 +173,24 @@ def _place_weights(codes, weights, t, fmt, carrier):
   for j in range(columns):
     for i, part in enumerate(decode_lib.decode(codes[0, j], fmt, carrier)):
       weights[t, pl.ds(j * lanes + i * half, half)] = part
+    # The patches have zeros there, but times a NaN that lay here they are NaN.
     if lanes > 2 * half:
       weights[t, pl.ds(j * lanes + 2 * half, lanes - 2 * half)] = jnp.zeros(
           (lanes - 2 * half, n), weights.dtype)
 
 
 def _place_patches(x, patches, t, columns, strides, width):
-  """Row t of the window of each pixel, its taps side by side.
+  """Places row t of every pixel's window in `patches`, its taps side by side.
 
-  Row 0 of more pixels than the result has are the other rows of the others.
+  Where `patches` has rows beyond the result's, t is 0, and its later rows are
+  what rows 1, 2, ... of the window read.
   """
   (sh, sw), depth = strides, x.shape[-1]
   pixels, lanes = patches.shape[0], patches.shape[1] // columns
   # lax and not % and //, whose signs the lowering asks a device about.
   phase, first = lax.rem(jnp.int32(t), jnp.int32(sh)), lax.div(
       jnp.int32(t), jnp.int32(sh))
+  # Tap j of all pixels is one slice of x: column j // sw of phase j % sw on.
   for j in range(columns):
     taps = x[0, phase, j % sw, pl.ds(first, pixels // width),
              pl.ds(j // sw, width)]

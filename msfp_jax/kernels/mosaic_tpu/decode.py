@@ -15,6 +15,20 @@ import numpy as np
 
 from msfp_jax.quant.numbers import FPFormat
 
+# A code is sign|magnitude: s a b c. A packed byte is one code in each nibble,
+# `carriers.pack_halves` having put rows of the first half of the contraction in
+# the low ones. Reading four rows of bytes as one row of words moves nothing:
+#
+#   packed, uint8 [4 r, n]    words, int32 [r, n]
+#     row 0   sabc sabc         bits  7..0
+#     row 1   sabc sabc         bits 15..8
+#     row 2   sabc sabc         bits 23..16
+#     row 3   sabc sabc         bits 31..24
+#             high low
+#
+# `word >> 4` brings the high nibbles to where the low ones were. Above each is
+# then a nibble of its neighbour, so that all below begins by masking it away.
+# Decoded words become four rows of int8 or fp8 in the same way.
 CARRIERS = {np.dtype(jnp.int8): 'int8', np.dtype(jnp.float8_e4m3fn): 'fp8',
             np.dtype(jnp.bfloat16): 'bf16'}
 # Rows of a register of bytes: halves of this many rows are joined for free.
@@ -22,7 +36,7 @@ ROWS = 32
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
-  """What the kernels' weights are multiples of: the value of level step(fmt).
+  """The unit of the kernels' weights: what they have for level step(fmt).
 
   1 in the carriers of integers. In fp8 the fields of a code are shifted into
   those of float8_e4m3fn, whose bias is another, so that the weights and with
@@ -36,7 +50,7 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
 
 
 def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
-  """The codes of the low and of the high nibbles, inside a kernel.
+  """Decodes the low and the high nibbles, inside a kernel.
 
   Args:
     packed: uint8 `[rows, n]`, rows a multiple of 4.
@@ -51,6 +65,8 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
   if carrier == 'fp8':
     return tuple(pltpu.bitcast(word, jnp.float8_e4m3fn)
                  for word in _fp8(words, fmt.mantissa_bits))
+  # Integers first, also for bf16, which holds them: shifted into its fields, as
+  # for fp8, codes would be near 2^-126, and some would be its subnormals.
   integers = tuple(pltpu.bitcast(_int8(word, fmt), jnp.int8)
                    for word in (words, _right(words, 4)))
   if carrier == 'int8':
@@ -59,7 +75,9 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _fp8(words, mantissa_bits: int):
-  """Sign, exponent and mantissa shifted to their places in e4m3."""
+  """Shifts sign, exponent and mantissa to their places in e4m3."""
+  # e4m3 is s eeee mmm. Exponent and mantissa of a code are neighbours, as they
+  # are there, so that one shift places both; subnormals stay subnormals.
   low = ((words & _each(8)) << 4) | (
       (words & _each(7)) << (3 - mantissa_bits))
   high = (words & _each(0x80)) | _right(
@@ -68,7 +86,9 @@ def _fp8(words, mantissa_bits: int):
 
 
 def _int8(words, fmt: FPFormat):
-  """The low nibble of each byte -> its level in steps, two's complement."""
+  """Decodes each byte's low nibble to its level in steps, two's complement."""
+  # Magnitudes take 7 bits (E3M0's reach 64), so that no step carries into the
+  # next byte.
   magnitude = {1: _e1m2, 2: _e2m1, 3: _e3m0}[fmt.exponent_bits](words)
   sign = words & _each(8)
   # Complement of 7 bits and plus one stay in their byte, even for -0, where
@@ -82,15 +102,17 @@ def _e1m2(words):
 
 
 def _e2m1(words):
-  """0 1 2 3 4 6 8 12: the code, plus 0 1 2 5 from code 4 on."""
-  above = _right(words, 2) & _each(1)
-  beyond = words & (above + (above << 1))
-  three = beyond & _right(beyond, 1)
+  """Magnitudes 0 1 2 3 4 6 8 12: the code, plus 0 1 2 5 from code 4 on."""
+  above = _right(words, 2) & _each(1)  # 1 from code 4 on
+  beyond = words & (above + (above << 1))  # there, the lowest two bits
+  three = beyond & _right(beyond, 1)  # 1 for code 7, to which 5 are added
   return (words & _each(7)) + beyond + (three << 1)
 
 
 def _e3m0(words):
-  """0 1 2 4 .. 64: 1 shifted by each bit of the code in turn, and halved."""
+  """Magnitudes 0 1 2 4 .. 64: 1 shifted by each bit of the code, and halved."""
+  # `moving` is the power where the bit is set, else 0; adding 3 or 15 times as
+  # much multiplies it by 4 or 16. 128, the most, still fits its byte.
   one = _each(1)
   power = one + (words & one)
   second = _right(words, 1) & one
@@ -103,7 +125,7 @@ def _e3m0(words):
 
 
 def _each(byte: int) -> np.int32:
-  """A word of four times the same byte."""
+  """A word that is four times the same byte."""
   return np.array([byte] * 4, np.uint8).view(np.int32)[0]
 
 
@@ -126,6 +148,8 @@ def pad_halves(x, codes, multiple: int):
   padded = -(-half // multiple) * multiple
   if 2 * padded == length:
     return x, codes
+  # Zeros go behind each half, not behind both: row k of the codes belongs to
+  # channels k and k + half of x. Code 0 is level 0.
   extend = lambda a, axis: jnp.pad(a, [
       (0, padded - a.shape[axis] if i == axis % a.ndim else 0)
       for i in range(a.ndim)])

@@ -41,6 +41,23 @@ def lay_out(weight: QTensor) -> QTensor:
   """Weights as the kernels read them, which is as they are stored."""
   return weight
 
+# One step (j, i, k) of the product: columns j, rows i, part k of K. k runs
+# fastest, j slowest.
+#
+#   HBM                VMEM                                 matrix unit
+#   codes [K/2, N] --> [half, columns], while i == 0
+#                         | decode low and high nibbles
+#                         v
+#                      weights[k] [2 half, columns] ----+
+#                         kept for all i                v
+#   x [M, K] --------> [rows, half] low  ------------> dot --> + --> sums
+#            --------> [rows, half] high ------------> dot     ^      |
+#                                                              +------+ k > 0
+#   y [M, N] <-------- [rows, columns] <-- * scale + shift <-- k == steps - 1
+#
+# A step's fetches run while the step before multiplies, which takes two buffers
+# for everything that is fetched or written.
+
 
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            blocks: tuple[int, int, int] | None = None, interpret=False):
@@ -53,8 +70,8 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     shift: float32 `[N]`.
     fmt: of the weights, signed, of 4 bits.
     out_dtype: float32 or bfloat16.
-    blocks: rows, columns, and the most packed rows of a step; else from
-      `mosaic_tpu_blocks`.
+    blocks: rows, columns, and the most packed rows of a step; else those of
+      `blocks.MATMUL`.
     interpret: as in `pl.pallas_call`.
 
   Returns:
@@ -68,6 +85,9 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
   cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation())
   x, codes = decode_lib.pad_halves(x, codes, cut.half * cut.steps)
   rows, columns, half, steps = cut.rows, cut.columns, cut.half, cut.steps
+  # With packed rows k of the low and high nibbles come channels k and k + K/2
+  # of x. If a step has all of K, that is x as it is, and one product; else x is
+  # passed twice, and its two views are `steps` blocks apart.
   if steps == 1:
     x_specs = [pl.BlockSpec((rows, 2 * half), lambda j, i, k: (i, 0))]
   else:
@@ -83,7 +103,9 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
       grid=(pl.cdiv(n, columns), pl.cdiv(m, rows), steps),
       in_specs=[
           *x_specs,
-          # Fetched for the first rows only; later the index stands still.
+          # Fetched for the first rows only. Pallas fetches a block when its
+          # index differs from the step before; afterwards it stays at the last
+          # one, so that codes leave HBM once, however many rows x has.
           pl.BlockSpec((half, columns), lambda j, i, k: (
               jnp.where(i == 0, k, steps - 1), j)),
           row_spec, row_spec],
@@ -92,6 +114,8 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
           pltpu.VMEM((steps, 2 * half, columns), x.dtype),
           pltpu.VMEM((rows, columns), sums)],
       compiler_params=pltpu.CompilerParams(
+          # Only j may be shared out between cores: rows after the first read
+          # what those left in scratch memory, and so do the parts of a sum.
           dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'matmul_{fmt}_{carrier}',
@@ -113,10 +137,12 @@ def _matmul_kernel(*refs, fmt, carrier, steps):
   else:
     total = (dot(x_refs[0][...], weights[k, :half])
              + dot(x_refs[1][...], weights[k, half:]))
+    # Chosen, not multiplied by 0: what was there first may be NaN.
     before = sums[...]
     total += jnp.where(k == 0, jnp.zeros_like(before), before)
     sums[...] = total
 
+  # The index of y's block is the same for all k: it leaves for HBM once.
   @pl.when(k == steps - 1)
   def _():
     out[...] = (total.astype(jnp.float32) * scale[...] + shift[...]).astype(
@@ -136,8 +162,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     strides: down and to the right.
     padding: zeros ((above, below), (left, right)).
     out_dtype: float32 or bfloat16.
-    blocks: output pixels and channels of a step; else from
-      `mosaic_tpu_blocks`.
+    blocks: output pixels and channels of a step; else those of `blocks.CONV`.
     interpret: as in `pl.pallas_call`.
 
   Returns:
@@ -149,6 +174,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
          strides=strides, padding=padding)
+  # A 1x1 window needs no patches: its pixels are rows of a product, at strides
+  # every other one. Only a map of shifts is beyond `matmul`.
   if _is_matmul(codes, padding) and shift.ndim == 1:
     x = x[:, ::strides[0], ::strides[1]]
     y = matmul(x.reshape(-1, x.shape[-1]), codes[0, 0], scale, shift, fmt=fmt,
@@ -170,7 +197,7 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
     op: 'matmul' or 'conv'.
     x, codes: as for the operation; only shapes and dtypes are looked at.
     fmt, out_dtype, strides, padding, blocks: as for the operation.
-    chip: a key of `mosaic_tpu_blocks.CHIPS`; else that of the default device.
+    chip: a key of `blocks.CHIPS`; else that of the default device.
       Where this is no TPU, what no TPU does is left to the caller.
 
   Returns:
@@ -207,6 +234,7 @@ def _why_not_types(x, codes, fmt, out_dtype, chip):
 def _why_not_shapes(op, x, codes, strides, padding):
   if reason := checks.axes(op, x, codes):
     return reason
+  # Of a grouped convolution, codes have the channels of one group only.
   length = x.shape[-1]
   if codes.shape[-2] != -(-length // 2):
     return (f'{length} channels of x {x.shape} need {-(-length // 2)} packed '
@@ -225,6 +253,8 @@ def _why_not_sums(x, codes, fmt):
 
 
 def _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks, chip):
+  # A 1x1 convolution may run as either (its shift decides, which is not known
+  # here), so that both must fit; blocks are then those of the convolution.
   cuts = []
   if op == 'conv':
     cuts.append(_cut_conv(x, codes, strides, padding, out_dtype, blocks, chip))
