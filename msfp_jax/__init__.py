@@ -9,17 +9,21 @@ from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
 from msfp_jax.diffusion import sample
 from msfp_jax.kernels.apply import QuantizedModel
+from msfp_jax.packed.file import load
+from msfp_jax.packed.file import save
 from msfp_jax.packed.model import pack
 from msfp_jax.packed.model import PackedModel
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.functional import fake_quant
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantize import quantize
+from msfp_jax.quant.recipes import Recipe
+from msfp_jax.quant.recipes import RECIPES
 from msfp_jax.quant.spec import QuantSpec
 
 __all__ = [
-    'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'calibrate',
-    'fake_quant', 'load', 'load_first_stage', 'load_pretrained', 'make_plan',
+    'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'RECIPES',
+    'Recipe', 'calibrate', 'fake_quant', 'load', 'load_first_stage', 'load_pretrained', 'make_plan',
     'make_schedule', 'pack', 'quantize', 'sample', 'save',
 ]
 __version__ = '0.1.0'

@@ -2,9 +2,12 @@
 
 The tensors:
 
-    LAYER.codes     uint8 `[h, *window, ceil(I / 2), O]`, two codes a byte (see
-                    `kernels.carriers.pack_halves`); of formats of more than 4
-                    bits `[h, *window, I, O]`
+    LAYER.codes     uint8 `[h, *window, ceil(I / 2), O]` of formats of 4 bits,
+                    two codes a byte (see `layout.pack_halves`); of 8 bits
+                    `[h, *window, I, O]`; of others a stream of bits `[n]`
+    LAYER.PART      what else a layer has, under the names of
+                    `header.parts_of`: scales of groups, shifts (3 bits each,
+                    as a stream), factors of smoothing, a branch of low rank
     channels        float32: of every layer in the header's order its scale
                     `[O]`, zero point of the weights and bias, where it has
                     them; then the parameters of one axis that stay as they are
@@ -14,11 +17,10 @@ The tensors:
 
 The header's metadata holds, in JSON, `model` (what to build), `plan` (the
 sampler), `others` (inputs of layers that are not packed), `vectors` (paths and
-sizes of the parameters in `channels`) and `layers`, a row of each: name,
-format, I, which channels it has (s, z, b), and if its input is quantized its
-format, scale and, where there is one, zero point. `format` is the version.
-Nothing is pickled, and PyTorch is not needed to read it. Small models are the
-reason for the brevity: their header counts.
+sizes of the parameters in `channels`) and `layers` (see `header.layer_to_row`).
+`format` is the version; files of version 1 load too. Nothing is pickled, and
+PyTorch is not needed to read it. Small models are the reason for the brevity:
+their header counts.
 """
 
 from collections.abc import Mapping
@@ -32,20 +34,17 @@ import flax.linen as nn
 import numpy as np
 
 from msfp_jax import diffusion
-from msfp_jax import kernels
-from msfp_jax.convert import abstract_params
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
-from msfp_jax.kernels import layer as layer_lib
-from msfp_jax.models.guided import Guided
-from msfp_jax.models.unet import UNet
 from msfp_jax.packed import header as header_lib
+from msfp_jax.packed import layers as layers_lib
 from msfp_jax.packed import model as packed_lib
-from msfp_jax.packed import reader as packed_reader
-from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.packed import reader as reader_lib
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.qlayer import QLayer
 
 _FAMILY = 'msfp-jax/packed/'
-FORMAT = _FAMILY + '1'
+FORMAT, _FIRST = _FAMILY + '2', _FAMILY + '1'
 _CHOICES, _CHANNELS = 'choices', 'channels'
 
 
@@ -55,29 +54,26 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
 
   Args:
     path: of the file.
-    model: what `packed.pack` or `load` returned.
+    model: what `pack` or `load` returned.
     **about: goes into the header, such as the command that made the model.
 
   Raises:
-    ValueError: layers laid out for a kernel, names that cannot be told apart
-      in the file, or too many banks.
+    ValueError: a model that is not packed, layers laid out for a kernel, names
+      that cannot be told apart in the file, or too many banks.
   """
+  own = {name: layer for name, layer in model.layers.items()
+         if layer.weight is not None}
   tensors: dict[str, np.ndarray] = {}
   channels = [np.zeros(0, np.float32)]
-  for name, layer in model.layers.items():
-    if layer.packing not in (layer_lib.NIBBLES, layer_lib.BYTES):
-      raise ValueError(
-          f'layer {name} is stored as {layer.packing}: save the model before '
-          'it is laid out for a device, as `packed.pack` and `load` leave it')
-    tensors[f'{name}.codes'] = np.asarray(layer.weights)
-    channels += [np.asarray(getattr(layer, field), np.float32)
-                 for field in header_lib.PER_CHANNEL.values()
-                 if getattr(layer, field) is not None]
+  for name, layer in own.items():
+    _check_layout(name, layer)
+    tensors |= layers_lib.tensors_of(name, layer)
+    channels += layers_lib.channels_of(layer)
   vectors, rest = _flatten(model.params)
   channels += vectors.values()
   tensors[_CHANNELS] = np.concatenate(channels)
   if model.choices:
-    choices = np.stack([model.choices[name] for name in model.layers
+    choices = np.stack([model.choices[name] for name in own
                         if name in model.choices])
     if choices.max() > 255:
       raise ValueError(f'{choices.max() + 1} banks: a file holds up to 256')
@@ -87,10 +83,9 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   header = {
       'model': header_lib.model_to_dict(model.model),
       'layers': [header_lib.layer_to_row(name, layer)
-                 for name, layer in model.layers.items()],
-      'others': {name: [] if act is None else header_lib.act_to_row(
-          act.fmt, act.scale, act.zero_point)
-                 for name, act in model.act_quantizers.items()},
+                 for name, layer in own.items()],
+      'others': {name: header_lib.input_to_row(layer.input)
+                 for name, layer in model.layers.items() if name not in own},
       'vectors': {name: len(vector) for name, vector in vectors.items()},
       'plan': header_lib.plan_to_dict(model.plan),
   }
@@ -100,15 +95,27 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
                            {'format': FORMAT} | metadata | about)
 
 
+def _check_layout(name: str, layer: QLayer) -> None:
+  """Raises ValueError unless the codes are as files have them."""
+  weight = layer.weight
+  if not weight.is_packed:
+    raise ValueError(f'layer {name} is not packed: save what msfp.pack returned')
+  if weight.layout not in (layout_lib.NIBBLES, layout_lib.BYTES):
+    raise ValueError(
+        f'layer {name} is stored as {weight.layout.name}: save the model '
+        'before it is laid out for a device, as msfp.pack and msfp.load '
+        'leave it')
+
+
 def load(path: str | os.PathLike, model: nn.Module | None = None,
          implementation: str | None = None) -> packed_lib.PackedModel:
   """Reads a packed model; weights stay packed.
 
   Args:
     path: a file that `save` wrote.
-    model: the linen model, for those that are no UNet of this package, which
+    model: the linen model, for those that are no model of this package, which
       the file describes itself.
-    implementation: of `kernels.ops`; None picks for every layer.
+    implementation: of `kernels.door`; None picks for every layer.
 
   Raises:
     FileNotFoundError: no such file.
@@ -119,8 +126,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   if not file.is_file():
     raise FileNotFoundError(f'no packed model at {file}')
   tensors, metadata = source_lib.read_safetensors(file)
-  _check_format(file, metadata.get('format'))
-  reader = packed_reader.Reader(tensors)
+  first = _check_format(file, metadata.get('format'))
+  reader = reader_lib.Reader(tensors)
   try:
     header = {key: json.loads(metadata[key]) for key in
               ('model', 'layers', 'others', 'vectors', 'plan')}
@@ -128,10 +135,12 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     if model is None:
       built = header_lib.model_from_dict(header['model'])
     plan = header_lib.plan_from_dict(header['plan'])
-    others = {name: header_lib.act_from_row(row)
+    others = {name: QLayer(None, header_lib.input_from_row(row))
               for name, row in header['others'].items()}
-    layers, vectors = _read_layers(
-        header['layers'], header['vectors'], reader)
+    rows = header['layers']
+    if first:
+      rows = [header_lib.row_from_first(row) for row in rows]
+    layers, vectors = _read_layers(rows, header['vectors'], reader, first)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError
           ) as error:
     raise ValueError(f'{file}: its header describes no packed model of this '
@@ -139,19 +148,20 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   choices = _read_choices(layers, plan, reader)
   params = reader.rest(vectors)
   problems = list(reader.problems)
-  if isinstance(built, UNet | Guided):
-    problems += _misfits(built, layers, others, params)
+  if header['model'] and model is None:
+    problems += reader_lib.misfits(built, layers, others, params)
   if problems:
     raise ValueError(f'{file} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))
   return packed_lib.PackedModel(
-      built, params, layers, others, choices, plan
+      built, params, layers | others, choices, plan
   ).with_implementation(implementation)
 
 
-def _check_format(file: pathlib.Path, found: str | None) -> None:
-  if found == FORMAT:
-    return
+def _check_format(file: pathlib.Path, found: str | None) -> bool:
+  """Whether it is of version 1; raises ValueError for others than 1 and 2."""
+  if found in (FORMAT, _FIRST):
+    return found == _FIRST
   if found and found.startswith(_FAMILY):
     raise ValueError(
         f'{file} is of version {found.removeprefix(_FAMILY)} of packed models, '
@@ -161,60 +171,18 @@ def _check_format(file: pathlib.Path, found: str | None) -> None:
                    'not written by msfp_jax.save')
 
 
-def _read_choices(layers: Mapping[str, kernels.PackedLayer],
-                  plan: diffusion.SamplerPlan, reader: packed_reader.Reader
-                  ) -> dict[str, np.ndarray]:
+def _read_choices(layers: Mapping[str, QLayer], plan: diffusion.SamplerPlan,
+                  reader: reader_lib.Reader) -> dict[str, np.ndarray]:
   """{layer: int32 `[S]`} of the layers with several banks."""
-  banked = [name for name, layer in layers.items() if len(layer.weights) > 1]
+  banked = [name for name, layer in layers.items() if layer.num_banks > 1]
   if not banked:
     return {}
   table = reader.take(_CHOICES, np.uint8, (len(banked), plan.num_steps))
   for name, banks in zip(banked, table, strict=True):
-    if banks.max() >= (count := len(layers[name].weights)):
+    if banks.max() >= (count := layers[name].num_banks):
       reader.problems.append(f'{_CHOICES}: bank {banks.max()} of layer {name}, '
                              f'which has {count}')
   return dict(zip(banked, np.int32(table), strict=True))
-
-
-def _misfits(model: UNet | Guided, layers: Mapping[str, kernels.PackedLayer],
-             others: Mapping[str, Any], params: Any) -> list[str]:
-  """What of the file the model does not have, and the other way round."""
-  unet = model.inner if isinstance(model, Guided) else model
-  flat = {path: leaf.shape for path, leaf in
-          traverse_util.flatten_dict(abstract_params(unet)).items()}
-  found = {path: value.shape
-           for path, value in traverse_util.flatten_dict(params).items()}
-  kernels_of = {'.'.join(path[:-1]): (path, shape)
-                for path, shape in flat.items() if path[-1] == 'kernel'}
-  problems = [f'missing layer {name}' for name in kernels_of
-              if name not in layers and name not in others]
-  problems += [f'layer {name}, which the model lacks'
-               for name in {*layers, *others} - set(kernels_of)]
-  expected = {path: shape for path, shape in flat.items()
-              if '.'.join(path[:-1]) not in layers}
-  for path in expected.keys() | found.keys():
-    name = '/'.join(path)
-    if path not in found:
-      problems.append(f'missing {name} {expected[path]}')
-    elif path not in expected:
-      problems.append(f'unexpected {name} {found[path]}')
-    elif found[path] != expected[path]:
-      problems.append(
-          f'{name} is {found[path]}, the model wants {expected[path]}')
-  for name in layers.keys() & kernels_of.keys():
-    path, wanted = kernels_of[name]
-    layer, bias = layers[name], flat.get((*path[:-1], 'bias'))
-    shape = _kernel_shape(layer)
-    if shape != wanted:
-      problems.append(f'{name} is {shape}, the model wants {wanted}')
-    if (layer.bias is None) != (bias is None):
-      problems.append(f'{name}: a bias in the model or in the file alone')
-  return problems
-
-
-def _kernel_shape(layer: kernels.PackedLayer) -> tuple[int, ...]:
-  *window, _, outputs = layer.weights.shape[1:]
-  return (*window, layer.in_features, outputs)
 
 
 def _flatten(params: Any) -> tuple[dict[str, np.ndarray],
@@ -232,12 +200,10 @@ def _flatten(params: Any) -> tuple[dict[str, np.ndarray],
 
 def _read_layers(
     rows: list[list[Any]], vectors: dict[str, int],
-    reader: packed_reader.Reader
-) -> tuple[dict[str, kernels.PackedLayer], dict[str, np.ndarray]]:
+    reader: reader_lib.Reader, first: bool
+) -> tuple[dict[str, QLayer], dict[str, np.ndarray]]:
   """The layers, and what else is in `channels`."""
-  codes = {name: reader.take_codes(
-      f'{name}.codes', -(-length // 2) if FPFormat.parse(fmt).bits <= 4
-      else length) for name, fmt, length, *_ in rows}
+  codes = {row[0]: layers_lib.read_codes(row, reader, first) for row in rows}
   sizes = [codes[row[0]].shape[-1] * len(row[3]) for row in rows]
   sizes += vectors.values()
   known = len(reader.problems)
@@ -246,19 +212,9 @@ def _read_layers(
   if is_read and not np.isfinite(table).all():
     reader.problems.append(f'{_CHANNELS} holds values that are not finite')
   pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
-  layers = {}
-  for row, channels in zip(rows, pieces[:len(rows)], strict=True):
-    name, fmt, length, letters, *act = row
-    has = dict(zip(letters, channels.reshape(len(letters), -1), strict=True))
-    if 's' not in has or is_read and (has['s'] <= 0).any():
-      reader.problems.append(f'{_CHANNELS}: layer {name} has scales that are '
-                             'not positive')
-    act, fmt = header_lib.act_from_row(act), FPFormat.parse(fmt)
-    layers[name] = kernels.PackedLayer(
-        weights=codes[name], scale=has.get('s'), zero_point=has.get('z'),
-        bias=has.get('b'), tap_sums=None, fmt=fmt, in_features=length,
-        act_scale=None if act is None else act.scale,
-        act_zero_point=None if act is None else act.zero_point,
-        act_fmt=None if act is None else act.fmt, banked=True,
-        packing=layer_lib.NIBBLES if fmt.bits <= 4 else layer_lib.BYTES)
+  layers = {
+      row[0]: layers_lib.read_layer(
+          row, codes[row[0]], channels.reshape(len(row[3]), -1), reader,
+          is_read)
+      for row, channels in zip(rows, pieces[:len(rows)], strict=True)}
   return layers, dict(zip(vectors, pieces[len(rows):], strict=True))

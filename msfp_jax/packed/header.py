@@ -1,24 +1,33 @@
-"""What a packed model's file says in its header (see `export`), as JSON."""
+"""What a packed model's file says in its header (see `file`), as JSON."""
 
 import json
 from typing import Any
 
 import flax.linen as nn
+import ml_dtypes
 import numpy as np
 
 from msfp_jax import diffusion
-from msfp_jax import kernels
 from msfp_jax.diffusion import sampling
 from msfp_jax.models.guided import Guided
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
-from msfp_jax.quant import quantizers
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant import serialize
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import QTensor
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.quantizers import Static
 
 _MULTISTEP = ('x_part', 'eps_part', 'weights')
 _PLAN = ('timesteps', 'x_coef', 'eps_factor', 'noise_std')
-# What a layer may have for every output channel, by its letter.
-PER_CHANNEL = {'s': 'scale', 'z': 'zero_point', 'b': 'bias'}
+# What a layer may have for every output channel in float32, by its letter.
+SCALE, ZERO_POINT, BIAS = 's', 'z', 'b'
+# Types that tensors of a file are viewed as, beside float32.
+TYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (
+    ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16)}
 
 
 def dumps(content: Any) -> str:
@@ -26,38 +35,117 @@ def dumps(content: Any) -> str:
   return json.dumps(content, separators=(',', ':'))
 
 
-def layer_to_row(name: str, layer: kernels.PackedLayer) -> list[Any]:
-  """[name, format, I, letters, *row of its input]."""
-  letters = [letter for letter, field in PER_CHANNEL.items()
-             if getattr(layer, field) is not None]
-  row = [name, str(layer.fmt), layer.in_features, ''.join(letters)]
-  if layer.act_fmt is not None:
-    row += act_to_row(layer.act_fmt, layer.act_scale, layer.act_zero_point)
-  return row
+def layer_to_row(name: str, layer: QLayer) -> list[Any]:
+  """[name, format, I, letters, input, more where there is more].
+
+  `more` holds what plain layers do not have: 'shape' of codes that are a
+  stream of bits, 'group', 'shift_group', 'wide', 'rotation', and 'types' of
+  tensors that are stored as bytes.
+  """
+  weight = layer.weight
+  letters = ''.join(letter for letter, has in (
+      (SCALE, is_per_output(weight.scale)),
+      (ZERO_POINT, is_per_output(weight.zero_point)),
+      (BIAS, layer.bias is not None)) if has)
+  more: dict[str, Any] = {
+      key: value for key in ('group', 'shift_group')
+      if (value := getattr(weight, key))}
+  if weight.wide is not None:
+    more['wide'] = str(weight.wide)
+  if layer.around.rotation:
+    more['rotation'] = layer.around.rotation
+  if is_stream(weight.fmt):
+    more['shape'] = list(weight.data.shape)
+    more['shape'][-2] = weight.length
+  types = {key: part.dtype.name for key, part in parts_of(layer).items()
+           if part.dtype.name in TYPES}
+  if types:
+    more['types'] = types
+  row = [name, str(weight.fmt), weight.length, letters,
+         input_to_row(layer.input)]
+  return [*row, more] if more else row
 
 
-def act_to_row(fmt: FPFormat, scale: Any, zero_point: Any) -> list[Any]:
-  """[format, scale, zero point where there is one] of an input."""
+def is_per_output(part: Any) -> bool:
+  """Whether a scale is one float32 for every output channel."""
+  return (part is not None and part.dtype == np.float32 and np.ndim(part) > 1
+          and set(part.shape[:-1]) == {1})
+
+
+def is_stream(fmt: FPFormat) -> bool:
+  """Whether codes are stored as a stream of bits: neither 4 nor 8 each."""
+  return fmt.bits not in (4, 8)
+
+
+def parts_of(layer: QLayer) -> dict[str, np.ndarray]:
+  """{name: what a layer has beside codes and what is per output channel}."""
+  weight, around = layer.weight, layer.around
+  found = {'scale': weight.scale, 'zero_point': weight.zero_point,
+           'outer': weight.outer, 'shift': weight.shift,
+           'smooth': around.smooth, 'down': around.down, 'up': around.up}
+  return {name: np.asarray(part) for name, part in found.items()
+          if part is not None and not (
+              name in ('scale', 'zero_point') and is_per_output(part))}
+
+
+def stored_layout(fmt: FPFormat) -> layout_lib.Layout:
+  """The layout in memory of what is read."""
+  return layout_lib.packed_layout(fmt)
+
+
+def input_to_row(quantizer: Quantizer) -> list[Any] | dict[str, Any]:
+  """[] in full precision, [format, scale, zero point] with one scale."""
+  if quantizer.is_full:
+    return []
+  if type(quantizer) is not Static or np.ndim(quantizer.scale):
+    return serialize.quantizer_to_dict(quantizer)
   # As text a float32 is shortest, and survives.
   short = lambda value: float(str(np.float32(value)))
+  zero_point = quantizer.zero_point
   zero = [] if zero_point is None else [short(zero_point)]
-  return [str(fmt), short(scale), *zero]
+  return [str(quantizer.fmt), short(quantizer.scale), *zero]
 
 
-def act_from_row(row: list[Any]) -> quantizers.Quantizer | None:
-  """The inverse; None of an empty row.
+def input_from_row(row: list[Any] | dict[str, Any]) -> Quantizer:
+  """The inverse.
 
   Raises:
-    ValueError: no such scale or zero point.
+    ValueError: no such scale or zero point, or an unknown kind of quantizer.
   """
+  if isinstance(row, dict):
+    return serialize.quantizer_from_dict(row)
   if not row:
-    return None
+    return Full()
   fmt, *values = row
   scale, *zero = np.float32(values)
   if not (np.isfinite(values).all() and scale > 0 and len(zero) < 2):
     raise ValueError(f'scale and zero point {values} of an input')
-  return quantizers.Quantizer(
-      FPFormat.parse(fmt), scale, zero[0] if zero else None)
+  return Static(FPFormat.parse(fmt), scale, zero[0] if zero else None)
+
+
+def row_from_first(row: list[Any]) -> list[Any]:
+  """A layer's row of version 1: its input's row was not a list of its own."""
+  name, fmt, length, letters, *act = row
+  return [name, fmt, length, letters, act]
+
+
+def weight_from_row(row: list[Any], data: np.ndarray,
+                    parts: dict[str, np.ndarray]) -> QTensor:
+  """The weights of a layer.
+
+  Args:
+    row: as `layer_to_row` made it.
+    data: codes, in the layout of `stored_layout`.
+    parts: 'scale', and 'zero_point', 'outer', 'shift' where there are.
+  """
+  more = row[5] if len(row) > 5 else {}
+  wide = more.get('wide')
+  return QTensor(
+      data, parts['scale'], parts.get('zero_point'), parts.get('shift'),
+      parts.get('outer'), fmt=FPFormat.parse(row[1]), length=row[2], axis=-2,
+      group=more.get('group', 0), shift_group=more.get('shift_group', 0),
+      layout=stored_layout(FPFormat.parse(row[1])),
+      wide=None if wide is None else FPFormat.parse(wide))
 
 
 def model_to_dict(model: nn.Module) -> dict[str, Any]:

@@ -4,9 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
+import flax.linen as nn
 import numpy as np
 
+from msfp_jax.convert import abstract_params
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.packed import header as header_lib
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import SHIFT_BITS
 
 
 class Reader:
@@ -43,6 +49,57 @@ class Reader:
       self.problems.append(f'{name} is empty: {codes.shape}')
     return codes
 
+  def has(self, name: str) -> bool:
+    """Whether the file has a tensor that nobody took yet."""
+    return name in self._left
+
+  def take_stream(self, name: str, bits: int, shape: tuple[int, ...]
+                  ) -> np.ndarray:
+    """Codes of `bits` bits each that lie in the file as a stream."""
+    size = -(-int(np.prod(shape)) * bits // 8)
+    known = len(self.problems)
+    stream = self.take(name, np.uint8, (size,))
+    if len(self.problems) > known:
+      return np.broadcast_to(np.uint8(0), shape)
+    return layout_lib.unpack_bits(stream, bits, shape)
+
+  def take_typed(self, name: str, dtype: str | None,
+                 shape: tuple[int | None, ...]) -> np.ndarray:
+    """A tensor in float32, or in a type that the file has as bytes.
+
+    Raises:
+      ValueError: there is no such type.
+    """
+    if dtype is None:
+      return self.take(name, np.float32, shape)
+    if dtype not in header_lib.TYPES:
+      raise ValueError(f'{name} of type {dtype!r}')
+    whole = header_lib.TYPES[dtype]
+    *rest, last = shape
+    size = None if last is None else last * whole.itemsize
+    stored = self.take(name, np.uint8, (*rest, size))
+    if stored.shape[-1] % whole.itemsize:
+      self.problems.append(f'{name} is {stored.shape}, no {dtype}')
+      stored = np.repeat(stored, whole.itemsize, axis=-1)
+    return np.ascontiguousarray(stored).view(whole)
+
+  def take_scales(self, name: str, dtype: str | None, shape: tuple[int, ...]
+                  ) -> np.ndarray:
+    """Scales, or shifts, of a layer: one a group, or fewer.
+
+    Args:
+      name: of the tensor; of shifts it ends with 'shift'.
+      dtype: see `take_typed`.
+      shape: `[h, *window, groups, O]`; the file's may have 1 in its place.
+    """
+    if name.endswith('.shift'):
+      return self.take_stream(name, SHIFT_BITS, shape)
+    tensor = self._left.get(name)
+    if tensor is not None and len(tensor.shape) == len(shape):
+      shape = tuple(size if found == size else 1 for found, size in zip(
+          tensor.shape, shape, strict=True))
+    return self.take_typed(name, dtype, shape)
+
   def rest(self, vectors: Mapping[str, np.ndarray]) -> Any:
     """What is left, and `vectors`, as nested parameters."""
     flat = {tuple(name.split('/')): value
@@ -53,3 +110,50 @@ class Reader:
         self.problems.append(f'{name} holds values that are not finite')
       flat[tuple(name.split('/'))] = value
     return traverse_util.unflatten_dict(flat)
+
+
+def misfits(model: nn.Module, layers: Mapping[str, QLayer],
+            others: Mapping[str, Any], params: Any) -> list[str]:
+  """Lists what of the file the model does not have, and the other way round.
+
+  Args:
+    model: of this package's registry.
+    layers: those with weights of their own.
+    others: those without.
+    params: what else the file holds.
+  """
+  flat = {path: leaf.shape for path, leaf in
+          traverse_util.flatten_dict(abstract_params(model)).items()}
+  found = {path: value.shape
+           for path, value in traverse_util.flatten_dict(params).items()}
+  kernels_of = {'.'.join(path[:-1]): (path, shape)
+                for path, shape in flat.items() if path[-1] == 'kernel'}
+  problems = [f'missing layer {name}' for name in kernels_of
+              if name not in layers and name not in others]
+  problems += [f'layer {name}, which the model lacks'
+               for name in {*layers, *others} - set(kernels_of)]
+  expected = {path: shape for path, shape in flat.items()
+              if '.'.join(path[:-1]) not in layers}
+  for path in expected.keys() | found.keys():
+    name = '/'.join(path)
+    if path not in found:
+      problems.append(f'missing {name} {expected[path]}')
+    elif path not in expected:
+      problems.append(f'unexpected {name} {found[path]}')
+    elif found[path] != expected[path]:
+      problems.append(
+          f'{name} is {found[path]}, the model wants {expected[path]}')
+  for name in layers.keys() & kernels_of.keys():
+    path, wanted = kernels_of[name]
+    layer, bias = layers[name], flat.get((*path[:-1], 'bias'))
+    shape = _kernel_shape(layer)
+    if shape != wanted:
+      problems.append(f'{name} is {shape}, the model wants {wanted}')
+    if (layer.bias is None) != (bias is None):
+      problems.append(f'{name}: a bias in the model or in the file alone')
+  return problems
+
+
+def _kernel_shape(layer: QLayer) -> tuple[int, ...]:
+  *window, _, outputs = layer.weight.data.shape[1:]
+  return (*window, layer.weight.length, outputs)

@@ -1,0 +1,116 @@
+"""One layer of a packed model's file: its tensors, written and read."""
+
+from typing import Any
+
+import numpy as np
+
+from msfp_jax.packed import header as header_lib
+from msfp_jax.packed.reader import Reader
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.around import Around
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import SHIFT_BITS
+
+_LETTERS = {header_lib.SCALE: 'scale', header_lib.ZERO_POINT: 'zero_point'}
+
+
+def tensors_of(name: str, layer: QLayer) -> dict[str, np.ndarray]:
+  """{LAYER.codes, and LAYER.PART of every part}."""
+  weight = layer.weight
+  codes = np.asarray(weight.data)
+  if header_lib.is_stream(weight.fmt):
+    codes = layout_lib.pack_bits(np.asarray(weight.codes()), weight.fmt.bits)
+  found = {f'{name}.codes': codes}
+  for key, part in header_lib.parts_of(layer).items():
+    if key == 'shift':
+      part = layout_lib.pack_bits(np.uint8(part), SHIFT_BITS)
+    elif part.dtype.name in header_lib.TYPES:
+      part = part.view(np.uint8)
+    found[f'{name}.{key}'] = part
+  return found
+
+
+def channels_of(layer: QLayer) -> list[np.ndarray]:
+  """What it has for every output channel, in the order of its letters."""
+  weight = layer.weight
+  found = [part for part in (weight.scale, weight.zero_point)
+           if header_lib.is_per_output(part)]
+  if layer.bias is not None:
+    found.append(layer.bias)
+  return [np.asarray(part, np.float32).ravel() for part in found]
+
+
+def read_codes(row: list[Any], reader: Reader, first: bool) -> np.ndarray:
+  """Codes `[h, *window, rows, O]`, in the layout of `stored_layout`.
+
+  Args:
+    row: of the header.
+    reader: of the file.
+    first: whether it is of version 1, which knew no streams of bits.
+  """
+  name, fmt, length = row[0], FPFormat.parse(row[1]), row[2]
+  if first or not header_lib.is_stream(fmt):
+    return reader.take_codes(
+        f'{name}.codes', -(-length // 2) if fmt.bits <= 4 else length)
+  shape = tuple(row[5]['shape'])
+  if len(shape) < 3 or shape[-2] != length or min(shape) < 1:
+    raise ValueError(f'{name}: codes of shape {shape}')
+  codes = reader.take_stream(f'{name}.codes', fmt.bits, shape)
+  return layout_lib.pack_halves(codes) if fmt.bits <= 4 else codes
+
+
+def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
+               reader: Reader, is_read: bool) -> QLayer:
+  """The layer of a header's row.
+
+  Args:
+    row: of the header.
+    codes: of `read_codes`.
+    channels: `[letters, O]`.
+    reader: of the file.
+    is_read: whether `channels` are the file's, and not what stands for them
+      where they are missing.
+  """
+  name, length, letters = row[0], row[2], row[3]
+  more = row[5] if len(row) > 5 else {}
+  per_output = {letter: channels[i] for i, letter in enumerate(letters)}
+  wide = (1,) * (codes.ndim - 2) + (-1,)
+  parts = {key: per_output[letter].reshape(wide)
+           for letter, key in _LETTERS.items() if letter in per_output}
+  types = more.get('types', {})
+  banks, window, outputs = codes.shape[0], codes.shape[1:-2], codes.shape[-1]
+  groups = lambda group: -(-length // group) if group else 1
+  for key, group in (('scale', 'group'), ('zero_point', 'group'),
+                     ('shift', 'shift_group')):
+    if key in parts or (key != 'scale' and not reader.has(f'{name}.{key}')):
+      continue
+    shape = (banks, *window, groups(more.get(group, 0)), outputs)
+    parts[key] = reader.take_scales(f'{name}.{key}', types.get(key), shape)
+  if reader.has(f'{name}.outer'):
+    parts['outer'] = reader.take(
+        f'{name}.outer', np.float32, (banks, *(1,) * (codes.ndim - 1)))
+  scale = np.asarray(parts['scale'], np.float32)
+  if is_read and not (np.isfinite(scale).all() and (
+      scale >= 0 if 'group' in more else scale > 0).all()):
+    reader.problems.append(f'layer {name} has scales that are not positive')
+  around = _read_around(name, more, reader, (*window, length), outputs)
+  return QLayer(
+      header_lib.weight_from_row(row, codes, parts),
+      header_lib.input_from_row(row[4]), per_output.get(header_lib.BIAS),
+      around)
+
+
+def _read_around(name, more, reader, inputs, outputs):
+  """What stands around the product; `inputs` is `[*window, I]`."""
+  types, found = more.get('types', {}), {}
+  if reader.has(f'{name}.smooth'):
+    found['smooth'] = reader.take(f'{name}.smooth', np.float32, inputs[-1:])
+  if reader.has(f'{name}.down'):
+    for key, shape in (('down', (*inputs, None)), ('up', (None, outputs))):
+      found[key] = reader.take_typed(f'{name}.{key}', types.get(key), shape)
+    if found['down'].shape[-1] != found['up'].shape[0]:
+      reader.problems.append(
+          f'{name}.down of rank {found["down"].shape[-1]}, {name}.up of '
+          f'{found["up"].shape[0]}')
+  return Around(**found, rotation=more.get('rotation', 0))
