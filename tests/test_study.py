@@ -51,7 +51,8 @@ def text(tmp_path):
       num_res_blocks=0, attn_resolutions=(), norm_groups=4)
   params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                         native.abstract_params(unet.UNet(config)))
-  convert.save_pretrained(tmp_path / 'm.safetensors', config, params)
+  convert.save_pretrained(
+      tmp_path / 'm.safetensors', unet.UNet(config), params)
   (tmp_path / 'c.py').write_text(textwrap.dedent(CONFIG).format(
       model=str(tmp_path / 'm.safetensors'), data=str(tmp_path / 'd.npz')))
   return f'{tmp_path}/c.py:small'
