@@ -6,7 +6,7 @@ import json
 import pytest
 
 from msfp_jax.run import evaluate
-from msfp_jax.tune import finetune
+from msfp_jax.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ FAMILIES = ('cifar10', 'celeba64', 'lsun_bedroom', 'lsun_church', 'imagenet256')
 def test_train_then_eval(tmp_path, name):
   config = importlib.import_module(f'configs.{name}').get_config('smoke')
   config.eval.rows = (*config.eval.rows, 'packed')
-  finetune.run(config, str(tmp_path / 'run'))
+  train.run(config, str(tmp_path / 'run'))
   evaluate.run(config, str(tmp_path / 'run'))
   results = json.loads((tmp_path / 'run/results.json').read_text())
   rows = {row['name']: row for row in results['rows']}

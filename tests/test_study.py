@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from msfp_jax import convert
+from msfp_jax.base import errors
 from msfp_jax.convert import native
 from msfp_jax.models import unet
 from msfp_jax.quant import interception as layers_lib
@@ -72,7 +73,7 @@ def draws(monkeypatch):
 
   def calibrate(self):
     none = spec_lib.LayerSpec('', '', None, None)
-    return spec_lib.QuantSpec(self.config.quant.recipe, {
+    return spec_lib.QuantSpec(self.quant.recipe, {
         name: none for name in layers_lib.leaves(self.params, 'kernel')})
 
   monkeypatch.setattr(evaluate.generate, 'generate', generate)
@@ -145,7 +146,7 @@ def test_rows_of_another_config_are_not_passed_off(
             'eval': 'config.eval.num_samples = 9'}[part]
   path.write_text(path.read_text().replace(
       '  return config', f'  {change}\n  return config'))
-  with pytest.raises(experiment_lib.WorkdirError, match=f'  {part}[.]'):
+  with pytest.raises(errors.WorkdirError, match=f'  {part}[.]'):
     study.run(text, str(work))
   assert contents(work) == before
 

@@ -1,5 +1,6 @@
 """What people look at."""
 
 from msfp_jax.report.page import write
+from msfp_jax.report.section import Experiment
 
-__all__ = ['write']
+__all__ = ['Experiment', 'write']
