@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from msfp_jax.run import cli
-from msfp_jax.tune import finetune
+from msfp_jax.run import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The experiment: configs/NAME.py[:variant].',
@@ -28,7 +28,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   command = shlex.join(['python', *sys.argv])
-  cli.guard(lambda: finetune.run(_CONFIG.value, _WORKDIR.value, command))
+  cli.guard(lambda: train.run(_CONFIG.value, _WORKDIR.value, command))
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import references
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished train.py.')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds of the noise.')
@@ -69,9 +70,11 @@ def main(unused_argv: Sequence[str]) -> None:
   config = ml_collections.ConfigDict(
       json.loads((workdir / 'config.json').read_text()))
   experiment = experiment_lib.load(config, str(workdir))
-  network = evaluate.feature_network(experiment)
-  scorer = scorer_lib.Scorer(network, evaluate.reference_of(
-      config, experiment.images, network))
+  cfg = evaluate.EvalSettings(**config.eval)
+  network = evaluate.feature_network(cfg, experiment.image_shape)
+  scorer = scorer_lib.Scorer(network, references.reference_of(
+      experiment.images, network, dataset=config.data.path or config.data.name,
+      file=cfg.reference, num_vectors=cfg.vectors))
   models = [rows_lib.make_row(experiment, name, str(workdir)).deployed
             for name in (rows_lib.TUNED, rows_lib.PACKED)]
   rows = []

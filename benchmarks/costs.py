@@ -130,20 +130,19 @@ def sampling() -> Iterator[Row]:
 def _student(experiment, spec) -> student_lib.Student:
   return finetune.make_student(
       experiment.model, experiment.params, spec,
-      experiment.schedule.num_train_steps, experiment.config.finetune)
+      experiment.schedule.num_train_steps, experiment.finetune)
 
 
 def step() -> Iterator[Row]:
   """A fine-tuning step against the same one without fake quantization."""
   experiment = _experiment('all-4,lora')
-  config = experiment.config.finetune
   gamma = losses.denoising_factors(
-      experiment.schedule, experiment.plan, config.gamma)
+      experiment.schedule, experiment.plan, experiment.finetune.gamma)
 
   def updates(student, learn_ranges):
-    settings = config.copy_and_resolve_references()
-    settings.learn_act_ranges = learn_ranges
-    settings.learn_weight_scales = learn_ranges
+    settings = dataclasses.replace(
+        experiment.finetune, learn_act_ranges=learn_ranges,
+        learn_weight_scales=learn_ranges)
     tx = finetune.optimizer(settings)
     state = finetune.init_state(
         student, tx, experiment.plan, (16, 16, 1), jax.random.key(0),

@@ -61,8 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
       'name': 'digits',
       'path': '',  # of its files: a folder, an .npz, ...
   })
-  # Of the UNet that pre-training makes, or of a random one; a checkpoint
-  # brings its own.
+  # Of the UNet that pre-training makes, or of a random model; a checkpoint
+  # brings its own. `family` names another model than the UNet, see
+  # msfp_jax/models/registry.py.
   config.model = ml_collections.ConfigDict()
   config.schedule = ml_collections.ConfigDict({
       'name': 'linear',

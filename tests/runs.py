@@ -10,7 +10,7 @@ import safetensors
 
 from configs import images as images_config
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.tune import finetune
+from msfp_jax.run import train
 
 SMALL = {
     'model.ch_mult': (1,), 'model.num_res_blocks': 0,
@@ -79,8 +79,8 @@ def teacher(workdir):
 def final_parameters(config, workdir):
   """Reads all arrays of the fine-tuned model."""
   experiment = experiment_lib.load(config, str(workdir))
-  spec = finetune.calibrated_spec(experiment, str(workdir))
-  deployed = finetune.fit(experiment, spec, str(workdir))
+  spec = train.calibrated_spec(experiment, str(workdir))
+  deployed = train.fit(experiment, spec, str(workdir))
   return jax.tree.leaves((deployed.weights, deployed.params, deployed.choices,
                           deployed.spec.act_quantizers))
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from configs import digits
+from msfp_jax.base import errors
 from msfp_jax.run import cli
 from msfp_jax.tune import checkpoint
-from msfp_jax.tune import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -127,7 +127,8 @@ def test_help_shows_both_flags():
 
 @pytest.mark.parametrize('error', [
     ValueError('a b'), OSError('a b'), FileNotFoundError('a b'),
-    loop.DivergedError('a b'), json.JSONDecodeError('a b', '', 0)])
+    errors.DivergedError('a b'), errors.WorkdirError('a b'),
+    json.JSONDecodeError('a b', '', 0)])
 def test_expected_errors_end_with_their_message(error):
   def work():
     raise error

@@ -19,7 +19,7 @@ from msfp_jax.metrics import features
 from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
 from msfp_jax.quant import spec
-from msfp_jax.run import experiment
+from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
 from msfp_jax.tune import pretrain
@@ -76,7 +76,7 @@ def test_what_a_config_names_exists(module, variant):
   losses.denoising_factors(schedule, plan, config.finetune.gamma)
   if config.autoencoder.get('kind'):
     autoencoder.AutoencoderConfig(**config.autoencoder)
-  if config.pretrained not in ('', experiment.RANDOM, *native.SHIPPED):
+  if config.pretrained not in ('', teacher.RANDOM, *native.SHIPPED):
     # A file of the user's; the command says how to name it.
     assert config.pretrained in module.__doc__
   fields = dict(config.model)
@@ -103,15 +103,17 @@ def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)
 def test_the_optimizers_take_the_config(module, variant):
   config = module.get_config(variant)
-  assert pretrain.optimizer(config.pretrain)
-  assert finetune.optimizer(config.finetune)
+  assert pretrain.optimizer(
+      pretrain.PretrainSettings(**config.pretrain))
+  assert finetune.optimizer(
+      finetune.FinetuneSettings(**config.finetune))
 
 
 def test_warm_up_must_end_before_the_training():
   config = common.get_config().pretrain
   config.num_steps = config.warmup
   with pytest.raises(ValueError, match='warmup.*500.*num_steps.*500'):
-    pretrain.optimizer(config)
+    pretrain.PretrainSettings(**config)
 
 
 @pytest.mark.parametrize('variant, bits, exceptions', [

@@ -1,57 +1,76 @@
-"""Imports run downwards only (CONTRIBUTING.md, Style)."""
+"""Imports run downwards only, file by file (CONTRIBUTING.md, Style)."""
 
 import ast
+import functools
 import pathlib
+import re
 import sys
 
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'msfp_jax'
 
-# A module imports only rooms of rows above its own (and its own room).
-ORDER = [
-    {'pickle_names'},
-    {'devices', 'files', 'pickles', 'progress'},
-    {'conditions', 'formats', 'layers', 'pictures', 'data', 'diffusion',
-     'models',
-     'checkpoint'},
-    {'writer', 'convert'},
-    {'quantizers', 'losses', 'loop', 'metrics'},
-    {'search', 'pretrain', 'kernels'},
-    {'spec'},
-    {'calibrate', 'inference', 'quantize'},
-    {'talora'},
-    {'student', 'experiment'},
-    {'packed'},
-    {'packed_header', 'packed_reader'},
-    {'export'},
-    {'finetune', 'generate', 'sample_store', 'report'},
-    {'rows'},
-]
-# On top of all: they may import each other, and nothing below imports them.
-TOP = {'__init__', 'cli', 'evaluate', 'make_stats', 'study'}
-
-QUANTIZATION = {'formats', 'quantizers', 'search', 'spec', 'calibrate',
-                'quantize', 'talora', 'student', 'losses', 'finetune', 'rows',
-                'kernels', 'inference', 'packed', 'packed_header',
-                'packed_reader', 'export'}
+# Each room and those that its files may import beside their own. All of a
+# row's words stand above it, with all of theirs: so what metrics and data do
+# not name they do not reach either.
+ROOMS = {
+    'base': '',
+    'models': '',
+    'diffusion': 'base',
+    'data': 'base',
+    'convert': 'base models',
+    'metrics': 'base models data convert',
+    'quant': 'base diffusion',
+    'kernels': 'base quant',
+    'tune': 'base models diffusion data convert quant kernels',
+    'packed': 'base models diffusion convert quant kernels tune',
+    # Below run/, since it draws what it is given and evaluation calls it.
+    'report': 'base models diffusion data convert metrics quant kernels tune '
+              'packed',
+    'run': 'base models diffusion data convert metrics quant kernels tune '
+           'packed report',
+}
 ENTRY_POINTS = {'train', 'eval', 'configs'}
 FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
+DRAWING = {'matplotlib', 'jinja2'}
 
-RANK = {room: row for row, rooms in enumerate([*ORDER, TOP])
-        for room in rooms}
-# Commands (python -m) stand above all rooms.
-FILES = sorted(set(PACKAGE.rglob('*.py')) - set(PACKAGE.rglob('__main__.py')))
+# The one file that knows which kernels there are, each in a folder beside it.
+DOOR = 'kernels/dispatch.py'
+CHIPS = sorted(path.parent.name
+               for path in (PACKAGE / 'kernels').glob('*/__init__.py'))
+# Not inside of words, such as outputs.
+CHIP_NAMES = re.compile(
+    r'(?<![a-z])(tpu|gpu|mosaic|hopper|blackwell|ampere|cuda|nvidia|rocm|'
+    r'wgmma|sm_?[89]0|[ah][12]00(?!\d)|v[4-7][epx](?![a-z]))', re.IGNORECASE)
+
+# The public names stand above all rooms, and so do commands (python -m).
+FILES = sorted(
+    str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob('*.py')
+    if path.name != '__main__.py' and path.parent != PACKAGE)
+
+by_file = pytest.mark.parametrize('file', FILES)
 
 
-def room_of(path):
-  return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+def room_of(file):
+  return file.split('/')[0]
 
 
-def imports(path):
-  """Lists the dotted names that a file imports, also inside functions."""
+def chip_of(file):
+  """The chip whose folder holds the file; None elsewhere."""
+  room, name, *_ = file.split('/')
+  return name if room == 'kernels' and name in CHIPS else None
+
+
+@functools.cache
+def tree_of(file):
+  return ast.parse((PACKAGE / file).read_text())
+
+
+@functools.cache
+def imports(file):
+  """Dotted names of all that a file imports, also inside functions."""
   names = set()
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(tree_of(file)):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
@@ -60,71 +79,115 @@ def imports(path):
   return names
 
 
-def rooms_imported(path):
-  """Lists the rooms that a file imports; '__init__' for the package."""
-  rooms = set()
-  for name in imports(path):
-    head, *rest = name.split('.')
-    if head == 'msfp_jax':
-      known = rest and ((PACKAGE / f'{rest[0]}.py').exists()
-                        or (PACKAGE / rest[0]).is_dir())
-      rooms.add(rest[0] if known else '__init__')
-  return rooms
+def file_of(name):
+  """The file that 'msfp_jax.room.module.thing' is imported from."""
+  parts = name.split('.')[1:]
+  for end in range(len(parts), -1, -1):
+    path = PACKAGE.joinpath(*parts[:end])
+    for found in (path.with_suffix('.py'), path / '__init__.py'):
+      if found.is_file():
+        return str(found.relative_to(PACKAGE))
+  raise AssertionError(f'{name} is of no file')
 
 
-by_file = pytest.mark.parametrize(
-    'path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@functools.cache
+def imported_files(file):
+  return {file_of(name) for name in imports(file)
+          if name.split('.')[0] == 'msfp_jax'}
+
+
+def reached(file):
+  """All files that are imported with a file, and itself."""
+  found, todo = set(), {file}
+  while todo:
+    found |= todo
+    todo = {other for one in todo for other in imported_files(one)} - found
+  return found
+
+
+def code_of(file):
+  """The file without comments and docstrings, as Python writes it."""
+  tree = ast.parse((PACKAGE / file).read_text())
+  for node in ast.walk(tree):
+    body = getattr(node, 'body', None)
+    if isinstance(body, list) and body and isinstance(
+        body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+      body[0].value.value = ''
+  return ast.unparse(tree)
 
 
 def test_files_are_found():
-  assert {'formats', 'models', 'search', 'spec'} <= set(map(room_of, FILES))
+  assert {'base/files.py', 'models/unet.py', 'quant/calibrate.py',
+          'run/train.py', DOOR} <= set(FILES)
+  assert CHIPS
+  assert file_of('msfp_jax.base.files.write_json') == 'base/files.py'
+  assert file_of('msfp_jax.diffusion') == 'diffusion/__init__.py'
+
+
+def test_rooms_are_in_order():
+  seen = set()
+  for room, below in ROOMS.items():
+    below = set(below.split())
+    assert below <= seen, room
+    assert all(set(ROOMS[other].split()) <= below for other in below), room
+    seen.add(room)
 
 
 @by_file
-def test_every_room_has_a_place(path):
-  assert room_of(path) in RANK, 'add it to ORDER or TOP in this file'
+def test_imports_run_downwards_only(file):
+  room = room_of(file)
+  assert room in ROOMS, 'add its room to ROOMS in this file'
+  allowed = {room, *ROOMS[room].split()}
+  assert {room_of(other) for other in imported_files(file)} <= allowed
 
 
 @by_file
-def test_imports_run_downwards_only(path):
-  room = room_of(path)
-  row = RANK.get(room, RANK['__init__'])
-  below = {other for other in RANK if RANK[other] < row}
-  allowed = below | {room} | (TOP if room in TOP else set())
-  assert rooms_imported(path) <= allowed
+def test_no_file_imports_itself_by_a_circle(file):
+  assert all(file not in reached(other) for other in imported_files(file))
 
 
 @by_file
-def test_no_entry_points_no_other_frameworks_no_relative_imports(path):
-  heads = {name.split('.')[0] for name in imports(path)}
+def test_no_entry_points_no_other_frameworks_no_relative_imports(file):
+  heads = {name.split('.')[0] for name in imports(file)}
   assert not heads & (ENTRY_POINTS | FRAMEWORKS | {''})
 
 
-@pytest.mark.parametrize(
-    'path', [p for p in FILES if room_of(p) == 'models'],
-    ids=lambda p: p.name)
-def test_models_are_plain_flax(path):
-  outside = {name.split('.')[0] for name in imports(path)
-             if not name.startswith('msfp_jax.models')}
-  assert outside <= sys.stdlib_module_names | {'jax', 'flax', 'numpy'}, (
-      'models import nothing of the package but models')
+@pytest.mark.parametrize('file', [f for f in FILES if room_of(f) == 'models'])
+def test_models_are_plain_flax(file):
+  outside = {name.split('.')[0] for name in imports(file)} - {'msfp_jax'}
+  assert outside <= sys.stdlib_module_names | {'jax', 'flax', 'numpy'}
 
 
 @by_file
-def test_only_the_report_draws_and_only_evaluation_reports(path):
-  """So that training waits for no drawing library."""
-  heads = {name.split('.')[0] for name in imports(path)}
-  room = room_of(path)
-  assert room == 'report' or not heads & {'matplotlib', 'jinja2'}
-  assert room in ('report', 'evaluate') or 'report' not in rooms_imported(path)
+def test_only_the_report_draws(file):
+  heads = {name.split('.')[0] for name in imports(file)}
+  assert room_of(file) == 'report' or not heads & DRAWING
 
 
-@pytest.mark.parametrize('room', ['metrics', 'data', 'writer', 'models'])
-def test_no_quantization_beneath(room):
-  """Rooms below import no quantization, directly or through others."""
-  reached, todo = set(), {room}
-  while todo:
-    reached |= todo
-    todo = {other for path in FILES if room_of(path) in todo
-            for other in rooms_imported(path)} - reached
-  assert not reached & QUANTIZATION
+def test_training_waits_for_no_drawing_library():
+  assert not {other for other in reached('run/train.py')
+              if room_of(other) == 'report'}
+
+
+@by_file
+def test_a_chip_is_imported_by_the_door_alone(file):
+  """And by its own folder."""
+  chips = {chip_of(other) for other in imported_files(file)} - {None}
+  assert chips <= ({*CHIPS} if file == DOOR else {chip_of(file)})
+
+
+@pytest.mark.parametrize(
+    'file', [f for f in FILES if f != DOOR and chip_of(f) is None])
+def test_a_chip_is_named_by_the_door_alone(file):
+  """In comments and docstrings all may speak of it."""
+  found = {match.group() for match in CHIP_NAMES.finditer(code_of(file))}
+  assert not found
+
+
+@pytest.mark.parametrize('text, found', [
+    ('outputs = HOPPER', ['HOPPER']), ("kernel == 'mosaic_gpu'", [
+        'mosaic', 'gpu']), ("kind = 'TPU7x'", ['TPU']), ('_tpu_only', ['tpu']),
+    ('V5e', ['V5e']), ("'H100'", ['H100']), ('sm_90a', ['sm_90']),
+    ('input_units, a1000, save_vexed', [])])
+def test_names_of_chips_are_told_from_other_words(text, found):
+  assert CHIP_NAMES.findall(text) == found

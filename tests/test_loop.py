@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from msfp_jax.base import errors
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.tune import checkpoint
 from msfp_jax.tune import loop
@@ -320,7 +321,7 @@ def test_divergence_is_named_and_not_saved(tmp_path, bad_step, bad, scalar):
     scalars[scalar] = jnp.where(state.step >= bad_step, bad, good)
     return state, scalars
 
-  with pytest.raises(loop.DivergedError) as error:
+  with pytest.raises(errors.DivergedError) as error:
     run(tmp_path, step_fn=diverging)
   message = str(error.value)
   assert f'toy: {scalar} is {bad}' in message

@@ -19,7 +19,7 @@ from msfp_jax.models.unet import UNetConfig
 @pytest.fixture
 def saved(tmp_path):
   path = tmp_path / 'model.safetensors'
-  native.save_pretrained(path, tiny.CONFIG, tiny.params(tiny.UNET),
+  native.save_pretrained(path, tiny.UNET, tiny.params(tiny.UNET),
                          command='python train.py', seed='3')
   return path
 
@@ -58,7 +58,7 @@ def test_the_file_is_what_other_tools_expect(saved):
 def test_the_same_model_makes_the_same_file(saved):
   before = saved.read_bytes()
   for _ in range(3):  # safetensors itself shuffles the header
-    native.save_pretrained(saved, tiny.CONFIG, tiny.params(tiny.UNET),
+    native.save_pretrained(saved, tiny.UNET, tiny.params(tiny.UNET),
                            seed='3', command='python train.py')
     assert saved.read_bytes() == before
 
@@ -69,7 +69,7 @@ def test_a_model_with_classes(tmp_path):
       attn_resolutions=(), num_classes=3)
   params = jax.tree.map(lambda s: np.full(s.shape, 0.5, np.float32),
                         native.abstract_params(UNet(config)))
-  native.save_pretrained(tmp_path / 'm', config, params)
+  native.save_pretrained(tmp_path / 'm', UNet(config), params)
   model, loaded = native.load_pretrained(str(tmp_path / 'm'))
   assert model.config == config
   assert loaded['label_emb']['embedding'].shape == (3, 32)
@@ -163,7 +163,7 @@ def test_a_failed_save_leaves_nothing_behind(saved, monkeypatch):
       patch.setattr(place, name, fail)
       for path in (saved, new):
         with pytest.raises(DiskFull):
-          native.save_pretrained(path, tiny.CONFIG, tiny.params(tiny.UNET))
+          native.save_pretrained(path, tiny.UNET, tiny.params(tiny.UNET))
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
     assert saved.read_bytes() == before
 

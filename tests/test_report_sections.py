@@ -6,7 +6,6 @@ import json
 import types
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import page as page_lib
 from PIL import Image
@@ -213,7 +212,7 @@ def test_sections_without_data_are_left_out(room, tmp_path):
 
 def test_the_overview_tells_what_is_quantized():
   experiment = types.SimpleNamespace(
-      config=ml_collections.ConfigDict({'seed': 7}),
+      config={'seed': 7},
       plan=types.SimpleNamespace(timesteps=[500, 0]))
   text = lambda given: overview.section(given).content['text']
   given = source(experiment=experiment, row='fp')

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import tiny
@@ -22,17 +21,16 @@ from msfp_jax.tune import losses
 GAMMA = tuple(losses.denoising_factors(tiny.SCHEDULE, tiny.PLAN, 'sampler'))
 
 
-def config_of(**options):
-  """Makes a config with two banks and all that can be learned, quickly."""
-  config = common.get_config().finetune
-  config.update(ml_collections.ConfigDict({
+def settings_of(**options):
+  """Two banks and all that can be learned, quickly; in batches of 4."""
+  usual = finetune.FinetuneSettings(**common.get_config().finetune)
+  return dataclasses.replace(usual, **{
       'batch_size': 4, 'num_updates': 200, 'num_banks': 2, 'rank': 4,
       'base_weight': 'full', 'learn_act_ranges': True,
       'learn_weight_scales': True, 'learn_biases': True,
       'learning_rate': 1e-2, 'router_learning_rate': 1e-3,
       'range_learning_rate': 1e-3, 'router_prior': 1.0,
-      'weight_decay': 0.0} | options))
-  return config
+      'weight_decay': 0.0} | options)
 
 
 # Few, since each compiles for seconds.
@@ -50,15 +48,15 @@ class Setup:
   """A student, its optimizer, its first state and its update."""
 
   def __init__(self, model, seed=4, gamma=GAMMA, recipe='msfp', **options):
-    config = config_of(**options)
+    settings = settings_of(**options)
     key = jax.random.key(seed)
     self.params = tiny.params(model)
     self.student = finetune.make_student(
         model, self.params, tiny.spec(model, recipe),
-        tiny.SCHEDULE.num_train_steps, config)
-    tx = finetune.optimizer(config)
+        tiny.SCHEDULE.num_train_steps, settings)
+    tx = finetune.optimizer(settings)
     self.start = jax.jit(lambda: finetune.init_state(
-        self.student, tx, tiny.PLAN, tiny.IMAGE, key, config))
+        self.student, tx, tiny.PLAN, tiny.IMAGE, key, settings))
     self.update = finetune.make_step(
         self.student, tiny.PLAN, np.array(gamma), tx, key)
     self.predict = jax.jit(self.student.predict)
@@ -182,7 +180,7 @@ def test_banks_go_to_the_layers_of_fewest_bits():
           for name, layer in spec.layers.items()}
   make = lambda layers: finetune.make_student(
       tiny.NET, tiny.params(tiny.NET),
-      dataclasses.replace(spec, layers=layers), 1000, config_of())
+      dataclasses.replace(spec, layers=layers), 1000, settings_of())
   some = make(spec.layers | {'body': free['body']})
   assert some.banked == ('temb', 'conv_in')
   with pytest.raises(ValueError, match='quantizes no weight'):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from msfp_jax import convert
+from msfp_jax.base import errors
 from msfp_jax.convert import native
 from msfp_jax.models import unet
 from msfp_jax.quant import interception as layers_lib
@@ -51,7 +52,8 @@ def text(tmp_path):
       num_res_blocks=0, attn_resolutions=(), norm_groups=4)
   params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                         native.abstract_params(unet.UNet(config)))
-  convert.save_pretrained(tmp_path / 'm.safetensors', config, params)
+  convert.save_pretrained(
+      tmp_path / 'm.safetensors', unet.UNet(config), params)
   (tmp_path / 'c.py').write_text(textwrap.dedent(CONFIG).format(
       model=str(tmp_path / 'm.safetensors'), data=str(tmp_path / 'd.npz')))
   return f'{tmp_path}/c.py:small'
@@ -71,7 +73,7 @@ def draws(monkeypatch):
 
   def calibrate(self):
     none = spec_lib.LayerSpec('', '', None, None)
-    return spec_lib.QuantSpec(self.config.quant.recipe, {
+    return spec_lib.QuantSpec(self.quant.recipe, {
         name: none for name in layers_lib.leaves(self.params, 'kernel')})
 
   monkeypatch.setattr(evaluate.generate, 'generate', generate)
@@ -144,7 +146,7 @@ def test_rows_of_another_config_are_not_passed_off(
             'eval': 'config.eval.num_samples = 9'}[part]
   path.write_text(path.read_text().replace(
       '  return config', f'  {change}\n  return config'))
-  with pytest.raises(experiment_lib.WorkdirError, match=f'  {part}[.]'):
+  with pytest.raises(errors.WorkdirError, match=f'  {part}[.]'):
     study.run(text, str(work))
   assert contents(work) == before
 

@@ -33,7 +33,7 @@ def convert(source: str, target: str) -> None:
   if not target.endswith('.safetensors'):
     raise ValueError(f'DST is {target}: it must end in .safetensors')
   model, params = load.load_pretrained(source, _CONFIG.value, _EMA.value)
-  native.save_pretrained(target, model.config, params, source=source)
+  native.save_pretrained(target, model, params, source=source)
   logging.info('wrote %s', target)
 
 

@@ -11,8 +11,10 @@ from absl import logging
 
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
+MODEL = UNet  # of what `config` returns
 _LANDMARK = 'temb.dense.0.weight'
 # The configurations of ermongroup/ddim all have attention at this side.
 _ATTENTION_SIDE = 16

@@ -9,8 +9,10 @@ from absl import logging
 from msfp_jax.convert import diffusers_names
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
+MODEL = UNet  # of what `config` returns
 _LANDMARK = 'time_embedding.linear_1.weight'
 
 _ROOT = (

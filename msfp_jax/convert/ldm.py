@@ -13,8 +13,10 @@ from absl import logging
 
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
+MODEL = UNet  # of what `config` returns
 _LANDMARK = 'input_blocks.0.0.weight'
 _RAW = 'model.diffusion_model.'
 _EMA = 'model_ema.'

@@ -15,10 +15,10 @@ from msfp_jax.convert import native
 from msfp_jax.convert import restore
 from msfp_jax.convert import source as source_lib
 from msfp_jax.models import autoencoder
-from msfp_jax.models import unet
+from msfp_jax.models import denoiser
 
-# Name -> module with detect, select, config and rename; a new family is one
-# module and one entry. The first that detects its landmark takes the file.
+# Name -> module with MODEL, detect, select, config and rename; a new family is
+# one module and one entry. The first that detects its landmark takes the file.
 FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet}
 # Sub-folders of a pipeline of diffusers.
 _UNET_PARTS = ('unet',)
@@ -26,8 +26,9 @@ _FIRST_STAGE_PARTS = ('vae', 'vqvae', 'vqmodel')
 
 
 def load_pretrained(path: str, config: str | None = None,
-                    ema: bool | None = None) -> tuple[unet.UNet, Any]:
-  """Loads a UNet, whoever trained it.
+                    ema: bool | None = None
+                    ) -> tuple[denoiser.Denoiser, Any]:
+  """Loads a model, whoever trained it.
 
   The family is told from the tensors' names; the configuration comes from the
   config.json beside them, from `config`, or from shapes.
@@ -64,10 +65,10 @@ def load_pretrained(path: str, config: str | None = None,
   family = FAMILIES[name]
   tensors = _configure(source, lambda: family.select(
       source.tensors, _wants_ema(source.config) if ema is None else ema))
-  model = unet.UNet(_configure(source, lambda: family.config(
-      tensors, source.config)))
-  logging.info('%s: %s, %s', source.path, name, model.config)
-  named, leftover = family.rename(tensors, model.config)
+  found = _configure(source, lambda: family.config(tensors, source.config))
+  logging.info('%s: %s, %s', source.path, name, found)
+  named, leftover = family.rename(tensors, found)
+  model = family.MODEL(found)
   return model, restore.restore(
       named, native.abstract_params(model), str(source.path), restore.TORCH,
       leftover)

@@ -17,7 +17,8 @@ import numpy as np
 from msfp_jax.base import files
 from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
-from msfp_jax.models import unet
+from msfp_jax.models import denoiser
+from msfp_jax.models import registry
 
 FORMAT = 'msfp-jax/model/1'
 _ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
@@ -58,14 +59,25 @@ def write_safetensors(path: str | pathlib.Path,
       file.write(np.ascontiguousarray(tensors[name]).data)
 
 
-def save_pretrained(path: str | pathlib.Path, config: unet.UNetConfig,
+def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
                     params: Any, **about: str) -> None:
-  """Writes a model; `about` (command, seed, ...) goes into the header."""
-  metadata = {'format': FORMAT, 'model': json.dumps(config.to_dict())}
+  """Writes a model; `about` (command, seed, ...) goes into the header.
+
+  Raises:
+    ValueError: the model is not of `models.registry`.
+  """
+  row = registry.to_dict(model)
+  if not row:
+    raise ValueError(f'{type(model).__name__} is no model that has a name in '
+                     f'files: {sorted(registry.REGISTRY)}; add it to '
+                     'models.registry.REGISTRY')
+  if row.keys() == {'unet'}:
+    row = row['unet']  # without the name, as in the first files
+  metadata = {'format': FORMAT, 'model': json.dumps(row)}
   write_safetensors(path, flatten(params), metadata | about)
 
 
-def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
+def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
   """Loads a model.
 
   Args:
@@ -89,24 +101,22 @@ def load_pretrained(path: str) -> tuple[unet.UNet, Any]:
     raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
                      f'{FORMAT!r}: it was not written by save_pretrained')
   try:
-    model = unet.UNet(unet.UNetConfig(**json.loads(metadata['model'])))
+    row = json.loads(metadata['model'])
+    is_named = not registry.REGISTRY.keys().isdisjoint(row)
+    model = registry.from_dict(row if is_named else {'unet': row})
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'{file}: its header describes no UNet of this version '
+    raise ValueError(f'{file}: its header describes no model of this version '
                      f'({error})') from error
   return model, restore_lib.restore(
       tensors, abstract_params(model), str(file), restore_lib.FLAX)
 
 
-def abstract_params(model: unet.UNet) -> Any:
-  """The shapes of the model's parameters, without making any."""
-  cfg = model.config
-  side = cfg.image_size
-  image = jax.ShapeDtypeStruct((1, side, side, cfg.in_channels), jnp.float32)
-  labels = context = None
-  if cfg.by_class:
-    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-  if cfg.by_context:
-    context = jax.ShapeDtypeStruct((1, 1, cfg.context_dim), jnp.float32)
+def abstract_params(model: denoiser.Denoiser) -> Any:
+  """Shapes of the model's parameters, without making any."""
+  x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.float32)
+  # By name: a model may have others of them, which it does not take.
+  conditions = {condition.name: condition.abstract(1)
+                for condition in model.conditions}
   return jax.eval_shape(
-      model.init, jax.random.key(0), image, t, labels, context)['params']
+      model.init, jax.random.key(0), x, t, **conditions)['params']

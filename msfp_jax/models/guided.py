@@ -1,10 +1,10 @@
-"""A conditional UNet with classifier-free guidance built in."""
+"""A class-conditional model with classifier-free guidance built in."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from msfp_jax.models import unet
+from msfp_jax.models import denoiser
 
 
 class Guided(nn.Module):
@@ -12,15 +12,15 @@ class Guided(nn.Module):
 
   Both predictions come from one batch, first that without condition; so what
   is calibrated, distilled and sampled is the guided model. Parameters and
-  layer names are the UNet's own.
+  layer names are the inner model's.
 
   Attributes:
-    inner: a class-conditional UNet.
+    inner: a model of (x, t, labels).
     scale: s.
     null_label: the class that stands for none.
   """
 
-  inner: unet.UNet
+  inner: nn.Module
   scale: float
   null_label: int
 
@@ -29,8 +29,14 @@ class Guided(nn.Module):
     nn.share_scope(self, self.inner)
 
   @property
-  def config(self) -> unet.UNetConfig:
-    return self.inner.config
+  def sample_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what it denoises."""
+    return self.inner.sample_shape
+
+  @property
+  def conditions(self) -> tuple[denoiser.Condition, ...]:
+    """The labels below that of none."""
+    return (denoiser.Condition('labels', classes=self.null_label),)
 
   def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array
                ) -> jax.Array:

@@ -8,6 +8,7 @@ fields of `UNetConfig`.
 Models import nothing else of the package and know nothing of quantization.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from msfp_jax.models import attention
 from msfp_jax.models import blocks
+from msfp_jax.models import denoiser
 
 # The CIFAR-10 model, R a ResnetBlock, A attention, numbers the channels:
 #
@@ -230,6 +232,33 @@ class UNet(nn.Module):
 
     h = nn.silu(self._norm('norm_out')(h))
     return blocks.conv3x3(cfg.out_channels, 'conv_out')(h)
+
+  @property
+  def sample_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what it denoises."""
+    cfg = self.config
+    return cfg.image_size, cfg.image_size, cfg.in_channels
+
+  @property
+  def conditions(self) -> tuple[denoiser.Condition, ...]:
+    """Labels where it is class-conditional, the context where it takes one."""
+    cfg, found = self.config, []
+    if cfg.by_class:
+      found.append(denoiser.Condition(
+          'labels', classes=cfg.num_classes or cfg.context_classes))
+    if cfg.by_context:
+      found.append(denoiser.Condition('context', shape=(1, cfg.context_dim)))
+    return tuple(found)
+
+  @nn.nowrap
+  def to_dict(self) -> dict[str, Any]:
+    """The configuration's."""
+    return self.config.to_dict()
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> 'UNet':
+    """The inverse of `to_dict`."""
+    return cls(UNetConfig(**fields))
 
   @property
   def _norm(self):

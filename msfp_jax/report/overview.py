@@ -16,7 +16,7 @@ _NAMES = {'num_samples': 'images', 'is_splitting': 'splits of inception scores'}
 def section(source: Source) -> Section:
   facts = _flat({key: value for key, value in source.results.items()
                  if key != 'rows'})
-  config = json.loads(source.experiment.config.to_json_best_effort())
+  config = source.experiment.config
   facts['timesteps'] = _timesteps(source)
   facts['JAX'] = jax.__version__
   return Section('overview', 'What this is', 'Overview', 'overview.html', {

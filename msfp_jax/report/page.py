@@ -18,9 +18,9 @@ from msfp_jax.report import routing
 from msfp_jax.report import samples
 from msfp_jax.report import strategies
 from msfp_jax.report import timesteps
+from msfp_jax.report.section import Experiment
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
-from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.tune import student as student_lib
 
 # In the order of the page. Each makes a Section, or None without its data.
@@ -30,7 +30,7 @@ SECTIONS = (
     timesteps.section, routing.section, curves.section)
 
 
-def write(workdir: str, *, experiment: experiment_lib.Experiment,
+def write(workdir: str, *, experiment: Experiment,
           results: Mapping[str, Any], pictures: Mapping[str, np.ndarray],
           row: str, deployed: student_lib.Deployed, command: str = '') -> None:
   """Writes `workdir`/report.html, whole or not at all.

@@ -1,14 +1,52 @@
 """The parts of a report: the run that it tells of, sections and figures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
+import jax
 import markupsafe
 import numpy as np
 
-from msfp_jax.run import experiment as experiment_lib
+from msfp_jax import diffusion
+from msfp_jax.diffusion import conditions
+from msfp_jax.models import denoiser
+from msfp_jax.quant.calibrate import Activations
 from msfp_jax.tune import student as student_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a report needs to know of the experiment behind it.
+
+  Attributes:
+    config: all its fields, as plain values.
+    model: the full-precision teacher.
+    params: its parameters.
+    schedule: of the forward process.
+    plan: the sampler.
+    gather: () -> {layer: what calibration saw of its input}; called by the
+      sections that show it.
+    gamma: the loss' denoising factor, see `losses.denoising_factors`.
+    batch_size: images that the device takes at once.
+    key: of the samples' noise.
+    draw_condition: what a conditional model is asked for.
+  """
+
+  config: Mapping[str, Any]
+  model: denoiser.Denoiser
+  params: Any
+  schedule: diffusion.NoiseSchedule
+  plan: diffusion.SamplerPlan
+  gather: Callable[[], Mapping[str, Activations]]
+  gamma: str
+  batch_size: int
+  key: jax.Array
+  draw_condition: conditions.Draw = conditions.none
+
+  @property
+  def activations(self) -> Mapping[str, Activations]:
+    return self.gather()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +55,7 @@ class Source:
 
   Attributes:
     workdir: where metrics.jsonl and pretrain/metrics.jsonl may lie.
-    experiment: the teacher, its sampler and its calibration activations.
+    experiment: what was evaluated.
     results: the content of results.json.
     pictures: {row: uint8 `[N, H, W, C]`}, 'data' and 'fp' first.
     row: the name of the model that is shown in detail.
@@ -26,7 +64,7 @@ class Source:
   """
 
   workdir: str
-  experiment: experiment_lib.Experiment
+  experiment: Experiment
   results: Mapping[str, Any]
   pictures: Mapping[str, np.ndarray]
   row: str

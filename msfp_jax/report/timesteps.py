@@ -10,19 +10,17 @@ from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg
 from msfp_jax.report.section import Source
-from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.tune import losses
 from msfp_jax.tune import student as student_lib
 
 _MAX_IMAGES = 32
 
 
-def measure(experiment: experiment_lib.Experiment,
+def measure(experiment: section_lib.Experiment,
             deployed: student_lib.Deployed) -> gap.Gaps:
-  """Measures the gaps of a model on a batch of noise of its own, `[S]`."""
-  count = min(experiment.config.eval.batch_size, _MAX_IMAGES)
-  # A number that no batch of samples has: its noise is not theirs.
-  key = jax.random.fold_in(experiment.key(experiment_lib.SAMPLES), 2**31 - 1)
+  """The gaps of a model on one batch of noise of its own, float64 `[S]`."""
+  count = min(experiment.batch_size, _MAX_IMAGES)
+  key = jax.random.fold_in(experiment.key, 2**31 - 1)
 
   # Weights are arguments: constants would be folded at compile time.
   @jax.jit
@@ -30,7 +28,7 @@ def measure(experiment: experiment_lib.Experiment,
     model = dataclasses.replace(
         deployed, params=quantized_params, weights=weights)
     noise = jax.random.normal(
-        jax.random.fold_in(key, 0), (count, *experiment.sample_shape))
+        jax.random.fold_in(key, 0), (count, *experiment.model.sample_shape))
     condition = experiment.draw_condition(jax.random.fold_in(key, 2), count)
     return gap.along_trajectory(
         lambda x, t, index: experiment.model.apply(
@@ -58,7 +56,7 @@ def section(source: Source) -> section_lib.Section | None:
   if not any(layer.quantized for layer in layers):
     return None
   experiment = source.experiment
-  variant = experiment.config.finetune.gamma
+  variant = experiment.gamma
   if variant == 'none':
     variant = 'sampler'
   gamma = losses.denoising_factors(

@@ -11,13 +11,9 @@ from absl import flags
 from absl import logging
 import jax
 
-from msfp_jax.tune import loop
+from msfp_jax.base import errors
 
 _T = TypeVar('_T')
-
-# Mistakes of the user's or of the machine's, not of this code: their message
-# says all that is needed, and a traceback would hide it.
-_EXPECTED = (ValueError, OSError, loop.DivergedError)
 
 
 def guard(work: Callable[[], _T]) -> _T:
@@ -27,7 +23,7 @@ def guard(work: Callable[[], _T]) -> _T:
   """
   try:
     return work()
-  except _EXPECTED as error:
+  except errors.EXPECTED as error:
     if os.environ.get('MSFP_TRACEBACK'):
       raise
     logging.flush()

@@ -1,7 +1,8 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
+from collections.abc import Sequence
+import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -10,7 +11,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import report
 from msfp_jax.base import devices
@@ -18,43 +18,76 @@ from msfp_jax.base import files
 from msfp_jax.base import pictures
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import classifier_files
-from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
 from msfp_jax.metrics import scorer as scorer_lib
-from msfp_jax.metrics import stats_file
 from msfp_jax.report import grid
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import generate
 from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import references
 from msfp_jax.run import sample_store
+from msfp_jax.run import workdir as workdir_lib
 from msfp_jax.tune import student as student_lib
 
 
-def draw(experiment: experiment_lib.Experiment,
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+  """What is evaluated, and how; configs/common.py has what is usual.
+
+  Attributes:
+    rows: what `methods.make_row` knows.
+    num_samples: images of each.
+    batch_size: images at once.
+    features: the feature network, see `features.get`.
+    inception: the file of Inception's weights; '' for a download.
+    preprocessing: of Inception's images.
+    reference: a file of statistics to compare with; '' for those of the data.
+    vectors: feature vectors kept of each set; 0 for none.
+    keep: the form in which all samples stay, a key of `sample_store.FORMS`, or
+      ''.
+    pictures: images a row in samples/methods.png.
+    report: whether report.html is written.
+  """
+
+  rows: Sequence[str]
+  num_samples: int
+  batch_size: int
+  features: str
+  inception: str
+  preprocessing: str
+  reference: str
+  vectors: int
+  keep: str
+  pictures: int
+  report: bool
+
+
+def draw(experiment: experiment_lib.Experiment, cfg: EvalSettings,
          deployed: student_lib.Deployed, name: str) -> np.ndarray:
-  """Samples as config.eval says; every model starts from the same noise."""
+  """Samples, all in memory; every model starts from the same noise."""
   return generate.generate(
-      deployed, experiment.plan, experiment.config.eval.num_samples, name=name,
-      **_how_to_sample(experiment))
+      deployed, experiment.plan, cfg.num_samples, name=name,
+      **_how_to_sample(experiment, cfg))
 
 
-def _how_to_sample(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+def _how_to_sample(experiment: experiment_lib.Experiment, cfg: EvalSettings
+                   ) -> dict[str, Any]:
   """What `generate.generate` and `generate.batches` are given alike."""
-  return {'batch_size': experiment.config.eval.batch_size,
+  return {'batch_size': cfg.batch_size,
           'shape': experiment.sample_shape,
           'key': experiment.key(experiment_lib.SAMPLES),
           'draw_condition': experiment.draw_condition,
           'decode': experiment.decode}
 
 
-def fill(experiment: experiment_lib.Experiment,
+def fill(experiment: experiment_lib.Experiment, cfg: EvalSettings,
          deployed: student_lib.Deployed, samples: sample_store.SampleStore,
          name: str) -> None:
   """As `draw`, into a store: only the batches that it misses."""
-  size, missing = experiment.config.eval.batch_size, samples.missing
+  size, missing = cfg.batch_size, samples.missing
   batches = generate.batches(
       deployed, experiment.plan, missing, name=name,
-      **_how_to_sample(experiment))
+      **_how_to_sample(experiment, cfg))
   total = len(samples)
   done = generate.num_batches(total, size) - len(missing)
   progress = progress_lib.Progress(
@@ -96,7 +129,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
   Args:
     config: an experiment (configs/).
-    workdir: what `finetune.run` left.
+    workdir: what `train.run` left.
     command: stands in the report.
 
   Returns:
@@ -105,19 +138,17 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   Raises:
     ValueError: a row, a reference or a form of files that there is not.
   """
-  cfg = config.eval
+  cfg = EvalSettings(**config.eval)
   if jax.process_count() > 1:
     raise ValueError(f'{jax.process_count()} processes: eval.py runs in one, '
                      'on all devices of its machine')
-  experiment_lib.prepare_workdir(config, workdir)
+  fields = workdir_lib.prepare(config, workdir)
   experiment = experiment_lib.load(config, workdir)
-  rows_lib.check_rows(config, workdir)
-  if cfg.keep and cfg.keep not in sample_store.FORMS:
-    raise ValueError(f'config.eval.keep={cfg.keep!r}: must be empty or one of '
-                     f'{sorted(sample_store.FORMS)}')
-  _check_counts(cfg)
+  rows_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
+  _check(cfg)
   folder = pathlib.Path(workdir) / 'eval'
-  scorer = _claim_and_score(experiment, folder)
+  scorer = _claim_and_score(
+      experiment, cfg, (config.data.name, config.data.path), folder)
   if cfg.num_samples < scorer.least_samples:
     raise ValueError(
         f'config.eval.num_samples={cfg.num_samples}: features '
@@ -130,8 +161,9 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   if experiment.images is not None:
     shown['data'] = experiment.images[:cfg.pictures]
   for name in names:
-    samples = _store(experiment, folder, name)
-    content, last = _evaluate_row(experiment, workdir, name, samples, scorer)
+    samples = _store(experiment, cfg, folder, name)
+    content, last = _evaluate_row(
+        experiment, cfg, workdir, name, samples, scorer)
     results['rows'].append(content)
     shown[name] = samples[:cfg.pictures]
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
@@ -141,34 +173,58 @@ def run(config: ml_collections.ConfigDict, workdir: str,
       # Details are those of the simulation: the last row that is one.
       name = [n for n in names if n != rows_lib.PACKED][-1]
       last = rows_lib.make_row(experiment, name, workdir)
-    report.write(workdir, experiment=experiment, results=results,
-                 pictures=shown, row=last.name, deployed=last.deployed,
-                 command=command)
+    report.write(
+        workdir, experiment=_reported(experiment, cfg.batch_size, fields),
+        results=results, pictures=shown, row=last.name, deployed=last.deployed,
+        command=command)
   sample_store.discard(folder)
   return results
 
 
-def _check_counts(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for counts that no evaluation can work with."""
-  generate.num_batches(config.num_samples, config.batch_size)
-  devices.check_batch('config.eval.batch_size', config.batch_size)
-  if config.vectors and config.vectors < scorer_lib.LEAST_VECTORS:
-    raise ValueError(f'config.eval.vectors={config.vectors}: must be 0 or at '
+def _reported(experiment: experiment_lib.Experiment, batch_size: int,
+              fields: dict[str, Any]) -> report.Experiment:
+  """What the report needs of an experiment."""
+  return report.Experiment(
+      config=fields, model=experiment.model, params=experiment.params,
+      schedule=experiment.schedule, plan=experiment.plan,
+      gather=lambda: experiment.activations, gamma=experiment.finetune.gamma,
+      batch_size=batch_size, key=experiment.key(experiment_lib.SAMPLES),
+      draw_condition=experiment.draw_condition)
+
+
+def _check(cfg: EvalSettings) -> None:
+  """Raises ValueError for settings that no evaluation can work with."""
+  if cfg.keep and cfg.keep not in sample_store.FORMS:
+    raise ValueError(f'config.eval.keep={cfg.keep!r}: must be empty or one of '
+                     f'{sorted(sample_store.FORMS)}')
+  generate.num_batches(cfg.num_samples, cfg.batch_size)
+  devices.check_batch('config.eval.batch_size', cfg.batch_size)
+  if cfg.vectors and cfg.vectors < scorer_lib.LEAST_VECTORS:
+    raise ValueError(f'config.eval.vectors={cfg.vectors}: must be 0 or at '
                      f'least {scorer_lib.LEAST_VECTORS}')
-  if config.pictures < 1:
-    raise ValueError(f'config.eval.pictures={config.pictures}: must be at '
+  if cfg.pictures < 1:
+    raise ValueError(f'config.eval.pictures={cfg.pictures}: must be at '
                      'least 1')
 
 
-def _claim_and_score(experiment: experiment_lib.Experiment,
-                     folder: pathlib.Path) -> scorer_lib.Scorer:
-  """The scorer; what can be refused is refused before samples are deleted."""
-  config, images = experiment.config, experiment.images
-  network = feature_network(experiment)
-  make = lambda: scorer_lib.Scorer(network, reference_of(
-      config, images, network, folder / 'reference.npz'))
-  scorer = make() if config.eval.reference or images is None else None
-  cfg = config.eval
+def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
+                     source: tuple[str, str], folder: pathlib.Path
+                     ) -> scorer_lib.Scorer:
+  """The scorer; what can be refused is refused before samples are deleted.
+
+  Args:
+    experiment: what is evaluated.
+    cfg: how.
+    source: name and path of the data.
+    folder: of this evaluation.
+  """
+  images = experiment.images
+  network = feature_network(cfg, experiment.image_shape)
+  name, path = source
+  make = lambda: scorer_lib.Scorer(network, references.reference_of(
+      images, network, dataset=path or name, file=cfg.reference,
+      num_vectors=cfg.vectors, path=folder / 'reference.npz'))
+  scorer = make() if cfg.reference or images is None else None
   samples = {
       'num_samples': cfg.num_samples, 'batch_size': cfg.batch_size,
       'devices': jax.device_count(), 'backend': jax.default_backend(),
@@ -177,68 +233,28 @@ def _claim_and_score(experiment: experiment_lib.Experiment,
       'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
       'network': network.provenance,
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
-                   else [config.data.name, config.data.path, *images.shape]}
+                   else [*source, *images.shape]}
   sample_store.claim(folder, samples, scores)
   return scorer or make()
 
 
-def feature_network(experiment: experiment_lib.Experiment
+def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
                     ) -> features.FeatureNetwork:
-  """Of config.eval, for the images that the experiment makes."""
-  cfg = experiment.config.eval
+  """The network that is asked for, on images of (H, W, C)."""
   return features.get(
-      cfg.features, experiment.image_shape, weights=cfg.inception,
+      cfg.features, image_shape, weights=cfg.inception,
       preprocessing=cfg.preprocessing)
 
 
-def reference_of(config: ml_collections.ConfigDict, images: data.Images | None,
-                 network: features.FeatureNetwork,
-                 path: pathlib.Path | None = None) -> stats_file.Reference:
-  """Statistics of config.eval.reference, or of the data.
-
-  Args:
-    config: of the experiment.
-    images: the data; None where there are none.
-    network: the feature network.
-    path: where those of the data are kept, and looked for.
-
-  Raises:
-    ValueError: neither a reference nor data, or no statistics file.
-  """
-  cfg = config.eval
-  if cfg.reference:
-    found = stats_file.load(cfg.reference)
-    vectors = found.vectors if cfg.vectors else None
-    if vectors is not None:
-      vectors = collect.spread(vectors, cfg.vectors)
-    elif cfg.vectors:
-      logging.warning('%s holds no feature vectors: no kernel distance, '
-                      'precision and recall', cfg.reference)
-    return found._replace(vectors=vectors, provenance={
-        **found.provenance, 'file': os.path.basename(cfg.reference),
-        'file_sha256': classifier_files.digest(cfg.reference)})
-  if images is None:
-    raise ValueError('nothing to compare with: set config.eval.reference to a '
-                     'file of statistics, or config.data.name to a data set')
-  if path is not None and path.is_file():
-    return stats_file.load(path)
-  found = stats_file.measure(
-      images, network, config.data.path or config.data.name, cfg.vectors)
-  if path is not None:
-    stats_file.save(path, found)
-  return found
-
-
-def _store(experiment: experiment_lib.Experiment, folder: pathlib.Path,
-           name: str) -> sample_store.SampleStore:
-  cfg = experiment.config.eval
+def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
+           folder: pathlib.Path, name: str) -> sample_store.SampleStore:
   return sample_store.SampleStore(
       folder / name.replace(':', '_'), cfg.num_samples, cfg.batch_size,
       experiment.image_shape)
 
 
-def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
-                  name: str, samples: sample_store.SampleStore,
+def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
+                  workdir: str, name: str, samples: sample_store.SampleStore,
                   scorer: scorer_lib.Scorer
                   ) -> tuple[dict[str, Any], rows_lib.Row | None]:
   """The row of results.json; draws what is missing of the samples.
@@ -249,12 +265,11 @@ def _evaluate_row(experiment: experiment_lib.Experiment, workdir: str,
   Returns:
     Its content, and the model if it had to be made.
   """
-  cfg = experiment.config.eval
   path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
   if path.is_file():
     return json.loads(path.read_text()), None
   row = rows_lib.make_row(experiment, name, workdir)
-  fill(experiment, row.deployed, samples, f'sample {name}')
+  fill(experiment, cfg, row.deployed, samples, f'sample {name}')
   try:
     found = scorer.score(samples)
   except ValueError as error:

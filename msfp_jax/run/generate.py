@@ -11,7 +11,7 @@ from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
-from msfp_jax.run import conditions
+from msfp_jax.diffusion import conditions
 from msfp_jax.tune import student as student_lib
 
 
@@ -29,7 +29,8 @@ def batches(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
     numbers: which batches.
     batch_size: images in each, a multiple of the number of devices.
     shape: of a sample, `[H, W, C]`.
-    key: of the noise.
+    key: folded with the batch's number. Of what that gives, 0 is the noise
+      that samples start from, 1 that of the sampler's steps, 2 the condition.
     name: for error messages.
     draw_condition: of every batch, for conditional models.
     decode: latents -> images in [-1, 1]; None where samples are images.

@@ -1,10 +1,9 @@
 """Rows of a table: the ways of running a model that are compared."""
 
+from collections.abc import Sequence
 import dataclasses
-import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 
 from msfp_jax.packed import file as export
@@ -12,7 +11,8 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception as layers_lib
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.tune import finetune
+from msfp_jax.run import train
+from msfp_jax.run import workdir as workdir_lib
 from msfp_jax.tune import student as student_lib
 
 FULL_PRECISION, TUNED, PACKED = 'fp', 'tuned', 'packed'
@@ -55,23 +55,23 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   recipe may carry its bits: 'msfp:w6a6'.
 
   Raises:
-    experiment.WorkdirError: 'tuned' or 'packed', and the workdir's run is not
+    errors.WorkdirError: 'tuned' or 'packed', and the workdir's run is not
       complete.
     ValueError: an unknown name.
   """
-  cfg = experiment.config.quant
+  cfg = experiment.quant
   if name == FULL_PRECISION:
     full = spec_lib.FULL_PRECISION
     return Row(name, full, full, untuned(experiment, None))
   if name == TUNED:
-    check_trained(experiment.config, workdir)
-    spec = finetune.calibrated_spec(experiment, workdir)
+    workdir_lib.check_trained(workdir, experiment.finetune.num_updates)
+    spec = train.calibrated_spec(experiment, workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
-               finetune.fit(experiment, spec, workdir))
+               train.fit(experiment, spec, workdir))
   if name == PACKED:
-    check_packed(workdir)
+    workdir_lib.check_packed(workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
-               export.load(f'{workdir}/{finetune.PACKED_FILE}'))
+               export.load(f'{workdir}/{workdir_lib.PACKED_FILE}'))
   recipe, _, bits = name.partition(':')
   weight_bits, act_bits = (spec_lib.parse_bits(bits) if bits
                            else (cfg.weight_bits, cfg.act_bits))
@@ -79,17 +79,26 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   return Row(name, weight_bits, act_bits, untuned(experiment, spec))
 
 
-def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Raises ValueError unless `make_row` knows every row of config.eval."""
-  names = list(config.eval.rows)
+def check_rows(names: Sequence[str], workdir: str, num_updates: int) -> None:
+  """Refuses what `make_row` would, before any row is made.
+
+  Args:
+    names: config.eval.rows.
+    workdir: of the run.
+    num_updates: of the run's fine-tuning.
+
+  Raises:
+    errors.WorkdirError, ValueError: see `make_row`; or a name twice.
+  """
+  names = list(names)
   if twice := {name for name in names if names.count(name) > 1}:
     raise ValueError(f'config.eval.rows names {sorted(twice)} more than once')
   for name in names:
     recipe, colon, bits = name.partition(':')
     if name == TUNED:
-      check_trained(config, workdir)
+      workdir_lib.check_trained(workdir, num_updates)
     elif name == PACKED:
-      check_packed(workdir)
+      workdir_lib.check_packed(workdir)
     elif name != FULL_PRECISION and recipe not in spec_lib.RECIPES:
       raise ValueError(
           f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
@@ -97,26 +106,6 @@ def check_rows(config: ml_collections.ConfigDict, workdir: str) -> None:
           "also with bits as in 'msfp:w6a6'")
     elif colon:
       spec_lib.parse_bits(bits)
-
-
-def check_trained(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Raises WorkdirError unless the workdir's fine-tuning is complete."""
-  last = pathlib.Path(workdir) / 'checkpoints' / str(
-      config.finetune.num_updates)
-  if not config.finetune.num_updates or not last.is_dir():
-    raise experiment_lib.WorkdirError(
-        f"no finished fine-tuning in {workdir} ({last} is not there): run "
-        "train.py with the same config and workdir first, or leave 'tuned' "
-        'out of config.eval.rows')
-
-
-def check_packed(workdir: str) -> None:
-  """Raises WorkdirError unless the workdir holds a packed model."""
-  path = pathlib.Path(workdir) / finetune.PACKED_FILE
-  if not path.is_file():
-    raise experiment_lib.WorkdirError(
-        f'no packed model at {path}: run train.py with the same config and '
-        f'workdir first, or leave {PACKED!r} out of config.eval.rows')
 
 
 def packed_bytes(deployed: student_lib.Deployed | packed_lib.PackedModel

@@ -1,8 +1,13 @@
-"""Reference statistics of a set of images, as a file: eval.py --make_stats."""
+"""What samples are compared with: statistics of images, made or read."""
 
 import os
+import pathlib
+
+from absl import logging
 
 from msfp_jax import data
+from msfp_jax.metrics import classifier_files
+from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
 from msfp_jax.metrics import stats_file
 
@@ -25,7 +30,7 @@ def load(source: str) -> data.Images:
 
 def run(source: str, path: str, feature_name: str, *, weights: str = '',
         preprocessing: str = 'tf', num_vectors: int = 0) -> str:
-  """Writes the statistics of a source's images.
+  """Writes the statistics of a source's images: eval.py --make_stats.
 
   Args:
     source: see `load`.
@@ -51,3 +56,45 @@ def run(source: str, path: str, feature_name: str, *, weights: str = '',
   stats_file.save(path, reference)
   return (f'{path}: {len(images):,} images of {images.shape[1:]}, features '
           f'{network.name!r} ({network.dim})')
+
+
+def reference_of(images: data.Images | None, network: features.FeatureNetwork,
+                 *, dataset: str, file: str = '', num_vectors: int = 0,
+                 path: pathlib.Path | None = None) -> stats_file.Reference:
+  """Statistics of a file, or of the data.
+
+  Args:
+    images: the data; None where there are none.
+    network: the feature network.
+    dataset: the data's name, for the record.
+    file: of statistics, config.eval.reference; '' for those of the data.
+    num_vectors: feature vectors wanted beside them; 0 for none.
+    path: where those of the data are kept, and looked for.
+
+  Raises:
+    ValueError: neither a reference nor data, or no statistics file.
+  """
+  if file:
+    return _read(file, num_vectors)
+  if images is None:
+    raise ValueError('nothing to compare with: set config.eval.reference to a '
+                     'file of statistics, or config.data.name to a data set')
+  if path is not None and path.is_file():
+    return stats_file.load(path)
+  found = stats_file.measure(images, network, dataset, num_vectors)
+  if path is not None:
+    stats_file.save(path, found)
+  return found
+
+
+def _read(file: str, num_vectors: int) -> stats_file.Reference:
+  found = stats_file.load(file)
+  vectors = found.vectors if num_vectors else None
+  if vectors is not None:
+    vectors = collect.spread(vectors, num_vectors)
+  elif num_vectors:
+    logging.warning('%s holds no feature vectors: no kernel distance, '
+                    'precision and recall', file)
+  return found._replace(vectors=vectors, provenance={
+      **found.provenance, 'file': os.path.basename(file),
+      'file_sha256': classifier_files.digest(file)})

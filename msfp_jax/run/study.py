@@ -9,7 +9,7 @@ again resumes; --seeds=1,2, --groups=skip-8 and --rows=MSFP do a part, so that
 parts can run side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
 import runpy
@@ -28,6 +28,9 @@ from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import references
+from msfp_jax.run import train
+from msfp_jax.run import workdir as workdir_lib
 from msfp_jax.tune import finetune
 from msfp_jax.tune import student as student_lib
 
@@ -67,45 +70,64 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   beside the row's own workdir.
 
   Raises:
-    experiment.WorkdirError: a row was begun with another config.
+    errors.WorkdirError: a row was begun with another config.
     ValueError: a row has another model, data, sampler or evaluation.
   """
   base = get_config('')
   base.seed = seed
-  todo = []  # (workdir, config) of the rows that are not done
-  for group in groups or study['groups']:
-    for label, variant in study['groups'][group].items():
-      if rows is not None and label not in rows:
-        continue
-      config = get_config(variant)
-      config.seed = seed
-      _check_shared(config, base, label)
-      folder = pathlib.Path(workdir) / str(seed) / group / label
-      experiment_lib.prepare_workdir(config, str(folder), free=())
-      if not _result(folder).is_file():
-        todo.append((folder, config))
+  wanted = {
+      pathlib.Path(workdir) / str(seed) / group / label: variant
+      for group in groups or study['groups']
+      for label, variant in study['groups'][group].items()
+      if rows is None or label in rows}
+  todo = _not_done(get_config, base, wanted)
   if not todo:
     return
+  cfg = evaluate.EvalSettings(**base.eval)
   experiment = experiment_lib.load(base, workdir)
-  network = evaluate.feature_network(experiment)
-  scorer = scorer_lib.Scorer(
-      network, evaluate.reference_of(base, experiment.images, network))
+  network = evaluate.feature_network(cfg, experiment.image_shape)
+  scorer = scorer_lib.Scorer(network, references.reference_of(
+      experiment.images, network, dataset=base.data.path or base.data.name,
+      file=cfg.reference, num_vectors=cfg.vectors))
   full = rows_lib.untuned(experiment, None)
-  images = evaluate.draw(experiment, full, f'seed {seed}, fp')
+  images = evaluate.draw(experiment, cfg, full, f'seed {seed}, fp')
   reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
                        spec_lib.FULL_PRECISION)
-  for group in {folder.parent for folder, _ in todo}:
+  for group in {folder.parent for folder in todo}:
     files.write_json(group / 'fp.json', reference)
   progress = progress_lib.Progress(
       f'study, seed {seed}', len(todo), every_seconds=0)
-  for done, (folder, config) in enumerate(todo, 1):
+  for done, (folder, config) in enumerate(todo.items(), 1):
     logging.info('seed %d, %s, %s', seed, folder.parent.name, folder.name)
-    deployed = _quantized(experiment.variant(config), str(folder))
-    images = evaluate.draw(experiment, deployed, folder.name)
+    deployed = _quantized(experiment.variant(
+        experiment_lib.QuantSettings(**config.quant),
+        finetune.FinetuneSettings(**config.finetune)), str(folder))
+    images = evaluate.draw(experiment, cfg, deployed, folder.name)
     files.write_json(_result(folder), _measure(
         scorer, deployed, images, config.quant.weight_bits,
         config.quant.act_bits))
     progress.update(done)
+
+
+def _not_done(get_config: GetConfig, base: ml_collections.ConfigDict,
+              wanted: Mapping[pathlib.Path, str]
+              ) -> dict[pathlib.Path, ml_collections.ConfigDict]:
+  """{workdir: config} of the rows that have no result yet.
+
+  Args:
+    get_config: of the study's file.
+    base: the study's config, with the seed.
+    wanted: {workdir of a row: its variant}; all are claimed.
+  """
+  todo = {}
+  for folder, variant in wanted.items():
+    config = get_config(variant)
+    config.seed = base.seed
+    _check_shared(config, base, folder.name)
+    workdir_lib.prepare(config, str(folder), free=())
+    if not _result(folder).is_file():
+      todo[folder] = config
+  return todo
 
 
 def _check_shared(config: ml_collections.ConfigDict,
@@ -128,10 +150,10 @@ def _result(folder: pathlib.Path) -> pathlib.Path:
 
 def _quantized(experiment: experiment_lib.Experiment,
                workdir: str) -> student_lib.Deployed:
-  spec = finetune.calibrated_spec(experiment, workdir)
-  if not experiment.config.finetune.num_updates:
+  spec = train.calibrated_spec(experiment, workdir)
+  if not experiment.finetune.num_updates:
     return rows_lib.untuned(experiment, spec)
-  return finetune.fit(experiment, spec, workdir)
+  return train.fit(experiment, spec, workdir)
 
 
 def _measure(scorer, deployed, images, weight_bits, act_bits):

@@ -4,35 +4,71 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
-import pathlib
 from typing import Any
 
-from absl import logging
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
 from msfp_jax import diffusion
 from msfp_jax.base import files
 from msfp_jax.base import writer as writer_lib
+from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import sampling
-from msfp_jax.packed import file as export
-from msfp_jax.packed import model as packed
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.run import conditions
-from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.tune import loop
 from msfp_jax.tune import losses
-from msfp_jax.tune import pretrain
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
 
-# The packed model, in a workdir.
-PACKED_FILE = 'packed.safetensors'
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+  """How a student is trained; configs/common.py has what is usual.
+
+  Attributes:
+    num_updates: of all trajectories together, one for each denoising step.
+    batch_size: trajectories at once.
+    num_banks: LoRAs of each layer; 1 is plain LoRA, without a router.
+    rank: of each LoRA.
+    gamma: the denoising factor that weights the loss, see
+      `losses.denoising_factors`.
+    base_weight: what a LoRA is added to, see `student.Student`.
+    learn_act_ranges: whether scales and zero points of inputs move.
+    learn_weight_scales: the same of the weights that have banks.
+    learn_biases: whether biases move.
+    learning_rate: of the banks, at the first update.
+    router_learning_rate: likewise.
+    range_learning_rate: likewise, of ranges, scales and biases.
+    router_temperature: of the router's softmax.
+    router_prior: how strongly each span of timesteps is drawn to its own bank.
+    adam_b2: of AdamW, as is `weight_decay`.
+    weight_decay: a factor of the learning rate.
+    save_every: updates from one checkpoint to the next.
+    log_every: updates whose metrics are fetched at once.
+  """
+
+  num_updates: int
+  batch_size: int
+  num_banks: int
+  rank: int
+  gamma: str
+  base_weight: str
+  learn_act_ranges: bool
+  learn_weight_scales: bool
+  learn_biases: bool
+  learning_rate: float
+  router_learning_rate: float
+  range_learning_rate: float
+  router_temperature: float
+  router_prior: float
+  adam_b2: float
+  weight_decay: float
+  save_every: int
+  log_every: int
 
 
 @flax.struct.dataclass
@@ -44,12 +80,22 @@ class FinetuneState:
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
-                 num_train_steps: int, config: ml_collections.ConfigDict
+                 num_train_steps: int, settings: FinetuneSettings
                  ) -> student_lib.Student:
-  """The student of `config` (its `finetune` part).
+  """A calibrated model with banks, ready to be trained.
 
   Banks go to the layers whose weights have the spec's fewest bits: the
   exceptions at 8 bits keep theirs.
+
+  Args:
+    model: the full-precision linen model.
+    params: its parameters.
+    spec: what calibration found.
+    num_train_steps: of the schedule that the model was trained on.
+    settings: how it will be trained.
+
+  Raises:
+    ValueError: the spec quantizes no weight.
   """
   bits = {name: layer.weight.bits for name, layer in spec.layers.items()
           if layer.weight is not None}
@@ -57,43 +103,41 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
     raise ValueError('nothing to fine-tune: the spec quantizes no weight')
   banked = tuple(n for n, width in bits.items() if width == min(bits.values()))
   router = None
-  if config.num_banks > 1:
+  if settings.num_banks > 1:
     router = talora.Router(
-        num_layers=len(banked), num_banks=config.num_banks,
-        num_train_steps=num_train_steps, prior=config.router_prior)
+        num_layers=len(banked), num_banks=settings.num_banks,
+        num_train_steps=num_train_steps, prior=settings.router_prior)
   return student_lib.Student(
-      model, params, spec, router, banked, config.router_temperature,
-      config.base_weight)
+      model, params, spec, router, banked, settings.router_temperature,
+      settings.base_weight)
 
 
-def optimizer(
-    config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def optimizer(settings: FinetuneSettings) -> optax.GradientTransformation:
   """AdamW with linear decay to zero; a rate each for banks, router, rest."""
   adamw = lambda rate: optax.adamw(
-      optax.linear_schedule(rate, 0.0, config.num_updates),
-      b2=config.adam_b2, weight_decay=config.weight_decay)
+      optax.linear_schedule(rate, 0.0, settings.num_updates),
+      b2=settings.adam_b2, weight_decay=settings.weight_decay)
   return optax.multi_transform(
-      {'banks': adamw(config.learning_rate),
-       'router': adamw(config.router_learning_rate),
-       'ranges': adamw(config.range_learning_rate),
-       'biases': adamw(config.range_learning_rate)},
+      {'banks': adamw(settings.learning_rate),
+       'router': adamw(settings.router_learning_rate),
+       'ranges': adamw(settings.range_learning_rate),
+       'biases': adamw(settings.range_learning_rate)},
       lambda tree: {name: jax.tree.map(lambda _, name=name: name, part)
                     for name, part in tree.items()})
 
 
 def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
-               plan: diffusion.SamplerPlan, image_shape: tuple[int, ...],
-               key: jax.Array, config: ml_collections.ConfigDict
-               ) -> FinetuneState:
+               plan: diffusion.SamplerPlan, sample_shape: tuple[int, ...],
+               key: jax.Array, settings: FinetuneSettings) -> FinetuneState:
   """The state before the first update: the calibrated model, unchanged."""
   trainable = student.init(
-      key, config.num_banks, config.rank, config.learn_act_ranges,
-      config.learn_weight_scales, config.learn_biases)
+      key, settings.num_banks, settings.rank, settings.learn_act_ranges,
+      settings.learn_weight_scales, settings.learn_biases)
   return FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
       position=sampling.start(
-          plan, jnp.zeros((config.batch_size, *image_shape))))
+          plan, jnp.zeros((settings.batch_size, *sample_shape))))
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
@@ -111,7 +155,9 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     plan: the sampler.
     gamma: denoising factors `[S]` in the plan's order.
     tx: the optimizer.
-    key: folded with the trajectory's number.
+    key: folded with the trajectory's number. Of what that gives, 0 is the
+      noise that it starts from, 1 that of its steps, 2 its condition: were two
+      the same, a sampler that adds noise would add what it started from.
     draw_condition: of every trajectory, for conditional models.
   """
   # The trajectory, of S steps, and the updates n that go along it:
@@ -179,47 +225,48 @@ def _bank_shares(student, choices) -> dict[str, jax.Array]:
           for i in range(student.router.num_banks)}
 
 
-def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
-        workdir: str) -> student_lib.Deployed:
-  """`train`, and the model that it leaves, quantized."""
-  student, trainable = train(experiment, spec, workdir)
-  return student.deploy(trainable, experiment.plan.timesteps)
-
-
-def train(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
-          workdir: str) -> tuple[student_lib.Student, Any]:
-  """Fine-tunes a calibrated model, as config.finetune says.
+def train(student: student_lib.Student, schedule: diffusion.NoiseSchedule,
+          plan: diffusion.SamplerPlan, settings: FinetuneSettings,
+          workdir: str, *, sample_shape: tuple[int, ...], bank_key: jax.Array,
+          trajectory_key: jax.Array,
+          draw_condition: conditions.Draw = conditions.none) -> Any:
+  """Fine-tunes a student against the model that it was made from.
 
   Resumes where the workdir's checkpoints end; if they are complete, only
   loads. Writes router.json: the bank of every layer at every step.
 
+  Args:
+    student: of `make_student`.
+    schedule: of the forward process.
+    plan: the sampler whose trajectories are followed.
+    settings: how long, how fast, and what moves.
+    workdir: where checkpoints and metrics go.
+    sample_shape: (H, W, C) of what the model denoises.
+    bank_key: of the parameters at the start.
+    trajectory_key: of the noise, see `make_step`.
+    draw_condition: what a conditional model is asked for.
+
   Returns:
-    The student and what was trained of it.
+    What `Student.init` returned, trained.
 
   Raises:
-    loop.DivergedError: names the step and the timestep.
+    errors.DivergedError: names the step and the timestep.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
-  cfg = experiment.config.finetune
-  student = make_student(experiment.model, experiment.params, spec,
-                         experiment.schedule.num_train_steps, cfg)
-  tx = optimizer(cfg)
-  plan = experiment.plan
+  tx = optimizer(settings)
   init = functools.partial(
-      init_state, student, tx, plan, experiment.sample_shape,
-      experiment.key(experiment_lib.BANKS), cfg)
-  gamma = losses.denoising_factors(experiment.schedule, plan, cfg.gamma)
-  step = make_step(student, plan, gamma, tx,
-                   experiment.key(experiment_lib.TRAJECTORIES),
-                   experiment.draw_condition)
+      init_state, student, tx, plan, sample_shape, bank_key, settings)
+  gamma = losses.denoising_factors(schedule, plan, settings.gamma)
+  step = make_step(student, plan, gamma, tx, trajectory_key, draw_condition)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(
-        'finetune', init, step, cfg.num_updates, workdir=workdir,
-        writer=writer, save_every=cfg.save_every, log_every=cfg.log_every)
+        'finetune', init, step, settings.num_updates, workdir=workdir,
+        writer=writer, save_every=settings.save_every,
+        log_every=settings.log_every)
   if student.router is not None:
     _write_router(f'{workdir}/router.json', plan, student.choices(
         state.trainable, plan.timesteps))
-  return student, state.trainable
+  return state.trainable
 
 
 def _write_router(path: str, plan: diffusion.SamplerPlan,
@@ -228,54 +275,3 @@ def _write_router(path: str, plan: diffusion.SamplerPlan,
              'banks': {name: np.asarray(choice).tolist()
                        for name, choice in choices.items()}}
   files.write_text(path, json.dumps(content) + '\n')
-
-
-def run(config: ml_collections.ConfigDict, workdir: str,
-        command: str = '') -> None:
-  """The whole of train.py: teacher if needed, calibration, fine-tuning.
-
-  Running it again resumes. Leaves config.json, quant_spec.json (as
-  calibrated), checkpoints/, metrics.jsonl, tensorboard/, router.json where
-  there are banks to choose from, packed.safetensors (see `export`) and, of a
-  teacher trained here, pretrain/ in the workdir; `evaluate.run` goes on from
-  there.
-
-  Args:
-    config: an experiment (configs/).
-    workdir: of this run alone.
-    command: goes into the headers of the models that are written.
-  """
-  experiment_lib.prepare_workdir(config, workdir)
-  if config.stage not in ('pretrain', 'quantize'):
-    raise ValueError(f"config.stage {config.stage!r}: must be 'pretrain' or "
-                     "'quantize'")
-  if config.stage == 'pretrain' or not config.pretrained:
-    pretrain.run(config, f'{workdir}/pretrain', command)
-  if config.stage == 'pretrain':
-    return
-  experiment = experiment_lib.load(config, workdir)
-  spec = calibrated_spec(experiment, workdir)
-  if config.finetune.num_updates:
-    deployed = fit(experiment, spec, workdir)
-  else:
-    deployed = student_lib.calibrated(
-        experiment.model, experiment.params, spec, experiment.plan.timesteps)
-  path = f'{workdir}/{PACKED_FILE}'
-  export.save(path, packed.pack(deployed, experiment.plan), command=command)
-  logging.info('wrote %s', path)
-
-
-def calibrated_spec(experiment: experiment_lib.Experiment,
-                    workdir: str) -> spec_lib.QuantSpec:
-  """The workdir's quant_spec.json; calibrates first where there is none."""
-  path = pathlib.Path(workdir) / 'quant_spec.json'
-  if path.is_file():
-    try:
-      return spec_lib.QuantSpec.load(path)
-    except ValueError as error:
-      raise ValueError(f'{path} is damaged ({error}); delete it, and it is '
-                       'made again, the same') from error
-  spec = experiment.calibrate()
-  spec.save(path)
-  logging.info('wrote %s', path)
-  return spec

@@ -8,13 +8,10 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
+from msfp_jax.base import errors
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.tune import checkpoint
-
-
-class DivergedError(RuntimeError):
-  """The loss or the gradients are no longer finite, so training stops."""
 
 
 def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
@@ -22,7 +19,7 @@ def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
     value = scalars.get(key)
     if value is not None and not math.isfinite(value):
       where = f', timestep {scalars["t"]:.0f}' if 't' in scalars else ''
-      raise DivergedError(
+      raise errors.DivergedError(
           f'{name}: {key} is {value} at step {step}{where}; look for NaN in '
           'the data, or lower the learning rate, in another workdir. '
           'Checkpoints from before it are kept')
@@ -59,7 +56,7 @@ def run(
       checkpoint; after a crash it may see a step again.
 
   Raises:
-    DivergedError: a loss is not finite; names the step and the timestep.
+    errors.DivergedError: a loss is not finite; names the step and the timestep.
     checkpoint.Preempted: SIGTERM or SIGINT; the state has been saved.
   """
   with checkpoint.Checkpointer(f'{workdir}/checkpoints') as checkpointer:

@@ -1,7 +1,8 @@
 """Training the full-precision teacher, for people without a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,6 @@ from absl import logging
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
@@ -23,6 +23,44 @@ from msfp_jax.models import unet
 from msfp_jax.tune import loop
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainSettings:
+  """How a teacher is trained; configs/common.py has what is usual.
+
+  Attributes:
+    num_steps: updates in all.
+    batch_size: images at each.
+    learning_rate: the highest, at the end of the warm-up.
+    warmup: updates over which it rises from 0, less than num_steps.
+    weight_decay: of AdamW, a factor of the learning rate.
+    clip_norm: gradients of a larger norm are scaled down to it.
+    ema_decay: of the moving average of the parameters, which is what is kept.
+    save_every: updates from one checkpoint to the next.
+    log_every: updates whose metrics are fetched at once.
+    sample_every: updates from one picture of samples to the next.
+
+  Raises:
+    ValueError: the warm-up does not end before the training.
+  """
+
+  num_steps: int
+  batch_size: int
+  learning_rate: float
+  warmup: int
+  weight_decay: float
+  clip_norm: float
+  ema_decay: float
+  save_every: int
+  log_every: int
+  sample_every: int
+
+  def __post_init__(self):
+    if not 0 <= self.warmup < self.num_steps:
+      raise ValueError(
+          f'config.pretrain: warmup={self.warmup} must be less than '
+          f'num_steps={self.num_steps}')
+
+
 @flax.struct.dataclass
 class PretrainState:
   step: jax.Array  # int32, updates done
@@ -31,25 +69,20 @@ class PretrainState:
   opt_state: Any
 
 
-def optimizer(
-    config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """Makes AdamW with warm-up, cosine decay to zero and clipped gradients."""
-  if not 0 <= config.warmup < config.num_steps:
-    raise ValueError(
-        f'config.pretrain: warmup={config.warmup} must be less than '
-        f'num_steps={config.num_steps}')
+def optimizer(settings: PretrainSettings) -> optax.GradientTransformation:
+  """AdamW with warm-up, cosine decay to zero and clipped gradients."""
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, config.learning_rate, config.warmup, config.num_steps)
+      0.0, settings.learning_rate, settings.warmup, settings.num_steps)
   return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(schedule, weight_decay=config.weight_decay))
+      optax.clip_by_global_norm(settings.clip_norm),
+      optax.adamw(schedule, weight_decay=settings.weight_decay))
 
 
 def init_state(model: unet.UNet, tx: optax.GradientTransformation,
                key: jax.Array) -> PretrainState:
-  cfg = model.config
-  shape = (1, cfg.image_size, cfg.image_size, cfg.in_channels)
-  params = jax.jit(model.init)(key, jnp.zeros(shape), jnp.zeros((1,)))['params']
+  """The state before the first update; the average is the parameters' own."""
+  params = jax.jit(model.init)(
+      key, jnp.zeros((1, *model.sample_shape)), jnp.zeros((1,)))['params']
   return PretrainState(step=jnp.zeros((), jnp.int32), params=params,
                        ema_params=jax.tree.map(jnp.copy, params),
                        opt_state=tx.init(params))
@@ -149,26 +182,45 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
   return next_step
 
 
-def run(config: ml_collections.ConfigDict, workdir: str,
-        command: str = '') -> str:
+def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
+               start_key: jax.Array, step_key: jax.Array
+               ) -> Callable[[Any], jax.Array]:
+  """params -> 64 samples, uint8; the noise is the same at every call."""
+  noise = jax.random.normal(start_key, (64, *model.sample_shape))
+
+  @jax.jit
+  def draw(params: Any) -> jax.Array:
+    eps_fn = lambda x, t, index: model.apply({'params': params}, x, t)
+    return data.to_uint8(diffusion.sample(eps_fn, plan, noise, step_key))
+
+  return draw
+
+
+def run(model: unet.UNet, images: data.Images,
+        schedule: diffusion.NoiseSchedule, plan: diffusion.SamplerPlan,
+        settings: PretrainSettings, workdir: str, *, seed: int,
+        about: Mapping[str, str] | None = None) -> str:
   """Trains the teacher; returns the path of its safetensors file.
 
   Sample grids of the averaged parameters, all from one noise, go to
   `workdir`/samples. Resumes where the workdir's checkpoints end.
 
   Args:
-    config: the experiment (configs/).
+    model: an unconditional UNet.
+    images: what it learns to make, of its `sample_shape`.
+    schedule: of the forward process.
+    plan: the sampler of the pictures.
+    settings: how long and how fast.
     workdir: where checkpoints, metrics, samples and the model go.
-    command: written into the model's header.
+    seed: of all randomness.
+    about: goes into the model's header, beside seed and steps.
+
+  Raises:
+    errors.DivergedError: names the step.
+    checkpoint.Preempted: the run was asked to stop, and has saved.
   """
-  cfg = config.pretrain
-  images = data.load(config.data.name, config.data.path)
-  model = unet.UNet(model_config(config.model, images))
-  check_images(images, model.config)
-  schedule = diffusion.make_schedule(**config.schedule)
-  plan = diffusion.make_plan(schedule, **config.sampler)
-  key = jax.random.key(config.seed)
-  tx = optimizer(cfg)
+  key = jax.random.key(seed)
+  tx = optimizer(settings)
   init = functools.partial(
       init_state, model, tx, jax.random.fold_in(key, 0))
   count = sum(leaf.size for leaf in jax.tree.leaves(
@@ -176,57 +228,26 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   logging.info('pre-training a UNet of %s parameters on %d images of %s',
                f'{count:,}', len(images), images.shape[1:])
   update = make_update(
-      model, schedule, tx, cfg.ema_decay, jax.random.fold_in(key, 1))
-  noise = jax.random.normal(jax.random.fold_in(key, 2), (64, *images.shape[1:]))
-
-  @jax.jit
-  def draw(params):
-    eps_fn = lambda x, t, i: model.apply({'params': params}, x, t)
-    return data.to_uint8(diffusion.sample(
-        eps_fn, plan, noise, jax.random.fold_in(key, 3)))
-
+      model, schedule, tx, settings.ema_decay, jax.random.fold_in(key, 1))
+  draw = _make_draw(model, plan, jax.random.fold_in(key, 2),
+                    jax.random.fold_in(key, 3))
   with (contextlib.ExitStack() as stack,
         writer_lib.MetricWriter(workdir) as writer):
-    step = make_step(update, images, cfg.batch_size, config.seed, stack)
+    step = make_step(update, images, settings.batch_size, seed, stack)
 
     def on_step(done: int, state: PretrainState) -> None:
-      if done % cfg.sample_every == 0 or done == cfg.num_steps:
+      if done % settings.sample_every == 0 or done == settings.num_steps:
         grid = pictures.image_grid(np.asarray(draw(state.ema_params)), 16)
         pictures.save_png(f'{workdir}/samples/step_{done:06d}.png', grid)
         writer.write_images(done, {'samples': grid[None]})
 
     state = loop.run(
-        'pretrain', init, step, cfg.num_steps, workdir=workdir,
-        writer=writer, save_every=cfg.save_every, log_every=cfg.log_every,
-        on_step=on_step)
+        'pretrain', init, step, settings.num_steps, workdir=workdir,
+        writer=writer, save_every=settings.save_every,
+        log_every=settings.log_every, on_step=on_step)
   path = f'{workdir}/model.safetensors'
   convert.save_pretrained(
-      path, model.config, jax.device_get(state.ema_params), command=command,
-      seed=str(config.seed), steps=str(cfg.num_steps), data=config.data.name)
+      path, model, jax.device_get(state.ema_params), seed=str(seed),
+      steps=str(settings.num_steps), **(about or {}))
   logging.info('wrote %s', path)
   return path
-
-
-def model_config(fields: ml_collections.ConfigDict,
-                 images: data.Images) -> unet.UNetConfig:
-  """The UNetConfig of config.model; sizes and channels of 0 are the images'."""
-  fields = dict(fields)
-  height, width, channels = images.shape[1:]
-  fields['image_size'] = fields['image_size'] or height
-  fields['in_channels'] = fields['in_channels'] or channels
-  fields['out_channels'] = fields['out_channels'] or channels
-  config = unet.UNetConfig(**fields)
-  config.check_size(height, width)
-  return config
-
-
-def check_images(images: data.Images, config: unet.UNetConfig) -> None:
-  """Raises ValueError unless the images fit the model."""
-  height, width, channels = images.shape[1:]
-  config.check_size(height, width)
-  if channels != config.in_channels:
-    raise ValueError(
-        f'the images have {channels} channels, the model takes '
-        f'{config.in_channels}; convert the images, or train a model on them: '
-        'config.pretrained empty, config.model.in_channels and out_channels '
-        f'{channels}')

@@ -8,7 +8,7 @@ import pytest
 import runs
 
 from msfp_jax.run import evaluate
-from msfp_jax.tune import finetune
+from msfp_jax.run import train
 
 
 @pytest.fixture(scope='session')
@@ -22,7 +22,7 @@ def npz(tmp_path_factory):
 def trained(tmp_path_factory, npz):
   """The workdir of one training and evaluation, never changed by tests."""
   workdir = tmp_path_factory.mktemp('trained')
-  finetune.run(runs.config_of(npz), str(workdir))
+  train.run(runs.config_of(npz), str(workdir))
   evaluate.run(runs.config_of(npz), str(workdir))
   return workdir
 

@@ -10,18 +10,20 @@ import runs
 import safetensors
 
 from configs import images as images_config
+from msfp_jax.base import errors
 from msfp_jax.convert import native
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import methods as rows_lib
-from msfp_jax.tune import finetune
+from msfp_jax.run import train
+from msfp_jax.run import workdir as workdir_lib
 
 
 def test_a_workdir_of_another_config(copy, npz):
   before = runs.contents(copy)
   config = runs.config_of(npz, {'finetune.rank': 3, 'seed': 1})
-  for run in (finetune.run, evaluate.run):
-    with pytest.raises(experiment_lib.WorkdirError) as error:
+  for run in (train.run, evaluate.run):
+    with pytest.raises(errors.WorkdirError) as error:
       run(config, str(copy))
     message = str(error.value)
     assert str(copy) in message and 'another --workdir' in message
@@ -32,7 +34,7 @@ def test_a_workdir_of_another_config(copy, npz):
 
 def test_what_is_evaluated_may_change(copy, npz):
   config = runs.config_of(npz, {'eval.num_samples': 9, 'eval.rows': ('fp',)})
-  experiment_lib.prepare_workdir(config, str(copy))
+  workdir_lib.prepare(config, str(copy))
   written = json.loads((copy / 'config.json').read_text())
   assert written['eval']['num_samples'] == 9
 
@@ -41,11 +43,11 @@ def test_a_corrected_config_may_use_the_workdir(tmp_path, npz):
   """A run that was refused before it made anything has claimed nothing."""
   wrong, right = runs.config_of('nowhere'), runs.config_of(npz)
   with pytest.raises(FileNotFoundError, match='nowhere.*config.data.path'):
-    finetune.run(wrong, str(tmp_path))
-  experiment_lib.prepare_workdir(right, str(tmp_path))
+    train.run(wrong, str(tmp_path))
+  workdir_lib.prepare(right, str(tmp_path))
   (tmp_path / 'quant_spec.json').write_text('{}')
-  with pytest.raises(experiment_lib.WorkdirError, match='data.path: '):
-    experiment_lib.prepare_workdir(wrong, str(tmp_path))
+  with pytest.raises(errors.WorkdirError, match='data.path: '):
+    workdir_lib.prepare(wrong, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +55,8 @@ def test_a_corrected_config_may_use_the_workdir(tmp_path, npz):
 def test_a_damaged_config(copy, npz, damage):
   (copy / 'config.json').write_bytes(damage)
   before = runs.contents(copy)
-  with pytest.raises(experiment_lib.WorkdirError) as error:
-    finetune.run(runs.config_of(npz), str(copy))
+  with pytest.raises(errors.WorkdirError) as error:
+    train.run(runs.config_of(npz), str(copy))
   assert f'{copy}/config.json is damaged' in str(error.value)
   assert 'delete the workdir' in str(error.value)
   assert runs.contents(copy) == before
@@ -69,7 +71,7 @@ def test_a_damaged_spec(copy, npz, damage):
   before = runs.contents(copy)
   experiment = experiment_lib.load(runs.config_of(npz), str(copy))
   with pytest.raises(ValueError) as error:
-    finetune.calibrated_spec(experiment, str(copy))
+    train.calibrated_spec(experiment, str(copy))
   assert f'{copy}/quant_spec.json' in str(error.value)
   assert 'delete' in str(error.value)
   assert runs.contents(copy) == before
@@ -82,7 +84,7 @@ def test_a_spec_of_another_model(copy, npz):
   with pytest.raises(ValueError, match='conv_away'):
     rows_lib.untuned(
         experiment_lib.load(runs.config_of(npz), str(copy)),
-        finetune.calibrated_spec(
+        train.calibrated_spec(
             experiment_lib.load(runs.config_of(npz), str(copy)), str(copy)))
 
 
@@ -96,7 +98,7 @@ def test_nan_in_a_checkpoint(tmp_path, trained, npz):
   path = tmp_path / 'bad.safetensors'
   native.write_safetensors(path, tensors, metadata)
   with pytest.raises(ValueError) as error:
-    finetune.run(runs.config_of(npz, {'pretrained': str(path)}),
+    train.run(runs.config_of(npz, {'pretrained': str(path)}),
                  str(tmp_path / 'work'))
   assert str(path) in str(error.value)
   assert 'conv_in.kernel holds 1 values that are not finite' in str(error.value)
@@ -107,19 +109,19 @@ def test_a_checkpoint_cut_short(tmp_path, trained, npz):
   path = tmp_path / 'cut.safetensors'
   path.write_bytes(content[:len(content) // 2])
   with pytest.raises(ValueError, match='cut.safetensors is no safetensors'):
-    finetune.run(runs.config_of(npz, {'pretrained': str(path)}),
+    train.run(runs.config_of(npz, {'pretrained': str(path)}),
                  str(tmp_path / 'work'))
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path, npz):
   with pytest.raises(FileNotFoundError, match="nope.*'digits16'"):
-    finetune.run(runs.config_of(npz, {'pretrained': 'nope'}), str(tmp_path))
+    train.run(runs.config_of(npz, {'pretrained': 'nope'}), str(tmp_path))
 
 
 @pytest.mark.parametrize('shape, parts', [
     ((16, 16, 3), ('3 channels', '1')),
-    ((18, 18, 1), ('18', '16', '20')),
-    ((16, 18, 1), ('18', '16', '20')),
+    ((18, 18, 1), ('18 x 18', '16 x 16', 'resize')),
+    ((16, 18, 1), ('16 x 18', '16 x 16', 'resize')),
 ])
 def test_a_checkpoint_that_does_not_fit_the_data(tmp_path, shape, parts):
   np.savez(tmp_path / 'd.npz', runs.smooth(4, *shape))
@@ -134,7 +136,7 @@ def test_a_checkpoint_that_does_not_fit_the_data(tmp_path, shape, parts):
 def test_float_data(tmp_path, value):
   np.savez(tmp_path / 'd.npz', np.full((4, 8, 8, 1), value, np.float32))
   with pytest.raises(ValueError, match='d.npz.*float32, must be uint8.*conv'):
-    finetune.run(runs.config_of(tmp_path / 'd.npz'), str(tmp_path / 'work'))
+    train.run(runs.config_of(tmp_path / 'd.npz'), str(tmp_path / 'work'))
   assert not (tmp_path / 'work/pretrain').exists()
 
 
@@ -143,12 +145,12 @@ def test_sides_that_the_levels_do_not_divide(tmp_path):
   config = images_config.get_config()
   config.data.path = str(tmp_path / 'd.npz')
   with pytest.raises(ValueError, match='18.*16.*20'):
-    finetune.run(config, str(tmp_path / 'work'))
+    train.run(config, str(tmp_path / 'work'))
 
 
 def test_an_unknown_stage(tmp_path, npz):
   with pytest.raises(ValueError, match="'train'.*'pretrain'.*'quantize'"):
-    finetune.run(runs.config_of(npz, {'stage': 'train'}), str(tmp_path))
+    train.run(runs.config_of(npz, {'stage': 'train'}), str(tmp_path))
 
 
 def never(*unused, **unused_too):
@@ -178,14 +180,14 @@ def test_zero_samples(copy, npz):
 
 
 def test_eval_before_train(tmp_path, npz):
-  with pytest.raises(experiment_lib.WorkdirError, match='run train.py'):
+  with pytest.raises(errors.WorkdirError, match='run train.py'):
     evaluate.run(runs.config_of(npz), str(tmp_path))
 
 
 def test_a_packed_model_that_is_not_there(copy, npz):
   (copy / 'packed.safetensors').unlink()
   before = runs.contents(copy)
-  with pytest.raises(experiment_lib.WorkdirError, match='no packed model at'):
+  with pytest.raises(errors.WorkdirError, match='no packed model at'):
     evaluate.run(runs.config_of(npz, {'eval.rows': ('packed',)}), str(copy))
   after = runs.contents(copy) | {'config.json': before['config.json']}
   assert after == before
@@ -194,7 +196,7 @@ def test_a_packed_model_that_is_not_there(copy, npz):
 def test_eval_of_an_unfinished_training(copy, npz):
   shutil.rmtree(copy / 'checkpoints/6')
   before = runs.contents(copy)
-  with pytest.raises(experiment_lib.WorkdirError, match='checkpoints/6'):
+  with pytest.raises(errors.WorkdirError, match='checkpoints/6'):
     evaluate.run(runs.config_of(npz), str(copy))
   assert runs.contents(copy) == before
 
@@ -222,4 +224,4 @@ def test_a_full_disk_leaves_the_results_as_they_were(copy, npz, monkeypatch):
 def test_a_workdir_below_a_file(tmp_path, npz):
   (tmp_path / 'file').write_text('here')
   with pytest.raises(OSError, match='file/sub'):
-    finetune.run(runs.config_of(npz), str(tmp_path / 'file/sub'))
+    train.run(runs.config_of(npz), str(tmp_path / 'file/sub'))

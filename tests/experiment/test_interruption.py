@@ -12,6 +12,7 @@ import time
 import pytest
 import runs
 
+from msfp_jax.run import train
 from msfp_jax.tune import checkpoint
 from msfp_jax.tune import finetune
 from msfp_jax.tune import pretrain
@@ -31,12 +32,12 @@ def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
     with monkeypatch.context() as patch:
       runs.interrupt(patch, module, 3)
       with pytest.raises(checkpoint.Preempted) as stop:
-        finetune.run(config, str(tmp_path))
+        train.run(config, str(tmp_path))
     assert stop.value.code == 143
     assert (folder / 'checkpoints/3').is_dir()
     assert len((folder / 'metrics.jsonl').read_text().splitlines()) == 3
   assert not (tmp_path / 'router.json').exists()
-  finetune.run(config, str(tmp_path))
+  train.run(config, str(tmp_path))
   runs.assert_same_run(config, tmp_path, trained)
 
 
@@ -75,7 +76,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
     copy, trained, npz, caplog, damage):
   damage(copy / 'checkpoints/6')
   with caplog.at_level('INFO', 'absl'):
-    finetune.run(runs.config_of(npz), str(copy))
+    train.run(runs.config_of(npz), str(copy))
   assert f'checkpoint 6 under {copy}/checkpoints cannot be read' in caplog.text
   assert 'finetune: resumed at step 4' in caplog.text
   runs.assert_same_run(runs.config_of(npz), copy, trained)

@@ -9,8 +9,8 @@ import pytest
 import runs
 
 from msfp_jax.run import evaluate
+from msfp_jax.run import train
 from msfp_jax.tune import checkpoint
-from msfp_jax.tune import finetune
 from msfp_jax.tune import pretrain
 
 ONLY_TEACHER = {'stage': 'pretrain'}
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 def reference(tmp_path_factory, folder):
   """The workdir of an uninterrupted pre-training."""
   workdir = tmp_path_factory.mktemp('reference')
-  finetune.run(runs.config_of(folder, ONLY_TEACHER), str(workdir))
+  train.run(runs.config_of(folder, ONLY_TEACHER), str(workdir))
   return workdir
 
 
@@ -44,10 +44,10 @@ def test_interrupted_is_uninterrupted(
   with monkeypatch.context() as patch:
     runs.interrupt(patch, pretrain, 3)
     with pytest.raises(checkpoint.Preempted):
-      finetune.run(config, str(tmp_path))
+      train.run(config, str(tmp_path))
   assert no_reader()
   assert (tmp_path / 'pretrain/checkpoints/3').is_dir()
-  finetune.run(config, str(tmp_path))
+  train.run(config, str(tmp_path))
   assert no_reader()
   name = 'pretrain/metrics.jsonl'
   assert (tmp_path / name).read_bytes() == (reference / name).read_bytes()
@@ -69,7 +69,7 @@ def test_an_epoch_shows_every_image_once(tmp_path, folder, monkeypatch):
       yield batch
 
   monkeypatch.setattr(pretrain.stream, 'batches', recorded)
-  finetune.run(runs.config_of(
+  train.run(runs.config_of(
       folder, ONLY_TEACHER | {'pretrain.num_steps': 5}), str(tmp_path))
   assert len(seen) == 40
   for epoch in (seen[:20], seen[20:]):
@@ -83,7 +83,7 @@ def test_a_damaged_image_stops_the_run_by_name(tmp_path, folder):
     (images / path.name).write_bytes(path.read_bytes())
   (images / '07.png').write_bytes(b'nothing')
   with pytest.raises(ValueError, match='07.png is no readable image'):
-    finetune.run(runs.config_of(images, ONLY_TEACHER), str(tmp_path / 'run'))
+    train.run(runs.config_of(images, ONLY_TEACHER), str(tmp_path / 'run'))
   assert no_reader()
 
 

@@ -12,6 +12,7 @@ from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import train
 from msfp_jax.tune import finetune
 from msfp_jax.tune import pretrain
 
@@ -103,7 +104,7 @@ def test_the_same_command_again_changes_and_trains_nothing(
 
   monkeypatch.setattr(pretrain, 'make_step', never)
   monkeypatch.setattr(finetune, 'make_step', never)
-  finetune.run(runs.config_of(npz), str(copy))
+  train.run(runs.config_of(npz), str(copy))
   assert runs.contents(copy) == before
   assert runs.times(copy / 'checkpoints') == stamps
 
@@ -134,7 +135,7 @@ def test_images_of_the_size_of_the_data(trained):
 def test_only_the_teacher(tmp_path, npz):
   """stage=pretrain ends there, and its file starts another run."""
   config = runs.config_of(npz, {'stage': 'pretrain'})
-  finetune.run(config, str(tmp_path), 'the command')
+  train.run(config, str(tmp_path), 'the command')
   assert not (tmp_path / 'quant_spec.json').exists()
   path = tmp_path / 'pretrain/model.safetensors'
   with safetensors.safe_open(path, 'np') as opened:

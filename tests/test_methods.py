@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import toy
 
-from configs import common
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import methods as rows_lib
 
@@ -32,25 +31,9 @@ def test_full_precision_has_the_bytes_of_its_parameters():
       full.eps_fn(x, t, 0), toy.Toy().apply({'params': params}, x, t))
 
 
-def fake_experiment(num_updates=3):
-  config = common.get_config()
-  config.finetune.num_updates = num_updates
-  return types.SimpleNamespace(config=config)
-
-
-@pytest.mark.parametrize('num_updates', [0, 3])
-def test_tuned_needs_a_finished_training(tmp_path, num_updates):
-  (tmp_path / 'checkpoints/2').mkdir(parents=True)
-  with pytest.raises(experiment_lib.WorkdirError) as error:
-    rows_lib.make_row(fake_experiment(num_updates), 'tuned', str(tmp_path))
-  assert str(tmp_path) in str(error.value)
-  assert 'run train.py' in str(error.value)
-  assert 'config.eval.rows' in str(error.value)
-
-
-def test_a_finished_training_is_found(tmp_path):
-  (tmp_path / 'checkpoints/3').mkdir(parents=True)
-  rows_lib.check_trained(fake_experiment().config, str(tmp_path))
+def fake_experiment():
+  return types.SimpleNamespace(
+      quant=experiment_lib.QuantSettings('msfp', 4, 4, 'all-4'))
 
 
 @pytest.mark.parametrize('name, asked', [

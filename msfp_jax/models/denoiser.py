@@ -1,0 +1,60 @@
+"""What a run needs to know of a model, whatever its family."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+  """One input of a model beside x and t: labels, or vectors such as a text's.
+
+  Attributes:
+    name: of the argument.
+    classes: labels are int32 `[B]` below this number; None of vectors.
+    shape: vectors are float32 `[B, *shape]`; 1 stands for an axis of any
+      length.
+  """
+
+  name: str
+  classes: int | None = None
+  shape: tuple[int, ...] = ()
+
+  def abstract(self, batch: int) -> jax.ShapeDtypeStruct:
+    """Its shape and type for a batch."""
+    if self.classes is not None:
+      return jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.ShapeDtypeStruct((batch, *self.shape), jnp.float32)
+
+
+class Denoiser(Protocol):
+  """A linen module, called as model(x, t, *conditions), with a name in files.
+
+  x is `[B, *sample_shape]` float32, t `[B]`, and so is the result like x.
+  """
+
+  @property
+  def sample_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what it denoises."""
+
+  @property
+  def conditions(self) -> tuple[Condition, ...]:
+    """What it takes after x and t, in the order of its arguments."""
+
+  def to_dict(self) -> dict[str, Any]:
+    """Its configuration, JSON-able."""
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> 'Denoiser':
+    """The inverse. Raises TypeError or ValueError for what does not fit."""
+
+  def init(self, rngs: Any, x: jax.Array, t: jax.Array, *conditions: jax.Array
+           ) -> Any:
+    """linen's: {'params': ...} at random."""
+
+  def apply(self, variables: Any, x: jax.Array, t: jax.Array,
+            *conditions: jax.Array) -> jax.Array:
+    """linen's: the prediction."""

@@ -1,0 +1,189 @@
+"""The full-precision model of a run: loaded, untrained, or with guidance."""
+
+from collections.abc import Callable, Mapping
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax import convert
+from msfp_jax import data
+from msfp_jax.base import errors
+from msfp_jax.diffusion import conditions
+from msfp_jax.models import autoencoder
+from msfp_jax.models import denoiser
+from msfp_jax.models import guided
+from msfp_jax.models import registry
+from msfp_jax.models import unet
+
+# In place of a checkpoint: an untrained model.
+RANDOM = 'random'
+
+
+def load(path: str, workdir: str, *, described_by: str, ema: bool,
+         fields: Mapping[str, Any], seed: int
+         ) -> tuple[denoiser.Denoiser, Any]:
+  """The teacher and its parameters.
+
+  Args:
+    path: of a checkpoint, or a shipped one's name; RANDOM; or '' for the one
+      that `train.run` left in the workdir.
+    workdir: of the run.
+    described_by: the file that tells a checkpoint's configuration, or ''.
+    ema: whether to take the moving average where a checkpoint has one.
+    fields: of a random model, see `new_model`.
+    seed: of a random model.
+
+  Raises:
+    errors.WorkdirError: the workdir holds none.
+    FileNotFoundError, ValueError: see `convert.load_pretrained`.
+  """
+  if path == RANDOM:
+    model = new_model(fields)
+    return model, random_params(convert.abstract_params(model), seed)
+  if not path:
+    path = f'{workdir}/pretrain/model.safetensors'
+    if not pathlib.Path(path).is_file():
+      raise errors.WorkdirError(
+          f'no trained model at {path}: run train.py with this config and '
+          'workdir first, or set config.pretrained')
+  return convert.load_pretrained(path, described_by or None, ema)
+
+
+def new_model(fields: Mapping[str, Any]) -> denoiser.Denoiser:
+  """The model of config.model: its fields, and its `family`, a UNet if none."""
+  fields = dict(fields)
+  return registry.from_dict({fields.pop('family', 'unet'): fields})
+
+
+def untrained(fields: Mapping[str, Any], images: data.Images) -> unet.UNet:
+  """The model of config.model, to be trained on images.
+
+  Args:
+    fields: of `new_model`; sizes and channels of 0 are the images'.
+    images: the data.
+
+  Raises:
+    ValueError: the images do not fit it, or it is none that is trained here.
+  """
+  height, _, channels = images.shape[1:]
+  sizes = {'image_size': height, 'in_channels': channels,
+           'out_channels': channels}
+  model = new_model(
+      {name: value if value != 0 else sizes.get(name, value)
+       for name, value in fields.items()})
+  if not isinstance(model, unet.UNet) or model.conditions:
+    raise ValueError(
+        f'config.model is {registry.to_dict(model)}: only UNets that take no '
+        'labels and no context are trained here; set config.pretrained')
+  check_images(images, model.sample_shape)
+  return model
+
+
+def random_params(abstract: Any, seed: int) -> Any:
+  """Parameters that keep activations near 1, none of them neutral."""
+  rng = np.random.default_rng(seed)
+
+  def draw(leaf):
+    noise = rng.standard_normal(leaf.shape, np.float32)
+    if len(leaf.shape) == 1:
+      return jnp.asarray(0.2 * noise + 1)
+    return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
+
+  return jax.tree.map(draw, abstract)
+
+
+def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
+                 described_by: str, fields: Mapping[str, Any], seed: int
+                 ) -> tuple[Callable[[jax.Array], jax.Array],
+                            tuple[int, int, int]]:
+  """The decoder of a first stage, jitted, and the (H, W, C) that it makes.
+
+  Args:
+    path: of a checkpoint, or RANDOM.
+    latent_shape: (h, w, c) of what the model denoises.
+    described_by: the file that tells the checkpoint's configuration, or ''.
+    fields: of a random one's `AutoencoderConfig`.
+    seed: of a random one.
+
+  Raises:
+    ValueError: its latents are not what the model denoises.
+  """
+  if path == RANDOM:
+    stage = autoencoder.Autoencoder(autoencoder.AutoencoderConfig(**fields))
+    params = random_params(convert.abstract_autoencoder(stage), seed)
+  else:
+    stage, params = convert.load_first_stage(path, described_by or None)
+  height, width, channels = latent_shape
+  if stage.config.embed_dim != channels:
+    raise ValueError(
+        f'{path}: its latents have {stage.config.embed_dim} channels, the '
+        f'model of config.pretrained takes {channels}: they do not belong '
+        'together')
+  # Parameters are an argument: as constants they would be folded.
+  decode = jax.jit(lambda params, z: stage.apply(
+      {'params': params}, z, method='decode'))
+  stride = stage.config.stride
+  return functools.partial(decode, params), (
+      height * stride, width * stride, stage.config.out_channels)
+
+
+def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
+                ) -> tuple[denoiser.Denoiser, conditions.Draw]:
+  """The model with guidance, and what it is asked for.
+
+  Args:
+    model: unconditional, or of labels.
+    scale: of the guidance; 1 for none.
+    has_null_class: whether the last class stands for none.
+
+  Raises:
+    ValueError: the model takes what cannot be drawn at random, or has no class
+      that guidance could leave out.
+  """
+  if not model.conditions:
+    return model, conditions.none
+  first, *others = model.conditions
+  for condition in (first, *others):
+    if condition.classes is None:
+      raise ValueError(
+          f'the model takes a {condition.name} of width {condition.shape[-1]}, '
+          'such as a text: experiments have none to give')
+  if others:
+    raise ValueError(
+        f'the model takes {[c.name for c in model.conditions]}: experiments '
+        'draw one set of labels')
+  count = first.classes - has_null_class
+  if scale == 1.0:
+    return model, conditions.classes(count)
+  if not has_null_class:
+    raise ValueError(
+        f'config.guidance.scale={scale}: guidance needs a class that stands '
+        'for none; set config.guidance.null_class if the last one does')
+  return guided.Guided(model, scale, count), conditions.classes(count)
+
+
+def check_images(images: data.Images, image_shape: tuple[int, int, int]
+                 ) -> None:
+  """Raises ValueError unless images are what the model's samples become.
+
+  Args:
+    images: the data.
+    image_shape: (H, W, C) of those samples.
+  """
+  *sides, channels = image_shape
+  if images.shape[-1] != channels:
+    raise ValueError(
+        f'the images have {images.shape[-1]} channels, the model makes '
+        f'{channels}; convert the images, or train a model on them: '
+        'config.pretrained empty, config.model.in_channels and out_channels '
+        f'{images.shape[-1]}')
+  if list(images.shape[1:3]) != sides:
+    height, width = images.shape[1:3]
+    raise ValueError(
+        f'the images are {height} x {width} pixels, the model makes '
+        f'{sides[0]} x {sides[1]}: resize the images, or choose a model of '
+        'their size')

@@ -1,0 +1,106 @@
+"""The whole of train.py: teacher, calibration, fine-tuning, packing."""
+
+import pathlib
+
+from absl import logging
+import ml_collections
+
+from msfp_jax import data
+from msfp_jax import diffusion
+from msfp_jax.packed import file as packed_file
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import teacher
+from msfp_jax.run import workdir as workdir_lib
+from msfp_jax.tune import finetune
+from msfp_jax.tune import pretrain
+from msfp_jax.tune import student as student_lib
+
+
+def run(config: ml_collections.ConfigDict, workdir: str,
+        command: str = '') -> None:
+  """Teacher if needed, calibration, fine-tuning, packing.
+
+  Running it again resumes. Leaves config.json, quant_spec.json (as
+  calibrated), checkpoints/, metrics.jsonl, tensorboard/, router.json where
+  there are banks to choose from, packed.safetensors (see `packed.file`) and,
+  of a teacher trained here, pretrain/ in the workdir; `evaluate.run` goes on
+  from there.
+
+  Args:
+    config: an experiment (configs/).
+    workdir: of this run alone.
+    command: goes into the headers of the models that are written.
+  """
+  workdir_lib.prepare(config, workdir)
+  if config.stage not in ('pretrain', 'quantize'):
+    raise ValueError(f"config.stage {config.stage!r}: must be 'pretrain' or "
+                     "'quantize'")
+  if config.stage == 'pretrain' or not config.pretrained:
+    _train_teacher(config, f'{workdir}/pretrain', command)
+  if config.stage == 'pretrain':
+    return
+  experiment = experiment_lib.load(config, workdir)
+  spec = calibrated_spec(experiment, workdir)
+  if experiment.finetune.num_updates:
+    deployed = fit(experiment, spec, workdir)
+  else:
+    deployed = student_lib.calibrated(
+        experiment.model, experiment.params, spec, experiment.plan.timesteps)
+  path = f'{workdir}/{workdir_lib.PACKED_FILE}'
+  packed_file.save(path, packed_lib.pack(deployed, experiment.plan),
+                   command=command)
+  logging.info('wrote %s', path)
+
+
+def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
+                   command: str) -> None:
+  """Unpacks what `pretrain.run` needs."""
+  settings = pretrain.PretrainSettings(**config.pretrain)
+  images = data.load(config.data.name, config.data.path)
+  schedule = diffusion.make_schedule(**config.schedule)
+  pretrain.run(
+      teacher.untrained(config.model, images), images, schedule,
+      diffusion.make_plan(schedule, **config.sampler), settings, workdir,
+      seed=config.seed, about={'command': command, 'data': config.data.name})
+
+
+def calibrated_spec(experiment: experiment_lib.Experiment,
+                    workdir: str) -> spec_lib.QuantSpec:
+  """The workdir's quant_spec.json; calibrates first where there is none.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  path = pathlib.Path(workdir) / 'quant_spec.json'
+  if path.is_file():
+    try:
+      return spec_lib.QuantSpec.load(path)
+    except ValueError as error:
+      raise ValueError(f'{path} is damaged ({error}); delete it, and it is '
+                       'made again, the same') from error
+  spec = experiment.calibrate()
+  spec.save(path)
+  logging.info('wrote %s', path)
+  return spec
+
+
+def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
+        workdir: str) -> student_lib.Deployed:
+  """Fine-tunes a calibrated model; see `finetune.train`.
+
+  Returns:
+    The model that this leaves, quantized.
+  """
+  settings = experiment.finetune
+  student = finetune.make_student(
+      experiment.model, experiment.params, spec,
+      experiment.schedule.num_train_steps, settings)
+  trainable = finetune.train(
+      student, experiment.schedule, experiment.plan, settings, workdir,
+      sample_shape=experiment.sample_shape,
+      bank_key=experiment.key(experiment_lib.BANKS),
+      trajectory_key=experiment.key(experiment_lib.TRAJECTORIES),
+      draw_condition=experiment.draw_condition)
+  return student.deploy(trainable, experiment.plan.timesteps)

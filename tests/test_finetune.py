@@ -1,0 +1,138 @@
+"""Fine-tuning's optimizer, and the randomness of its trajectories.
+
+test_student.py has what an update does to a student.
+"""
+
+import dataclasses
+import types
+
+from adamw_oracle import adamw
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from msfp_jax import diffusion
+from msfp_jax.diffusion import conditions
+from msfp_jax.tune import finetune
+
+UPDATES = 8
+RATES = {'banks': 0.3, 'router': 0.05, 'ranges': 0.007, 'biases': 0.007}
+SETTINGS = dataclasses.replace(
+    finetune.FinetuneSettings(**common.get_config().finetune),
+    num_updates=UPDATES, learning_rate=RATES['banks'],
+    router_learning_rate=RATES['router'],
+    range_learning_rate=RATES['ranges'], adam_b2=0.9, weight_decay=0.1)
+
+
+@pytest.mark.parametrize('part', RATES)
+def test_each_part_has_its_rate_which_falls_to_zero_linearly(part):
+  rng = np.random.default_rng(0)
+  start = rng.standard_normal(3)
+  gradients = rng.standard_normal((UPDATES, 3))
+  tx = finetune.optimizer(SETTINGS)
+  params = {name: {'a': jnp.float32(start)} for name in RATES}
+  state, seen = tx.init(params), []
+  for gradient in gradients:
+    updates, state = tx.update(
+        {name: {'a': jnp.float32(gradient)} for name in RATES}, state, params)
+    params = optax.apply_updates(params, updates)
+    seen.append(params[part]['a'])
+  rates = [RATES[part] * (1 - i / UPDATES) for i in range(UPDATES)]
+  expected = adamw(start, gradients, rates, b2=0.9, weight_decay=0.1)
+  np.testing.assert_allclose(seen, expected, rtol=1e-5, atol=1e-5)
+  updates, _ = tx.update(
+      {name: {'a': jnp.ones(3)} for name in RATES}, state, params)
+  assert not np.any(updates[part]['a'])  # the rate of an update too many
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """A student whose prediction is a multiple of x, plus the labels."""
+
+  params: float
+  router = None
+  # The teacher predicts x / 2, plus the labels.
+  model = types.SimpleNamespace(
+      apply=lambda variables, x, t, *labels: variables['params'] * x + sum(
+          label[:, None] for label in labels))
+
+  def predict(self, trainable, x, t, *labels):
+    return self.model.apply({'params': trainable['a']}, x, t, *labels), None
+
+
+SCHEDULE = diffusion.make_schedule(
+    'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02)
+PLAN = diffusion.ddim_plan(SCHEDULE, 4, eta=1.0)  # adds noise
+STEPS = PLAN.num_steps
+KEY = jax.random.key(7)
+
+
+def follow(updates, draw=conditions.none):
+  """The teacher's x after each update `[updates, 4, 2]`, and the losses."""
+  tx = optax.sgd(0.0)
+  step = finetune.make_step(Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), tx,
+                            KEY, draw)
+  trainable = {'a': jnp.float32(0.0)}
+  state = finetune.FinetuneState(
+      step=jnp.zeros((), jnp.int32), trainable=trainable,
+      opt_state=tx.init(trainable),
+      position=diffusion.sampling.start(PLAN, jnp.full((4, 2), 99.0)))
+  seen, losses = [], []
+  for _ in range(updates):
+    state, scalars = step(state)
+    seen.append(np.array(state.position.x))
+    losses.append(float(scalars['loss']))
+  return np.array(seen), np.array(losses)
+
+
+def draws(trajectory):
+  """The noise that trajectory number `trajectory` starts from and adds.
+
+  Of its key, 0 folds to the start's and 1 to the steps', which fold their
+  index.
+  """
+  key = jax.random.fold_in(KEY, trajectory)
+  normal = lambda key: np.float64(jax.random.normal(key, (4, 2)))
+  steps = jax.random.fold_in(key, 1)
+  return normal(jax.random.fold_in(key, 0)), [
+      normal(jax.random.fold_in(steps, i)) for i in range(STEPS)]
+
+
+def test_trajectories_start_and_go_on_with_noise_of_their_own():
+  seen, _ = follow(2 * STEPS + 1)
+  everything = []
+  for trajectory in range(3):
+    x, noises = draws(trajectory)
+    everything += [x, *noises]
+    for i, z in enumerate(noises):
+      if STEPS * trajectory + i == len(seen):
+        break
+      x = (PLAN.x_coef[i] * x - PLAN.eps_factor[i] * 0.5 * x
+           + PLAN.noise_std[i] * z)
+      np.testing.assert_allclose(
+          seen[STEPS * trajectory + i], x, rtol=1e-5, atol=1e-5)
+  # No two of the draws are the same.
+  flat = np.array(everything).reshape(len(everything), -1)
+  apart = np.abs(flat[:, None] - flat).max(-1) + np.eye(len(flat))
+  assert apart.min() > 0.1
+
+
+def test_teacher_and_student_are_asked_for_the_same():
+  """A condition of every trajectory, and not of every step."""
+  asked, losses = follow(2 * STEPS, conditions.classes(50))
+  for trajectory in range(2):
+    key = jax.random.fold_in(KEY, trajectory)
+    labels = np.float64(jax.random.randint(
+        jax.random.fold_in(key, 2), (4,), 0, 50))[:, None]
+    x, noises = draws(trajectory)
+    for i, z in enumerate(noises):
+      # The student predicts the labels alone: its error is x / 2.
+      assert losses[STEPS * trajectory + i] == pytest.approx(
+          np.mean((0.5 * x)**2), rel=1e-4)
+      x = (PLAN.x_coef[i] * x - PLAN.eps_factor[i] * (0.5 * x + labels)
+           + PLAN.noise_std[i] * z)
+      np.testing.assert_allclose(
+          asked[STEPS * trajectory + i], x, rtol=1e-4, atol=1e-4)

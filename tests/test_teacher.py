@@ -1,0 +1,98 @@
+"""The full-precision model of a run: what is made, and what is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from msfp_jax.base import errors
+from msfp_jax.models.guided import Guided
+from msfp_jax.models.unet import UNet
+from msfp_jax.run import teacher
+
+LABELLED = UNet(dataclasses.replace(tiny.CONFIG, num_classes=4))
+FIELDS = tiny.CONFIG.to_dict()
+KEY = jax.random.key(0)
+
+
+def images(*shape):
+  return np.zeros((2, *shape), np.uint8)
+
+
+def drawn(draw):
+  """Values of the one condition, in order."""
+  labels, = draw(KEY, 200)
+  return sorted(set(np.asarray(labels).tolist()))
+
+
+def test_an_unconditional_model_is_asked_for_nothing():
+  model, draw = teacher.conditional(tiny.UNET, 3.0, False)
+  assert model is tiny.UNET and draw(KEY, 3) == ()
+
+
+@pytest.mark.parametrize('scale, has_null_class, classes', [
+    (1.0, False, 4), (1.0, True, 3), (2.0, True, 3)])
+def test_every_class_is_asked_for_but_that_of_none(
+    scale, has_null_class, classes):
+  model, draw = teacher.conditional(LABELLED, scale, has_null_class)
+  assert drawn(draw) == list(range(classes))
+  assert model == (LABELLED if scale == 1.0 else Guided(LABELLED, scale, 3))
+
+
+def test_guidance_needs_a_class_of_none():
+  with pytest.raises(ValueError, match=r'scale=2\.0.*null_class'):
+    teacher.conditional(LABELLED, 2.0, False)
+
+
+def test_a_text_cannot_be_drawn():
+  config = dataclasses.replace(tiny.CONFIG, context_dim=6)
+  with pytest.raises(ValueError, match='context of width 6, such as a text'):
+    teacher.conditional(UNet(config), 1.0, False)
+
+
+@pytest.mark.parametrize('shape, message', [
+    ((8, 8, 3), '3 channels, the model makes 1; convert'),
+    ((8, 6, 1), '8 x 6 pixels, the model makes 8 x 8: resize'),
+    ((4, 8, 1), '4 x 8 pixels')])
+def test_images_are_what_the_model_makes(shape, message):
+  teacher.check_images(images(8, 8, 1), (8, 8, 1))
+  with pytest.raises(ValueError, match=message):
+    teacher.check_images(images(*shape), (8, 8, 1))
+
+
+def test_sizes_of_0_are_the_images():
+  zeros = {'image_size': 0, 'in_channels': 0, 'out_channels': 0}
+  made = teacher.untrained(FIELDS | zeros, images(12, 12, 3))
+  assert made.config == dataclasses.replace(
+      tiny.CONFIG, image_size=12, in_channels=3, out_channels=3)
+  assert teacher.untrained(FIELDS, images(8, 8, 1)) == tiny.UNET
+
+
+def test_a_training_that_no_evaluation_could_follow_is_refused():
+  """Before it begins: sides that differ from each other, or the config's."""
+  with pytest.raises(ValueError, match='8 x 10 .* 8 x 8'):
+    teacher.untrained(FIELDS | {'image_size': 0}, images(8, 10, 1))
+  with pytest.raises(ValueError, match='16 x 16 .* 8 x 8'):
+    teacher.untrained(FIELDS, images(16, 16, 1))
+
+
+def test_only_unconditional_models_are_trained():
+  with pytest.raises(ValueError, match='no labels.*config.pretrained'):
+    teacher.untrained(FIELDS | {'num_classes': 3}, images(8, 8, 1))
+
+
+def test_a_teacher_that_is_not_there(tmp_path):
+  with pytest.raises(errors.WorkdirError, match='no trained model.*train.py'):
+    teacher.load('', str(tmp_path), described_by='', ema=True, fields=FIELDS,
+                 seed=0)
+
+
+def test_a_random_teacher_depends_on_the_seed_alone():
+  load = lambda seed: teacher.load(
+      'random', '', described_by='', ema=True, fields=FIELDS, seed=seed)
+  (model, params), (_, same), (_, other) = load(3), load(3), load(4)
+  assert model == tiny.UNET
+  tiny.assert_trees_equal(params, same)
+  assert np.any(params['conv_in']['kernel'] != other['conv_in']['kernel'])

@@ -1,0 +1,28 @@
+"""The folder of a run: what it must hold; tests/experiment/ has its claims."""
+
+import pytest
+
+from msfp_jax.base import errors
+from msfp_jax.run import workdir
+
+
+@pytest.mark.parametrize('num_updates', [0, 3])
+def test_tuned_needs_a_finished_training(tmp_path, num_updates):
+  (tmp_path / 'checkpoints/2').mkdir(parents=True)
+  with pytest.raises(errors.WorkdirError) as error:
+    workdir.check_trained(str(tmp_path), num_updates)
+  assert str(tmp_path) in str(error.value)
+  assert 'run train.py' in str(error.value)
+  assert 'config.eval.rows' in str(error.value)
+
+
+def test_a_finished_training_is_found(tmp_path):
+  (tmp_path / 'checkpoints/3').mkdir(parents=True)
+  workdir.check_trained(str(tmp_path), 3)
+
+
+def test_packed_needs_the_file(tmp_path):
+  with pytest.raises(errors.WorkdirError, match="no packed.*leave 'packed'"):
+    workdir.check_packed(str(tmp_path))
+  (tmp_path / workdir.PACKED_FILE).touch()
+  workdir.check_packed(str(tmp_path))
