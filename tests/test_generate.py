@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import toy
 
+from msfp_jax import diffusion
+from msfp_jax.diffusion import conditions
 from msfp_jax.metrics import features
 from msfp_jax.run import generate
 
@@ -70,6 +72,50 @@ def test_nan_is_refused(deployed, plan):
     generate.generate(bad, plan, 8, 4, toy.SHAPE, KEY, 'wide')
 
 
+class Half:
+  """Predicts x / 2, plus the labels."""
+
+  arrays = ()
+
+  def with_arrays(self, arrays):
+    del arrays
+    return self
+
+  def eps_fn(self, x, t, index, *labels):
+    del t, index
+    return 0.5 * x + sum(label[:, None, None, None] for label in labels)
+
+
+@pytest.mark.parametrize('classes', [None, 30])
+def test_start_steps_and_labels_have_keys_of_their_own(classes):
+  """Of a batch's key: 0, 1, which folds the step's index, and 2."""
+  schedule = diffusion.make_schedule(
+      'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02)
+  plan = diffusion.ddim_plan(schedule, 4, eta=1.0)
+  drawn = []
+  draw = conditions.classes(classes) if classes else conditions.none
+
+  def decode(x):  # sees samples before they are cut to 8 bits
+    drawn.append(np.asarray(x))
+    return x
+
+  for _ in generate.batches(Half(), plan, (0, 3), 2, toy.SHAPE, KEY,
+                            draw_condition=draw, decode=decode):
+    pass
+  for number, found in zip((0, 3), drawn, strict=True):
+    key = jax.random.fold_in(KEY, number)
+    normal = lambda key: np.float64(jax.random.normal(key, (2, *toy.SHAPE)))
+    x, labels = normal(jax.random.fold_in(key, 0)), 0
+    if classes:
+      labels = np.float64(jax.random.randint(
+          jax.random.fold_in(key, 2), (2,), 0, classes))[:, None, None, None]
+    for i in range(plan.num_steps):
+      x = (plan.x_coef[i] * x - plan.eps_factor[i] * (0.5 * x + labels)
+           + plan.noise_std[i] * normal(jax.random.fold_in(
+               jax.random.fold_in(key, 1), i)))
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('count, batch', [(0, 4), (-1, 4), (4, 0)])
 def test_no_samples(deployed, plan, count, batch):
   with pytest.raises(ValueError, match=f'num_samples={count}, '
@@ -81,7 +127,6 @@ ON_FOUR_DEVICES = """
 import sys
 import jax, numpy as np, toy
 from msfp_jax.run import generate
-from msfp_jax.metrics import features
 from msfp_jax.metrics import features
 assert jax.device_count() == 4
 key = jax.random.key(5)
