@@ -5,7 +5,8 @@ from typing import Any
 
 import ml_collections
 
-from msfp_jax.quant import spec
+from msfp_jax.quant import recipes
+from msfp_jax.quant import roles
 
 # What the UNets of latent diffusion share.
 LATENT_UNET = {
@@ -96,7 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
       'samples_per_layer': 65_536,  # activations kept of each layer
   })
   config.quant = ml_collections.ConfigDict({
-      'recipe': 'msfp',  # see msfp_jax/quant/spec.py, RECIPES
+      'recipe': 'msfp',  # see msfp_jax/quant/recipes.py
       'weight_bits': 4,
       'act_bits': 4,
       # Roles with other bits: a name in EXCEPTIONS there.
@@ -162,13 +163,13 @@ def apply_variant(
   for word in filter(None, variant.split(',')):
     if word in named:
       config.update_from_flattened_dict(named[word])
-    elif word in spec.EXCEPTIONS:
+    elif word in roles.EXCEPTIONS:
       config.quant.exceptions = word
     elif re.fullmatch(r'w\d+a\d+', word):
-      bits = spec.parse_bits(word)
+      bits = recipes.parse_bits(word)
       config.quant.weight_bits, config.quant.act_bits = bits
     else:
       raise ValueError(
           f'variant {word!r}: must be bits such as w4a4, one of '
-          f'{sorted(spec.EXCEPTIONS)}, or one of {sorted(named)}')
+          f'{sorted(roles.EXCEPTIONS)}, or one of {sorted(named)}')
   return config

@@ -23,7 +23,8 @@ from msfp_jax.quant.spec import QuantSpec
 
 __all__ = [
     'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'RECIPES',
-    'Recipe', 'calibrate', 'fake_quant', 'load', 'load_first_stage', 'load_pretrained', 'make_plan',
-    'make_schedule', 'pack', 'quantize', 'sample', 'save',
+    'Recipe', 'calibrate', 'fake_quant', 'load', 'load_first_stage',
+    'load_pretrained', 'make_plan', 'make_schedule', 'pack', 'quantize',
+    'sample', 'save',
 ]
 __version__ = '0.1.0'

@@ -99,7 +99,7 @@ def _check_layout(name: str, layer: QLayer) -> None:
   """Raises ValueError unless the codes are as files have them."""
   weight = layer.weight
   if not weight.is_packed:
-    raise ValueError(f'layer {name} is not packed: save what msfp.pack returned')
+    raise ValueError(f'layer {name} is not packed: save what pack returned')
   if weight.layout not in (layout_lib.NIBBLES, layout_lib.BYTES):
     raise ValueError(
         f'layer {name} is stored as {weight.layout.name}: save the model '

@@ -43,6 +43,11 @@ class LayerSpec:
   around: Around | None = None
   stats: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+  @property
+  def quantized(self) -> bool:
+    """Whether weights or input have fewer bits than in full precision."""
+    return not (self.weight.is_full and self.act.is_full)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:

@@ -5,9 +5,10 @@ import dataclasses
 
 import numpy as np
 
-from msfp_jax.quant import quantizers
+from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import Activations
+from msfp_jax.quant.fit import Seen
+from msfp_jax.quant.quantizers import Static
 from msfp_jax.report import layers_table
 from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
@@ -42,7 +43,7 @@ class Grid:
   mse: float
 
 
-def grid_of(quantizer: quantizers.Quantizer, values: np.ndarray) -> Grid:
+def grid_of(quantizer: Static, values: np.ndarray) -> Grid:
   """The grid of a per-tensor quantizer, and its error on `values`."""
   levels = quantizer.fmt.levels() * float(quantizer.scale)
   if quantizer.zero_point is not None:
@@ -51,8 +52,14 @@ def grid_of(quantizer: quantizers.Quantizer, values: np.ndarray) -> Grid:
   return Grid(str(quantizer.fmt), levels, float(np.mean(error**2)))
 
 
+def _has_grid(layer: spec_lib.LayerSpec) -> bool:
+  """Whether the input has one grid for all of its values."""
+  return (isinstance(layer.act, Static) and not layer.act.by_step
+          and np.ndim(layer.act.scale) == 0)
+
+
 def choose(layers: Mapping[str, spec_lib.LayerSpec],
-           activations: Mapping[str, Activations],
+           activations: Mapping[str, Seen],
            count: int = _LAYERS_PER_CLASS) -> tuple[list[str], list[str]]:
   """The layers worth looking at, among those of the fewest bits.
 
@@ -62,7 +69,7 @@ def choose(layers: Mapping[str, spec_lib.LayerSpec],
     role come first: layers of one role look alike.
   """
   quantized = {name: layer for name, layer in layers.items()
-               if layer.act is not None and layers_table.gain(layer)}
+               if _has_grid(layer) and layers_table.gain(layer)}
   bits = min((layer.act.bits for layer in quantized.values()), default=0)
   # Layers kept at more bits have little to show.
   quantized = {name: layer for name, layer in quantized.items()
@@ -86,8 +93,8 @@ def _varied(names: list[str], role: Callable[[str], str]) -> list[str]:
 
 
 def section(source: Source) -> section_lib.Section | None:
-  layers = source.deployed.spec.layers
-  if all(layer.act is None for layer in layers.values()):
+  layers = source.layers
+  if not any(map(_has_grid, layers.values())):
     return None
   activations = source.experiment.activations
   aals, nals = choose(layers, activations)
@@ -104,7 +111,7 @@ def _figure(id: str, name: str, layer: spec_lib.LayerSpec,
             values: np.ndarray) -> section_lib.Figure:
   grids = [grid_of(layer.act, values)]
   if layer.kind == 'AAL':
-    signed = spec_lib.SIGNED.search(values, layer.act.bits)
+    signed = fit_lib.SIGNED.search(values, layer.act.bits)
     grids.append(grid_of(signed.quantizer(), values))
   costs = ' and of '.join(
       f'{grid.name} ({use}; MSE {numbers.significant(grid.mse)}; '

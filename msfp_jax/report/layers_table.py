@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
@@ -23,7 +24,7 @@ COLUMNS = (
     ('MSE', 'mean squared error of the quantized input, at calibration'),
     ('gain', 'MSE of the best signed format over that of the one chosen, at '
      'calibration; 1 where signed was chosen'),
-    ('weight', 'number format of the weight; a scale per output channel'),
+    ('weight', 'number format of the weight'),
     ('weight MSE', 'mean squared error of the quantized weight, at '
      'calibration'),
 )
@@ -41,16 +42,24 @@ def rows(layers: Mapping[str, spec_lib.LayerSpec]) -> list[list[Any]]:
   found = []
   for i, (name, layer) in enumerate(layers.items(), 1):
     act, weight = layer.act, layer.weight
-    zero_point = None if act is None else act.zero_point
     found.append([
-        i, name, layer.role, layer.kind,
-        None if act is None else str(act.fmt),
-        None if act is None else float(np.asarray(act.scale)),
-        None if zero_point is None else float(np.asarray(zero_point)),
-        layer.stats.get('act_mse'), gain(layer),
-        None if weight is None else str(weight.fmt),
+        i, name, layer.role, layer.kind, _format_of(act),
+        _shown(act, 'scale'), _shown(act, 'zero_point'),
+        layer.stats.get('act_mse'), gain(layer), _format_of(weight),
         layer.stats.get('weight_mse')])
   return found
+
+
+def _format_of(quantizer: Quantizer) -> str | None:
+  return None if quantizer.is_full else quantizer.describe()['format']
+
+
+def _shown(quantizer: Quantizer, field: str) -> float | str | None:
+  """A number where there is one for the whole tensor, else a phrase."""
+  value = getattr(quantizer, field, None)
+  if value is not None and np.ndim(value) == 0:
+    return float(np.asarray(value))
+  return quantizer.describe().get(field)
 
 
 def _cell(value: Any) -> dict[str, Any]:
@@ -65,7 +74,7 @@ def _cell(value: Any) -> dict[str, Any]:
 
 
 def section(source: Source) -> Section | None:
-  layers = source.deployed.spec.layers
+  layers = source.layers
   if not any(layer.quantized for layer in layers.values()):
     return None
   gains = [gain(layer) for layer in layers.values() if layer.kind == 'AAL']

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
@@ -64,12 +65,16 @@ def _outcome(source: Source) -> str:
           f'{row["bytes"]:,} bytes ({full["bytes"]:,}). ')
 
 
+def _is_unsigned(quantizer: Quantizer) -> bool:
+  fmt = getattr(quantizer, 'fmt', None)
+  return fmt is not None and not fmt.signed
+
+
 def _layers(source: Source) -> str:
   """Says which layers the model shown in detail quantizes."""
-  layers = source.deployed.spec.layers.values()
+  layers = source.layers.values()
   kinds = [layer.kind for layer in layers]
-  unsigned = sum(layer.act is not None and not layer.act.fmt.signed
-                 for layer in layers if layer.kind == 'AAL')
+  unsigned = sum(_is_unsigned(layer.act) for layer in layers if layer.kind == 'AAL')
   quantized = sum(layer.quantized for layer in layers)
   if not quantized:
     return 'Nothing is quantized.'

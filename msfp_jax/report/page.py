@@ -9,6 +9,8 @@ import jinja2
 import numpy as np
 
 from msfp_jax.base import files
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import spec as spec_lib
 from msfp_jax.report import curves
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table
@@ -21,7 +23,6 @@ from msfp_jax.report import timesteps
 from msfp_jax.report.section import Experiment
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
-from msfp_jax.tune import student as student_lib
 
 # In the order of the page. Each makes a Section, or None without its data.
 SECTIONS = (
@@ -32,7 +33,8 @@ SECTIONS = (
 
 def write(workdir: str, *, experiment: Experiment,
           results: Mapping[str, Any], pictures: Mapping[str, np.ndarray],
-          row: str, deployed: student_lib.Deployed, command: str = '') -> None:
+          row: str, deployed: packed_lib.PackedModel,
+          layers: Mapping[str, spec_lib.LayerSpec], command: str = '') -> None:
   """Writes `workdir`/report.html, whole or not at all.
 
   Args:
@@ -42,10 +44,11 @@ def write(workdir: str, *, experiment: Experiment,
     pictures: {row: uint8 `[N, H, W, C]`}, 'data' and 'fp' first.
     row: the name of the model that is shown in detail.
     deployed: that model.
+    layers: {layer: how it is quantized}; empty in full precision.
     command: that made the evaluation.
   """
   source = Source(workdir, experiment, results, pictures, row, deployed,
-                  command)
+                  layers, command)
   sections = [made for make in SECTIONS if (made := make(source)) is not None]
   files.write_text(pathlib.Path(workdir) / 'report.html',
                    render(title(source), sections))

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
@@ -75,7 +75,7 @@ def best(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _quantized(row: dict[str, Any]) -> bool:
-  return min(row['weight_bits'], row['act_bits']) < spec_lib.FULL_PRECISION
+  return min(row['weight_bits'], row['act_bits']) < FULL_BITS
 
 
 def section(source: Source) -> Section:

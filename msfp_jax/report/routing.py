@@ -20,7 +20,7 @@ def choices_of(source: Source) -> dict[str, np.ndarray]:
   """The bank of every step, int `[S]`, by layer that has several."""
   deployed = source.deployed
   return {name: np.asarray(choice) for name, choice in deployed.choices.items()
-          if len(deployed.weights[name]) > 1}
+          if deployed.layers[name].num_banks > 1}
 
 
 def bank_shares(choices: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -11,8 +11,9 @@ import numpy as np
 from msfp_jax import diffusion
 from msfp_jax.diffusion import conditions
 from msfp_jax.models import denoiser
-from msfp_jax.quant.calibrate import Activations
-from msfp_jax.tune import student as student_lib
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.fit import Seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Experiment:
   params: Any
   schedule: diffusion.NoiseSchedule
   plan: diffusion.SamplerPlan
-  gather: Callable[[], Mapping[str, Activations]]
+  gather: Callable[[], Mapping[str, Seen]]
   gamma: str
   batch_size: int
   key: jax.Array
   draw_condition: conditions.Draw = conditions.none
 
   @property
-  def activations(self) -> Mapping[str, Activations]:
+  def activations(self) -> Mapping[str, Seen]:
     return self.gather()
 
 
@@ -60,6 +61,7 @@ class Source:
     pictures: {row: uint8 `[N, H, W, C]`}, 'data' and 'fp' first.
     row: the name of the model that is shown in detail.
     deployed: that model.
+    layers: {layer: how it is quantized}; empty in full precision.
     command: that made the evaluation; '' if unknown.
   """
 
@@ -68,7 +70,8 @@ class Source:
   results: Mapping[str, Any]
   pictures: Mapping[str, np.ndarray]
   row: str
-  deployed: student_lib.Deployed
+  deployed: packed_lib.PackedModel
+  layers: Mapping[str, spec_lib.LayerSpec]
   command: str = ''
 
 

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 import numpy as np
 
 from msfp_jax.base import progress as progress_lib
-from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import Activations
+from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant.fit import Seen
 from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg
 from msfp_jax.report.section import Source
 
 STRATEGIES = {
-    'signed FP': spec_lib.SIGNED,
-    'signed FP + zero point': spec_lib.Candidates(
+    'signed FP': fit_lib.SIGNED,
+    'signed FP + zero point': fit_lib.Candidates(
         signed=True, zero_points='silu'),
-    'unsigned FP': spec_lib.Candidates(signed=False),
-    'unsigned FP + zero point': spec_lib.UNSIGNED,
+    'unsigned FP': fit_lib.Candidates(signed=False),
+    'unsigned FP + zero point': fit_lib.UNSIGNED,
 }
 BASE, MSFP = 'signed FP', 'unsigned FP + zero point'
 # Of a layer; the least error of so many differs little from that of all.
@@ -25,7 +25,7 @@ _MAX_VALUES = 4096
 _ROWS = 20  # a drawing
 
 
-def search(activations: Mapping[str, Activations], bits: int
+def search(activations: Mapping[str, Seen], bits: int
            ) -> dict[str, dict[str, float]]:
   """Searches the least error by layer and strategy.
 
@@ -48,9 +48,9 @@ def search(activations: Mapping[str, Activations], bits: int
 
 
 def section(source: Source) -> section_lib.Section | None:
-  layers = source.deployed.spec.layers
+  layers = source.layers
   quantized = {name: layer for name, layer in layers.items()
-               if layer.kind == 'AAL' and layer.act is not None}
+               if layer.kind == 'AAL' and not layer.act.is_full}
   if not quantized:
     return None
   bits = min(layer.act.bits for layer in quantized.values())

@@ -1,32 +1,30 @@
 """The section that compares losses with the quality gap by step (figure 3)."""
 
-import dataclasses
 
 import jax
 import numpy as np
 
+from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import gap
 from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg
 from msfp_jax.report.section import Source
 from msfp_jax.tune import losses
-from msfp_jax.tune import student as student_lib
 
 _MAX_IMAGES = 32
 
 
 def measure(experiment: section_lib.Experiment,
-            deployed: student_lib.Deployed) -> gap.Gaps:
+            deployed: packed_lib.PackedModel) -> gap.Gaps:
   """The gaps of a model on one batch of noise of its own, float64 `[S]`."""
   count = min(experiment.batch_size, _MAX_IMAGES)
   key = jax.random.fold_in(experiment.key, 2**31 - 1)
 
   # Weights are arguments: constants would be folded at compile time.
   @jax.jit
-  def run(params, quantized_params, weights, key):
-    model = dataclasses.replace(
-        deployed, params=quantized_params, weights=weights)
+  def run(params, arrays, key):
+    model = deployed.with_arrays(arrays)
     noise = jax.random.normal(
         jax.random.fold_in(key, 0), (count, *experiment.model.sample_shape))
     condition = experiment.draw_condition(jax.random.fold_in(key, 2), count)
@@ -37,7 +35,7 @@ def measure(experiment: section_lib.Experiment,
         experiment.plan, noise, jax.random.fold_in(key, 1))
 
   return jax.tree.map(lambda a: np.asarray(a, np.float64), run(
-      experiment.params, deployed.params, deployed.weights, key))
+      experiment.params, deployed.arrays, key))
 
 
 def shares(values: np.ndarray) -> np.ndarray:
@@ -52,7 +50,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def section(source: Source) -> section_lib.Section | None:
-  layers = source.deployed.spec.layers.values()
+  layers = source.layers.values()
   if not any(layer.quantized for layer in layers):
     return None
   experiment = source.experiment

@@ -20,6 +20,7 @@ from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import features
 from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import grid
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import generate
@@ -27,7 +28,6 @@ from msfp_jax.run import methods as rows_lib
 from msfp_jax.run import references
 from msfp_jax.run import sample_store
 from msfp_jax.run import workdir as workdir_lib
-from msfp_jax.tune import student as student_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class EvalSettings:
 
 
 def draw(experiment: experiment_lib.Experiment, cfg: EvalSettings,
-         deployed: student_lib.Deployed, name: str) -> np.ndarray:
+         deployed: packed_lib.PackedModel, name: str) -> np.ndarray:
   """Samples, all in memory; every model starts from the same noise."""
   return generate.generate(
       deployed, experiment.plan, cfg.num_samples, name=name,
@@ -81,7 +81,7 @@ def _how_to_sample(experiment: experiment_lib.Experiment, cfg: EvalSettings
 
 
 def fill(experiment: experiment_lib.Experiment, cfg: EvalSettings,
-         deployed: student_lib.Deployed, samples: sample_store.SampleStore,
+         deployed: packed_lib.PackedModel, samples: sample_store.SampleStore,
          name: str) -> None:
   """As `draw`, into a store: only the batches that it misses."""
   size, missing = cfg.batch_size, samples.missing
@@ -176,7 +176,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     report.write(
         workdir, experiment=_reported(experiment, cfg.batch_size, fields),
         results=results, pictures=shown, row=last.name, deployed=last.deployed,
-        command=command)
+        layers=last.spec.layers if last.spec else {}, command=command)
   sample_store.discard(folder)
   return results
 
@@ -282,7 +282,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
     save(f'{workdir}/samples/{samples.folder.name}{suffix}', samples)
   content = {'name': name, 'weight_bits': row.weight_bits,
              'act_bits': row.act_bits, **found,
-             'bytes': rows_lib.packed_bytes(row.deployed)}
+             'bytes': row.deployed.stored_bytes}
   if name != rows_lib.FULL_PRECISION:
     files.write_json(path, content)
     samples.keep_first(cfg.pictures)

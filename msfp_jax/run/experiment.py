@@ -1,6 +1,6 @@
 """What a config stands for: model, data, sampler, and how it is quantized."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import functools
 from typing import Any
@@ -13,10 +13,12 @@ from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.diffusion import conditions
 from msfp_jax.models import denoiser
+from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import Activations
 from msfp_jax.quant.calibrate import calibrate
-from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant.fit import Seen
+from msfp_jax.quant.observe import collect
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune as finetune_lib
 
@@ -44,10 +46,10 @@ class QuantSettings:
   """What calibration makes.
 
   Attributes:
-    recipe: a key of `spec.RECIPES`.
+    recipe: a key of `recipes.RECIPES`.
     weight_bits: of the layers that are no exception.
     act_bits: likewise, of their inputs.
-    exceptions: a key of `spec.EXCEPTIONS`.
+    exceptions: a key of `roles.EXCEPTIONS`.
   """
 
   recipe: str
@@ -102,15 +104,36 @@ class Experiment:
               finetune: finetune_lib.FinetuneSettings) -> 'Experiment':
     """The same model and data, quantized otherwise.
 
-    Keeps the calibration activations, which depend on neither.
+    Keeps what calibration saw, which depends on neither.
     """
     other = dataclasses.replace(self, quant=quant, finetune=finetune)
-    other.__dict__['activations'] = self.activations
+    other.__dict__['_seen'] = self._seen
     return other
 
   @functools.cached_property
-  def activations(self) -> dict[str, Activations]:
-    """Seen along the teacher's trajectories, as `calibration` says."""
+  def _seen(self) -> dict[frozenset[str], dict[str, Seen]]:
+    """{needs: what was gathered for them}, filled by `seen`."""
+    return {}
+
+  @property
+  def activations(self) -> dict[str, Seen]:
+    """Values and extremes of every layer's input."""
+    return self.seen(frozenset())
+
+  def seen(self, needs: Collection[str]) -> dict[str, Seen]:
+    """What recipes need, seen along the teacher's trajectories.
+
+    Values and extremes are always kept, so that most recipes share one run.
+    """
+    needs = frozenset({fit_lib.EXTREMES, fit_lib.VALUES, *needs})
+    for kept, seen in self._seen.items():
+      if needs <= kept:
+        return seen
+    self._seen[needs] = self._collect(needs)
+    return self._seen[needs]
+
+  def _collect(self, needs: Collection[str]) -> dict[str, Seen]:
+    """As `calibration` says."""
     cfg = self.calibration
     key = self.key(CALIBRATION)
     batches = []
@@ -124,17 +147,19 @@ class Experiment:
                  cfg.batch_size * cfg.num_batches, self.plan.num_steps)
     return collect(
         self.model, self.params, self.plan, batches,
-        samples_per_layer=cfg.samples_per_layer,
+        samples_per_layer=cfg.samples_per_layer, needs=needs,
         key=jax.random.fold_in(key, cfg.num_batches))
 
   def calibrate(self, recipe: str | None = None, bits: int | None = None,
                 act_bits: int | None = None) -> spec_lib.QuantSpec:
     """The spec that `quant` asks for, with what is given here in its place."""
     cfg = self.quant
+    recipe = recipe or cfg.recipe
+    needs = recipes.get(recipe).needs
     return calibrate(
-        self.model, self.params, recipe=recipe or cfg.recipe,
-        bits=bits or cfg.weight_bits, act_bits=act_bits or cfg.act_bits,
-        exceptions=cfg.exceptions, activations=self.activations)
+        self.model, self.params, recipe=recipe, bits=bits or cfg.weight_bits,
+        act_bits=act_bits or cfg.act_bits, exceptions=cfg.exceptions,
+        activations=self.seen(needs) if needs else None)
 
 
 def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:

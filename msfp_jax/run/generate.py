@@ -12,10 +12,10 @@ from msfp_jax import kernels
 from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
-from msfp_jax.tune import student as student_lib
+from msfp_jax.packed import model as packed_lib
 
 
-def batches(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
+def batches(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
             numbers: Iterable[int], batch_size: int, shape: tuple[int, ...],
             key: jax.Array, name: str = 'sample', *,
             draw_condition: conditions.Draw = conditions.none,
@@ -68,7 +68,7 @@ def batches(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
     yield np.asarray(data.to_uint8(x))
 
 
-def generate(deployed: student_lib.Deployed, plan: diffusion.SamplerPlan,
+def generate(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
              num_samples: int, batch_size: int, shape: tuple[int, ...],
              key: jax.Array, name: str = 'sample', **options) -> np.ndarray:
   """Draws images, all in memory; see `batches`.

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 import dataclasses
 
-import jax
-import numpy as np
-
 from msfp_jax.packed import file as export
 from msfp_jax.packed import model as packed_lib
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
-from msfp_jax.tune import student as student_lib
 
 FULL_PRECISION, TUNED, PACKED = 'fp', 'tuned', 'packed'
 
@@ -27,24 +24,21 @@ class Row:
     weight_bits: of the layers that are no exception.
     act_bits: likewise.
     deployed: the model.
+    spec: how its layers are quantized; None in full precision, and of a packed
+      file, which keeps no statistics.
   """
 
   name: str
   weight_bits: int
   act_bits: int
-  deployed: student_lib.Deployed | packed_lib.PackedModel
+  deployed: packed_lib.PackedModel
+  spec: spec_lib.QuantSpec | None = None
 
 
-def untuned(experiment: experiment_lib.Experiment,
-            spec: spec_lib.QuantSpec | None) -> student_lib.Deployed:
-  """The calibrated model as it is; without a spec, the full-precision one."""
-  params = experiment.params
-  if spec is None:
-    none = spec_lib.LayerSpec('', '', None, None)
-    spec = spec_lib.QuantSpec(
-        'fp', {name: none for name in layers_lib.leaves(params, 'kernel')})
-  return student_lib.calibrated(
-      experiment.model, params, spec, experiment.plan.timesteps)
+def full_precision(experiment: experiment_lib.Experiment) -> Row:
+  """The model as it is."""
+  return Row(FULL_PRECISION, FULL_BITS, FULL_BITS, packed_lib.full_precision(
+      experiment.model, experiment.params, experiment.plan))
 
 
 def make_row(experiment: experiment_lib.Experiment, name: str,
@@ -61,22 +55,22 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   """
   cfg = experiment.quant
   if name == FULL_PRECISION:
-    full = spec_lib.FULL_PRECISION
-    return Row(name, full, full, untuned(experiment, None))
+    return full_precision(experiment)
   if name == TUNED:
     workdir_lib.check_trained(workdir, experiment.finetune.num_updates)
     spec = train.calibrated_spec(experiment, workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
-               train.fit(experiment, spec, workdir))
+               *train.fit(experiment, spec, workdir))
   if name == PACKED:
     workdir_lib.check_packed(workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
                export.load(f'{workdir}/{workdir_lib.PACKED_FILE}'))
   recipe, _, bits = name.partition(':')
-  weight_bits, act_bits = (spec_lib.parse_bits(bits) if bits
+  weight_bits, act_bits = (recipes.parse_bits(bits) if bits
                            else (cfg.weight_bits, cfg.act_bits))
   spec = experiment.calibrate(recipe, weight_bits, act_bits)
-  return Row(name, weight_bits, act_bits, untuned(experiment, spec))
+  return Row(name, weight_bits, act_bits, packed_lib.simulate(
+      experiment.model, experiment.params, spec, experiment.plan), spec)
 
 
 def check_rows(names: Sequence[str], workdir: str, num_updates: int) -> None:
@@ -99,31 +93,10 @@ def check_rows(names: Sequence[str], workdir: str, num_updates: int) -> None:
       workdir_lib.check_trained(workdir, num_updates)
     elif name == PACKED:
       workdir_lib.check_packed(workdir)
-    elif name != FULL_PRECISION and recipe not in spec_lib.RECIPES:
+    elif name != FULL_PRECISION and recipe not in recipes.RECIPES:
       raise ValueError(
           f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
-          f'{TUNED!r}, {PACKED!r} or one of {sorted(spec_lib.RECIPES)}, these '
+          f'{TUNED!r}, {PACKED!r} or one of {sorted(recipes.RECIPES)}, these '
           "also with bits as in 'msfp:w6a6'")
     elif colon:
-      spec_lib.parse_bits(bits)
-
-
-def packed_bytes(deployed: student_lib.Deployed | packed_lib.PackedModel
-                 ) -> int:
-  """Size of the model with its kernels packed; everything counted.
-
-  Codes of every bank's weights, scales and zero points in float32, and all
-  other parameters in float32. Of a model that was not packed this is computed.
-  """
-  if isinstance(deployed, packed_lib.PackedModel):
-    return deployed.stored_bytes
-  total = 4 * sum(leaf.size for leaf in jax.tree.leaves(deployed.params))
-  for name, weight in deployed.weights.items():
-    quantizer = deployed.spec.layers[name].weight
-    if quantizer is not None:
-      total -= 4 * weight[0].size
-      total += -(-weight.size * quantizer.bits // 8)
-      total += 4 * sum(leaf.size for leaf in jax.tree.leaves(quantizer))
-    acts = deployed.spec.layers[name].act
-    total += 4 * sum(np.size(leaf) for leaf in jax.tree.leaves(acts))
-  return total
+      recipes.parse_bits(bits)

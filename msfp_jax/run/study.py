@@ -23,7 +23,7 @@ import ml_collections
 from msfp_jax.base import files
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import scorer as scorer_lib
-from msfp_jax.quant import spec as spec_lib
+from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
@@ -32,7 +32,6 @@ from msfp_jax.run import references
 from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
 from msfp_jax.tune import finetune
-from msfp_jax.tune import student as student_lib
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
 
@@ -89,10 +88,10 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=base.data.path or base.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))
-  full = rows_lib.untuned(experiment, None)
-  images = evaluate.draw(experiment, cfg, full, f'seed {seed}, fp')
-  reference = _measure(scorer, full, images, spec_lib.FULL_PRECISION,
-                       spec_lib.FULL_PRECISION)
+  full = rows_lib.full_precision(experiment)
+  images = evaluate.draw(experiment, cfg, full.deployed, f'seed {seed}, fp')
+  reference = _measure(scorer, full.deployed, images, full.weight_bits,
+                       full.act_bits)
   for group in {folder.parent for folder in todo}:
     files.write_json(group / 'fp.json', reference)
   progress = progress_lib.Progress(
@@ -149,16 +148,17 @@ def _result(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _quantized(experiment: experiment_lib.Experiment,
-               workdir: str) -> student_lib.Deployed:
+               workdir: str) -> packed_lib.PackedModel:
   spec = train.calibrated_spec(experiment, workdir)
   if not experiment.finetune.num_updates:
-    return rows_lib.untuned(experiment, spec)
-  return train.fit(experiment, spec, workdir)
+    return packed_lib.simulate(
+        experiment.model, experiment.params, spec, experiment.plan)
+  return train.fit(experiment, spec, workdir)[0]
 
 
 def _measure(scorer, deployed, images, weight_bits, act_bits):
   return {'weight_bits': weight_bits, 'act_bits': act_bits,
-          'bytes': rows_lib.packed_bytes(deployed), **scorer.score(images)}
+          'bytes': deployed.stored_bytes, **scorer.score(images)}
 
 
 def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str

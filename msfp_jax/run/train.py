@@ -44,13 +44,12 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   experiment = experiment_lib.load(config, workdir)
   spec = calibrated_spec(experiment, workdir)
   if experiment.finetune.num_updates:
-    deployed = fit(experiment, spec, workdir)
+    deployed, _ = fit(experiment, spec, workdir)
   else:
-    deployed = student_lib.calibrated(
-        experiment.model, experiment.params, spec, experiment.plan.timesteps)
+    deployed = packed_lib.simulate(
+        experiment.model, experiment.params, spec, experiment.plan)
   path = f'{workdir}/{workdir_lib.PACKED_FILE}'
-  packed_file.save(path, packed_lib.pack(deployed, experiment.plan),
-                   command=command)
+  packed_file.save(path, deployed.packed(), command=command)
   logging.info('wrote %s', path)
 
 
@@ -87,11 +86,12 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
 
 
 def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
-        workdir: str) -> student_lib.Deployed:
+        workdir: str) -> tuple[packed_lib.PackedModel, spec_lib.QuantSpec]:
   """Fine-tunes a calibrated model; see `finetune.train`.
 
   Returns:
-    The model that this leaves, quantized.
+    The model that this leaves, quantized but not packed, and its spec, with
+    the ranges as they were learned.
   """
   settings = experiment.finetune
   student = finetune.make_student(
@@ -103,4 +103,5 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
       bank_key=experiment.key(experiment_lib.BANKS),
       trajectory_key=experiment.key(experiment_lib.TRAJECTORIES),
       draw_condition=experiment.draw_condition)
-  return student.deploy(trainable, experiment.plan.timesteps)
+  return (packed_lib.deploy(student, trainable, experiment.plan),
+          student_lib.with_ranges(spec, trainable['ranges']))
