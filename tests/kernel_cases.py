@@ -8,8 +8,11 @@ import numpy as np
 
 from msfp_jax import kernels
 from msfp_jax.kernels import carriers
-from msfp_jax.quant import quantizers
+from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Static
 
 # Compiling takes longer than running.
 jit = functools.partial(
@@ -42,10 +45,13 @@ class Case:
     bias = draw(outputs) if bias else None
     act_scale = act and np.float32(2.5 / act.max)
     act_zero = None if act_zero is None else np.float32(act_zero)
-    self.layer = kernels.make_layer(
-        w, quantizers.Quantizer(weight, scale, zeros),
-        act and quantizers.Quantizer(act, act_scale, act_zero), bias)
-    self.packed = kernels.pack(self.layer)
+    self.layer = QLayer(
+        Static(weight, _wide(scale, w), _wide(zeros, w)).quantize(w, axis=-2),
+        Static(act, act_scale, act_zero) if act else Full(), bias)
+    self.packed = packed(self.layer)
+    if geometry:
+      geometry = geometry_lib.resolve(x_shape, w_shape[:-2], **geometry)
+    self.resolved = geometry or None
     w = kernel_oracle.fake_quant(w, weight, scale, zeros)
     self.weights = w
     inputs, largest = np.float64(self.x), np.abs(self.x).max()
@@ -65,9 +71,7 @@ class Case:
 
   def apply(self, x, layer, **options):
     """Runs the layer; one operation after the other unless it is jitted."""
-    if not self.geometry:
-      return kernels.matmul(x, layer, **options)
-    return kernels.conv(x, layer, **self.geometry, **options)
+    return kernels.run(layer, x, self.resolved, **options)
 
   def run(self, layer=None, **options):
     layer = self.packed if layer is None else layer
@@ -82,7 +86,7 @@ class Case:
 
   def outputs(self, x, layer):
     """Runs the reference, and XLA in every carrier that holds the formats."""
-    fmts = self.layer.fmt, self.layer.act_fmt
+    fmts = self.layer.weight.fmt, self.layer.input.fmt
     expected = self.apply(x, layer, implementation='reference')
     return {'reference': expected} | {
         carrier: self.apply(x, layer, implementation='xla', carrier=carrier)
@@ -101,13 +105,31 @@ class Case:
     self.assert_close(expected)
     assert outputs
     is_exact = functools.partial(
-        carriers.is_exact, layer.fmt, layer.act_fmt, self.length)
+        carriers.is_exact, layer.weight.fmt, layer.input.fmt, self.length)
     bound = 2.0**-24 * (2 * self.length + 8) * self.span
     for carrier, actual in outputs.items():
       if is_exact(carrier) and is_exact('f32'):
         np.testing.assert_array_equal(actual, expected, carrier)
       else:
         assert (np.abs(actual - self.expected) <= bound).all(), carrier
+
+
+def _wide(scale, w):
+  """`[O]` as it stands in a quantizer of weights."""
+  return None if scale is None else scale.reshape(
+      (1,) * (w.ndim - 1) + (-1,))
+
+
+def packed(layer):
+  """A layer with codes for levels."""
+  return layer.replace(weight=layer.weight.packed())
+
+
+def prepared(layer, implementation=None):
+  """A packed layer of one set of weights as `kernels.prepare` makes it."""
+  weight = layer.weight.replace(data=np.asarray(layer.weight.data)[None])
+  return kernels.prepare(
+      layer.replace(weight=weight), implementation).at(0)
 
 
 def conv_case(x_shape, w_shape, *formats, strides=1, padding=0, dilation=1,

@@ -16,12 +16,12 @@ from msfp_jax import diffusion
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.quant import interception as layers_lib
-from msfp_jax.quant import quantizers
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.calibrate import calibrate
-from msfp_jax.quant.calibrate import collect
 from msfp_jax.quant.interception import list_layers
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.observe import collect
+from msfp_jax.quant.quantizers import Static
 
 CIFAR10 = UNetConfig()
 CELEBA64 = UNetConfig(image_size=64, ch_mult=(1, 2, 2, 2, 4))
@@ -140,14 +140,14 @@ def assert_trees_equal(a, b):
 def by_hand(params):
   """Makes a spec without calibration, for signed and for unsigned inputs."""
   acts = [
-      quantizers.Quantizer(FPFormat.parse('E2M1'), jnp.float32(0.4)),
-      quantizers.Quantizer(
+      Static(FPFormat.parse('E2M1'), jnp.float32(0.4)),
+      Static(
           FPFormat.parse('UE3M1'), jnp.float32(0.15), jnp.float32(-0.4))]
   found = {}
   for i, (name, kernel) in enumerate(layers_lib.leaves(
       params, 'kernel').items()):
     largest = np.abs(kernel).max(
         tuple(range(kernel.ndim - 1)), keepdims=True)
-    found[name] = spec_lib.LayerSpec('', '', quantizers.Quantizer(
+    found[name] = spec_lib.LayerSpec('', '', Static(
         FPFormat.parse('E2M1'), largest / 6), acts[i % 2])
   return spec_lib.QuantSpec('by hand', found)

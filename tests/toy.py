@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from configs import common
 from msfp_jax import diffusion
 from msfp_jax.quant import interception as layers_lib
-from msfp_jax.quant import quantizers
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.tune import student as student_lib
@@ -42,7 +41,7 @@ def params():
 
 def quantizer(fmt, channels=None, zero_point=None):
   shape = () if channels is None else (1, 1, 1, channels)
-  return quantizers.Quantizer(
+  return Static(
       FPFormat.parse(fmt), jnp.full(shape, 0.25), zero_point)
 
 

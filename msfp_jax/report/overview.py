@@ -74,7 +74,8 @@ def _layers(source: Source) -> str:
   """Says which layers the model shown in detail quantizes."""
   layers = source.layers.values()
   kinds = [layer.kind for layer in layers]
-  unsigned = sum(_is_unsigned(layer.act) for layer in layers if layer.kind == 'AAL')
+  unsigned = sum(_is_unsigned(layer.act) for layer in layers
+                 if layer.kind == 'AAL')
   quantized = sum(layer.quantized for layer in layers)
   if not quantized:
     return 'Nothing is quantized.'

@@ -98,7 +98,7 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
     ValueError: the spec quantizes no weight.
   """
   bits = {name: layer.weight.bits for name, layer in spec.layers.items()
-          if layer.weight is not None}
+          if not layer.weight.is_full}
   if not bits:
     raise ValueError('nothing to fine-tune: the spec quantizes no weight')
   banked = tuple(n for n, width in bits.items() if width == min(bits.values()))
