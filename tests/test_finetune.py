@@ -50,7 +50,7 @@ def test_each_part_has_its_rate_which_falls_to_zero_linearly(part):
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-  """A student whose prediction is a multiple of x, plus the labels."""
+  """A student whose prediction is a multiple of x, plus labels and index."""
 
   params: float
   router = None
@@ -59,8 +59,9 @@ class Linear:
       apply=lambda variables, x, t, *labels: variables['params'] * x + sum(
           label[:, None] for label in labels))
 
-  def predict(self, trainable, x, t, *labels):
-    return self.model.apply({'params': trainable['a']}, x, t, *labels), None
+  def predict(self, trainable, x, t, *labels, step):
+    prediction = self.model.apply({'params': trainable['a']}, x, t, *labels)
+    return prediction + step, None
 
 
 SCHEDULE = diffusion.make_schedule(
@@ -121,7 +122,7 @@ def test_trajectories_start_and_go_on_with_noise_of_their_own():
 
 
 def test_teacher_and_student_are_asked_for_the_same():
-  """A condition of every trajectory, and not of every step."""
+  """A condition of every trajectory, and the index of every step."""
   asked, losses = follow(2 * STEPS, conditions.classes(50))
   for trajectory in range(2):
     key = jax.random.fold_in(KEY, trajectory)
@@ -129,9 +130,9 @@ def test_teacher_and_student_are_asked_for_the_same():
         jax.random.fold_in(key, 2), (4,), 0, 50))[:, None]
     x, noises = draws(trajectory)
     for i, z in enumerate(noises):
-      # The student predicts the labels alone: its error is x / 2.
+      # The student predicts labels and index alone: x / 2 is missing.
       assert losses[STEPS * trajectory + i] == pytest.approx(
-          np.mean((0.5 * x)**2), rel=1e-4)
+          np.mean((0.5 * x - i)**2), rel=1e-4)
       x = (PLAN.x_coef[i] * x - PLAN.eps_factor[i] * (0.5 * x + labels)
            + PLAN.noise_std[i] * z)
       np.testing.assert_allclose(

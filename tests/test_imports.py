@@ -21,9 +21,9 @@ ROOMS = {
     'convert': 'base models',
     'metrics': 'base models data convert',
     'quant': 'base diffusion',
-    'kernels': 'base quant',
+    'kernels': 'base diffusion quant',
     'tune': 'base models diffusion data convert quant kernels',
-    'packed': 'base models diffusion convert quant kernels tune',
+    'packed': 'base models diffusion data convert quant kernels tune',
     # Below run/, since it draws what it is given and evaluation calls it.
     'report': 'base models diffusion data convert metrics quant kernels tune '
               'packed',
@@ -35,7 +35,7 @@ FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
 DRAWING = {'matplotlib', 'jinja2'}
 
 # The one file that knows which kernels there are, each in a folder beside it.
-DOOR = 'kernels/dispatch.py'
+DOOR = 'kernels/door.py'
 CHIPS = sorted(path.parent.name
                for path in (PACKAGE / 'kernels').glob('*/__init__.py'))
 # Not inside of words, such as outputs.

@@ -173,7 +173,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 
   def loss_fn(trainable, params, x, step, condition, eps_teacher):
     eps, choices = dataclasses.replace(student, params=params).predict(
-        trainable, x, step['t'], *condition)
+        trainable, x, step['t'], *condition, step=step['index'])
     loss = losses.dfa_loss(step['gamma'], eps_teacher, eps)
     return loss, (losses.dfa_loss(1.0, eps_teacher, eps), choices)
 
