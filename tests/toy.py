@@ -6,10 +6,13 @@ import jax.numpy as jnp
 
 from configs import common
 from msfp_jax import diffusion
+from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception as layers_lib
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.tune import student as student_lib
+from msfp_jax.quant.quantize import make_layer
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Static
 
 SHAPE = (8, 8, 1)
 
@@ -49,16 +52,36 @@ def layer(weight, act):
   return spec_lib.LayerSpec('', '', weight, act)
 
 
-def deployed():
-  """Makes a model: two banks of 4 bits, a layer as it was, one of 3 bits."""
-  spec = spec_lib.QuantSpec('by hand', {
+def spec():
+  """4 bits, a layer as it was, and 3 bits."""
+  return spec_lib.QuantSpec('by hand', {
       'conv_in': layer(quantizer('E2M1', 4),
                        quantizer('UE2M2', zero_point=jnp.float32(-0.25))),
-      'temb': layer(None, None),
+      'temb': layer(Full(), Full()),
       'conv_out': layer(quantizer('E1M1', 1), quantizer('E2M1'))})
+
+
+def sets():
+  """{layer: its weights before they are quantized, `[h, ...]`}."""
   kernels = layers_lib.leaves(params(), 'kernel')
   weights = {name: kernel[None] for name, kernel in kernels.items()}
   first = kernels['conv_in']
-  weights['conv_in'] = jnp.stack([first, -first])
-  return student_lib.Deployed(
-      Toy(), params(), spec, weights, {'conv_in': jnp.asarray([0, 1])})
+  return weights | {'conv_in': jnp.stack([first, -first])}
+
+
+def deployed(given=None):
+  """Makes a model of `spec`: two banks in the first layer, not packed.
+
+  Args:
+    given: parameters whose biases the model has; those of `params` if None.
+  """
+  given = params() if given is None else given
+  biases = layers_lib.leaves(given, 'bias')
+  layers = {}
+  for name, row in spec().layers.items():
+    weight = None if row.weight.is_full else row.weight.quantize_banks(
+        sets()[name])
+    layers[name] = make_layer(weight, row, biases[name])
+  return packed_lib.PackedModel(
+      Toy(), {'temb': given['temb']}, layers,
+      {'conv_in': jnp.asarray([0, 1])}, plan())
