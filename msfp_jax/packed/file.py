@@ -36,6 +36,7 @@ import numpy as np
 from msfp_jax import diffusion
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
+from msfp_jax.models import registry
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as layers_lib
 from msfp_jax.packed import model as packed_lib
@@ -81,7 +82,7 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
   header = {
-      'model': header_lib.model_to_dict(model.model),
+      'model': registry.to_dict(model.model),
       'layers': [header_lib.layer_to_row(name, layer)
                  for name, layer in own.items()],
       'others': {name: header_lib.input_to_row(layer.input)

@@ -9,9 +9,7 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax.diffusion import sampling
-from msfp_jax.models.guided import Guided
-from msfp_jax.models.unet import UNet
-from msfp_jax.models.unet import UNetConfig
+from msfp_jax.models import registry
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import serialize
 from msfp_jax.quant.numbers import FPFormat
@@ -148,27 +146,16 @@ def weight_from_row(row: list[Any], data: np.ndarray,
       wide=None if wide is None else FPFormat.parse(wide))
 
 
-def model_to_dict(model: nn.Module) -> dict[str, Any]:
-  """Empty for models that are no UNet of this package."""
-  if isinstance(model, Guided):
-    return {'unet': model.inner.config.to_dict(), 'scale': model.scale,
-            'null_label': model.null_label}
-  return {'unet': model.config.to_dict()} if isinstance(model, UNet) else {}
-
-
 def model_from_dict(row: dict[str, Any]) -> nn.Module:
-  """The inverse.
+  """The model that `registry.to_dict` described.
 
   Raises:
-    ValueError: it is empty.
+    ValueError: the row is empty, or describes no model of this package.
   """
   if not row:
     raise ValueError('the file does not describe its model: pass '
                      'load(path, model=...)')
-  unet = UNet(UNetConfig(**row['unet']))
-  if 'scale' in row:
-    return Guided(unet, row['scale'], row['null_label'])
-  return unet
+  return registry.from_dict(row)
 
 
 def plan_to_dict(plan: diffusion.SamplerPlan) -> dict[str, Any]:
@@ -194,4 +181,6 @@ def plan_from_dict(row: dict[str, Any]) -> diffusion.SamplerPlan:
   timesteps, *others = (array(row, name) for name in _PLAN)
   if not len(timesteps) or any(a.shape != timesteps.shape for a in others):
     raise ValueError('a plan of unequal lengths')
-  return diffusion.SamplerPlan(np.int64(timesteps), *others, multistep)
+  if not (timesteps % 1).any():  # those of flow matching are real numbers
+    timesteps = np.int64(timesteps)
+  return diffusion.SamplerPlan(timesteps, *others, multistep)
