@@ -6,6 +6,7 @@ import json
 import types
 
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import page as page_lib
 from PIL import Image
@@ -136,6 +137,25 @@ def test_shares_and_what_they_have_in_common():
   assert timesteps.overlap(a, b) == pytest.approx(25 + 25)
   assert timesteps.overlap(a, 7 * a) == pytest.approx(100)
   assert not timesteps.shares(np.zeros(2)).any()
+
+
+REAL = np.asarray([0.9, 0.4567891, 1e-3])
+
+
+def test_real_timesteps_are_drawn_where_they_are():
+  """Also those of flows, which end at 1."""
+  figure = timesteps._shape(
+      'x', REAL, 'loss', np.asarray([1.0, 3.0, 1.0]), np.asarray([9.0, 1, 1]))
+  assert 'Largest at t\u00a0=\u00a00.4568 and t\u00a0=\u00a00.9;' in (
+      figure.caption)
+  axes = timesteps._axes(matplotlib.figure.Figure(), REAL)
+  left, right = axes.get_xlim()
+  assert left == pytest.approx(0.918) and right == pytest.approx(-0.018)
+
+
+def test_a_router_over_real_timesteps():
+  figure = routing._shares(REAL, {'a': np.asarray([0, 1, 1])})
+  assert 'bank 0: 100% at t = 0.9, 0% at t = 0.001' in figure.caption
 
 
 def test_the_share_of_each_bank():

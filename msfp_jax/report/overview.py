@@ -8,6 +8,7 @@ import jax
 
 from msfp_jax.metrics import registry
 from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
 
@@ -47,7 +48,8 @@ def _text(value: Any) -> str:
 
 def _timesteps(source: Source) -> str:
   t = source.experiment.plan.timesteps
-  return f'{t[0]} to {t[-1]}, {len(t)} steps'
+  first, last = numbers.timestep(t[0]), numbers.timestep(t[-1])
+  return f'{first} to {last}, {len(t)} steps'
 
 
 def _outcome(source: Source) -> str:
