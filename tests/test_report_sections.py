@@ -13,10 +13,10 @@ from PIL import Image
 import pytest
 
 from msfp_jax.metrics import registry
-from msfp_jax.quant import quantizers
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import Activations
+from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import Static
 from msfp_jax.report import curves
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table
@@ -40,7 +40,7 @@ ROWS = [
 
 
 def quantizer(fmt, scale=0.5, zero_point=None):
-  return quantizers.Quantizer(
+  return Static(
       FPFormat.parse(fmt), jnp.float32(scale),
       None if zero_point is None else jnp.float32(zero_point))
 
@@ -48,7 +48,8 @@ def quantizer(fmt, scale=0.5, zero_point=None):
 def layer(kind, fmt, mse=1.0, signed_mse=1.0, role='conv'):
   return spec_lib.LayerSpec(
       role, kind, quantizer('E2M1'), quantizer(fmt),
-      {'act_mse': mse, 'act_signed_mse': signed_mse, 'weight_mse': 0.25})
+      stats={'act_mse': mse, 'act_signed_mse': signed_mse,
+             'weight_mse': 0.25})
 
 
 def silu(count, seed=0):
@@ -90,7 +91,7 @@ def test_an_embedded_image_is_the_image(channels):
 
 def test_rows_of_layers():
   layers = {'a': layer('AAL', 'UE2M2', 0.5, 2.0),
-            'b': spec_lib.LayerSpec('conv', 'NAL', None, None)}
+            'b': spec_lib.LayerSpec('conv', 'NAL')}
   a, b = layers_table.rows(layers)
   assert a == [1, 'a', 'conv', 'AAL', 'UE2M2', 0.5, None, 0.5, 4.0, 'E2M1',
                0.25]
@@ -109,7 +110,7 @@ def test_the_error_of_a_grid_by_hand():
 
 
 def test_layers_worth_looking_at():
-  seen = {name: Activations(np.asarray([-1.0, 1.0]) * size, 0, 0)
+  seen = {name: Seen(np.asarray([-1.0, 1.0]) * size)
           for name, size in zip('abcdefg', (1, 1, 1, 1, 1, 10, 1), strict=True)}
   layers = {
       'a': layer('AAL', 'UE2M2', 1, 2), 'b': layer('AAL', 'UE2M2', 1, 4),
@@ -123,7 +124,7 @@ def test_layers_worth_looking_at():
 def test_strategies_on_an_input_of_known_errors():
   """SiLU of a normal input; errors by brute force on coarser grids."""
   found = strategies.search(
-      {'x': Activations(silu(20_000), -0.2785, 4.0)}, 4)['x']
+      {'x': Seen(silu(20_000))}, 4)['x']
   assert list(found) == list(strategies.STRATEGIES)
   assert found['signed FP'] == pytest.approx(6.1e-3, rel=0.1)
   assert found['unsigned FP'] == pytest.approx(2.3e-2, rel=0.1)
@@ -195,15 +196,14 @@ def test_curves_are_read_and_grouped(tmp_path):
 
 def source(**changes):
   """Makes a run of full precision and two models; one has a hostile name."""
-  full = spec_lib.LayerSpec('conv', 'NAL', None, None)
+  full = spec_lib.LayerSpec('conv', 'NAL')
   fields = {
       'workdir': '', 'command': EVIL, 'row': EVIL,
       'results': {'dataset': EVIL, 'num_samples': 9, 'features': 'x',
                   'rows': ROWS},
       'pictures': {name: np.zeros((4, 8, 8, 1), np.uint8)
                    for name in ('data', 'fp', EVIL)},
-      'deployed': types.SimpleNamespace(
-          spec=spec_lib.QuantSpec('fp', {'a': full}), weights={}, choices={}),
+      'deployed': types.SimpleNamespace(choices={}), 'layers': {'a': full},
       'experiment': types.SimpleNamespace(
           plan=types.SimpleNamespace(num_steps=2))}
   return section_lib.Source(**fields | changes)
@@ -229,18 +229,15 @@ def test_the_overview_tells_what_is_quantized():
   assert facts['reference: vectors'] == '1,234'
   layers = {'a': layer('AAL', 'UE2M2'), 'b': layer('AAL', 'E2M1'),
             'c': layer('NAL', 'E2M1')}
-  deployed = types.SimpleNamespace(spec=spec_lib.QuantSpec('msfp', layers))
   assert text(source(
-      experiment=experiment, row='msfp', deployed=deployed)) == (
+      experiment=experiment, row='msfp', layers=layers)) == (
       'Shown in detail is msfp: fd_x 2.000 (full precision 1.000), 1,000 '
       'bytes (4,000). 3 of its 3 layers are quantized. AALs: 2, 1 of them in '
       'an unsigned format; NALs: 1.')
 
 
 def test_what_comes_from_files_is_escaped():
-  deployed = types.SimpleNamespace(spec=spec_lib.QuantSpec(
-      'msfp', {EVIL: layer('AAL', 'UE2M2')}))
-  given = source(deployed=deployed)
+  given = source(layers={EVIL: layer('AAL', 'UE2M2')})
   drawn = histograms._figure(  # a layer's name in a drawing
       'histogram-0', EVIL, layer('NAL', 'E2M1'), silu(256))
   html = page.render(page.title(given), [

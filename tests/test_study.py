@@ -72,7 +72,7 @@ def draws(monkeypatch):
         0, 256, (count, *shape), np.uint8)
 
   def calibrate(self):
-    none = spec_lib.LayerSpec('', '', None, None)
+    none = spec_lib.LayerSpec('', '')
     return spec_lib.QuantSpec(self.quant.recipe, {
         name: none for name in layers_lib.leaves(self.params, 'kernel')})
 
