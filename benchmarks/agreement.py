@@ -25,6 +25,7 @@ from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import files
 from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.metrics import similarity
 from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
@@ -37,11 +38,7 @@ _IMAGES = flags.DEFINE_integer('images', 512, 'Images for each seed.')
 _BATCH = flags.DEFINE_integer('batch', 128, 'Images at once.')
 _OUTPUT = flags.DEFINE_string('output', 'agreement.json', 'Where figures go.')
 
-
-def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Computes the PSNR of every image of [-1, 1], `[B]`, at most 150 dB."""
-  error = ((np.clip(a, -1, 1) - np.clip(b, -1, 1)) ** 2).mean((1, 2, 3))
-  return 10 * np.log10(4 / np.maximum(error, 4e-15))
+_CAP = 150.0  # dB; what equal floats count as
 
 
 def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
@@ -60,8 +57,7 @@ def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
 
 def distance(scorer: scorer_lib.Scorer, images: np.ndarray) -> float:
   """The Frechet distance of images of [-1, 1] to the data."""
-  found = scorer.score(np.asarray(data.to_uint8(images)))
-  return next(value for name, value in found.items() if name.startswith('fd_'))
+  return scorer.score(np.asarray(data.to_uint8(images)))[scorer.metric]
 
 
 def main(unused_argv: Sequence[str]) -> None:
@@ -83,8 +79,10 @@ def main(unused_argv: Sequence[str]) -> None:
   for seed in range(_SEEDS.value):
     drawn = [draw(model, experiment.plan, experiment.image_shape, seed)
              for model in models]
-    decibels = psnr(*drawn)
-    everything = psnr(*(x.reshape(1, -1, 1, 1) for x in drawn))
+    shown = [np.clip(x, -1, 1) for x in drawn]
+    decibels = similarity.decibels(*shown, peak=2, cap=_CAP)
+    everything = similarity.decibels(
+        *(x[None] for x in shown), peak=2, cap=_CAP)
     row = {
         'seed': seed, 'psnr_mean': float(decibels.mean()),
         'psnr_min': float(decibels.min()),

@@ -33,18 +33,23 @@ def test_the_scores_of_a_large_batch_are_never_all_in_memory():
   assert 'scan' in jaxpr
 
 
-@pytest.mark.slow
-def test_guidance_is_two_predictions():
+@pytest.mark.parametrize('scale', [0.0, 3.0])
+def test_guidance_is_two_predictions(scale):
   config = UNetConfig(
-      image_size=8, ch=8, ch_mult=(1,), num_res_blocks=1, norm_groups=4,
-      attn_resolutions=(), context_dim=6, context_classes=5, dropout=0.0)
+      image_size=4, ch=4, ch_mult=(1,), num_res_blocks=0, norm_groups=2,
+      attn_resolutions=(), num_classes=5, dropout=0.0)
   model = UNet(config)
-  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
   t, labels = jnp.array([3.0, 700.0]), jnp.array([1, 3])
-  params = jax.jit(model.init)(jax.random.key(1), x, t, labels)
-  guided = jax.jit(Guided(model, 3.0, 4).apply)(params, x, t, labels)
-  apply = jax.jit(model.apply)
-  with_class = np.float64(apply(params, x, t, labels))
-  without = np.float64(apply(params, x, t, jnp.array([4, 4])))
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+      lambda s: rng.normal(size=s.shape).astype(np.float32),
+      jax.eval_shape(model.init, jax.random.key(1), x, t, labels))
+  guided, within, without = jax.jit(lambda params: (
+      Guided(model, scale, 4).apply(params, x, t, labels),
+      model.apply(params, x, t, labels),
+      model.apply(params, x, t, jnp.array([4, 4]))))(params)
+  within, without = np.float64(within), np.float64(without)
+  assert np.abs(within - without).max() > 0.1
   np.testing.assert_allclose(
-      guided, without + 3 * (with_class - without), rtol=0, atol=1e-5)
+      guided, without + scale * (within - without), rtol=0, atol=1e-4)

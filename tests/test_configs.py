@@ -5,7 +5,9 @@ import itertools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 import safetensors
 
@@ -18,7 +20,8 @@ from msfp_jax.convert import native
 from msfp_jax.metrics import features
 from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
-from msfp_jax.quant import spec
+from msfp_jax.quant import recipes
+from msfp_jax.quant import roles
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
@@ -29,7 +32,7 @@ MODULES = [importlib.import_module(f'configs.{path.stem}')
            for path in sorted((ROOT / 'configs').glob('*.py'))
            if path.stem != 'common']
 CASES = [(module, variant) for module in MODULES
-         for variant in ('', 'w4a4', 'w6a8', *spec.EXCEPTIONS,
+         for variant in ('', 'w4a4', 'w6a8', *roles.EXCEPTIONS,
                          *module.VARIANTS)]
 STUDY_ROWS = [
     (module, variant) for module in MODULES
@@ -69,8 +72,8 @@ def test_fields_and_types_are_those_of_common(module, variant):
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)
 def test_what_a_config_names_exists(module, variant):
   config = module.get_config(variant)
-  spec.recipe(config.quant.recipe)
-  assert config.quant.exceptions in spec.EXCEPTIONS
+  recipes.get(config.quant.recipe)
+  assert config.quant.exceptions in roles.EXCEPTIONS
   schedule = diffusion.make_schedule(**config.schedule)
   plan = diffusion.make_plan(schedule, **config.sampler)
   losses.denoising_factors(schedule, plan, config.finetune.gamma)
@@ -86,27 +89,58 @@ def test_what_a_config_names_exists(module, variant):
     features.get(config.eval.features, (side, side, 1))
   for row in config.eval.rows:
     if row not in ('fp', 'tuned'):
-      spec.recipe(row.partition(':')[0])
+      recipes.get(row.partition(':')[0])
 
 
-@pytest.mark.parametrize('sampler', ['ddim', 'ddpm'])
+# Of each sampler in the package: how many evaluations it makes of N steps.
+@pytest.mark.parametrize('sampler, evaluations', [
+    ('ddim', 20), ('ddpm', 20), ('dpm_solver', 20), ('plms', 21)])
 @pytest.mark.parametrize('schedule', ['linear', 'scaled_linear', 'cosine'])
-def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
+def test_every_sampler_and_schedule_can_be_named(
+    sampler, evaluations, schedule):
   """Any sampler can be named while a config's other fields stay as they are."""
   config = common.get_config()
   config.sampler.name, config.schedule.name = sampler, schedule
   plan = diffusion.make_plan(
       diffusion.make_schedule(**config.schedule), **config.sampler)
-  assert plan.num_steps == config.sampler.num_steps
+  assert config.sampler.num_steps == 20
+  assert plan.num_steps == evaluations
+
+
+def test_no_sampler_and_no_schedule_is_missing_above():
+  """A config that names none of them is told which there are."""
+  schedule = diffusion.make_schedule(**common.get_config().schedule)
+  with pytest.raises(ValueError) as error:
+    diffusion.make_plan(schedule, 'none')
+  assert str(error.value).endswith("['ddim', 'ddpm', 'dpm_solver', 'plms']")
+  with pytest.raises(ValueError) as error:
+    diffusion.make_schedule('none')
+  assert str(error.value).endswith("['cosine', 'linear', 'scaled_linear']")
 
 
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)
-def test_the_optimizers_take_the_config(module, variant):
+def test_the_optimizers_take_the_rates_of_the_config(module, variant):
+  """Adam's updates for gradients of 1, of weights of 0, are minus the rate."""
   config = module.get_config(variant)
-  assert pretrain.optimizer(
-      pretrain.PretrainSettings(**config.pretrain))
-  assert finetune.optimizer(
-      finetune.FinetuneSettings(**config.finetune))
+  one, zero = jnp.ones(()), jnp.zeros(())
+  tx = pretrain.optimizer(pretrain.PretrainSettings(**config.pretrain))
+  first, state = tx.update(one, tx.init(zero), zero)
+  second, _ = tx.update(one, state, zero)
+  assert first == 0  # the warm-up begins
+  np.testing.assert_allclose(
+      second, -config.pretrain.learning_rate / config.pretrain.warmup,
+      rtol=1e-5)
+  if not config.finetune.num_updates:  # calibrated only
+    return
+  rates = {'banks': config.finetune.learning_rate,
+           'router': config.finetune.router_learning_rate,
+           'ranges': config.finetune.range_learning_rate,
+           'biases': config.finetune.range_learning_rate}
+  tx = finetune.optimizer(finetune.FinetuneSettings(**config.finetune))
+  ones, zeros = dict.fromkeys(rates, one), dict.fromkeys(rates, zero)
+  updates, _ = tx.update(ones, tx.init(zeros), zeros)
+  for name, rate in rates.items():
+    np.testing.assert_allclose(updates[name], -rate, rtol=1e-5)
 
 
 def test_warm_up_must_end_before_the_training():
@@ -147,7 +181,7 @@ def test_an_unknown_word_lists_the_known(module):
     module.get_config('w4a4,tabel')
   message = str(error.value)
   assert "'tabel'" in message
-  for word in ('w4a4', *spec.EXCEPTIONS, *module.VARIANTS):
+  for word in ('w4a4', *roles.EXCEPTIONS, *module.VARIANTS):
     assert word in message
 
 

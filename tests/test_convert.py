@@ -94,8 +94,10 @@ def test_every_damage_is_listed(tmp_path, name, rename):
   state, config = checkpoints.state_of(name), families.CONFIGS[name]
   checkpoints.describe(tmp_path, name, config)
   tensors = rename(state, config)
-  assert convert.load_pretrained(
+  _, params = convert.load_pretrained(
       checkpoints.write(tmp_path / 'a.safetensors', tensors))
+  jax.tree.map(np.testing.assert_array_equal, params,
+               unet_oracle.from_state_dict(config, state))
   norms = [n for n in tensors if 'up' in n or 'output' in n]
   biases = sorted(n for n in norms if n.endswith('.bias'))
   weights = sorted(n for n in norms if tensors[n].ndim == 4
@@ -157,7 +159,10 @@ def test_an_average_that_does_not_fit(tmp_path):
   torch_writer.save_zip(tmp_path / 'm.ckpt', checkpoint)
   with pytest.raises(ValueError, match=r'lacks \[.out\.2\.weight'):
     convert.load_pretrained(str(tmp_path / 'm.ckpt'))
-  assert convert.load_pretrained(str(tmp_path / 'm.ckpt'), ema=False)
+  _, params = convert.load_pretrained(str(tmp_path / 'm.ckpt'), ema=False)
+  jax.tree.map(np.testing.assert_array_equal, params,
+               unet_oracle.from_state_dict(
+                   config, checkpoints.state_of('ldm_beds')))
 
 
 def test_what_is_no_checkpoint(tmp_path):

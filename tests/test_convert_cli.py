@@ -27,6 +27,9 @@ def test_ours_from_another_family(tmp_path):
   checkpoints.save_ldm(tmp_path / 'model.ckpt', state, config)
   done = run(tmp_path / 'model.ckpt', tmp_path / 'ours.safetensors')
   assert done.returncode == 0, done.stderr
+  # An overview by clu, the bytes of float32 in its last line.
+  count = sum(value.size for value in state.values())
+  assert f'Total: {count:,} -- {4 * count:,} bytes' in done.stderr
   model, params = convert.load_pretrained(str(tmp_path / 'ours.safetensors'))
   assert model.config == config
   jax.tree.map(np.testing.assert_array_equal, params,

@@ -1,6 +1,7 @@
 """Schedules and samplers, against the papers' formulas in float64."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from msfp_jax import diffusion
+from msfp_jax.diffusion import sampling
 
 SHAPE = (2, 3, 3, 2)
 KEY = jax.random.key(7)
@@ -303,3 +305,73 @@ def test_a_sampler_that_adds_noise_needs_a_key():
 def test_what_is_no_sampler_is_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
     diffusion.make_plan(ddpm_schedule(), name, **options)
+
+
+def flow_times(num_steps, shift=3.0):
+  """As flow matching spaces them: s t / (1 + (s - 1) t), from 1 to 0."""
+  t = np.linspace(1, 0, num_steps + 1)
+  return shift * t / (1 + (shift - 1) * t)
+
+
+def test_real_timesteps_sample_a_flow():
+  """Euler's steps x' = x + (t' - t) v(x, t), whole and by the recurrence.
+
+  The velocity turns fast with t, so that a rounded time would be seen.
+  """
+  times = flow_times(6)
+  plan = diffusion.SamplerPlan(
+      times[:-1], np.ones(6), times[:-1] - times[1:], np.zeros(6))
+  assert plan.timesteps.dtype == np.float64
+  velocity = lambda xp, x, t: xp.sin(40 * t) * x + xp.cos(25 * t) + 0.3
+  found = diffusion.sample(
+      lambda x, t, index: velocity(jnp, x, t[:, None, None, None]), plan,
+      jnp.asarray(noise()))
+  x = np.float64(noise())
+  for t, after in zip(times[:-1], times[1:], strict=True):
+    x = x + (after - t) * velocity(np, x, t)
+  assert_near(found, x, 1e-5)
+
+
+@pytest.mark.parametrize('timesteps, kind', [
+    ([500, 0], np.int64), (np.array([500, 0], np.int32), np.int64),
+    ([0.5, 0.0], np.float64), (np.array([3.5, 1], np.float32), np.float64)])
+def test_a_plan_there_and_back_keeps_integers_and_reals(timesteps, kind):
+  plan = diffusion.SamplerPlan(
+      timesteps, np.array([1 / 3, 1]), np.array([0.1, 0]), np.zeros(2))
+  again = diffusion.SamplerPlan.from_dict(
+      json.loads(json.dumps(plan.to_dict())))
+  for name in ('timesteps', 'x_coef', 'eps_factor', 'noise_std'):
+    one, two = getattr(plan, name), getattr(again, name)
+    np.testing.assert_array_equal(one, two)
+    assert one.dtype == two.dtype
+  assert again.timesteps.dtype == kind and again.multistep is None
+
+
+def test_a_multistep_plan_there_and_back():
+  plan = diffusion.plms_plan(ddpm_schedule(), 5)
+  again = diffusion.SamplerPlan.from_dict(
+      json.loads(json.dumps(plan.to_dict())))
+  for name in ('x_part', 'eps_part', 'weights'):
+    np.testing.assert_array_equal(
+        getattr(plan.multistep, name), getattr(again.multistep, name))
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'timesteps': []}, r'timesteps must be .*\[0\]'),
+    ({'timesteps': ['a', 'b']}, 'timesteps must be'),
+    ({'timesteps': [[1, 0]]}, r'\[1, 2\]'),
+    ({'timesteps': [float('nan'), 0]}, 'NaN'),
+    ({'x_coef': np.ones(3)}, r'2 timesteps, and x_coef \[3\]'),
+    ({'multistep': sampling.Multistep(
+        np.ones(2), np.ones(1), np.ones((2, 3)))}, r'and eps_part \[1\]')])
+def test_what_is_no_plan(change, message):
+  fields = {'timesteps': [1, 0], 'x_coef': np.ones(2),
+            'eps_factor': np.ones(2), 'noise_std': np.zeros(2)}
+  with pytest.raises(ValueError, match=message):
+    diffusion.SamplerPlan(**fields | change)
+
+
+def test_a_schedule_has_no_values_between_its_steps():
+  with pytest.raises(ValueError, match='float32, and must be integers'):
+    diffusion.add_noise(ddpm_schedule(), jnp.asarray(noise()),
+                        jnp.asarray(noise()), jnp.asarray([1.5, 2.0]))

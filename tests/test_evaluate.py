@@ -4,7 +4,7 @@ from msfp_jax.run import evaluate
 
 
 def test_the_table_is_aligned_and_empty_where_nothing_was_computed():
-  results = {'rows': [
+  results = {'features': 'x', 'rows': [
       {'name': 'fp', 'weight_bits': 32, 'fd': 1.23456, 'bytes': 2597316},
       {'name': 'tuned', 'weight_bits': 4, 'fd': 12345.6, 'psnr': 20.0,
        'bytes': 400}]}

@@ -138,7 +138,7 @@ draw = lambda size: generate.generate(
     toy.deployed(), toy.plan(), 10, size, toy.SHAPE, key, decode=note)
 images = draw(8)
 assert devices == [(4, False)] * 2
-seen = features.get('random', toy.SHAPE).features(images)
+seen = features.get('random', toy.SHAPE).outputs(images).features
 np.savez(sys.argv[1], images=images, seen=seen)
 try:
   draw(6)
@@ -163,5 +163,5 @@ def test_batches_are_split_over_all_devices(tmp_path, deployed, plan):
     assert np.abs(found['images'].astype(int) - images).max() <= 1
     assert (found['images'] != images).mean() < 0.01
     np.testing.assert_allclose(
-        found['seen'], features.get('random', toy.SHAPE).features(
-            found['images']), rtol=1e-5, atol=1e-5)
+        found['seen'], features.get('random', toy.SHAPE).outputs(
+            found['images']).features, rtol=1e-5, atol=1e-5)

@@ -97,6 +97,17 @@ def test_gamma_has_mean_1_and_is_not_negative(plan, variant):
   assert (gamma >= 0).all()
 
 
+def test_real_timesteps_have_no_factors_of_the_training_schedule():
+  plan = diffusion.SamplerPlan(
+      np.array([750.5, 0.25]), np.ones(2), np.array([3.0, 1.0]), np.zeros(2))
+  for variant in ('ddpm', 'ddpm_respaced'):
+    with pytest.raises(ValueError, match=(
+        f"such as 750.5.*gamma='{variant}'.*use 'sampler' or 'none'")):
+      losses.denoising_factors(LINEAR, plan, variant)
+  assert losses.denoising_factors(LINEAR, plan, 'sampler').tolist() == [1.5, .5]
+  assert losses.denoising_factors(LINEAR, plan, 'none').tolist() == [1, 1]
+
+
 def test_none_is_1():
   gamma = losses.denoising_factors(LINEAR, PLANS['quad'], 'none')
   assert gamma.tolist() == [1.0] * 100

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 
 from msfp_jax import data
-from msfp_jax.metrics import digits_checks
+from msfp_jax.metrics import class_checks
 from msfp_jax.metrics import digits_classifier
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
@@ -45,19 +45,6 @@ def test_streamed_statistics_are_numpy_s_mean_and_cov():
 def test_covariance_survives_a_large_mean():
   x = _correlated(100, 3, 1) + 1e7
   np.testing.assert_allclose(_stats(x, 7).cov, np.cov(x.T), rtol=1e-7)
-
-
-def test_merged_statistics_are_those_of_all_samples():
-  x = np.concatenate([_correlated(40, 4, 2), _correlated(30, 4, 3) + 50])
-  merged = _stats(x[:40])
-  merged.merge(_stats(x[40:]))
-  merged.merge(frechet.GaussianStats())
-  empty = frechet.GaussianStats()
-  empty.merge(merged)
-  for stats in (merged, empty):
-    assert stats.num_samples == 70
-    np.testing.assert_allclose(stats.mean, x.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(stats.cov, np.cov(x.T), rtol=1e-10)
 
 
 def test_distance_has_the_closed_form_of_diagonal_gaussians():
@@ -136,7 +123,7 @@ def held_out():
 @pytest.mark.parametrize('shape', [(16, 16, 1), (5, 9, 3), (1, 1, 4)])
 def test_random_features_of_any_shape(shape):
   network = features.get('random', shape)
-  out = network.features(_noise(3, shape))
+  out = network.outputs(_noise(3, shape)).features
   assert out.shape == (3, network.dim) == (3, 128)
   assert out.dtype == np.float32
   assert np.isfinite(out).all()
@@ -152,7 +139,7 @@ def test_first_random_layer_is_a_pooled_convolution():
   out = np.array([[(w * kernel[..., 0, k]).sum() for k in range(8)]
                   for w in windows])
   out = np.where(out > 0, out, 0.2 * out)
-  got = features.get('random', (4, 4, 1)).features(images)[0, :16]
+  got = features.get('random', (4, 4, 1)).outputs(images).features[0, :16]
   np.testing.assert_allclose(got[:8], out.mean(axis=0), atol=1e-5)
   np.testing.assert_allclose(got[8:], out.std(axis=0), atol=1e-5)
 
@@ -160,24 +147,25 @@ def test_first_random_layer_is_a_pooled_convolution():
 def test_features_repeat_and_do_not_depend_on_the_batch():
   images = _noise(300, (16, 16, 1))  # one full batch and a partial one
   network = features.get('random', (16, 16, 1))
-  whole = network.features(images)
-  again = features.get('random', (16, 16, 1)).features(images)
+  whole = network.outputs(images).features
+  again = features.get('random', (16, 16, 1)).outputs(images).features
   np.testing.assert_array_equal(whole, again)
-  np.testing.assert_allclose(network.features(images[290:]), whole[290:],
-                             rtol=1e-5, atol=1e-6)
-  assert network.features(images[:0]).shape == (0, 128)
+  np.testing.assert_allclose(
+      network.outputs(images[290:]).features, whole[290:], rtol=1e-5,
+      atol=1e-6)
+  assert network.outputs(images[:0]).features.shape == (0, 128)
 
 
 def test_random_distance_grows_with_the_damage():
   images, _ = data.digits()
   network = features.get('random', (16, 16, 1))
   rng = np.random.RandomState(0)
-  clean = _stats(network.features(images))
+  clean = _stats(network.outputs(images).features)
   distances = []
   for sigma in (8, 32, 96):
     noisy = np.clip(images + rng.normal(0, sigma, images.shape), 0, 255)
     distances.append(frechet.frechet_distance(
-        clean, _stats(network.features(np.uint8(noisy)))))
+        clean, _stats(network.outputs(np.uint8(noisy)).features)))
   assert 0 < distances[0] < distances[1] < distances[2]
 
 
@@ -190,20 +178,17 @@ def test_feature_networks_refuse_what_they_cannot_take():
     features.get('random', (16, 16))
   network = features.get('random', (16, 16, 1))
   with pytest.raises(ValueError, match='float32'):
-    network.features(np.zeros((2, 16, 16, 1), np.float32))
+    network.outputs(np.zeros((2, 16, 16, 1), np.float32))
   with pytest.raises(ValueError, match=r'\[N, 16, 16, 1\].*\[2, 16, 16, 3\]'):
-    network.features(_noise(2, (16, 16, 3)))
-  with pytest.raises(ValueError, match='does not classify'):
-    network.probabilities(_noise(2, (16, 16, 1)))
+    network.outputs(_noise(2, (16, 16, 3)))
 
 
 def test_shipped_classifier_is_as_good_as_its_header_says(
     digits_network, held_out):
   images, labels = held_out
   _, metadata = digits_classifier.load()
-  probabilities = digits_network.probabilities(images)
-  np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-  accuracy = np.mean(probabilities.argmax(axis=1) == labels)
+  logits = digits_network.outputs(images).logits
+  accuracy = np.mean(logits.argmax(axis=1) == labels)
   assert accuracy > 0.98
   assert accuracy == pytest.approx(float(metadata['test_accuracy']), abs=3e-3)
   assert digits_classifier.WEIGHTS.stat().st_size < 400_000
@@ -212,7 +197,7 @@ def test_shipped_classifier_is_as_good_as_its_header_says(
 
 def test_digit_distance_tells_digits_from_missing_ones(digits_network):
   images, labels = data.digits()
-  vectors = digits_network.features(images)
+  vectors = digits_network.outputs(images).features
   assert vectors.shape == (1797, digits_network.dim)
   halves = frechet.frechet_distance(_stats(vectors[::2]), _stats(vectors[1::2]))
   collapsed = frechet.frechet_distance(
@@ -269,19 +254,19 @@ def test_classifier_files_round_trip_and_bad_ones_are_refused(tmp_path):
 
 def test_confidence_is_the_mean_of_the_largest_probability():
   p = [[.5, .3, .2], [0, .1, .9]]
-  assert digits_checks.confidence(p) == pytest.approx(.7)
+  assert class_checks.confidence(p) == pytest.approx(.7)
 
 
 def test_label_agreement_is_the_share_of_equal_labels():
   a = np.eye(10)[[1, 2, 3, 4]]
   b = np.eye(10)[[1, 2, 3, 5]]
-  assert digits_checks.label_agreement(a, b) == 0.75
+  assert class_checks.label_agreement(a, b) == 0.75
 
 
 def test_class_balance_runs_from_one_class_to_all():
-  assert digits_checks.class_balance(np.eye(10)) == pytest.approx(1)
-  assert digits_checks.class_balance(np.eye(10)[[3, 3]]) == 0
-  half = digits_checks.class_balance(np.eye(4)[[0, 1]])
+  assert class_checks.class_balance(np.eye(10)) == pytest.approx(1)
+  assert class_checks.class_balance(np.eye(10)[[3, 3]]) == 0
+  half = class_checks.class_balance(np.eye(4)[[0, 1]])
   assert half == pytest.approx(np.log(2) / np.log(4))
 
 
@@ -292,11 +277,11 @@ def test_class_balance_runs_from_one_class_to_all():
     ([[np.nan, 1.], [1.5, -.5]], '2 of 2 rows'),
 ])
 def test_checks_refuse_what_is_no_probability(bad, message):
-  for check in (digits_checks.confidence, digits_checks.class_balance):
+  for check in (class_checks.confidence, class_checks.class_balance):
     with pytest.raises(ValueError, match=message):
       check(bad)
 
 
 def test_label_agreement_refuses_unequal_sets():
   with pytest.raises(ValueError, match=r'\[3, 3\] and \[2, 3\]'):
-    digits_checks.label_agreement(np.eye(3), np.eye(3)[:2])
+    class_checks.label_agreement(np.eye(3), np.eye(3)[:2])

@@ -131,7 +131,9 @@ def test_inception_score_equals_torch_fidelity():
     from torch_fidelity import metric_isc as theirs
   logits = np.random.RandomState(0).normal(0, 3, (503, 1008))
   logits = logits.astype(np.float32)
-  found = inception_score.inception_score(logits)
+  score = inception_score.InceptionScore(len(logits))
+  score.update(logits)
+  found = score.result()
   expected = theirs.isc_features_to_metric(torch.from_numpy(logits))
   agree('IS', found.mean, expected[theirs.KEY_METRIC_ISC_MEAN])
   agree('IS, std', found.std, expected[theirs.KEY_METRIC_ISC_STD])
@@ -142,7 +144,7 @@ def test_kernel_distance_equals_torch_fidelity():
   with inception_oracle.imports():
     from torch_fidelity import metric_kid as theirs
   a, b = vectors(500, 0), vectors(400, 1, 0.2)
-  found = kernel_distance.subset_distance(a, b, 20, 150)
+  found = kernel_distance.of_subsets(a, b, 20, 150)
   expected = theirs.kid_features_to_metric(
       torch.from_numpy(a), torch.from_numpy(b), kid_subsets=20,
       kid_subset_size=150, verbose=False)
@@ -150,7 +152,7 @@ def test_kernel_distance_equals_torch_fidelity():
   agree('KID, std', found.std, expected[theirs.KEY_METRIC_KID_STD])
   kernels = [theirs.kernel_poly(x, y) for x, y in (
       (a[:400], a[:400]), (a[:400], b), (b, b))]
-  agree('KID of all', kernel_distance.kernel_distance(a[:400], b),
+  agree('KID of all', kernel_distance.of_all(a[:400], b),
         theirs.mmd2(*kernels))
 
 

@@ -6,15 +6,17 @@ import json
 import types
 
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import page as page_lib
 from PIL import Image
 import pytest
 
-from msfp_jax.quant import quantizers
+from msfp_jax.metrics import registry
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import Activations
+from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import Static
 from msfp_jax.report import curves
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table
@@ -38,7 +40,7 @@ ROWS = [
 
 
 def quantizer(fmt, scale=0.5, zero_point=None):
-  return quantizers.Quantizer(
+  return Static(
       FPFormat.parse(fmt), jnp.float32(scale),
       None if zero_point is None else jnp.float32(zero_point))
 
@@ -46,7 +48,8 @@ def quantizer(fmt, scale=0.5, zero_point=None):
 def layer(kind, fmt, mse=1.0, signed_mse=1.0, role='conv'):
   return spec_lib.LayerSpec(
       role, kind, quantizer('E2M1'), quantizer(fmt),
-      {'act_mse': mse, 'act_signed_mse': signed_mse, 'weight_mse': 0.25})
+      stats={'act_mse': mse, 'act_signed_mse': signed_mse,
+             'weight_mse': 0.25})
 
 
 def silu(count, seed=0):
@@ -55,29 +58,12 @@ def silu(count, seed=0):
 
 
 def test_the_best_of_the_quantized_rows_wins():
-  assert results_table.best(ROWS, 'fd_x') == 2.0  # not full precision's 1.0
-  assert results_table.best(ROWS, 'psnr_to_fp') == 21.0
-  assert results_table.best(ROWS, 'weight_bits') is None
-  assert results_table.best(ROWS[:2], 'fd_x') is None  # alone
-
-
-@pytest.mark.parametrize('name', [
-    'weight_bits', 'act_bits', 'fid', 'sfid', 'is', 'is_std', 'kid', 'kid_std',
-    'precision', 'recall', 'fd_digits', 'fd_digits_to_fp', 'fid_to_fp',
-    'kd_digits', 'kd_digits_std', 'precision_digits', 'recall_digits',
-    'fd_spatial_x', 'fid_clean', 'sfid_pytorch', 'kid_clean',
-    'kid_clean_std', 'is_clean', 'precision_clean', 'psnr_to_fp',
-    'ssim_to_fp', 'label_agreement', 'confidence', 'class_balance', 'bytes'])
-def test_every_column_of_the_results_is_explained(name):
-  assert results_table.column_of(name).meaning
-
-
-@pytest.mark.parametrize('name, better', [
-    ('kid', min), ('kid_std', None), ('kd_x_std', None), ('is', max),
-    ('is_std', None), ('fid_to_fp', min), ('psnr_to_fp', max),
-    ('ssim_to_fp', max), ('precision_x', max), ('fd_spatial_x', min)])
-def test_which_end_of_a_column_is_good(name, better):
-  assert results_table.column_of(name).better is better
+  best = lambda name, rows=ROWS: results_table.best(
+      rows, name, registry.columns({'features': 'x'})[name])
+  assert best('fd_x') == 2.0  # not full precision's 1.0
+  assert best('psnr_to_fp') == 21.0
+  assert best('weight_bits') is None
+  assert best('fd_x', ROWS[:2]) is None  # alone
 
 
 def test_sizes_are_compared_with_full_precision():
@@ -105,7 +91,7 @@ def test_an_embedded_image_is_the_image(channels):
 
 def test_rows_of_layers():
   layers = {'a': layer('AAL', 'UE2M2', 0.5, 2.0),
-            'b': spec_lib.LayerSpec('conv', 'NAL', None, None)}
+            'b': spec_lib.LayerSpec('conv', 'NAL')}
   a, b = layers_table.rows(layers)
   assert a == [1, 'a', 'conv', 'AAL', 'UE2M2', 0.5, None, 0.5, 4.0, 'E2M1',
                0.25]
@@ -124,7 +110,7 @@ def test_the_error_of_a_grid_by_hand():
 
 
 def test_layers_worth_looking_at():
-  seen = {name: Activations(np.asarray([-1.0, 1.0]) * size, 0, 0)
+  seen = {name: Seen(np.asarray([-1.0, 1.0]) * size)
           for name, size in zip('abcdefg', (1, 1, 1, 1, 1, 10, 1), strict=True)}
   layers = {
       'a': layer('AAL', 'UE2M2', 1, 2), 'b': layer('AAL', 'UE2M2', 1, 4),
@@ -138,7 +124,7 @@ def test_layers_worth_looking_at():
 def test_strategies_on_an_input_of_known_errors():
   """SiLU of a normal input; errors by brute force on coarser grids."""
   found = strategies.search(
-      {'x': Activations(silu(20_000), -0.2785, 4.0)}, 4)['x']
+      {'x': Seen(silu(20_000))}, 4)['x']
   assert list(found) == list(strategies.STRATEGIES)
   assert found['signed FP'] == pytest.approx(6.1e-3, rel=0.1)
   assert found['unsigned FP'] == pytest.approx(2.3e-2, rel=0.1)
@@ -152,6 +138,25 @@ def test_shares_and_what_they_have_in_common():
   assert timesteps.overlap(a, b) == pytest.approx(25 + 25)
   assert timesteps.overlap(a, 7 * a) == pytest.approx(100)
   assert not timesteps.shares(np.zeros(2)).any()
+
+
+REAL = np.asarray([0.9, 0.4567891, 1e-3])
+
+
+def test_real_timesteps_are_drawn_where_they_are():
+  """Also those of flows, which end at 1."""
+  figure = timesteps._shape(
+      'x', REAL, 'loss', np.asarray([1.0, 3.0, 1.0]), np.asarray([9.0, 1, 1]))
+  assert 'Largest at t\u00a0=\u00a00.4568 and t\u00a0=\u00a00.9;' in (
+      figure.caption)
+  axes = timesteps._axes(matplotlib.figure.Figure(), REAL)
+  left, right = axes.get_xlim()
+  assert left == pytest.approx(0.918) and right == pytest.approx(-0.018)
+
+
+def test_a_router_over_real_timesteps():
+  figure = routing._shares(REAL, {'a': np.asarray([0, 1, 1])})
+  assert 'bank 0: 100% at t = 0.9, 0% at t = 0.001' in figure.caption
 
 
 def test_the_share_of_each_bank():
@@ -191,14 +196,14 @@ def test_curves_are_read_and_grouped(tmp_path):
 
 def source(**changes):
   """Makes a run of full precision and two models; one has a hostile name."""
-  full = spec_lib.LayerSpec('conv', 'NAL', None, None)
+  full = spec_lib.LayerSpec('conv', 'NAL')
   fields = {
       'workdir': '', 'command': EVIL, 'row': EVIL,
-      'results': {'dataset': EVIL, 'num_samples': 9, 'rows': ROWS},
+      'results': {'dataset': EVIL, 'num_samples': 9, 'features': 'x',
+                  'rows': ROWS},
       'pictures': {name: np.zeros((4, 8, 8, 1), np.uint8)
                    for name in ('data', 'fp', EVIL)},
-      'deployed': types.SimpleNamespace(
-          spec=spec_lib.QuantSpec('fp', {'a': full}), weights={}, choices={}),
+      'deployed': types.SimpleNamespace(choices={}), 'layers': {'a': full},
       'experiment': types.SimpleNamespace(
           plan=types.SimpleNamespace(num_steps=2))}
   return section_lib.Source(**fields | changes)
@@ -224,18 +229,15 @@ def test_the_overview_tells_what_is_quantized():
   assert facts['reference: vectors'] == '1,234'
   layers = {'a': layer('AAL', 'UE2M2'), 'b': layer('AAL', 'E2M1'),
             'c': layer('NAL', 'E2M1')}
-  deployed = types.SimpleNamespace(spec=spec_lib.QuantSpec('msfp', layers))
   assert text(source(
-      experiment=experiment, row='msfp', deployed=deployed)) == (
+      experiment=experiment, row='msfp', layers=layers)) == (
       'Shown in detail is msfp: fd_x 2.000 (full precision 1.000), 1,000 '
       'bytes (4,000). 3 of its 3 layers are quantized. AALs: 2, 1 of them in '
       'an unsigned format; NALs: 1.')
 
 
 def test_what_comes_from_files_is_escaped():
-  deployed = types.SimpleNamespace(spec=spec_lib.QuantSpec(
-      'msfp', {EVIL: layer('AAL', 'UE2M2')}))
-  given = source(deployed=deployed)
+  given = source(layers={EVIL: layer('AAL', 'UE2M2')})
   drawn = histograms._figure(  # a layer's name in a drawing
       'histogram-0', EVIL, layer('NAL', 'E2M1'), silu(256))
   html = page.render(page.title(given), [

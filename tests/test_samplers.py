@@ -1,4 +1,4 @@
-"""CompVis' DDIM, PLMS, DPM-Solver++ and guidance, against their recurrences.
+"""CompVis' DDIM, PLMS and DPM-Solver++, against their recurrences.
 
 The recurrences are written step by step in float64, as the original codes
 have them.
@@ -150,43 +150,3 @@ def test_a_trajectory_can_be_walked_step_by_step():
       eps = jax_eps(position.x, jnp.full(2, step['t']), i)
       position = sampling.advance(plan, step, position, eps, None)
     assert_near(position.x, np.asarray(sampled(plan)))
-
-
-@pytest.mark.parametrize('scale', [0.0, 1.0, 3.0])
-def test_classifier_free_guidance(scale):
-  plan = diffusion.make_plan(SCHEDULE, 'ddim', num_steps=5)
-
-  def both(x, t, index):
-    assert len(x) == len(t) == 4
-    shift = jnp.repeat(jnp.asarray([0.0, 0.3]), 2).reshape(4, 1, 1, 1)
-    return jnp.concatenate([jax_eps(half, t, index)
-                            for half in jnp.split(x, 2)]) + shift
-
-  guided = diffusion.classifier_free(both, scale)
-  expected = lambda x, t, index: jax_eps(x, t, index) + 0.3 * scale
-  assert_near(sampled(plan, guided), np.asarray(sampled(plan, expected)))
-
-
-def test_clipping_x0_is_ddpms():
-  """Clipping is Ho et al.'s: the posterior's mean of a clipped x_0."""
-  schedule = diffusion.make_schedule(
-      'linear', num_train_steps=20, beta_start=0.01, beta_end=0.3)
-  plan = diffusion.ddpm_plan(schedule)
-  fn = diffusion.clip_x0(jax_eps, schedule, plan)
-  seen = diffusion.trajectory(fn, plan, jnp.asarray(NOISE), jax.random.key(0),
-                              visit=lambda x, eps, step: (x, step['t']))[1]
-  bar = np.cumprod(schedule.alphas)
-  clipped = 0
-  for i in range(19):
-    x, t = np.float64(seen[0][i]), int(seen[1][i])
-    beta, before = schedule.betas[t], bar[t - 1]
-    x0 = (x - np.sqrt(1 - bar[t]) * eps_of(np, x, t)) / np.sqrt(bar[t])
-    clipped += (np.abs(x0) > 1).any()
-    x0 = np.clip(x0, -1, 1)
-    mean = (np.sqrt(before) * beta / (1 - bar[t]) * x0
-            + np.sqrt(1 - beta) * (1 - before) / (1 - bar[t]) * x)
-    z = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), x.shape)
-    std = np.sqrt(beta * (1 - before) / (1 - bar[t]))
-    np.testing.assert_allclose(
-        seen[0][i + 1], mean + std * np.asarray(z), atol=1e-4)
-  assert clipped

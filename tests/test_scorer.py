@@ -96,21 +96,22 @@ def test_sets_are_compared_by_their_vectors_too():
   found = scorer_of(data, 'random', num_vectors=100).score(images)
   network = features.get('random', data.shape[1:])
   # Rows at equal distances.
-  real = network.features(data[np.arange(100) * 150 // 100])
-  generated = network.features(images[np.arange(100) * 140 // 100])
+  real = network.outputs(data[np.arange(100) * 150 // 100]).features
+  generated = network.outputs(images[np.arange(100) * 140 // 100]).features
   shares = neighbours.precision_recall(generated, real)
   assert found['precision_random'] == shares.precision
   assert found['recall_random'] == shares.recall
-  assert found['kd_random'] == kernel_distance.kernel_distance(generated, real)
+  assert found['kd_random'] == kernel_distance.of_all(generated, real)
+  assert 'kd_random_std' not in found
 
 
 def test_large_sets_have_kernel_distances_of_subsets(monkeypatch):
-  monkeypatch.setattr(scorer_lib, '_SUBSET_SIZE', 60)
+  monkeypatch.setattr(kernel_distance, 'SUBSET_SIZE', 60)
   data, images = smooth(150, 0), smooth(150, 1)
   found = scorer_of(data, 'random', num_vectors=150).score(images)
   network = features.get('random', data.shape[1:])
-  kernel = kernel_distance.subset_distance(
-      network.features(images), network.features(data), size=60)
+  kernel = kernel_distance.of_subsets(
+      network.outputs(images).features, network.outputs(data).features, size=60)
   assert found['kd_random'] == kernel.mean
   assert found['kd_random_std'] == kernel.std > 0
 

@@ -20,34 +20,29 @@ def score_of(p):
   return np.exp(np.mean(np.sum(p * np.log(p / p.mean(axis=0)), axis=1)))
 
 
+def inception_score_of(logits):
+  score = inception_score.InceptionScore(len(logits))
+  score.update(logits)
+  return score.result()
+
+
 def test_score_of_shuffled_splits_is_torch_fidelity_s():
   logits = 3 * normal(57, 6)
   order = np.random.RandomState(2020).permutation(57)
   p = scipy.special.softmax(logits[order], axis=1)
   scores = [score_of(p[i * 57 // 10:(i + 1) * 57 // 10]) for i in range(10)]
-  found = inception_score.inception_score(logits)
+  found = inception_score_of(logits)
   assert found.mean == pytest.approx(np.mean(scores), rel=1e-12)
   assert found.std == pytest.approx(np.std(scores), rel=1e-10)
-  assert found.splitting == 'shuffled'
-
-
-def test_score_of_consecutive_splits_is_adm_s(monkeypatch):
-  monkeypatch.setattr(inception_score, '_SPLIT_SIZE', 20)
-  logits = 3 * normal(50, 6)
-  p = scipy.special.softmax(logits, axis=1)
-  scores = [score_of(p[:20]), score_of(p[20:40]), score_of(p[40:])]
-  found = inception_score.inception_score(logits, 'consecutive')
-  assert found.mean == pytest.approx(np.mean(scores), rel=1e-12)
-  assert found.std == pytest.approx(np.std(scores), rel=1e-10)
-  assert found.splitting == 'consecutive'
 
 
 def test_score_runs_from_one_to_the_number_of_classes():
-  same = inception_score.inception_score(np.ones((40, 5)))
+  same = inception_score_of(np.ones((40, 5)))
   assert same.mean == pytest.approx(1, abs=1e-14)
-  sure = 1e4 * np.tile(np.eye(4), (100, 1))
-  found = inception_score.inception_score(sure, 'consecutive')
-  assert found.mean == pytest.approx(4)
+  order = np.random.RandomState(2020).permutation(400)  # of the splits
+  sure = np.empty((400, 4))
+  sure[order] = 1e4 * np.tile(np.eye(4), (100, 1))
+  assert inception_score_of(sure).mean == pytest.approx(4)
 
 
 def test_score_in_batches_is_that_of_all():
@@ -58,24 +53,22 @@ def test_score_in_batches_is_that_of_all():
   for batch in np.split(logits, [7, 40]):
     score.update(batch)
   assert score.result().mean == pytest.approx(
-      inception_score.inception_score(logits).mean, rel=1e-12)
+      inception_score_of(logits).mean, rel=1e-12)
   with pytest.raises(ValueError, match='65 images, 64 were announced'):
     score.update(logits[:1])
 
 
 def test_scores_that_there_are_not():
-  with pytest.raises(ValueError, match="'random'.*'shuffled', 'consecutive'"):
-    inception_score.InceptionScore(50, 'random')
   with pytest.raises(ValueError, match='0 images'):
-    inception_score.InceptionScore(0, 'consecutive')
+    inception_score.InceptionScore(0)
   with pytest.raises(ValueError, match='9 images, needs at least 10'):
     inception_score.InceptionScore(9)
   with pytest.raises(ValueError, match='1 of 10 images hold NaN'):
     logits = np.ones((10, 3))
     logits[4, 1] = np.nan
-    inception_score.inception_score(logits)
+    inception_score_of(logits)
   with pytest.raises(ValueError, match=r'\[N, K\]'):
-    inception_score.inception_score(np.ones(12))
+    inception_score_of(np.ones(12))
 
 
 def manifold_shares(generated, real, k):
@@ -114,13 +107,13 @@ def kernel_formula(a, b):
 def test_kernel_distance_is_the_formula(monkeypatch, block):
   monkeypatch.setattr(kernel_distance, '_BLOCK', block)
   a, b = normal(9, 3, 1), normal(12, 3, 2, 0.5)
-  assert kernel_distance.kernel_distance(a, b) == pytest.approx(
+  assert kernel_distance.of_all(a, b) == pytest.approx(
       kernel_formula(a, b), rel=1e-10)
 
 
 def test_kernel_distance_on_subsets():
   a, b = normal(40, 3, 1), normal(30, 3, 2, 0.5)
-  found = kernel_distance.subset_distance(a, b, 5, 30)
+  found = kernel_distance.of_subsets(a, b, 5, 30)
   rng = np.random.RandomState(2020)
   expected = []
   for _ in range(5):
@@ -129,13 +122,13 @@ def test_kernel_distance_on_subsets():
   assert found.mean == pytest.approx(np.mean(expected), rel=1e-10)
   assert found.std == pytest.approx(np.std(expected), rel=1e-8)
   with pytest.raises(ValueError, match='at least 31 samples.*40 and 30'):
-    kernel_distance.subset_distance(a, b, 5, 31)
+    kernel_distance.of_subsets(a, b, 5, 31)
   with pytest.raises(ValueError, match='size=1'):
-    kernel_distance.subset_distance(a, b, 5, 1)
+    kernel_distance.of_subsets(a, b, 5, 1)
 
 
 @pytest.mark.parametrize('metric', [
-    neighbours.precision_recall, kernel_distance.kernel_distance])
+    neighbours.precision_recall, kernel_distance.of_all])
 def test_sets_that_cannot_be_compared(metric):
   x = normal(9, 3)
   with pytest.raises(ValueError, match='3 and 2 dimensions'):

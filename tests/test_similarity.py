@@ -37,6 +37,16 @@ def test_psnr_refuses_what_cannot_be_compared(a, b):
     similarity.psnr(a, b)
 
 
+def test_decibels_of_floats_by_hand():
+  """In [-1, 1] the peak is 2: an mse of 1/4 has 10 log10(16) dB."""
+  a = np.zeros((3, 2, 2, 1), np.float32)
+  b = a + np.float32([0.5, 1e-6, 0]).reshape(3, 1, 1, 1)
+  found = similarity.decibels(a, b, peak=2, cap=150)
+  np.testing.assert_allclose(
+      found, [10 * np.log10(16), 10 * np.log10(4e12), 150], rtol=1e-6)
+  assert similarity.decibels(a, b, peak=2).tolist()[1:] == [100, 100]
+
+
 def ssim_of(a, b):
   """Computes the formula of Wang et al. on two planes, in float64."""
   blur = lambda x: scipy.ndimage.gaussian_filter(

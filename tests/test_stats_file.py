@@ -130,14 +130,14 @@ def test_statistics_are_made_in_chunks(tmp_path, monkeypatch):
   assert images.most == 256
   loaded = stats_file.load(tmp_path / 'r.npz')
   np.testing.assert_allclose(
-      loaded.pool.cov, np.cov(network.features(images.images).T),
+      loaded.pool.cov, np.cov(network.outputs(images.images).features.T),
       rtol=1e-6, atol=1e-9)
   assert loaded.provenance == made.provenance == {
       'dataset': 'noise', 'num_samples': 700, 'features': 'random',
       'image_shape': [8, 8, 3],
       'images_sha256': hashlib.sha256(images.images.tobytes()).hexdigest()}
-  assert json.dumps(made.provenance)
+  assert json.loads(json.dumps(made.provenance)) == made.provenance
   assert loaded.spatial is None
   # Every seventh image's: a set may be in order of classes.
   np.testing.assert_array_equal(
-      loaded.vectors, network.features(images.images[::7]))
+      loaded.vectors, network.outputs(images.images[::7]).features)

@@ -72,7 +72,7 @@ def draws(monkeypatch):
         0, 256, (count, *shape), np.uint8)
 
   def calibrate(self):
-    none = spec_lib.LayerSpec('', '', None, None)
+    none = spec_lib.LayerSpec('', '')
     return spec_lib.QuantSpec(self.quant.recipe, {
         name: none for name in layers_lib.leaves(self.params, 'kernel')})
 
@@ -190,7 +190,7 @@ def test_the_table_by_hand():
   found = {'g': {'a': {'fd': [1.0, 2.0, 6.0], 'bytes': [1234, 1234, 1234]},
                  'b': {'fd': [2.5], 'bytes': []}}}
   assert study.table(found, ('fd', 'bytes')).splitlines() == [
-      '**g**', '', '| | fd | bytes | seeds |', '|---|---|---|---|',
+      '**g**', '', '|  | fd | bytes | seeds |', '|---|---|---|---|',
       '| a | 3.00 ± 2.65 | 1,234 | 3 |', '| b | 2.50 |  | 1 |']
 
 

@@ -149,7 +149,7 @@ def test_full_size_output_equals_golden():
 @pytest.mark.parametrize('freq_shift', [0, 1])
 @pytest.mark.parametrize('dim', [8, 33, 128])
 def test_timestep_embedding_equals_formula(order, freq_shift, dim):
-  t = np.array([0, 1, 3, 500, 999])
+  t = np.array([0, 1, 3, 500, 999, 0.125, 0.7, 333.4, 998.9])
   half = dim // 2
   angles = np.stack([t * 10000.0 ** (-k / (half - freq_shift))
                      for k in range(half)], axis=1)
@@ -162,8 +162,8 @@ def test_timestep_embedding_equals_formula(order, freq_shift, dim):
 
   assert actual.shape == (len(t), dim)
   assert actual.dtype == np.float32
-  # Two roundings of the angle to float32, and one of the result.
-  bound = np.tile(angles, (1, 2)) * 2 ** -23 + 2e-7
+  # Roundings to float32: of t, the frequency and the angle, and of the result.
+  bound = np.tile(angles, (1, 2)) * 1.5 * 2 ** -23 + 2e-7
   assert (np.abs(actual[:, :2 * half] - expected) <= bound).all()
   assert not actual[:, 2 * half:].any()
 

@@ -16,8 +16,11 @@ def test_tuned_needs_a_finished_training(tmp_path, num_updates):
   assert 'config.eval.rows' in str(error.value)
 
 
-def test_a_finished_training_is_found(tmp_path):
-  (tmp_path / 'checkpoints/3').mkdir(parents=True)
+def test_a_training_is_finished_by_its_last_checkpoint(tmp_path):
+  for step in (1, 2, 3):
+    with pytest.raises(errors.WorkdirError, match='checkpoints/3 is not there'):
+      workdir.check_trained(str(tmp_path), 3)
+    (tmp_path / f'checkpoints/{step}').mkdir(parents=True)
   workdir.check_trained(str(tmp_path), 3)
 
 

@@ -138,25 +138,12 @@ def test_images_become_a_grid(tmp_path):
   assert (2, 'gray') in values
 
 
-def test_texts_and_hparams_reach_tensorboard(tmp_path):
-  with writer_lib.MetricWriter(tmp_path) as writer:
-    writer.write_texts(1, {'note': 'hello'})
-    writer.write_hparams({'lr': .1, 'model': {'widths': (1, 2), 'on': True}})
-  text, = [v for (step, tag), v in _values(tmp_path / 'tensorboard').items()
-           if tag.startswith('note')]
-  assert text.tensor.string_val == [b'hello']
-  assert any(b'model.widths' in e.SerializeToString()
-             for e in _events(tmp_path / 'tensorboard/hparams'))
-
-
 def test_only_process_0_writes(tmp_path, elsewhere, caplog):
   caplog.set_level(logging.INFO, logger='absl')
   with writer_lib.MetricWriter(tmp_path / 'w') as writer:
     writer.truncate_after(0)
     writer.write_scalars(1, {'loss': 1})
     writer.write_images(1, {'x': np.zeros((1, 2, 2, 1), np.uint8)})
-    writer.write_texts(1, {'x': 'y'})
-    writer.write_hparams({'x': 1})
     writer.flush()
   pictures.save_png(tmp_path / 'x.png', np.zeros((2, 2, 1), np.uint8))
   progress_lib.Progress('finetune', 1).update(1)

@@ -1,8 +1,8 @@
 """Metrics and images of a run: TensorBoard and metrics.jsonl.
 
-`MetricWriter` has the methods of clu's metric writers. Those import
-TensorFlow, 1.4 GB, only to write event files; this one uses tensorboardX. It
-also appends to metrics.jsonl, which is what scripts read:
+`MetricWriter` has the methods of clu's metric writers that training calls.
+Those import TensorFlow, 1.4 GB, only to write event files; this one uses
+tensorboardX. It also appends to metrics.jsonl, which is what scripts read:
 
     {"step": 100, "finetune/loss": 0.0123}
 
@@ -135,17 +135,6 @@ class MetricWriter:
       grid = pictures.image_grid(batch, math.ceil(math.sqrt(len(batch))))
       self._board.add_image(name, grid, int(step), dataformats='HWC')
 
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """Shows texts (Markdown) in TensorBoard."""
-    if self._active:
-      for name, text in texts.items():
-        self._board.add_text(name, text, int(step))
-
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Shows hyper-parameters in TensorBoard; nested ones as 'outer.inner'."""
-    if self._active:
-      self._board.add_hparams(_flat(hparams), {}, name='hparams')
-
   def flush(self) -> None:
     """Flushes the events; lines of metrics.jsonl never wait for this.
 
@@ -160,17 +149,6 @@ class MetricWriter:
       self._file.close()
       if self._events is not None:
         self._events.close()
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      flat.update(_flat(value, f'{prefix}{name}.'))
-    else:
-      known = isinstance(value, bool | int | float | str)
-      flat[prefix + name] = value if known else str(value)
-  return flat
 
 
 def _drop_lines(path: pathlib.Path, last_step: float) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from absl import app
 from absl import flags
 from absl import logging
+from clu import parameter_overview
 
 from msfp_jax.convert import load
 from msfp_jax.convert import native
@@ -34,6 +35,7 @@ def convert(source: str, target: str) -> None:
     raise ValueError(f'DST is {target}: it must end in .safetensors')
   model, params = load.load_pretrained(source, _CONFIG.value, _EMA.value)
   native.save_pretrained(target, model, params, source=source)
+  parameter_overview.log_parameter_overview(params)
   logging.info('wrote %s', target)
 
 

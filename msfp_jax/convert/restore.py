@@ -30,12 +30,6 @@ class Form(NamedTuple):
   place: Callable[[np.ndarray, tuple[int, ...], str], np.ndarray]
 
 
-def torch_names(abstract: Any) -> dict[str, tuple[str, ...]]:
-  """{dotted name as PyTorch ends it: path} of a model's parameters."""
-  return {TORCH.name(path): path
-          for path in traverse_util.flatten_dict(abstract)}
-
-
 def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
             form: Form, leftover: tuple[str, ...] = ()) -> Any:
   """Reads a model's parameters, float32, one tensor at a time.

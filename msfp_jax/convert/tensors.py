@@ -41,8 +41,6 @@ class Storage:
   read: Callable[[int, int], np.ndarray] | None = None
 
 
-Tensors = Mapping[str, LazyTensor]
-
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -6,8 +6,6 @@ from msfp_jax.diffusion.ddim import ddim_plan
 from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddpm import ddpm_plan
 from msfp_jax.diffusion.dpm_solver import dpm_solver_plan
-from msfp_jax.diffusion.guidance import classifier_free
-from msfp_jax.diffusion.guidance import clip_x0
 from msfp_jax.diffusion.plms import plms_plan
 from msfp_jax.diffusion.sampling import sample
 from msfp_jax.diffusion.sampling import SamplerPlan
@@ -17,9 +15,9 @@ from msfp_jax.diffusion.schedules import make_schedule
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
 __all__ = [
-    'NoiseSchedule', 'SamplerPlan', 'add_noise', 'classifier_free', 'clip_x0',
-    'ddim_plan', 'ddim_timesteps', 'ddpm_plan', 'dpm_solver_plan', 'make_plan',
-    'make_schedule', 'plms_plan', 'sample', 'trajectory',
+    'NoiseSchedule', 'SamplerPlan', 'add_noise', 'ddim_plan', 'ddim_timesteps',
+    'ddpm_plan', 'dpm_solver_plan', 'make_plan', 'make_schedule', 'plms_plan',
+    'sample', 'trajectory',
 ]
 
 _PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan, 'dpm_solver': dpm_solver_plan,

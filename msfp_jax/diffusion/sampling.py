@@ -6,7 +6,7 @@ Multistep methods (PLMS, DPM-Solver++) are affine too, in what was predicted at
 the steps before as well: a `Multistep` says how.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_ARRAYS = ('timesteps', 'x_coef', 'eps_factor', 'noise_std')
 # (x [B, H, W, C], t [B] float32, position in the plan) -> noise like x.
 NoiseFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -42,7 +43,9 @@ class SamplerPlan:
   """x_next = x_coef * x - eps_factor * eps(x, t) + noise_std * z.
 
   Attributes:
-    timesteps: int `[S]`, in the order of sampling (noisiest first).
+    timesteps: `[S]`, in the order of sampling (noisiest first): int64 steps of
+      a training schedule, or float64 times, as flow matching has them. The
+      model is given them as float32.
     x_coef: float64 `[S]`.
     eps_factor: float64 `[S]`: the denoising factor gamma_t of this sampler,
       what its own step multiplies into the predicted noise; >= 0.
@@ -57,10 +60,69 @@ class SamplerPlan:
   noise_std: np.ndarray
   multistep: Multistep | None = None
 
+  def __post_init__(self):
+    t = np.asarray(self.timesteps)
+    if t.dtype.kind not in 'iuf' or t.ndim != 1 or not len(t):
+      raise ValueError('timesteps must be [S] integers or real numbers with '
+                       f'S > 0, got {t.dtype} {list(t.shape)}')
+    if not np.isfinite(t).all():
+      raise ValueError(f'timesteps hold NaN or infinity: {t.tolist()}')
+    t = t.astype(np.float64 if t.dtype.kind == 'f' else np.int64)
+    object.__setattr__(self, 'timesteps', t)
+    shapes = {name: np.shape(getattr(self, name)) for name in _ARRAYS}
+    if self.multistep is not None:
+      shapes |= {field.name: np.shape(getattr(self.multistep, field.name))[:1]
+                 for field in dataclasses.fields(Multistep)}
+    if odd := {n: shape for n, shape in shapes.items() if shape != t.shape}:
+      raise ValueError(f'a plan of unequal lengths: {len(t)} timesteps, and '
+                       + ', '.join(f'{n} {list(s)}' for n, s in odd.items()))
+
   @property
   def num_steps(self) -> int:
     """The number of times that the model is evaluated."""
     return len(self.timesteps)
+
+  def schedule_steps(self, why: str) -> np.ndarray:
+    """The timesteps, to index a training schedule with, int64 `[S]`.
+
+    Args:
+      why: what needs them, and the way out; ends the message.
+
+    Raises:
+      ValueError: they are real numbers.
+    """
+    if self.timesteps.dtype.kind == 'f':
+      raise ValueError(f'the timesteps are real numbers, such as '
+                       f'{self.timesteps[0]:g}, and no steps of a training '
+                       f'schedule, which {why}')
+    return self.timesteps
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain JSON-able form; every number survives as text."""
+    fields = {name: np.asarray(getattr(self, name)).tolist()
+              for name in _ARRAYS}
+    if self.multistep is not None:
+      fields['multistep'] = {
+          field.name: np.asarray(getattr(self.multistep, field.name)).tolist()
+          for field in dataclasses.fields(Multistep)}
+    return fields
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> 'SamplerPlan':
+    """The inverse of `to_dict`: integers stay integers, others float64.
+
+    Raises:
+      ValueError, KeyError, TypeError: it is no plan.
+    """
+    timesteps, *others = (fields[name] for name in _ARRAYS)
+    multistep = fields.get('multistep')
+    if multistep is not None:
+      multistep = Multistep(*(
+          np.asarray(multistep[field.name], np.float64)
+          for field in dataclasses.fields(Multistep)))
+    return cls(np.asarray(timesteps),
+               *(np.asarray(values, np.float64) for values in others),
+               multistep)
 
   def steps(self) -> dict[str, jax.Array]:
     """The coefficients as float32 arrays that `lax.scan` walks over."""

@@ -94,7 +94,13 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array,
     x0: images `[B, H, W, C]`.
     noise: standard normal, like x0.
     t: timesteps, int `[B]`.
+
+  Raises:
+    ValueError: t is no array of integers: a schedule has no values between.
   """
+  if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
+    raise ValueError(f'add_noise: timesteps are {jnp.result_type(t)}, and must '
+                     'be integers, steps of the schedule')
   # The marginal of t steps of noise, at once; [T] looked up at t, for [B, H, W,
   # C]. Rounded to float32 after the roots.
   bar = schedule.alphas_cumprod

@@ -1,12 +1,13 @@
 """Feature networks for distances between sets of images, each under a name.
 
 A distance on one network's features says nothing about a distance on
-another's, so the network's name is part of the metric's: `fd_digits`,
-`fd_random`; Inception's have the names that everyone uses, `fid` and `kid`. A
-new network is a function and its line in `_NETWORKS`.
+another's, so the network's name is part of the metric's (see `naming`). A new
+network is a function and its entry in `NETWORKS`; it declares which statistics
+of a set its outputs give, and metrics ask for statistics, never for a network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -19,13 +20,12 @@ from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import digits_classifier
 from msfp_jax.metrics import inception
 from msfp_jax.metrics import inception_weights
+from msfp_jax.metrics import naming
 from msfp_jax.metrics import preprocess
 
 _RANDOM_WIDTHS = (8, 16, 16, 24)
-# What Inception's metrics are called, by what others' names begin with.
-_INCEPTION_METRICS = {
-    'fd': 'fid', 'fd_spatial': 'sfid', 'kd': 'kid', 'is': 'is',
-    'precision': 'precision', 'recall': 'recall'}
+# What a network's logits may be used for; the network says which.
+LOGIT_STATISTICS = ('class_score', 'probabilities')
 
 
 class Outputs(NamedTuple):
@@ -49,7 +49,9 @@ class FeatureNetwork:
     name: the network's; distances are comparable under one name only.
     image_shape: (H, W, C) of the images it takes.
     dim: length of a feature vector.
-    num_classes: of `probabilities`; 0 for a network that does not classify.
+    brings: the statistics of a set that its outputs give, fields of
+      `collect.Seen`: 'pool' always, 'spatial' with spatial features, and
+      what it declares of LOGIT_STATISTICS.
     numbers_per_image: length of all outputs together.
     provenance: JSON-like, what statistics of these features hold for.
   """
@@ -61,7 +63,7 @@ class FeatureNetwork:
       apply: Callable[[dict, jax.Array], Outputs],
       params: dict,
       batch_size: int = 256,
-      metrics: Mapping[str, str] | None = None,
+      uses_of_logits: Collection[str] = (),
       provenance: Mapping[str, str] | None = None,
   ):
     """Compiles a function for batches of one size.
@@ -73,9 +75,13 @@ class FeatureNetwork:
         not influence each other.
       params: a pytree of arrays.
       batch_size: images at a time.
-      metrics: kind of metric -> its name, where that is not
-        '<kind>_<name of the network>'.
+      uses_of_logits: 'probabilities' if its classes are what the images are
+        to show, so that it can judge them one by one; 'class_score' if its
+        logits are to enter an inception score.
       provenance: what stands there beside the name.
+
+    Raises:
+      ValueError: a use of logits that there is not, or none to use.
     """
     self.name = name
     self.image_shape = image_shape
@@ -83,13 +89,12 @@ class FeatureNetwork:
     # A whole number of images on every device.
     count = jax.device_count()
     self._batch_size = batch_size = -(-batch_size // count) * count
-    self._metrics = metrics or {}
     self.provenance = {'features': name, 'image_shape': list(image_shape),
                        **(provenance or {})}
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
     shapes = jax.eval_shape(apply, params, images)
     self.dim = shapes.features.shape[1]
-    self.num_classes = 0 if shapes.logits is None else shapes.logits.shape[1]
+    self.brings = _brings(name, shapes, uses_of_logits)
     self.numbers_per_image = sum(
         x.shape[1] for x in jax.tree.leaves(shapes))
     self._shapes = shapes
@@ -98,17 +103,7 @@ class FeatureNetwork:
   @property
   def metric(self) -> str:
     """The name of a Frechet distance on these features."""
-    return self.named('fd')
-
-  def named(self, kind: str) -> str:
-    """The name of a metric on these features.
-
-    Args:
-      kind: 'fd' for the Frechet distance, 'fd_spatial' for that of the spatial
-        features, 'kd' for the kernel distance, 'is' for the inception score,
-        'precision' or 'recall'.
-    """
-    return self._metrics.get(kind, f'{kind}_{self.name}')
+    return naming.named('fd', self.provenance)
 
   def outputs(self, images: np.ndarray) -> Outputs:
     """Runs the network on uint8 images `[N, H, W, C]`; outputs on the host.
@@ -128,8 +123,8 @@ class FeatureNetwork:
     for start in range(0, len(images), self._batch_size):
       batch = images[start:start + self._batch_size]
       count = len(batch)
-      # Filled up with black images: one shape, one compilation.
       missing = self._batch_size - count
+      # Filled up with black images: one shape, one compilation.
       batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
       out = jax.device_get(self._apply(
           self._params, jax.device_put(batch, devices.batch_sharding())))
@@ -138,46 +133,25 @@ class FeatureNetwork:
         whole[start:start + count] = part[:count]
     return found
 
-  def features(self, images: np.ndarray) -> np.ndarray:
-    """The features of uint8 images `[N, H, W, C]`, float32 `[N, dim]`.
 
-    Raises:
-      ValueError: images of another type or shape.
-    """
-    return self.outputs(images).features
-
-  def probabilities(self, images: np.ndarray) -> np.ndarray:
-    """The class probabilities of uint8 images, float32 `[N, num_classes]`.
-
-    Raises:
-      ValueError: images of another type or shape, or no classifier.
-    """
-    if not self.num_classes:
-      raise ValueError(f'feature network {self.name!r} does not classify; '
-                       "'digits' does")
-    return np.asarray(jax.nn.softmax(self.outputs(images).logits))
+def _brings(name: str, shapes: Outputs, uses_of_logits: Collection[str]
+            ) -> frozenset[str]:
+  if unknown := set(uses_of_logits) - set(LOGIT_STATISTICS):
+    raise ValueError(f'feature network {name!r}: logits are used for '
+                     f'{", ".join(LOGIT_STATISTICS)}, not {sorted(unknown)}')
+  if uses_of_logits and shapes.logits is None:
+    raise ValueError(f'feature network {name!r} gives no logits, which '
+                     f'{", ".join(sorted(uses_of_logits))} would need')
+  spatial = () if shapes.spatial is None else ('spatial',)
+  return frozenset(('pool', *spatial, *uses_of_logits))
 
 
 def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
         preprocessing: str = 'tf') -> FeatureNetwork:
   """The feature network `name` for images of `image_shape` = (H, W, C).
 
-  'digits': the penultimate layer (64) of `digits_classifier`, for 16 x 16 x 1
-  digits; also gives class probabilities.
-
-  'random': 128 pooled responses of convolutions with fixed random weights, for
-  images of any size and number of channels. It sees colour, contrast and
-  texture and has learned nothing about objects: a distance on it ranks models
-  roughly, and compares only with itself at the same image shape.
-
-  'inception': FID's network, for images of any size, grey or in colours. It
-  alone takes the other arguments.
-
-  'cifar_resnet:PATH': the 64 pooled features of a ResNet for CIFAR-10 in that
-  file, see `cifar_resnet.load`; metrics are named after its depth.
-
   Args:
-    name: one of these.
+    name: a key of NETWORKS, or 'key:PATH' of one that is read from a file.
     image_shape: (H, W, C).
     weights: file of Inception's weights, see `inception_weights.find`.
     preprocessing: of Inception's input, see `preprocess.to_inception`.
@@ -187,16 +161,16 @@ def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
       weights than expected.
     OSError: Inception's weights are not there and cannot be downloaded.
   """
-  kind, _, path = name.partition(':')
-  if kind not in _NETWORKS or bool(path) != (kind == 'cifar_resnet'):
-    raise ValueError(
-        f"feature network {name!r}: must be one of 'cifar_resnet:PATH', "
-        "'digits', 'inception', 'random'")
+  key, _, path = name.partition(':')
+  if key not in NETWORKS or bool(path) != NETWORKS[key].from_file:
+    known = ', '.join(repr(f'{key}:PATH' if network.from_file else key)
+                      for key, network in NETWORKS.items())
+    raise ValueError(f'feature network {name!r}: must be one of {known}')
   shape = tuple(image_shape)
   if len(shape) != 3 or min(shape) < 1:
     raise ValueError(f'feature network {name!r}: image_shape must be '
                      f'(H, W, C), got {shape}')
-  return _NETWORKS[kind](shape, path or weights, preprocessing)
+  return NETWORKS[key].make(shape, path or weights, preprocessing)
 
 
 def _digits(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
@@ -208,7 +182,8 @@ def _digits(image_shape: tuple[int, int, int], *unused: str) -> FeatureNetwork:
   model = digits_classifier.DigitsClassifier()
   return FeatureNetwork(
       'digits', image_shape, lambda params, images: Outputs(
-          *model.apply({'params': params}, images)), params)
+          *model.apply({'params': params}, images)), params,
+      uses_of_logits=['probabilities'])
 
 
 def _cifar_resnet(image_shape: tuple[int, int, int], path: str,
@@ -221,7 +196,8 @@ def _cifar_resnet(image_shape: tuple[int, int, int], path: str,
   return FeatureNetwork(
       f'resnet{depth}', image_shape,
       lambda params, images: Outputs(*cifar_resnet.apply(params, images)),
-      params, provenance={'weights_sha256': classifier_files.digest(path)})
+      params, uses_of_logits=['class_score'],
+      provenance={'weights_sha256': classifier_files.digest(path)})
 
 
 def _inception(image_shape: tuple[int, int, int], weights: str,
@@ -237,12 +213,10 @@ def _inception(image_shape: tuple[int, int, int], weights: str,
     return Outputs(found.pool, found.logits_unbiased, found.spatial)
 
   path = inception_weights.find(weights)
-  suffix = '' if preprocessing == 'tf' else f'_{preprocessing}'
   return FeatureNetwork(
       'inception', image_shape, apply, inception_weights.load(path),
       batch_size=16 if jax.default_backend() == 'cpu' else 256,
-      metrics={kind: name + suffix
-               for kind, name in _INCEPTION_METRICS.items()},
+      uses_of_logits=['class_score'],
       provenance={'preprocessing': preprocessing,
                   'weights_sha256': classifier_files.digest(path)})
 
@@ -278,5 +252,35 @@ def _apply_random(params: dict, images: jax.Array) -> Outputs:
   return Outputs(jnp.concatenate(pooled, axis=-1))
 
 
-_NETWORKS = {'cifar_resnet': _cifar_resnet, 'digits': _digits,
-             'inception': _inception, 'random': _random}
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """An entry of NETWORKS.
+
+  Attributes:
+    make: (image shape, path of weights, preprocessing) -> the network.
+    meaning: what its features are, for people who choose one.
+    from_file: whether the path of its weights stands in its name.
+  """
+
+  make: Callable[[tuple[int, int, int], str, str], FeatureNetwork]
+  meaning: str
+  from_file: bool = False
+
+
+NETWORKS = {
+    'cifar_resnet': Network(
+        _cifar_resnet, 'the 64 pooled features of a ResNet for CIFAR-10 in '
+        'that file; its depth stands in the names, as in `fd_resnet20`',
+        from_file=True),
+    'digits': Network(
+        _digits, '64 features of a small classifier of 16 x 16 digits that '
+        'ships with the package'),
+    'inception': Network(
+        _inception, "FID's own network, for images of any size, grey or in "
+        'colours; the metrics then have the names that everyone uses'),
+    'random': Network(
+        _random, '128 pooled responses of convolutions with fixed random '
+        'weights, for images of any size and number of channels: they see '
+        'colour, contrast and texture, know nothing of objects, and rank '
+        'models roughly'),
+}

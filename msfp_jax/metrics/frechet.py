@@ -70,27 +70,6 @@ class GaussianStats:
     self._sum += x.sum(axis=0)
     self._outer += x.T @ x
 
-  def merge(self, other: 'GaussianStats') -> None:
-    """Adds what `other` has accumulated, as if its batches had come here.
-
-    Raises:
-      ValueError: the two have features of different length.
-    """
-    if not other.num_samples:
-      return
-    if self._shift is None:
-      self._shift = other._shift
-      self._sum = np.zeros_like(other._sum)
-      self._outer = np.zeros_like(other._outer)
-    self._check_dim(len(other._shift))
-    # Sums of (x - s') with s' = s + d, as sums of (x - s): each x gains d, each
-    # outer product d (x - s')^T, its transpose and d d^T.
-    n, d = other.num_samples, other._shift - self._shift
-    cross = np.outer(d, other._sum)
-    self.num_samples += n
-    self._sum += other._sum + n * d
-    self._outer += other._outer + cross + cross.T + n * np.outer(d, d)
-
   @property
   def mean(self) -> np.ndarray:
     """The mean, float64 `[D]`; ValueError before the first sample."""

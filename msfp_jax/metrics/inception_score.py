@@ -10,13 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What the splits are, by the name of the convention.
-SPLITTINGS = {
-    'shuffled': '10 splits of a permutation by RandomState(2020)',
-    'consecutive': 'consecutive splits of 5000',
-}
+# torch-fidelity's splits: 10 of a permutation by RandomState(2020). Others
+# give other scores, so that results name them.
+SPLITTING = 'shuffled'
 NUM_SPLITS = 10
-_SEED, _SPLIT_SIZE = 2020, 5000
+_SEED = 2020
 
 
 class Score(NamedTuple):
@@ -25,35 +23,28 @@ class Score(NamedTuple):
   Attributes:
     mean: over the splits; 1 to the number of classes, high is good.
     std: over the splits.
-    splitting: the convention, a name in SPLITTINGS.
   """
   mean: float
   std: float
-  splitting: str
 
 
 class InceptionScore:
   """Accumulates the score; memory does not grow with the number of images."""
 
-  def __init__(self, num_samples: int, splitting: str = 'shuffled'):
+  def __init__(self, num_samples: int):
     """Assigns images to splits.
 
     Args:
       num_samples: how many images will come.
-      splitting: 'shuffled' (torch-fidelity) or 'consecutive' (ADM).
 
     Raises:
-      ValueError: another splitting, or fewer images than splits.
+      ValueError: fewer images than splits.
     """
-    if splitting not in SPLITTINGS:
-      raise ValueError(f'inception score: splitting {splitting!r}, must be one '
-                       f'of {", ".join(map(repr, SPLITTINGS))}')
-    least = NUM_SPLITS if splitting == 'shuffled' else 1
-    if num_samples < least:
+    if num_samples < NUM_SPLITS:
       raise ValueError(f'inception score: {num_samples} images, needs at least '
-                       f'{least}')
-    self._splitting, self._seen = splitting, 0
-    self._split = _assign(num_samples, splitting)
+                       f'{NUM_SPLITS}')
+    self._seen = 0
+    self._split = _assign(num_samples)
     self._counts = np.bincount(self._split)
     self._entropies = np.zeros(len(self._counts))
     self._sums = None
@@ -97,20 +88,11 @@ class InceptionScore:
     q = self._sums / self._counts[:, None]
     log_q = np.log(q, out=np.zeros_like(q), where=q > 0)
     scores = np.exp(self._entropies / self._counts - (q * log_q).sum(axis=1))
-    return Score(float(scores.mean()), float(scores.std()), self._splitting)
+    return Score(float(scores.mean()), float(scores.std()))
 
 
-def inception_score(logits: np.ndarray, splitting: str = 'shuffled') -> Score:
-  """The score of images whose logits `[N, K]` are all in memory."""
-  score = InceptionScore(len(logits), splitting)
-  score.update(logits)
-  return score.result()
-
-
-def _assign(count: int, splitting: str) -> np.ndarray:
+def _assign(count: int) -> np.ndarray:
   """Assigns every image to a split, int64 `[N]`."""
-  if splitting == 'consecutive':
-    return np.arange(count) // _SPLIT_SIZE
   ends = np.arange(NUM_SPLITS + 1) * count // NUM_SPLITS
   split = np.empty(count, np.int64)
   split[np.random.RandomState(_SEED).permutation(count)] = np.repeat(

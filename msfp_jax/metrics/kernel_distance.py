@@ -12,17 +12,36 @@ import numpy as np
 
 from msfp_jax.metrics import vectors
 
+SUBSET_SIZE = 1000  # vectors in a subset, as everyone takes for KID
 _BLOCK = 2048  # rows of a kernel matrix held at once
 _SEED = 2020  # torch-fidelity's
 
 
-class SubsetDistance(NamedTuple):
-  """The distance over random subsets: mean and standard deviation."""
+class Distance(NamedTuple):
+  """A kernel distance.
+
+  Attributes:
+    mean: over the subsets, or of all vectors.
+    std: over the subsets; None where there were none.
+  """
   mean: float
-  std: float
+  std: float | None
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+def distance(a: np.ndarray, b: np.ndarray) -> Distance:
+  """Estimates the distance on subsets of SUBSET_SIZE vectors, or on all.
+
+  With few vectors all of them serve, as subsets would be nearly the same.
+
+  Raises:
+    ValueError: as `of_all`.
+  """
+  if min(len(a), len(b)) > SUBSET_SIZE:
+    return of_subsets(a, b, size=SUBSET_SIZE)
+  return Distance(of_all(a, b), None)
+
+
+def of_all(a: np.ndarray, b: np.ndarray) -> float:
   """Estimates the distance from all vectors, in blocks of the kernel matrix.
 
   Args:
@@ -31,11 +50,11 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
   Raises:
     ValueError: fewer than 2 vectors on a side, see `vectors.checked_pair`.
   """
-  return _distance(*vectors.checked_pair('kernel_distance', a, b, 2))
+  return _distance(*vectors.checked_pair('kernel distance', a, b, 2))
 
 
-def subset_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100,
-                    size: int = 1000) -> SubsetDistance:
+def of_subsets(a: np.ndarray, b: np.ndarray, subsets: int = 100,
+               size: int = SUBSET_SIZE) -> Distance:
   """Estimates the distance on random subsets, as torch-fidelity draws them.
 
   Args:
@@ -47,15 +66,15 @@ def subset_distance(a: np.ndarray, b: np.ndarray, subsets: int = 100,
     ValueError: fewer vectors than `size`; pass a smaller one and say so.
   """
   if subsets < 1 or size < 2:
-    raise ValueError(f'subset_distance: subsets={subsets} must be at least 1, '
+    raise ValueError(f'kernel distance: subsets={subsets} must be at least 1, '
                      f'size={size} at least 2')
-  a, b = vectors.checked_pair('subset_distance', a, b, size)
+  a, b = vectors.checked_pair('kernel distance', a, b, size)
   rng = np.random.RandomState(_SEED)
   found = []
   for _ in range(subsets):
     rows = [rng.choice(len(x), size, replace=False) for x in (a, b)]
     found.append(_distance(a[rows[0]], b[rows[1]]))
-  return SubsetDistance(float(np.mean(found)), float(np.std(found)))
+  return Distance(float(np.mean(found)), float(np.std(found)))
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from msfp_jax.metrics import vectors
 
+K = 3
 _BLOCK = 2048  # rows of a distance matrix, and its columns, held at once
 
 
@@ -21,7 +22,7 @@ class PrecisionRecall(NamedTuple):
   recall: float
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = K
                      ) -> PrecisionRecall:
   """Compares two sets of feature vectors; memory is that of the vectors.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from msfp_jax import data
 
-PSNR_CAP = 100.0
+PSNR_CAP = 100.0  # dB; what equal images of bytes count as
 # Of SSIM: a Gaussian window, and constants that keep flat areas stable.
 _SIDE, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -18,9 +18,6 @@ _ROWS = 256  # images compared at once
 def psnr(a: data.Images, b: data.Images) -> float:
   """Peak signal-to-noise ratio in dB, the mean over the images.
 
-  Per image 10 log10(255^2 / mse), at most 100 dB: identical images, whose
-  ratio is infinite, count as 100 dB, so that the mean stays finite.
-
   Args:
     a, b: uint8 `[N, H, W, C]` of one shape; image i of `a` is compared with
       image i of `b`, so make both from the same noise.
@@ -28,11 +25,24 @@ def psnr(a: data.Images, b: data.Images) -> float:
   Raises:
     ValueError: not uint8, not four axes, different shapes, or no images.
   """
-  error = np.concatenate([
-      [np.mean(np.square(x.astype(np.float64) - y)) for x, y in zip(
-          *pair, strict=True)] for pair in _pairs('psnr', a, b)])
-  floor = 255.0**2 / 10 ** (PSNR_CAP / 10)
-  return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, floor))))
+  return float(np.mean(np.concatenate([
+      decibels(x, y) for x, y in _pairs('psnr', a, b)])))
+
+
+def decibels(a: np.ndarray, b: np.ndarray, peak: float = 255.0,
+             cap: float = PSNR_CAP) -> np.ndarray:
+  """10 log10(peak^2 / mse) of every image, float64 `[N]`.
+
+  Args:
+    a, b: `[N, H, W, C]` of one shape and any real type.
+    peak: the width of the images' range: 2 of floats in [-1, 1].
+    cap: the ratio of equal images is infinite; they count as this, so that
+      means stay finite. Floats that differ by roundings alone reach 140 dB.
+  """
+  error = np.array([np.mean(np.square(x.astype(np.float64) - y))
+                    for x, y in zip(a, b, strict=True)])
+  floor = peak**2 / 10 ** (cap / 10)
+  return 10 * np.log10(peak**2 / np.maximum(error, floor))
 
 
 def can_ssim(shape: tuple[int, ...]) -> bool:

@@ -71,12 +71,11 @@ def measure(images: data.Images, network: features.FeatureNetwork,
   """
   # The hash tells sets apart that have a name in common, at no further read.
   images = _Hashed(images)
-  pool, spatial, vectors = collect.collect(
-      images, network, num_vectors=num_vectors)
-  return Reference(pool, spatial, {
+  seen = collect.collect(images, network, num_vectors=num_vectors)
+  return Reference(seen.pool, seen.spatial, {
       'dataset': dataset, 'num_samples': len(images),
       'images_sha256': images.sha256.hexdigest(), **network.provenance},
-      vectors)
+      seen.vectors)
 
 
 def save(path: str | os.PathLike, reference: Reference) -> None:

@@ -144,7 +144,7 @@ def timestep_embedding(t: jax.Array, dim: int, order: str = 'sin_cos',
   """Sinusoidal embedding of timesteps.
 
   Args:
-    t: timesteps, float or int, `[B]`.
+    t: timesteps, ints or real numbers, `[B]`; taken as float32.
     dim: width of the result.
     order: 'sin_cos' (DDPM) or 'cos_sin' (latent diffusion).
     freq_shift: 1 for DDPM, 0 for latent diffusion.

@@ -34,6 +34,11 @@ def tick(value: float) -> str:
   return head + power_of_ten(exponent)
 
 
+def timestep(value: float) -> str:
+  """A timestep: '999', and of real ones four digits, '333.3', '0.8571'."""
+  return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
 def ratio(value: float) -> str:
   """Formats a ratio: '2.3x'."""
   return f'{value:.2f}x' if value < 10 else f'{value:.0f}x'

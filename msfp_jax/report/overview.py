@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from msfp_jax.metrics import registry
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.report import numbers
 from msfp_jax.report.section import Section
@@ -47,7 +48,8 @@ def _text(value: Any) -> str:
 
 def _timesteps(source: Source) -> str:
   t = source.experiment.plan.timesteps
-  return f'{t[0]} to {t[-1]}, {len(t)} steps'
+  first, last = numbers.timestep(t[0]), numbers.timestep(t[-1])
+  return f'{first} to {last}, {len(t)} steps'
 
 
 def _outcome(source: Source) -> str:
@@ -56,11 +58,12 @@ def _outcome(source: Source) -> str:
   full, row = rows.get('fp'), rows.get(source.row)
   if full is None or row is None or row is full:
     return ''
-  metric = next((key for key in row if key in full and key not in (
-      'name', 'weight_bits', 'act_bits', 'bytes')), None)
+  metrics = {name: column for name, column in registry.columns(
+      source.results).items() if isinstance(column, registry.Metric)}
+  metric = next((key for key in row if key in full and key in metrics), None)
   distance = '' if metric is None else (
-      f'{metric} {numbers.significant(row[metric], 4)} '
-      f'(full precision {numbers.significant(full[metric], 4)}), ')
+      f'{metric} {metrics[metric].format(row[metric])} '
+      f'(full precision {metrics[metric].format(full[metric])}), ')
   return (f'Shown in detail is {source.row}: {distance}'
           f'{row["bytes"]:,} bytes ({full["bytes"]:,}). ')
 

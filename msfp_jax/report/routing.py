@@ -7,6 +7,7 @@ from matplotlib import patches
 from matplotlib import path as path_lib
 import numpy as np
 
+from msfp_jax.report import numbers
 from msfp_jax.report import section as section_lib
 from msfp_jax.report import svg
 from msfp_jax.report.section import Source
@@ -56,7 +57,8 @@ def _axes(figure, t):
   # Steps are equally wide cells, whatever their timesteps; five of them, by
   # their middles, say which t they are.
   places = sorted({round(i) for i in np.linspace(0, len(t) - 1, 5)})
-  axes.set_xticks([i + 0.5 for i in places], [str(t[i]) for i in places])
+  axes.set_xticks([i + 0.5 for i in places],
+                  [numbers.timestep(t[i]) for i in places])
   axes.set_xlim(0, len(t))
   axes.set_xlabel('timestep t (sampling goes from left to right)')
   return axes
@@ -66,8 +68,9 @@ def _shares(t: np.ndarray, choices: Mapping[str, np.ndarray]
             ) -> section_lib.Figure:
   found = bank_shares(choices)
   said = '; '.join(
-      f'bank {bank}: {100 * row[0]:.0f}% at t = {t[0]}, {100 * row[-1]:.0f}% '
-      f'at t = {t[-1]}, {100 * row.mean():.0f}% on average'
+      f'bank {bank}: {100 * row[0]:.0f}% at t = {numbers.timestep(t[0])}, '
+      f'{100 * row[-1]:.0f}% at t = {numbers.timestep(t[-1])}, '
+      f'{100 * row.mean():.0f}% on average'
       for bank, row in enumerate(found))
 
   def paint(figure):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from msfp_jax.base import pictures as pictures_lib
-from msfp_jax.report import numbers
+from msfp_jax.metrics import registry
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
 
@@ -16,6 +16,7 @@ from msfp_jax.report.section import Source
 _MAX_IMAGES = 16
 _MAX_PIXELS = 2**18
 _GREY = 127  # between images
+_CLOSENESS = 'psnr_to_fp'  # the metric told with each method
 _PIXELATED = 64  # images up to this side are shown with hard pixels
 
 
@@ -72,7 +73,7 @@ def _spaced_grid(images: np.ndarray, columns: int) -> np.ndarray:
 def _note(name: str, row: dict) -> str:
   if name == 'data':
     return 'images of the data set'
-  if 'psnr_to_fp' in row:
-    psnr = numbers.significant(row['psnr_to_fp'])
-    return f'PSNR to full precision {psnr} dB'
+  if _CLOSENESS in row:
+    value = registry.METRICS[_CLOSENESS].format(row[_CLOSENESS])
+    return f'PSNR to full precision {value} dB'
   return 'what the others are compared with' if name == 'fp' else 'samples'

@@ -85,7 +85,7 @@ def _axes(figure, t):
   """Makes axes over timesteps in the order of sampling: noise on the left."""
   axes = figure.add_subplot()
   axes.set_xlabel('timestep t (sampling goes from left to right)')
-  margin = max(0.02 * t.max(), 1)
+  margin = 0.02 * t.max() or 1
   axes.set_xlim(t.max() + margin, -margin)
   return axes
 
@@ -143,8 +143,8 @@ def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
   return section_lib.Figure(svg.draw(id, 280, label, paint), caption)
 
 
-def _at(t: int) -> str:
-  return f't\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{t}'
+def _at(t: float) -> str:
+  return f't\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{numbers.timestep(t)}'
 
 
 def _line(i: int):

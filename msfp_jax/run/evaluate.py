@@ -15,10 +15,13 @@ from msfp_jax import diffusion
 from msfp_jax import report
 from msfp_jax.base import devices
 from msfp_jax.base import files
+from msfp_jax.base import markdown
 from msfp_jax.base import pictures
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import features
+from msfp_jax.metrics import registry
+from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import grid
@@ -199,9 +202,9 @@ def _check(cfg: EvalSettings) -> None:
                      f'{sorted(sample_store.FORMS)}')
   generate.num_batches(cfg.num_samples, cfg.batch_size)
   devices.check_batch('config.eval.batch_size', cfg.batch_size)
-  if cfg.vectors and cfg.vectors < scorer_lib.LEAST_VECTORS:
+  if cfg.vectors and cfg.vectors < registry.LEAST_VECTORS:
     raise ValueError(f'config.eval.vectors={cfg.vectors}: must be 0 or at '
-                     f'least {scorer_lib.LEAST_VECTORS}')
+                     f'least {registry.LEAST_VECTORS}')
   if cfg.pictures < 1:
     raise ValueError(f'config.eval.pictures={cfg.pictures}: must be at '
                      'least 1')
@@ -291,24 +294,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
 
 def table(results: dict[str, Any]) -> str:
   """results.json as an aligned Markdown table."""
-  rows = results['rows']
-  columns = list(dict.fromkeys(key for row in rows for key in row))
-  lines = [[_cell(row.get(column)) for column in columns] for row in rows]
-  widths = [max(len(line[i]) for line in [columns, *lines])
-            for i in range(len(columns))]
-  join = lambda cells: '| ' + ' | '.join(
-      cell.ljust(width) for cell, width in zip(
-          cells, widths, strict=True)) + ' |'
-  rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
-  return '\n'.join([join(columns), rule, *map(join, lines)])
-
-
-def _cell(value: Any) -> str:
-  if value is None:
-    return ''
-  if isinstance(value, float):
-    if abs(value) >= 1000:
-      return f'{value:.0f}'
-    return f'{value:.3g}' if 0 < abs(value) < 0.1 else f'{value:.3f}'
-  return f'{value:,}' if isinstance(value, int) else str(value)
-
+  found = results_lib.table(results)
+  return markdown.table(['name', *found.columns], [
+      [name, *cells.values()]
+      for name, cells in zip(found.names, found.cells, strict=True)])

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from absl import logging
+from clu import parameter_overview
 import jax
 import ml_collections
 
@@ -175,6 +176,8 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   model, params = teacher.load(
       config.pretrained, workdir, described_by=config.pretrained_config,
       ema=config.ema, fields=config.model, seed=config.seed)
+  logging.info('the model has %s parameters',
+               f'{parameter_overview.count_parameters(params):,}')
   images = None
   if config.data.name:
     images = data.load(config.data.name, config.data.path)

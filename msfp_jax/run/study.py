@@ -21,6 +21,7 @@ from absl import logging
 import ml_collections
 
 from msfp_jax.base import files
+from msfp_jax.base import markdown
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.packed import model as packed_lib
@@ -189,15 +190,12 @@ def table(found: dict[str, dict[str, dict[str, list[float]]]],
     seeds = {label: max(map(len, values.values()), default=0)
              for label, values in rows.items()}
     uneven = len(set(seeds.values())) > 1
-    heads = [*metrics, *(['seeds'] if uneven else [])]
-    lines += [f'**{group}**', '', '| | ' + ' | '.join(heads) + ' |',
-              '|---' * (len(heads) + 1) + '|']
-    for label, values in rows.items():
-      cells = [_spread(values.get(metric, [])) for metric in metrics]
-      if uneven:
-        cells.append(str(seeds[label]))
-      lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
-    lines.append('')
+    cells = [[label, *(_spread(values.get(metric, [])) for metric in metrics),
+              *([str(seeds[label])] if uneven else [])]
+             for label, values in rows.items()]
+    lines += [f'**{group}**', '', markdown.table(
+        ['', *metrics, *(['seeds'] if uneven else [])], cells, aligned=False),
+              '']
   return '\n'.join(lines)
 
 

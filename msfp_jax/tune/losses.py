@@ -28,21 +28,25 @@ def denoising_factors(schedule: diffusion.NoiseSchedule,
 
   Returns:
     float64 `[S]`, in the plan's order.
+
+  Raises:
+    ValueError: an unknown variant, or one of the training schedule for a plan
+      that does not visit its steps.
   """
-  t = plan.timesteps
-  bar = schedule.alphas_cumprod[t]
-  if variant == 'ddpm':
-    gamma = ddpm.denoising_factors(schedule.alphas[t], bar)
-  elif variant == 'ddpm_respaced':
-    # That function takes ascending timesteps; plans go down.
-    previous = ddim.previous_alphas_cumprod(schedule, t[::-1])[::-1]
-    gamma = ddpm.denoising_factors(bar / previous, bar)
-  elif variant == 'sampler':
+  if variant not in GAMMAS:
+    raise ValueError(f'gamma {variant!r}: must be one of {GAMMAS}')
+  if variant == 'sampler':
     gamma = plan.eps_factor
   elif variant == 'none':
-    gamma = np.ones(len(t))
+    gamma = np.ones(plan.num_steps)
   else:
-    raise ValueError(f'gamma {variant!r}: must be one of {GAMMAS}')
+    t = plan.schedule_steps(
+        f"gamma={variant!r} is a formula of; use 'sampler' or 'none'")
+    bar, alphas = schedule.alphas_cumprod[t], schedule.alphas[t]
+    if variant == 'ddpm_respaced':
+      # That function takes ascending timesteps; plans go down.
+      alphas = bar / ddim.previous_alphas_cumprod(schedule, t[::-1])[::-1]
+    gamma = ddpm.denoising_factors(alphas, bar)
   return gamma / gamma.mean()
 
 

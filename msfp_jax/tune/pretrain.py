@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from absl import logging
+from clu import parameter_overview
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -223,10 +224,10 @@ def run(model: unet.UNet, images: data.Images,
   tx = optimizer(settings)
   init = functools.partial(
       init_state, model, tx, jax.random.fold_in(key, 0))
-  count = sum(leaf.size for leaf in jax.tree.leaves(
-      jax.eval_shape(init).params))
-  logging.info('pre-training a UNet of %s parameters on %d images of %s',
-               f'{count:,}', len(images), images.shape[1:])
+  parameter_overview.log_parameter_overview(
+      jax.eval_shape(init).params, include_stats=False)
+  logging.info('pre-training it on %d images of %s', len(images),
+               images.shape[1:])
   update = make_update(
       model, schedule, tx, settings.ema_decay, jax.random.fold_in(key, 1))
   draw = _make_draw(model, plan, jax.random.fold_in(key, 2),

@@ -83,6 +83,35 @@ def test_the_schema_of_the_results(trained, npz):
   assert size['fp'] == 4 * sum(v.size for v in runs.teacher(trained).values())
 
 
+def better(rows):
+  """Whether 'tuned' is closer to full precision than 'msfp', by both measures.
+
+  Image by image, and as a distribution.
+  """
+  rows = {row['name']: row for row in rows}
+  msfp, tuned = rows['msfp'], rows['tuned']
+  return (tuned['psnr_to_fp'] > msfp['psnr_to_fp']
+          and tuned['fd_random_to_fp'] < msfp['fd_random_to_fp'])
+
+
+def test_a_tuned_model_is_better_than_an_untuned_one(trained):
+  """Six updates are few, and enough for that."""
+  assert better(json.loads((trained / 'results.json').read_text())['rows'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1])
+def test_more_updates_make_it_better_still(tmp_path, trained, npz, seed):
+  config = runs.config_of(npz, {
+      'seed': seed, 'finetune.num_updates': 200, 'finetune.save_every': 200,
+      'pretrained': str(trained / 'pretrain/model.safetensors')})
+  train.run(config, str(tmp_path))
+  rows = evaluate.run(config, str(tmp_path))['rows']
+  assert better(rows)
+  found = {row['name']: row['psnr_to_fp'] for row in rows[1:]}
+  assert found['tuned'] > found['msfp'] + 0.4
+
+
 def test_the_picture_has_a_row_per_method(trained):
   with Image.open(trained / 'samples/methods.png') as picture:
     pixels = np.asarray(picture.convert('RGB'))

@@ -1,7 +1,7 @@
-"""Are generated digits digits, the right ones, and all ten of them?
+"""Do images show the classes they are to show, and all of them?
 
-All take class probabilities `[N, K]`, as `FeatureNetwork.probabilities` of the
-'digits' network returns them.
+All take the class probabilities `[N, K]` of a classifier whose classes these
+are, as `collect.Seen.probabilities` holds them.
 """
 
 import numpy as np

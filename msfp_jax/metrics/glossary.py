@@ -1,0 +1,24 @@
+"""What the columns of results mean, as a table for README."""
+
+from msfp_jax.base import markdown
+from msfp_jax.metrics import features
+from msfp_jax.metrics import naming
+from msfp_jax.metrics import registry
+
+
+def columns() -> str:
+  """Every column, in Markdown."""
+  rows = []
+  for name, column in (registry.METRICS | registry.FACTS).items():
+    source = getattr(column, 'source', '')
+    meaning = column.meaning + (f' ({source})' if source else '')
+    rows.append([', '.join(f'`{spelling}`' for spelling in
+                           naming.spellings(name)), column.better, meaning])
+  return markdown.table(['column', 'good is', 'meaning'], rows, aligned=False)
+
+
+def networks() -> str:
+  """Every feature network, in Markdown."""
+  return markdown.table(['FEATURES', 'what they are'], [
+      [f'`{name}:PATH`' if network.from_file else f'`{name}`', network.meaning]
+      for name, network in features.NETWORKS.items()], aligned=False)

@@ -1,0 +1,84 @@
+"""Recipes by what they do to data, and bits by name."""
+
+import numpy as np
+import pytest
+
+from msfp_jax.quant import recipes
+from msfp_jax.quant.fit import Seen
+
+RNG = np.random.default_rng(0)
+NORMAL = RNG.standard_normal(4000).astype(np.float32)
+SILU = (NORMAL / (1 + np.exp(-NORMAL))).astype(np.float32)
+# With long tails, on which levels that are finer near 0 have less error.
+TAILS = RNG.laplace(size=4000).astype(np.float32)**3
+WEIGHTS = TAILS[:900].reshape(3, 3, 20, 5)
+
+
+def fitted(recipe, part, values, axis=-1):
+  """What a recipe's fit finds for values, at 4 bits."""
+  fit = getattr(recipes.get(recipe), part)
+  return fit(Seen(values, float(values.min()), float(values.max())), 4, axis)
+
+
+def steps(quantizer):
+  """Distances of neighbouring levels, as multiples of the least."""
+  found = np.diff(quantizer.fmt.levels())
+  return np.round(found / found.min(), 6)
+
+
+@pytest.mark.parametrize('recipe', ['msfp', 'signed_fp'])
+@pytest.mark.parametrize('part, values, axis', [
+    ('weight', WEIGHTS, -2), ('nal', TAILS, -1)])
+def test_weights_and_inputs_of_other_layers_become_signed_floats(
+    recipe, part, values, axis):
+  found = fitted(recipe, part, values, axis).quantizer
+  assert found.fmt.signed and found.zero_point is None
+  assert len(set(steps(found))) > 1
+
+
+def test_msfp_mixes_signs_where_the_input_follows_silu():
+  """Unsigned above a zero point has less error there; signed FP has none."""
+  mixed, signed = fitted('msfp', 'aal', SILU), fitted('signed_fp', 'aal', SILU)
+  assert signed.quantizer.fmt.signed and signed.quantizer.zero_point is None
+  assert not mixed.quantizer.fmt.signed
+  assert -0.3 <= float(mixed.quantizer.zero_point) < 0
+  assert mixed.mse < 0.6 * signed.mse
+
+
+def test_msfp_stays_signed_where_that_has_less_error():
+  found = fitted('msfp', 'aal', NORMAL)
+  assert found.quantizer.fmt.signed
+  assert found.mse == fitted('signed_fp', 'aal', NORMAL).mse
+
+
+@pytest.mark.parametrize('part, values, axis', [
+    ('weight', WEIGHTS, -2), ('nal', TAILS, -1), ('aal', SILU, -1)])
+def test_integers_are_evenly_spaced_with_a_zero_point(part, values, axis):
+  found = fitted('int', part, values, axis).quantizer
+  assert set(steps(found)) == {1.0} and len(found.fmt.levels()) == 16
+  assert found.zero_point is not None
+
+
+def test_weights_have_a_scale_for_every_output_channel():
+  for recipe in ('msfp', 'signed_fp', 'int'):
+    found = fitted(recipe, 'weight', WEIGHTS, -2).quantizer
+    assert np.shape(found.scale) == (1, 1, 1, 5)
+
+
+def test_a_recipe_that_there_is_not():
+  with pytest.raises(ValueError, match="'fp5'.*int.*msfp.*signed_fp"):
+    recipes.get('fp5')
+
+
+@pytest.mark.parametrize('text, bits', [
+    ('w4a4', (4, 4)), ('w3a8', (3, 8)), ('w32a6', (32, 6)),
+    ('w4a32', (4, 32))])
+def test_bits(text, bits):
+  assert recipes.parse_bits(text) == bits
+
+
+@pytest.mark.parametrize('text', [
+    '', 'w4', 'a4w4', 'w2a4', 'w9a4', 'w4a16', 'w4a4 ', 'W4A4', 'w-4a4'])
+def test_other_bits_are_refused(text):
+  with pytest.raises(ValueError, match='w4a4'):
+    recipes.parse_bits(text)
