@@ -1,8 +1,10 @@
 """The experiments: every file, every variant, and what the package ships."""
 
+import dataclasses
 import importlib
 import itertools
 import pathlib
+import re
 
 import jax
 import ml_collections
@@ -18,7 +20,10 @@ from msfp_jax.convert import native
 from msfp_jax.metrics import features
 from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
-from msfp_jax.quant import spec
+from msfp_jax.quant import recipes
+from msfp_jax.quant import roles
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
@@ -29,7 +34,7 @@ MODULES = [importlib.import_module(f'configs.{path.stem}')
            for path in sorted((ROOT / 'configs').glob('*.py'))
            if path.stem != 'common']
 CASES = [(module, variant) for module in MODULES
-         for variant in ('', 'w4a4', 'w6a8', *spec.EXCEPTIONS,
+         for variant in ('', 'w4a4', 'w6a8', *roles.EXCEPTIONS,
                          *module.VARIANTS)]
 STUDY_ROWS = [
     (module, variant) for module in MODULES
@@ -69,8 +74,8 @@ def test_fields_and_types_are_those_of_common(module, variant):
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)
 def test_what_a_config_names_exists(module, variant):
   config = module.get_config(variant)
-  spec.recipe(config.quant.recipe)
-  assert config.quant.exceptions in spec.EXCEPTIONS
+  recipes.get(config.quant.recipe)
+  assert config.quant.exceptions in roles.EXCEPTIONS
   schedule = diffusion.make_schedule(**config.schedule)
   plan = diffusion.make_plan(schedule, **config.sampler)
   losses.denoising_factors(schedule, plan, config.finetune.gamma)
@@ -86,10 +91,13 @@ def test_what_a_config_names_exists(module, variant):
     features.get(config.eval.features, (side, side, 1))
   for row in config.eval.rows:
     if row not in ('fp', 'tuned'):
-      spec.recipe(row.partition(':')[0])
+      recipes.get(row.partition(':')[0])
 
 
-@pytest.mark.parametrize('sampler', ['ddim', 'ddpm'])
+SAMPLERS = ['ddim', 'ddpm', 'dpm_solver', 'plms']
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('schedule', ['linear', 'scaled_linear', 'cosine'])
 def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
   """Any sampler can be named while a config's other fields stay as they are."""
@@ -97,16 +105,41 @@ def test_every_sampler_and_schedule_can_be_named(sampler, schedule):
   config.sampler.name, config.schedule.name = sampler, schedule
   plan = diffusion.make_plan(
       diffusion.make_schedule(**config.schedule), **config.sampler)
-  assert plan.num_steps == config.sampler.num_steps
+  # PLMS takes its second step twice.
+  assert plan.num_steps == config.sampler.num_steps + (sampler == 'plms')
 
 
-@pytest.mark.parametrize('module, variant', CASES, ids=case_id)
-def test_the_optimizers_take_the_config(module, variant):
+def test_there_are_no_other_samplers():
+  config = common.get_config()
+  config.sampler.name = 'euler'
+  with pytest.raises(ValueError, match=re.escape(str(SAMPLERS))):
+    diffusion.make_plan(
+        diffusion.make_schedule(**config.schedule), **config.sampler)
+
+
+@pytest.mark.parametrize('part, settings', [
+    ('pretrain', pretrain.PretrainSettings),
+    ('finetune', finetune.FinetuneSettings),
+    ('calibrate', experiment.CalibrationSettings),
+    ('quant', experiment.QuantSettings), ('eval', evaluate.EvalSettings)])
+def test_parts_have_the_fields_that_runs_take(part, settings):
+  names = [field.name for field in dataclasses.fields(settings)]
+  assert sorted(names) == sorted(common.get_config()[part])
+
+
+@pytest.mark.parametrize('module, variant', CASES + STUDY_ROWS, ids=case_id)
+def test_numbers_are_such_as_runs_can_use(module, variant):
   config = module.get_config(variant)
-  assert pretrain.optimizer(
-      pretrain.PretrainSettings(**config.pretrain))
-  assert finetune.optimizer(
-      finetune.FinetuneSettings(**config.finetune))
+  for name, value in flat(config).items():
+    if name.startswith(('model.', 'autoencoder.')):
+      continue
+    if isinstance(value, int | float):
+      assert value >= 0, name
+    if name.endswith(('batch_size', 'save_every', 'log_every', '.num_steps')):
+      assert value > 0, name
+  assert config.pretrain.warmup < config.pretrain.num_steps
+  assert 0 <= config.finetune.adam_b2 < 1
+  assert 0 < config.pretrain.ema_decay < 1
 
 
 def test_warm_up_must_end_before_the_training():
@@ -147,7 +180,7 @@ def test_an_unknown_word_lists_the_known(module):
     module.get_config('w4a4,tabel')
   message = str(error.value)
   assert "'tabel'" in message
-  for word in ('w4a4', *spec.EXCEPTIONS, *module.VARIANTS):
+  for word in ('w4a4', *roles.EXCEPTIONS, *module.VARIANTS):
     assert word in message
 
 
