@@ -1,5 +1,6 @@
 """The experiments: every file, every variant, and what the package ships."""
 
+import dataclasses
 import importlib
 import itertools
 import pathlib
@@ -22,6 +23,8 @@ from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
 from msfp_jax.quant import recipes
 from msfp_jax.quant import roles
+from msfp_jax.run import evaluate
+from msfp_jax.run import experiment
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
@@ -141,6 +144,16 @@ def test_the_optimizers_take_the_rates_of_the_config(module, variant):
   updates, _ = tx.update(ones, tx.init(zeros), zeros)
   for name, rate in rates.items():
     np.testing.assert_allclose(updates[name], -rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize('part, settings', [
+    ('pretrain', pretrain.PretrainSettings),
+    ('finetune', finetune.FinetuneSettings),
+    ('calibrate', experiment.CalibrationSettings),
+    ('quant', experiment.QuantSettings), ('eval', evaluate.EvalSettings)])
+def test_parts_have_the_fields_that_runs_take(part, settings):
+  names = [field.name for field in dataclasses.fields(settings)]
+  assert sorted(names) == sorted(common.get_config()[part])
 
 
 def test_warm_up_must_end_before_the_training():

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from msfp_jax import diffusion
 from msfp_jax.diffusion import conditions
@@ -18,80 +17,55 @@ from msfp_jax.metrics import features
 from msfp_jax.run import generate
 
 KEY = jax.random.key(5)
+SHAPE = (8, 8, 1)
+PLAN = diffusion.ddim_plan(diffusion.make_schedule(
+    'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02), 4,
+                           eta=1.0)  # adds noise at every step
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Predicts a multiple of x, of each step its own, plus the labels."""
+
+  arrays: jax.Array = dataclasses.field(
+      default_factory=lambda: jnp.linspace(0.5, 0.9, PLAN.num_steps))
+
+  def with_arrays(self, arrays):
+    return Model(arrays)
+
+  def eps_fn(self, x, t, index, *labels):
+    del t
+    return self.arrays[index] * x + sum(
+        label[:, None, None, None] for label in labels)
+
+
+def generated(count=8, batch=4, model=None, **options):
+  return generate.generate(
+      model or Model(), PLAN, count, batch, SHAPE, KEY, **options)
 
 
 @pytest.fixture(scope='module')
-def plan():
-  return toy.plan()
-
-
-@pytest.fixture(scope='module')
-def deployed():
-  return toy.deployed()
-
-
-@pytest.fixture(scope='module')
-def images(deployed, plan):
-  return generate.generate(deployed, plan, 8, 4, toy.SHAPE, KEY)
+def images():
+  return generated()
 
 
 def test_images_are_uint8_and_differ(images):
-  assert images.shape == (8, *toy.SHAPE) and images.dtype == np.uint8
+  assert images.shape == (8, *SHAPE) and images.dtype == np.uint8
   assert len({image.tobytes() for image in images}) == 8
 
 
-def test_the_same_key_gives_the_same_bytes(images, deployed, plan):
-  again = generate.generate(deployed, plan, 8, 4, toy.SHAPE, KEY)
-  assert again.tobytes() == images.tobytes()
+def test_the_same_key_gives_the_same_bytes(images):
+  assert generated().tobytes() == images.tobytes()
 
 
 @pytest.mark.parametrize('count', [1, 4, 5])
-def test_a_partial_last_batch_changes_no_image(images, deployed, plan, count):
-  some = generate.generate(deployed, plan, count, 4, toy.SHAPE, KEY)
-  np.testing.assert_array_equal(some, images[:count])
-
-
-def test_all_models_start_from_the_same_noise(images, deployed, plan):
-  """Two models of equal weights, one of them with banks, draw the same."""
-  first = deployed.weights['conv_in'][:1]
-  single = dataclasses.replace(
-      deployed, weights=deployed.weights | {'conv_in': first}, choices={})
-  double = dataclasses.replace(
-      deployed, weights=deployed.weights | {
-          'conv_in': jnp.concatenate([first, first])})
-  draw = lambda model: generate.generate(model, plan, 4, 4, toy.SHAPE, KEY)
-  # Two programs, which may round differently.
-  assert np.abs(draw(single).astype(int) - draw(double)).max() <= 1
-  assert not np.array_equal(draw(single), images[:4])
-
-
-def test_nan_is_refused(deployed, plan):
-  bad = dataclasses.replace(
-      deployed, weights=jax.tree.map(lambda w: w * np.nan, deployed.weights))
-  with pytest.raises(ValueError, match='wide: 256 of 256 .* batch 0 are NaN'):
-    generate.generate(bad, plan, 8, 4, toy.SHAPE, KEY, 'wide')
-
-
-class Half:
-  """Predicts x / 2, plus the labels."""
-
-  arrays = ()
-
-  def with_arrays(self, arrays):
-    del arrays
-    return self
-
-  def eps_fn(self, x, t, index, *labels):
-    del t, index
-    return 0.5 * x + sum(label[:, None, None, None] for label in labels)
+def test_a_partial_last_batch_changes_no_image(images, count):
+  np.testing.assert_array_equal(generated(count), images[:count])
 
 
 @pytest.mark.parametrize('classes', [None, 30])
 def test_start_steps_and_labels_have_keys_of_their_own(classes):
   """Of a batch's key: 0, 1, which folds the step's index, and 2."""
-  schedule = diffusion.make_schedule(
-      'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02)
-  plan = diffusion.ddim_plan(schedule, 4, eta=1.0)
   drawn = []
   draw = conditions.classes(classes) if classes else conditions.none
 
@@ -99,49 +73,64 @@ def test_start_steps_and_labels_have_keys_of_their_own(classes):
     drawn.append(np.asarray(x))
     return x
 
-  for _ in generate.batches(Half(), plan, (0, 3), 2, toy.SHAPE, KEY,
+  for _ in generate.batches(Model(), PLAN, (0, 3), 2, SHAPE, KEY,
                             draw_condition=draw, decode=decode):
     pass
   for number, found in zip((0, 3), drawn, strict=True):
     key = jax.random.fold_in(KEY, number)
-    normal = lambda key: np.float64(jax.random.normal(key, (2, *toy.SHAPE)))
+    normal = lambda key: np.float64(jax.random.normal(key, (2, *SHAPE)))
     x, labels = normal(jax.random.fold_in(key, 0)), 0
     if classes:
       labels = np.float64(jax.random.randint(
           jax.random.fold_in(key, 2), (2,), 0, classes))[:, None, None, None]
-    for i in range(plan.num_steps):
-      x = (plan.x_coef[i] * x - plan.eps_factor[i] * (0.5 * x + labels)
-           + plan.noise_std[i] * normal(jax.random.fold_in(
-               jax.random.fold_in(key, 1), i)))
+    for i, multiple in enumerate(np.float64(Model().arrays)):
+      noise = normal(jax.random.fold_in(jax.random.fold_in(key, 1), i))
+      x = (PLAN.x_coef[i] * x - PLAN.eps_factor[i] * (multiple * x + labels)
+           + PLAN.noise_std[i] * noise)
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
 
 
+def test_samples_are_cut_to_bytes_after_they_are_decoded():
+  halves = generated(4, decode=lambda x: jnp.tile(0.5 * jnp.clip(x, -1, 1), 3))
+  assert halves.shape == (4, 8, 8, 3)
+  assert 60 < halves.min() < 70 and 185 < halves.max() < 195
+
+
+def test_nan_is_refused():
+  bad = Model(jnp.full(PLAN.num_steps, np.nan))
+  with pytest.raises(ValueError, match='wide: 256 of 256 .* batch 0 are NaN'):
+    generated(model=bad, name='wide')
+
+
+def test_an_image_that_is_decoded_to_infinity_is_refused():
+  with pytest.raises(ValueError, match='256 of 256 .* infinite'):
+    generated(decode=lambda x: x / 0.0)
+
+
 @pytest.mark.parametrize('count, batch', [(0, 4), (-1, 4), (4, 0)])
-def test_no_samples(deployed, plan, count, batch):
+def test_no_samples(count, batch):
   with pytest.raises(ValueError, match=f'num_samples={count}, '
                      f'batch_size={batch}: must be at least 1'):
-    generate.generate(deployed, plan, count, batch, toy.SHAPE, KEY)
+    generated(count, batch)
 
 
 ON_FOUR_DEVICES = """
 import sys
-import jax, numpy as np, toy
-from msfp_jax.run import generate
+import jax, numpy as np
 from msfp_jax.metrics import features
+import test_generate
 assert jax.device_count() == 4
-key = jax.random.key(5)
 devices = []
 def note(x):
   devices.append((len(x.sharding.device_set), x.sharding.is_fully_replicated))
   return x
-draw = lambda size: generate.generate(
-    toy.deployed(), toy.plan(), 10, size, toy.SHAPE, key, decode=note)
-images = draw(8)
+images = test_generate.generated(10, 8, decode=note)
 assert devices == [(4, False)] * 2
-seen = features.get('random', toy.SHAPE).outputs(images).features
+seen = features.get(
+    'random', test_generate.SHAPE).outputs(images).features
 np.savez(sys.argv[1], images=images, seen=seen)
 try:
-  draw(6)
+  test_generate.generated(10, 6)
   sys.exit('a batch of 6 was split over 4 devices')
 except ValueError as error:
   assert 'batch_size=6: must be a multiple of the 4 devices' in str(error)
@@ -149,7 +138,7 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_batches_are_split_over_all_devices(tmp_path, deployed, plan):
+def test_batches_are_split_over_all_devices(tmp_path):
   path = tmp_path / 'found.npz'
   tests = pathlib.Path(__file__).parent
   subprocess.run(
@@ -157,11 +146,11 @@ def test_batches_are_split_over_all_devices(tmp_path, deployed, plan):
       env=os.environ | {
           'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{tests.parent}:{tests}',
           'XLA_FLAGS': '--xla_force_host_platform_device_count=4'})
-  images = generate.generate(deployed, plan, 10, 8, toy.SHAPE, KEY)
+  images = generated(10, 8)
   with np.load(path) as found:
     # Other programs may round differently.
     assert np.abs(found['images'].astype(int) - images).max() <= 1
     assert (found['images'] != images).mean() < 0.01
     np.testing.assert_allclose(
-        found['seen'], features.get('random', toy.SHAPE).outputs(
+        found['seen'], features.get('random', SHAPE).outputs(
             found['images']).features, rtol=1e-5, atol=1e-5)

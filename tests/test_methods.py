@@ -1,52 +1,91 @@
-"""Rows of a table: names, models, sizes."""
+"""Rows of a table: names, models, bits.
+
+tests/experiment/ makes all of them of a finished run.
+"""
 
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
+from msfp_jax import diffusion
+from msfp_jax.base import errors
+from msfp_jax.quant import spec as spec_lib
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import methods
 
 
-def test_packed_bytes_by_hand():
-  conv_in = 2 * 36 * 4 // 8 + 4 * 4 + 4 * 4 + 4 + 4  # scales, biases, s, z
-  temb = 4 * (8 + 4)  # full precision
-  conv_out = 14 + 4 + 4 + 4  # 36 x 3 bits are 13.5 bytes; scale, bias, s
-  assert rows_lib.packed_bytes(toy.deployed()) == conv_in + temb + conv_out
+class Net(nn.Module):
+  """A convolution and a dense layer, called as a UNet is."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    time = nn.Dense(1, name='temb')(t[:, None] / 1000)[:, None, None]
+    return nn.Conv(1, (3, 3), name='conv_in')(x + time)
 
 
-def test_full_precision_has_the_bytes_of_its_parameters():
-  params, plan = toy.params(), toy.plan()
-  experiment = types.SimpleNamespace(model=toy.Toy(), params=params, plan=plan)
-  full = rows_lib.untuned(experiment, None)
-  assert rows_lib.packed_bytes(full) == 4 * sum(
-      leaf.size for leaf in jax.tree.leaves(params))
-  x = jax.random.normal(jax.random.key(5), (2, *toy.SHAPE))
-  t = jnp.full((2,), 3.0)
+X, T = jax.random.normal(jax.random.key(5), (2, 8, 8, 1)), jnp.full((2,), 3.0)
+
+
+class Fake:
+  """What rows take of an experiment; `asked` is what was calibrated."""
+
+  model = Net()
+  params = Net().init(jax.random.key(0), X, T)['params']
+  plan = diffusion.ddim_plan(diffusion.make_schedule(
+      'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02), 2)
+  quant = experiment_lib.QuantSettings('msfp', 4, 4, 'all-4')
+  finetune = types.SimpleNamespace(num_updates=3)
+
+  def __init__(self):
+    self.asked = []
+
+  def calibrate(self, *asked):
+    self.asked.append(asked)
+    return spec_lib.QuantSpec(asked[0], dict.fromkeys(
+        ('temb', 'conv_in'), spec_lib.LayerSpec('', '')))
+
+
+def test_full_precision_is_the_model_and_has_its_bytes():
+  row = methods.make_row(Fake(), 'fp', '')
+  assert (row.name, row.weight_bits, row.act_bits) == ('fp', 32, 32)
+  assert row.deployed.stored_bytes == 4 * (1 + 1 + 9 + 1)
   np.testing.assert_array_equal(
-      full.eps_fn(x, t, 0), toy.Toy().apply({'params': params}, x, t))
-
-
-def fake_experiment():
-  return types.SimpleNamespace(
-      quant=experiment_lib.QuantSettings('msfp', 4, 4, 'all-4'))
+      row.deployed.eps_fn(X, T, 0),
+      Net().apply({'params': Fake.params}, X, T))
 
 
 @pytest.mark.parametrize('name, asked', [
     ('int', ('int', 4, 4)), ('msfp:w6a8', ('msfp', 6, 8))])
-def test_a_recipe_may_carry_its_bits(monkeypatch, name, asked):
-  experiment = fake_experiment()
-  experiment.calibrate = lambda *args: args
-  monkeypatch.setattr(rows_lib, 'untuned', lambda experiment, spec: spec)
-  row = rows_lib.make_row(experiment, name, '')
-  assert row.deployed == asked
+def test_a_recipe_may_carry_its_bits(name, asked):
+  experiment = Fake()
+  row = methods.make_row(experiment, name, '')
+  assert experiment.asked == [asked]
   assert (row.name, row.weight_bits, row.act_bits) == (name, *asked[1:])
+  assert row.spec.recipe == asked[0]
 
 
-def test_bits_of_a_row_that_there_are_not():
-  with pytest.raises(ValueError, match="'w4a9'.*3 to 8"):
-    rows_lib.make_row(fake_experiment(), 'msfp:w4a9', '')
+@pytest.mark.parametrize('name', ['tuned', 'packed'])
+def test_rows_that_a_workdir_lacks(tmp_path, name):
+  """Whether a row is made or only asked for."""
+  with pytest.raises(errors.WorkdirError, match='train.py'):
+    methods.make_row(Fake(), name, str(tmp_path))
+  with pytest.raises(errors.WorkdirError, match='train.py'):
+    methods.check_rows(('fp', name), str(tmp_path), 3)
+
+
+@pytest.mark.parametrize('names, message', [
+    (('fp', 'nope'), "'nope'.*'tuned'.*signed_fp"),
+    (('msfp:w4a9',), "'w4a9'.*3 to 8"),
+    (('fp:w4a4',), "'fp:w4a4'"),
+    (('int', 'msfp', 'int'), r"\['int'\] more than once")])
+def test_rows_that_there_are_not(names, message):
+  with pytest.raises(ValueError, match=message):
+    methods.check_rows(names, '', 3)
+
+
+def test_rows_that_there_are():
+  methods.check_rows(('fp', 'int', 'signed_fp', 'msfp', 'msfp:w6a6'), '', 0)

@@ -1,4 +1,4 @@
-"""Roles of layers, and the lists of exceptions, against the models' geometry."""
+"""Roles of layers, and lists of exceptions, against the models' geometry."""
 
 import collections
 import dataclasses

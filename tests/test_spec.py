@@ -1,7 +1,5 @@
 """Specs as JSON, recipes, and the roles of layers."""
 
-import collections
-import dataclasses
 import json
 
 import jax.numpy as jnp

@@ -18,7 +18,7 @@ from msfp_jax import convert
 from msfp_jax.base import errors
 from msfp_jax.convert import native
 from msfp_jax.models import unet
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
@@ -72,9 +72,9 @@ def draws(monkeypatch):
         0, 256, (count, *shape), np.uint8)
 
   def calibrate(self):
-    none = spec_lib.LayerSpec('', '')
-    return spec_lib.QuantSpec(self.quant.recipe, {
-        name: none for name in layers_lib.leaves(self.params, 'kernel')})
+    return spec_lib.QuantSpec(self.quant.recipe, dict.fromkeys(
+        interception.leaves(self.params, 'kernel'),
+        spec_lib.LayerSpec('', '')))
 
   monkeypatch.setattr(evaluate.generate, 'generate', generate)
   monkeypatch.setattr(experiment_lib, 'collect', lambda *a, **k: {})

@@ -9,7 +9,9 @@ from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.quantize import check_layers
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import teacher
 from msfp_jax.run import workdir as workdir_lib
@@ -70,15 +72,20 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
   """The workdir's quant_spec.json; calibrates first where there is none.
 
   Raises:
-    ValueError: the file is damaged.
+    ValueError: the file is damaged, or of another model.
   """
   path = pathlib.Path(workdir) / 'quant_spec.json'
   if path.is_file():
     try:
-      return spec_lib.QuantSpec.load(path)
+      spec = spec_lib.QuantSpec.load(path)
     except ValueError as error:
       raise ValueError(f'{path} is damaged ({error}); delete it, and it is '
                        'made again, the same') from error
+    try:
+      check_layers(spec, interception.leaves(experiment.params, 'kernel'))
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from error
+    return spec
   spec = experiment.calibrate()
   spec.save(path)
   logging.info('wrote %s', path)

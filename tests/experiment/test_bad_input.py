@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import runs
 import safetensors
 
 from configs import images as images_config
@@ -14,9 +13,9 @@ from msfp_jax.base import errors
 from msfp_jax.convert import native
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.run import methods as rows_lib
 from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
+import runs
 
 
 def test_a_workdir_of_another_config(copy, npz):
@@ -81,11 +80,10 @@ def test_a_spec_of_another_model(copy, npz):
   """A spec of other layers, copied from another workdir, is refused by name."""
   path = copy / 'quant_spec.json'
   path.write_text(path.read_text().replace('"conv_out"', '"conv_away"'))
+  (copy / 'packed.safetensors').unlink()
   with pytest.raises(ValueError, match='conv_away'):
-    rows_lib.untuned(
-        experiment_lib.load(runs.config_of(npz), str(copy)),
-        train.calibrated_spec(
-            experiment_lib.load(runs.config_of(npz), str(copy)), str(copy)))
+    train.run(runs.config_of(npz), str(copy))
+  assert not (copy / 'packed.safetensors').exists()
 
 
 def test_nan_in_a_checkpoint(tmp_path, trained, npz):
