@@ -101,7 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
       'weight_bits': 4,
       'act_bits': 4,
       # Roles with other bits: a name in EXCEPTIONS there.
-      'exceptions': 'all-4',
+      'exceptions': 'ends-8',
   })
   config.finetune = ml_collections.ConfigDict({
       'num_updates': 1000,  # 0: calibrate only
@@ -153,7 +153,7 @@ def apply_variant(
 
   Args:
     config: changed in place.
-    variant: each word is bits (w4a4), a list of exceptions (all-4, skip-8), or
+    variant: each word is bits (w4a4), a list of exceptions (ends-8, skip-8), or
       a key of `named`.
     named: {word: {dotted field: value}}.
 
@@ -163,8 +163,8 @@ def apply_variant(
   for word in filter(None, variant.split(',')):
     if word in named:
       config.update_from_flattened_dict(named[word])
-    elif word in roles.EXCEPTIONS:
-      config.quant.exceptions = word
+    elif word in roles.EXCEPTIONS or word in roles.FORMER_NAMES:
+      config.quant.exceptions = roles.FORMER_NAMES.get(word, word)
     elif re.fullmatch(r'w\d+a\d+', word):
       bits = recipes.parse_bits(word)
       config.quant.weight_bits, config.quant.act_bits = bits

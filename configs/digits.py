@@ -5,7 +5,7 @@
 
 quantizes the shipped UNet `digits16` (649,329 parameters, 16 x 16), fine-tunes
 it and compares 2,048 images of each method. Variants are words joined by
-commas: bits (w4a4, w6a6), exceptions (all-4, skip-8), and those below.
+commas: bits (w4a4, w6a6), exceptions (ends-8, skip-8), and those below.
 
 `digits16` itself was made by
 
@@ -85,12 +85,12 @@ STUDIES = {
         'metrics': _METRICS,
         'groups': {group: {label: f'{group},{variant}'
                            for label, variant in _ROWS.items()}
-                   for group in ('all-4', 'skip-8')},
+                   for group in ('ends-8', 'skip-8')},
     },
     'choices': {
         'seeds': (0, 1, 2),
         'metrics': (*_METRICS, 'class_balance'),
-        'groups': {'all-4': {label: f'all-4,choice={label}'
+        'groups': {'ends-8': {label: f'ends-8,choice={label}'
                              for label in _CHOICES}},
     },
 }

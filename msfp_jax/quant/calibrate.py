@@ -62,7 +62,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
       `observe.collect`).
     plan: the sampler whose whole trajectory is followed.
     exceptions: roles with other bits than the rest: a name in
-      `roles.EXCEPTIONS` or a dict; 'all-4' by default, none with own `roles`.
+      `roles.EXCEPTIONS` or a dict; 'ends-8' by default, none with own `roles`.
       They do not reach what `bits` leaves in full precision.
     roles: {role: pattern of layer names}, for models other than our UNet.
     activations: what `observe.collect` returned, in place of batches and plan.
@@ -77,7 +77,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   for width in (bits, act_bits):
     recipes.check_bits(width)
   if exceptions is None:
-    exceptions = 'all-4' if roles is None else {}
+    exceptions = 'ends-8' if roles is None else {}
   exceptions = roles_lib.exceptions_of(exceptions, roles)
   params = interception.parameters(params)
   kernels = jax.device_get(interception.leaves(params, 'kernel'))

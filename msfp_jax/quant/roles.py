@@ -21,10 +21,12 @@ SILU_INPUTS = r'temb\.dense\.1|.*\.temb_proj|.*\.conv[12]|conv_out'
 
 # Role -> bits of weights and inputs, whatever the rest has.
 EXCEPTIONS = {
-    'all-4': {'conv_in': 8, 'conv_out': 8, 'temb': 8},
+    'ends-8': {'conv_in': 8, 'conv_out': 8, 'temb': 8},
     'skip-8': {'conv_in': 8, 'conv_out': 8, 'temb': 8, 'shortcut': 8,
                'downsample': 8, 'upsample': 8},
 }
+# What lists of exceptions were called before.
+FORMER_NAMES = {'all-4': 'ends-8'}
 
 
 def role_of(layer: str, roles: Mapping[str, str] | None = None) -> str:
@@ -47,12 +49,13 @@ def follows_silu(layer: str) -> bool:
 
 def exceptions_of(name: str | Mapping[str, int],
                   roles: Mapping[str, str] | None = None) -> Mapping[str, int]:
-  """{role: bits} of a name in EXCEPTIONS, or of a dict, checked.
+  """{role: bits} of a name in EXCEPTIONS, present or former, or of a dict.
 
   Raises:
     ValueError: there is no such list, or a role that `roles` does not have.
   """
   if isinstance(name, str):
+    name = FORMER_NAMES.get(name, name)
     if name not in EXCEPTIONS:
       raise ValueError(f'exceptions {name!r}: must be a dict or one of '
                        f'{sorted(EXCEPTIONS)}')
