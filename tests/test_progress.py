@@ -40,6 +40,13 @@ def test_progress_shows_the_rate_since_the_line_before(caplog):
   ]
 
 
+def test_progress_shows_images_where_steps_have_some(caplog):
+  assert _progress(
+      caplog, [(20, 5, {}), (40, 45, {})], 45, images_per_step=64) == [
+          'calibrate 5/45 (11%) 0.25 steps/s (16.0 images/s) ETA 2:40',
+          'calibrate 45/45 (100%) 1.1 steps/s (72.0 images/s) took 0:40']
+
+
 def test_progress_logs_the_last_line_always(caplog):
   assert len(_progress(caplog, [(1, 1, {}), (2, 2, {})], 2)) == 1
 

@@ -24,6 +24,7 @@ class Progress:
       *,
       every_seconds: float = 10.0,
       unit: str = 'steps',
+      images_per_step: int = 0,
       clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the clock.
@@ -34,9 +35,11 @@ class Progress:
       start: steps done before, by the run that this one resumes.
       every_seconds: at most one line in this time, the last one excepted.
       unit: what is counted, for the rate.
+      images_per_step: the rate is also given in images; 0: it is not.
       clock: seconds, monotonic.
     """
     self._name, self._total, self._unit = name, total, unit
+    self._images_per_step = images_per_step
     self._every_seconds, self._clock = every_seconds, clock
     self._first = self._last = (start, clock())
 
@@ -61,11 +64,17 @@ class Progress:
     else:
       end = 'ETA unknown'
     values = ''.join(f' {key}={value:.4g}' for key, value in scalars.items())
-    speed = f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
-    logging.info('%s %d/%d (%d%%) %s %s/s %s%s', self._name, step,
-                 self._total, 100 * step // max(self._total, 1), speed,
-                 self._unit, end, values)
+    speed = f'{_number(rate)} {self._unit}/s'
+    if self._images_per_step:
+      speed += f' ({_number(rate * self._images_per_step)} images/s)'
+    logging.info('%s %d/%d (%d%%) %s %s%s', self._name, step,
+                 self._total, 100 * step // max(self._total, 1), speed, end,
+                 values)
     self._last = (step, now)
+
+
+def _number(rate: float) -> str:
+  return f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
 
 
 def _duration(seconds: float) -> str:

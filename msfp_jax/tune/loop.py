@@ -36,6 +36,7 @@ def run(
     save_every: int,
     log_every: int,
     on_step: Callable[[int, Any], None] = lambda step, state: None,
+    images_per_step: int = 0,
 ) -> Any:
   """Runs `step_fn` from the newest checkpoint to `num_steps`.
 
@@ -54,6 +55,7 @@ def run(
     log_every: steps whose scalars are fetched at once.
     on_step: called after each step with (steps done, state), before its
       checkpoint; after a crash it may see a step again.
+    images_per_step: progress lines have images per second; 0: they do not.
 
   Raises:
     errors.DivergedError: a loss is not finite; names the step and the timestep.
@@ -70,7 +72,8 @@ def run(
     # Steps behind the checkpoint will be repeated, and logged once more.
     start = int(state.step)
     writer.truncate_after(start)
-    progress = progress_lib.Progress(name, num_steps, start)
+    progress = progress_lib.Progress(
+        name, num_steps, start, images_per_step=images_per_step)
     # Scalars stay on the device for log_every steps: to fetch them is to wait
     # for the step, and the next one could not be queued meanwhile.
     pending = []
