@@ -87,6 +87,10 @@ def get_config() -> ml_collections.ConfigDict:
       'weight_decay': 0.01,
       'clip_norm': 1.0,
       'ema_decay': 0.999,
+      'flip': False,  # every other image mirrored, left for right, at random
+      # Of the model's arithmetic, or 'bfloat16', which accelerators prefer;
+      # parameters, gradients and optimizer are float32 either way.
+      'dtype': 'float32',
       'save_every': 1000,
       'log_every': 50,
       'sample_every': 2000,

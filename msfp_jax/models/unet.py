@@ -182,7 +182,7 @@ class UNet(nn.Module):
     cfg = self.config
     cfg.check_size(*x.shape[1:3])
     self._check_condition(labels, context)
-    temb = self._embed(t, labels)
+    temb = self._embed(t, labels, x.dtype)
     # A class as a context of one token (cin256-v2).
     if cfg.context_classes:
       context = nn.Embed(cfg.context_classes, cfg.context_dim,
@@ -280,10 +280,11 @@ class UNet(nn.Module):
         raise ValueError(f'this UNet {"needs" if wanted else "takes no"} '
                          f'{name}')
 
-  def _embed(self, t, labels):
+  def _embed(self, t, labels, dtype):
     """Embeds time (and class) as `[B, 4 ch]`, without a last activation."""
     cfg = self.config
-    temb = timestep_embedding(t, cfg.ch, cfg.time_order, cfg.time_freq_shift)
+    temb = timestep_embedding(
+        t, cfg.ch, cfg.time_order, cfg.time_freq_shift).astype(dtype)
     temb = nn.Dense(4 * cfg.ch, name='temb.dense.0')(temb)
     temb = nn.Dense(4 * cfg.ch, name='temb.dense.1')(nn.silu(temb))
     if cfg.num_classes is not None:

@@ -39,6 +39,8 @@ class PretrainSettings:
     save_every: updates from one checkpoint to the next.
     log_every: updates whose metrics are fetched at once.
     sample_every: updates from one picture of samples to the next.
+    flip: whether half of the images are mirrored.
+    dtype: in which the model computes, 'float32' or 'bfloat16'.
 
   Raises:
     ValueError: the warm-up does not end before the training.
@@ -54,6 +56,8 @@ class PretrainSettings:
   save_every: int
   log_every: int
   sample_every: int
+  flip: bool
+  dtype: str
 
   def __post_init__(self):
     if not 0 <= self.warmup < self.num_steps:
@@ -96,7 +100,8 @@ Update = Callable[[PretrainState, Callable[[jax.Array], jax.Array]],
 
 def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
                 tx: optax.GradientTransformation, ema_decay: float,
-                key: jax.Array) -> Update:
+                key: jax.Array, *, flip: bool = False,
+                dtype: str = 'float32') -> Update:
   """Makes the update on a batch (DDPM eq. 14), which is to be jitted.
 
   Args:
@@ -105,18 +110,34 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     tx: the optimizer.
     ema_decay: reached after a warm-up of (1 + step) / (10 + step).
     key: folded with the step, so that a resumed run repeats itself.
+    flip: mirror every image with probability 1/2.
+    dtype: 'float32' or 'bfloat16', of parameters and activations inside the
+      model; what is kept, averaged and added to is float32.
+
+  Raises:
+    ValueError: another dtype.
   """
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"config.pretrain.dtype {dtype!r}: must be 'float32' or "
+                     "'bfloat16'")
 
   def loss_fn(params, x, noise, t, key):
     x_t = diffusion.add_noise(schedule, x, noise, t)
+    params, x_t = jax.tree.map(lambda v: v.astype(dtype), (params, x_t))
     eps = model.apply({'params': params}, x_t, t, train=True,
                       rngs={'dropout': key})
-    return jnp.mean((eps - noise)**2)
+    return jnp.mean((eps.astype(noise.dtype) - noise)**2)
 
   def update(state, take):
     # One key each for rows, noise, timesteps and dropout, of the step alone.
-    keys = jax.random.split(jax.random.fold_in(key, state.step), 4)
+    step_key = jax.random.fold_in(key, state.step)
+    keys = jax.random.split(step_key, 4)
     x = data.to_float(take(keys[0]))
+    if flip:
+      # A key beside the four: without flips their draws are as ever.
+      mirrored = jax.random.bernoulli(
+          jax.random.fold_in(step_key, len(keys)), shape=(len(x), 1, 1, 1))
+      x = jnp.where(mirrored, x[:, :, ::-1], x)
     noise = jax.random.normal(keys[1], x.shape)
     t = jax.random.randint(keys[2], (len(x),), 0, schedule.num_train_steps)
     loss, grads = jax.value_and_grad(loss_fn)(
@@ -229,7 +250,8 @@ def run(model: unet.UNet, images: data.Images,
   logging.info('pre-training it on %d images of %s', len(images),
                images.shape[1:])
   update = make_update(
-      model, schedule, tx, settings.ema_decay, jax.random.fold_in(key, 1))
+      model, schedule, tx, settings.ema_decay, jax.random.fold_in(key, 1),
+      flip=settings.flip, dtype=settings.dtype)
   draw = _make_draw(model, plan, jax.random.fold_in(key, 2),
                     jax.random.fold_in(key, 3))
   with (contextlib.ExitStack() as stack,
@@ -245,7 +267,8 @@ def run(model: unet.UNet, images: data.Images,
     state = loop.run(
         'pretrain', init, step, settings.num_steps, workdir=workdir,
         writer=writer, save_every=settings.save_every,
-        log_every=settings.log_every, on_step=on_step)
+        log_every=settings.log_every, on_step=on_step,
+        images_per_step=settings.batch_size)
   path = f'{workdir}/model.safetensors'
   convert.save_pretrained(
       path, model, jax.device_get(state.ema_params), seed=str(seed),
