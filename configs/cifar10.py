@@ -10,13 +10,42 @@ ermongroup/ddim's file, or a folder of google/ddpm-cifar10-32; 35,746,307
 parameters. `:smoke` runs the whole path in under a minute on a random model of
 the same family.
 
+Without a checkpoint, `:small` trains a teacher of 2.7 million parameters, for
+which two CPU cores are enough, and `:ten` one of 9.5 million, in bfloat16, for
+accelerators:
+
+  python train.py --config=configs/cifar10.py:small --workdir=runs/small \
+      --config.data.path=cifar-10-batches-bin
+
+With --config.stage=quantize the same command goes on to quantize it. Both words
+evaluate on the features of a ResNet for CIFAR-10: `cifar_resnet:resnet56.th` is
+a file of akamaster/pytorch_resnet_cifar10.
+
 Not measured by us yet: fine-tuning settings are those of the digits, with
 EfficientDM's length (160 trajectories of 100 steps).
 """
 
 from configs import common
 
+_TEACHER = {
+    'stage': 'pretrain', 'pretrained': '', 'model.num_res_blocks': 1,
+    'pretrain.num_steps': 200_000, 'pretrain.flip': True,
+    'pretrain.ema_decay': 0.9999,
+    'eval.features': 'cifar_resnet:resnet56.th'}
 VARIANTS = {
+    'small': _TEACHER | {  # in float32: bfloat16 is no faster on CPUs
+        'model.ch': 32, 'model.ch_mult': (1, 2, 4),
+        'model.attn_resolutions': (8,), 'model.norm_groups': 8,
+        'model.dropout': 0.0, 'pretrain.learning_rate': 5e-4,
+        'pretrain.warmup': 1000, 'pretrain.batch_size': 64,
+        'pretrain.save_every': 100, 'pretrain.log_every': 20,
+        'pretrain.sample_every': 5000, 'eval.num_samples': 10_000},
+    'ten': _TEACHER | {
+        'model.ch': 80, 'model.ch_mult': (1, 2, 2, 2),
+        'model.norm_groups': 16, 'pretrain.learning_rate': 3e-4,
+        'pretrain.warmup': 2000, 'pretrain.batch_size': 128,
+        'pretrain.dtype': 'bfloat16', 'pretrain.save_every': 2000,
+        'pretrain.sample_every': 10_000},
     'smoke': common.SMOKE | {
         'model.attn_resolutions': (), 'model.image_size': 16,
         'data.name': 'synthetic', 'data.path': '3x16x16'},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from configs import cifar10
 from configs import common
 from configs import digits
 from configs import images
@@ -88,11 +89,27 @@ def test_what_a_config_names_exists(module, variant):
   fields = dict(config.model)
   side = fields['image_size'] or 16
   unet.UNetConfig(**fields | {'image_size': side})
-  if config.eval.features != 'inception':  # whose weights are a download
+  kind, _, path = config.eval.features.partition(':')
+  if path:  # a file of the user's
+    assert kind == 'cifar_resnet' and config.eval.features in module.__doc__
+  elif kind != 'inception':  # whose weights are a download
     features.get(config.eval.features, (side, side, 1))
   for row in config.eval.rows:
     if row not in ('fp', 'tuned'):
       recipes.get(row.partition(':')[0])
+
+
+@pytest.mark.parametrize('variant, count', [
+    ('small', 2_736_099), ('ten', 9_492_883)])
+def test_the_teachers_of_cifar10(variant, count):
+  config = cifar10.get_config(variant)
+  assert config.stage == 'pretrain' and not config.pretrained
+  assert config.pretrain.flip
+  model = unet.UNet(unet.UNetConfig(**config.model))
+  shapes = jax.eval_shape(lambda: pretrain.init_state(
+      model, pretrain.optimizer(pretrain.PretrainSettings(**config.pretrain)),
+      jax.random.key(0)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes.params)) == count
 
 
 # Of each sampler in the package: how many evaluations it makes of N steps.
