@@ -181,11 +181,11 @@ def test_warm_up_must_end_before_the_training():
 
 
 @pytest.mark.parametrize('variant, bits, exceptions', [
-    ('', (4, 4), 'all-4'),
-    ('w6a8', (6, 8), 'all-4'),
-    ('w4a4,w6a6', (6, 6), 'all-4'),
+    ('', (4, 4), 'ends-8'),
+    ('w6a8', (6, 8), 'ends-8'),
+    ('w4a4,w6a6', (6, 6), 'ends-8'),
     ('w6a6,skip-8,w3a32', (3, 32), 'skip-8'),
-    ('skip-8,all-4', (4, 4), 'all-4'),
+    ('skip-8,ends-8', (4, 4), 'ends-8'),
     (',skip-8,', (4, 4), 'skip-8'),
 ])
 def test_the_later_word_wins(variant, bits, exceptions):

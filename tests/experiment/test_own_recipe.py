@@ -90,7 +90,8 @@ OWN = {
 }
 
 
-@pytest.fixture(scope='module', params=OWN)
+@pytest.fixture(scope='module', params=[
+    'half_steps', pytest.param('rank_2', marks=pytest.mark.slow)])
 def run(request, tmp_path_factory, npz):
   """(name, config, workdir) of ten updates and an evaluation."""
   name = request.param
