@@ -80,9 +80,10 @@ def final_parameters(config, workdir):
   """Reads all arrays of the fine-tuned model."""
   experiment = experiment_lib.load(config, str(workdir))
   spec = train.calibrated_spec(experiment, str(workdir))
-  deployed = train.fit(experiment, spec, str(workdir))
-  return jax.tree.leaves((deployed.weights, deployed.params, deployed.choices,
-                          deployed.spec.act_quantizers))
+  deployed, spec = train.fit(experiment, spec, str(workdir))
+  return jax.tree.leaves((
+      deployed.arrays, deployed.choices,
+      [(layer.weight, layer.act) for layer in spec.layers.values()]))
 
 
 def assert_same_run(config, workdir, reference):
