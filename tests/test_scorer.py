@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import runs
 
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
@@ -9,7 +10,6 @@ from msfp_jax.metrics import kernel_distance
 from msfp_jax.metrics import neighbours
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import stats_file
-import runs
 
 
 def smooth(count, seed, size=8):
