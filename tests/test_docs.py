@@ -86,7 +86,7 @@ def missing_files(text):
   A name may leave out the folders that a reader knows: `roles.py`.
   """
   named = set(re.findall(r'(?<![\w*>/.])[a-z_][\w/]*\.py\b', text))
-  return {name for name in named if not any(
+  return {name for name in named if name.islower() and not any(
       file.endswith('/' + name) for file in python_files())}
 
 
@@ -217,8 +217,9 @@ def targets():
 
 
 def unknown_targets(text):
+  commands = re.sub('#.*', '', code(text))
   named = re.findall(
-      r'(?<![\w-])make (?:[A-Z_]+=\S+ )*([a-z][a-z-]*)', code(text))
+      r'(?<![\w-])make (?:[A-Z_]+=\S+ )*([a-z][a-z-]*)', commands)
   return set(named) - targets()
 
 
