@@ -60,7 +60,7 @@ demo: $(RUN_READY) ## quantize, fine-tune and evaluate the embedded default
 	$(PY) eval.py --config=configs/digits.py:demo --workdir=runs/demo
 
 table: $(RUN_READY) ## README's tables: 3 seeds, hours on a laptop
-	$(PY) -m msfp_jax.study --config=configs/digits.py:table --workdir=runs/table
+	$(PY) -m msfp_jax.run.study --config=configs/digits.py:table --workdir=runs/table
 
 costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs

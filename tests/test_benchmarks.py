@@ -2,8 +2,13 @@
 
 import pytest
 
+from benchmarks import errors
 from benchmarks import ranks
 from benchmarks import routing
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Static
+from msfp_jax.quant.spec import LayerSpec
 
 
 def test_routing_by_hand():
@@ -20,3 +25,21 @@ def test_ranks_by_hand():
   rows = [{'fd': 1.0, 'psnr': 9.0, 'same': 3}, {'fd': 2.0, 'psnr': 7.0,
           'same': 3}, {'fd': 3.0, 'psnr': 8.0, 'same': 3}]
   assert ranks.correlations(rows, 'fd') == {'psnr': pytest.approx(-0.5)}
+
+
+def test_errors_by_hand():
+  """Geometric means over the layers of 4 bits of a role; others are left out.
+  """
+  weights = {'a': Static(FPFormat.parse('E2M1'), 1.0),
+             'b': Static(FPFormat.parse('E1M2'), 1.0),
+             'end': Static(FPFormat.parse('E4M3'), 1.0), 'full': Full()}
+  # Of weights and inputs; of the layers left out the ratios are not 1 either.
+  losses = {'int': {'a': (2, 3), 'b': (8, 12), 'end': (9, 1), 'full': (9, 1)},
+            'signed_fp': {'a': (1, 4), 'b': (1, 1), 'end': (1, 1),
+                          'full': (1, 1)},
+            'msfp': {'a': (1, 1), 'b': (1, 1), 'end': (1, 1), 'full': (1, 1)}}
+  layers = {recipe: {name: LayerSpec(
+      'conv', '', weights[name], stats={'weight_mse': w, 'act_mse': a})
+                     for name, (w, a) in rows.items()}
+            for recipe, rows in losses.items()}
+  assert errors.ratios(layers) == [['conv', '2', '4.00', '3.00', '6.00']]

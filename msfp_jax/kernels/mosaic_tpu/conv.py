@@ -4,7 +4,7 @@ A step multiplies the pixels of some rows of an image by one row of the window.
 In vector memory the columns of that row of taps lie side by side as channels,
 so that a step is one product of depth (taps in a row) x C, and consecutive
 steps add up the rows of the window. Only x with its borders, never its patches,
-exists in HBM. As in `mosaic_tpu.matmul`, weights are decoded once for each tile
+exists in HBM. As in `ops.matmul`, weights are decoded once for each tile
 of output channels.
 """
 

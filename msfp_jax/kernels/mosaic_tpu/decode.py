@@ -16,7 +16,7 @@ import numpy as np
 from msfp_jax.quant.numbers import FPFormat
 
 # A code is sign|magnitude: s a b c. A packed byte is one code in each nibble,
-# `carriers.pack_halves` having put rows of the first half of the contraction in
+# `layout.pack_halves` having put rows of the first half of the contraction in
 # the low ones. Reading four rows of bytes as one row of words moves nothing:
 #
 #   packed, uint8 [4 r, n]    words, int32 [r, n]
