@@ -1,4 +1,4 @@
-"""Specs as JSON, recipes, and the roles of layers."""
+"""Specs as JSON."""
 
 import json
 
@@ -10,10 +10,6 @@ import tiny
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Quantizer
-
-REAL = pytest.mark.parametrize(
-    'config', [tiny.CIFAR10, tiny.CELEBA64], ids=['cifar10', 'celeba64'])
-
 
 def random_quantizer(fmt, shape, zero_point):
   """Draws a quantizer with scales of all 24 bits, over many binades."""
