@@ -11,6 +11,7 @@ from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Quantizer
 
+
 def random_quantizer(fmt, shape, zero_point):
   """Draws a quantizer with scales of all 24 bits, over many binades."""
   rng = np.random.default_rng(len(shape))
