@@ -7,6 +7,7 @@ import types
 import numpy as np
 import page as page_lib
 import pytest
+import runs
 
 from msfp_jax.metrics import evidence as evidence_lib
 from msfp_jax.metrics import features
@@ -18,7 +19,6 @@ from msfp_jax.metrics import stats_file
 from msfp_jax.report import page
 from msfp_jax.report import results_table
 from msfp_jax.run import evaluate
-import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS, RANDOM, INCEPTION = (

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import runs
 import safetensors
 
 from configs import images as images_config
@@ -15,7 +16,6 @@ from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
-import runs
 
 
 def test_a_workdir_of_another_config(copy, npz):

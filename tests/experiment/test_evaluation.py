@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 from PIL import Image
 import pytest
+import runs
 
 from msfp_jax.base import files
 from msfp_jax.run import evaluate
 from msfp_jax.run import references as make_stats
 from msfp_jax.run import sample_store
-import runs
 
 # Batches of 64, 64 and 32 images in three rows.
 NUM_BATCHES = 9

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import runs
 
 import msfp_jax as msfp
 from msfp_jax.packed import model as packed_lib
@@ -23,7 +24,6 @@ from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.run import evaluate
 from msfp_jax.run import train
-import runs
 
 GROUP = 4
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 import pytest
+import runs
 import safetensors
 
 from msfp_jax import convert
@@ -14,7 +15,6 @@ from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import train
 from msfp_jax.tune import finetune
 from msfp_jax.tune import pretrain
-import runs
 
 # What the rows share.
 HEAD = ['dataset', 'num_samples', 'sampler', 'steps', 'eta', 'spacing',
