@@ -1,6 +1,7 @@
 """Metrics as data: their columns, and that one entry reaches everything."""
 
 import pathlib
+import re
 import types
 
 import numpy as np
@@ -103,6 +104,12 @@ def test_one_entry_reaches_scores_tables_report_and_glossary(monkeypatch):
   head, = (attrs for attrs in page_lib.Page(html).all('th')
            if attrs.get('title', '').startswith('how'))
   assert head['title'] == 'how <bright>; high is good'
+  heads = dict(re.findall(
+      r'<th scope="col" class="number"[^>]*>(\w+)(?:&nbsp;<span [^>]*>(.)<)?',
+      html.replace('<wbr>', '')))
+  assert {name: arrow for name, arrow in heads.items() if arrow} == {
+      'fd_random': '↓', 'fd_random_to_fp': '↓', 'psnr_to_fp': '↑',
+      'brightness_random_to_fp': '↑', 'bytes': '↓'}
   assert '<td class="number">1 levels</td>' in html
   assert '<td class="number best">3 levels<' in html
   assert ('| `brightness_FEATURES_to_fp`, `brightness_inception_to_fp` | high '

@@ -1,11 +1,15 @@
 """Scores of sets of images: against a reference, and against each other."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import scipy.special
 
+from msfp_jax import data as data_lib
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
+from msfp_jax.metrics import frechet
 from msfp_jax.metrics import kernel_distance
 from msfp_jax.metrics import neighbours
 from msfp_jax.metrics import scorer as scorer_lib
@@ -132,3 +136,68 @@ def test_statistics_of_other_features_are_refused(provenance, told):
     return
   with pytest.raises(ValueError, match=told):
     scorer_lib.Scorer(network, reference)
+
+
+def gaussian(vectors):
+  return frechet.Gaussian(vectors.mean(axis=0), np.cov(vectors.T), len(vectors))
+
+
+def test_distances_are_to_the_data_and_to_the_first_set():
+  """Three different sets, so that none can stand for another."""
+  data, first, second = (smooth(count, seed) for seed, count in enumerate(
+      (150, 160, 160)))
+  scorer = scorer_of(data, 'random')
+  scorer.score(first)
+  found = scorer.score(second)
+  network = features.get('random', data.shape[1:])
+  of_data, of_first, of_second = (
+      gaussian(np.float64(network.outputs(x).features))
+      for x in (data, first, second))
+  distance = frechet.frechet_distance
+  assert found['fd_random'] == pytest.approx(distance(of_second, of_data))
+  assert found['fd_random_to_fp'] == pytest.approx(
+      distance(of_second, of_first))
+  assert abs(found['fd_random'] / found['fd_random_to_fp'] - 1) > 0.01
+  mse = np.mean((np.float64(first) - second)**2, axis=(1, 2, 3))
+  assert found['psnr_to_fp'] == pytest.approx(
+      np.mean(10 * np.log10(255**2 / mse)))
+
+
+def test_classes_are_those_of_the_classifier_in_both_sets():
+  images, _ = data_lib.digits()
+  scorer = scorer_of(images[:400], 'digits')
+  first = images[400:700]
+  second = np.where(np.arange(300)[:, None, None, None] % 3, first, 255 - first)
+  found = [scorer.score(first), scorer.score(second)]
+  network = features.get('digits', (16, 16, 1))
+  p = [scipy.special.softmax(np.float64(network.outputs(x).logits), axis=1)
+       for x in (first, second)]
+  for row, probabilities in zip(found, p, strict=True):
+    assert row['confidence'] == pytest.approx(
+        probabilities.max(axis=1).mean(), rel=1e-6)
+    mean = probabilities.mean(axis=0)
+    assert row['class_balance'] == pytest.approx(
+        -(mean * np.log(mean)).sum() / np.log(10), rel=1e-6)
+  agree = np.mean(p[0].argmax(axis=1) == p[1].argmax(axis=1))
+  assert 0.5 < agree < 0.9
+  assert found[1]['label_agreement'] == agree
+
+
+def test_the_inception_score_is_of_the_logits():
+  """A network of one's own, whose logits are the first pixels."""
+  images = smooth(130, 0)
+  network = features.FeatureNetwork(
+      'own', (8, 8, 1), lambda params, x: features.Outputs(
+          jnp.float32(x).reshape(len(x), -1)[:, :6],
+          jnp.float32(x).reshape(len(x), -1)[:, :4] / 32), {},
+      uses_of_logits=['class_score'])
+  found = scorer_lib.Scorer(
+      network, stats_file.measure(images, network, 'test')).score(images)
+  order = np.random.RandomState(2020).permutation(130)
+  p = scipy.special.softmax(
+      np.float64(images[order]).reshape(130, -1)[:, :4] / 32, axis=1)
+  scores = [np.exp(np.mean(np.sum(q * np.log(q / q.mean(axis=0)), axis=1)))
+            for q in np.split(p, 10)]
+  assert found['is_own'] == pytest.approx(np.mean(scores), rel=1e-5)
+  assert found['is_own_std'] == pytest.approx(np.std(scores), rel=1e-4)
+  assert 'confidence' not in found

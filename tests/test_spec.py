@@ -1,40 +1,52 @@
-"""Specs as JSON, recipes, and the roles of layers."""
+"""Specs as JSON: there and back, for people, from version 1, and damaged."""
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.around import Around
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.quantizers import Block
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Static
 
-REAL = pytest.mark.parametrize(
-    'config', [tiny.CIFAR10, tiny.CELEBA64], ids=['cifar10', 'celeba64'])
 
-
-def random_quantizer(fmt, shape, zero_point):
+def random_quantizer(fmt, shape, zero_point, **options):
   """Draws a quantizer with scales of all 24 bits, over many binades."""
   rng = np.random.default_rng(len(shape))
   array = lambda a: jnp.asarray(a, jnp.float32)
-  return Quantizer(
+  return Static(
       FPFormat.parse(fmt), array(np.exp(rng.uniform(-30, 30, shape))),
-      array(-rng.uniform(0, 1, shape)) if zero_point else None)
+      array(-rng.uniform(0, 1, shape)) if zero_point else None, **options)
 
 
 def example():
+  """Layers with every kind of quantizer, and with all that stands around."""
+  rng = np.random.default_rng(3)
+  half = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
   return spec_lib.QuantSpec('msfp', {
       'conv_in': spec_lib.LayerSpec(
           'conv_in', 'NAL', random_quantizer('E4M3', (1, 1, 1, 5), False),
           random_quantizer('E2M1', (), False),
-          {'act_min': -1 / 3, 'act_max': 1e-30}),
+          stats={'act_min': -1 / 3, 'act_max': 1e-30}),
       'mid.block_1.temb_proj': spec_lib.LayerSpec(
           'temb_proj', 'AAL', random_quantizer('UE1M3', (1, 7), True),
           random_quantizer('UE2M2', (), True)),
-      'a.b': spec_lib.LayerSpec('conv', 'AAL', None, None),
-  })
+      'a.b': spec_lib.LayerSpec('conv', 'AAL'),
+      'steps': spec_lib.LayerSpec(
+          'conv', 'NAL', Full(),
+          random_quantizer('E2M1', (4,), False, by_step=True)),
+      'blocks': spec_lib.LayerSpec(
+          'conv', '', Block(FPFormat.parse('E2M1'), group=16,
+                            scale_type='e4m3', two_level=True),
+          Block(FPFormat.parse('UE2M2'), shared='token'),
+          Around(smooth=jnp.asarray(rng.uniform(0.5, 2, 8), jnp.float32),
+                 down=half(3, 3, 8, 2), up=half(2, 6), rotation=8))})
 
 
 def assert_same(a, b):
@@ -43,12 +55,17 @@ def assert_same(a, b):
     other = b.layers[name]
     assert (layer.role, layer.kind, dict(layer.stats)) == (
         other.role, other.kind, dict(other.stats))
-    for part in ('weight', 'act'):
+    for part in ('weight', 'act', 'around'):
       one, two = getattr(layer, part), getattr(other, part)
-      tiny.assert_trees_equal(one, two)  # the formats are in the structure
-      if one is not None:
-        assert np.shape(one.scale) == np.shape(two.scale)
-        assert two.scale.dtype == jnp.float32
+      assert type(one) is type(two)
+      # Formats, groups and the like are in the structure.
+      tiny.assert_trees_equal(one, two)
+      for x, y in zip(leaves(one), leaves(two), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def leaves(tree):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def test_json_there_and_back_is_exact():
@@ -69,17 +86,41 @@ def test_json_can_be_read_by_people():
   rows = content['layers']
   assert [row['layer'] for row in rows] == list(example().layers)
   assert rows[0]['role'] == 'conv_in' and rows[0]['class'] == 'NAL'
-  assert rows[0]['weight']['format'] == 'E4M3'
-  assert rows[0]['weight']['shape'] == [1, 1, 1, 5]
-  assert len(rows[0]['weight']['scale']) == 5
-  assert rows[0]['act']['format'] == 'E2M1'
+  assert rows[0]['weight']['fmt'] == 'E4M3'
+  assert rows[0]['weight']['scale']['shape'] == [1, 1, 1, 5]
+  assert len(rows[0]['weight']['scale']['values']) == 5
+  assert rows[0]['act']['fmt'] == 'E2M1'
   assert 'zero_point' not in rows[0]['act']
   assert rows[0]['stats'] == {'act_min': -1 / 3, 'act_max': 1e-30}
-  assert rows[1]['act']['format'] == 'UE2M2'
-  assert len(rows[1]['act']['zero_point']) == 1
-  assert rows[2]['weight'] is None and rows[2]['act'] is None
+  assert rows[1]['act']['fmt'] == 'UE2M2'
+  assert -1 < rows[1]['act']['zero_point']['value'] < 0
+  assert rows[2]['weight'] == rows[2]['act'] == {'kind': 'Full'}
+  assert rows[4]['weight'] == {
+      'kind': 'Block', 'fmt': 'E2M1', 'group': 16, 'scale_type': 'e4m3',
+      'two_level': True}
   for name in example().layers:  # a line per layer, to grep for
     assert sum(f'"layer": "{name}"' in line for line in text.split('\n')) == 1
+
+
+# As version 1 wrote it.
+FIRST = '''{"format": "msfp-jax/spec/1", "recipe": "msfp", "layers": [
+{"layer": "conv", "role": "conv", "class": "AAL",
+ "weight": {"format": "E2M1", "shape": [1, 2], "scale": [0.25, 0.1]},
+ "act": {"format": "UE2M2", "shape": [], "scale": [0.3],
+         "zero_point": [-0.2]}, "stats": {"act_mse": 0.5}},
+{"layer": "out", "role": "conv_out", "class": "NAL", "weight": null,
+ "act": null, "stats": {}}
+]}'''
+
+
+def test_specs_of_version_1_load():
+  array = lambda value: jnp.asarray(value, jnp.float32)
+  assert_same(spec_lib.QuantSpec.from_json(FIRST), spec_lib.QuantSpec('msfp', {
+      'conv': spec_lib.LayerSpec(
+          'conv', 'AAL', Static(FPFormat.parse('E2M1'), array([[0.25, 0.1]])),
+          Static(FPFormat.parse('UE2M2'), array(0.3), array(-0.2)),
+          stats={'act_mse': 0.5}),
+      'out': spec_lib.LayerSpec('conv_out', 'NAL')}))
 
 
 def damaged(change):
@@ -96,10 +137,13 @@ def damaged(change):
     damaged(lambda c: c['layers'].append('conv')),
     damaged(lambda c: c['layers'][0].pop('class')),
     damaged(lambda c: c['layers'][0].update(act='E2M1')),
-    damaged(lambda c: c['layers'][0]['act'].update(format='FP4')),
-    damaged(lambda c: c['layers'][0]['act'].update(format=None)),
+    damaged(lambda c: c['layers'][0]['act'].update(colour=3)),
+    damaged(lambda c: c['layers'][0]['act'].update(kind='Odd')),
     damaged(lambda c: c['layers'][0]['act'].update(scale=['wide'])),
-    damaged(lambda c: c['layers'][0]['weight'].update(shape=[3])),
+    damaged(lambda c: c['layers'][0]['weight']['scale'].update(shape=[3])),
+    damaged(lambda c: c['layers'][4]['weight'].update(group=0)),
+    damaged(lambda c: c['layers'][4]['around'].update(sideways=0)),
+    FIRST.replace('[0.3]', '[-0.3]'), FIRST.replace('UE2M2', 'FP4'),
 ])
 def test_what_is_no_spec_is_refused(text):
   with pytest.raises(ValueError, match='not a quantization spec'):
@@ -107,17 +151,18 @@ def test_what_is_no_spec_is_refused(text):
 
 
 def test_errors_name_what_is_wrong():
-  wrong = damaged(lambda c: c['layers'][0]['act'].update(format='E9'))
-  with pytest.raises(ValueError, match='E9'):
+  wrong = damaged(lambda c: c['layers'][0]['act'].update(kind='E9'))
+  with pytest.raises(ValueError, match='E9.*none of.*Static'):
     spec_lib.QuantSpec.from_json(wrong)
   other = damaged(lambda c: c.update(format='msfp-jax/spec/99'))
-  with pytest.raises(ValueError, match='spec/99.*expected.*spec/1'):
+  with pytest.raises(ValueError, match='spec/99.*expected.*spec/2'):
     spec_lib.QuantSpec.from_json(other)
 
 
 @pytest.mark.parametrize('scale', [0.0, -1.0, float('nan'), float('inf')])
 def test_scales_that_cannot_be_are_refused(scale):
   """Scales of a file damaged by hand are refused, not turned to NaN images."""
-  wrong = damaged(lambda c: c['layers'][0]['act'].update(scale=[scale]))
-  with pytest.raises(ValueError, match='not a quantization spec.*scale'):
+  wrong = damaged(
+      lambda c: c['layers'][0]['act'].update(scale={'value': scale}))
+  with pytest.raises(ValueError, match='not a quantization spec.*(scale|fini)'):
     spec_lib.QuantSpec.from_json(wrong)
