@@ -14,8 +14,8 @@ None picks the kernels where the device has them and they take the operation,
 and XLA elsewhere. The input is quantized outside of the kernels, so that XLA
 can fuse it with the activation function or normalization before it.
 
-This is the one module that knows the chips' kernels. A chip is a folder, named in
-KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
+This is the one module that knows the chips' kernels. A chip is a folder, named
+in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
 `weight_unit`, `lay_out` and `LAYOUT`.
 """
 
