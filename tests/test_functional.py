@@ -6,22 +6,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msfp_jax.quant import quantizers
+from msfp_jax.quant import functional
+from msfp_jax.quant.functional import decode
+from msfp_jax.quant.functional import encode
+from msfp_jax.quant.functional import fake_quant
+from msfp_jax.quant.functional import nearest_level
 from msfp_jax.quant.numbers import formats_of_width
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.numbers import pack_nibbles
-from msfp_jax.quant.numbers import unpack_nibbles
-from msfp_jax.quant.quantizers import decode
-from msfp_jax.quant.quantizers import encode
-from msfp_jax.quant.quantizers import fake_quant
-from msfp_jax.quant.quantizers import nearest
-from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.numbers import int_format
 
 ALL = [f for bits in range(3, 9) for signed in (True, False)
        for f in formats_of_width(bits, signed)]
 FOUR_BITS = formats_of_width(4, True) + formats_of_width(4, False)
 TWINS = {'E2M1': ml_dtypes.float4_e2m1fn, 'E2M3': ml_dtypes.float6_e2m3fn,
          'E3M2': ml_dtypes.float6_e3m2fn}
+
+
+def nearest(u, fmt):
+  """Rounds to levels, with a scale of 1."""
+  return nearest_level(u, fmt, 1.0)
 
 
 def rng():
@@ -92,7 +95,7 @@ def test_agrees_with_ml_dtypes_on_every_float16(name):
   x = np.arange(2**16, dtype=np.uint16).view(np.float16)
   assert np.isnan(nearest(x[np.isnan(x)], name)).all()
   x = x[~np.isnan(x)]
-  assert_same_bits(nearest(x, name), x.astype(TWINS[name]).astype(np.float16))
+  assert_same_bits(nearest(x, name), x.astype(TWINS[name]).astype(np.float32))
   codes = encode(x, name, 1.0)
   assert_same_bits(codes, x.astype(TWINS[name]).view(np.uint8))
 
@@ -192,10 +195,10 @@ def test_one_exponent_bit_is_int_quantization(bits):
   step = float(scale) * 2.0**(2 - bits)
   k = np.clip(np.rint((x - float(z)) / step), 0, 2**bits - 1)
   np.testing.assert_allclose(
-      fake_quant(x, quantizers.int_format(bits), scale, z),
+      fake_quant(x, int_format(bits), scale, z),
       k * step + float(z), atol=1e-6)
   np.testing.assert_array_equal(
-      encode(x, quantizers.int_format(bits), scale, z), k)
+      encode(x, int_format(bits), scale, z), k)
   step, top = 2 * step, 2**(bits - 1) - 1
   k = np.clip(np.rint(x / step), -top, top)
   np.testing.assert_allclose(
@@ -207,8 +210,6 @@ def test_encode_gives_the_code_of_the_level(fmt):
   values = fmt.values().astype(np.float32)
   codes = encode(values, fmt, 1.0)
   assert_same_bits(codes, np.arange(2**fmt.bits, dtype=np.uint8))
-  if fmt.bits <= 4:
-    codes = unpack_nibbles(pack_nibbles(codes), len(codes))
   assert_same_bits(decode(codes, fmt, 1.0), values)
 
 
@@ -227,8 +228,8 @@ def test_decode_of_encode_is_fake_quant_bit_for_bit(fmt):
 
 def test_snapped_scale_makes_the_products_exact():
   scale = np.exp(rng().uniform(-9, 9, 200)).astype(np.float32)
-  snapped = np.asarray(quantizers.snap_scale(scale))
-  assert_same_bits(jax.jit(quantizers.snap_scale)(scale), snapped)
+  snapped = np.asarray(functional.snap_scale(scale))
+  assert_same_bits(jax.jit(functional.snap_scale)(scale), snapped)
   assert (snapped != scale).any()
   assert (np.abs(snapped / scale.astype(np.float64) - 1) <= 2.0**-16).all()
   for fmt in ALL:
@@ -242,7 +243,7 @@ def test_snapped_scale_makes_the_products_exact():
 def test_snapped_scale_leaves_no_choice_to_the_compiler(fmt):
   x, scale, _ = affine_case(fmt)
   zero_point = rng().normal(size=5).astype(np.float32)
-  scale = quantizers.snap_scale(scale)
+  scale = functional.snap_scale(scale)
   q = fmt.values()[np.asarray(encode(x, fmt, scale, zero_point))]
   expected = q.astype(np.float32) * np.asarray(scale) + zero_point
   assert_same_bits(fake_quant(x, fmt, scale, zero_point), expected)
@@ -250,7 +251,7 @@ def test_snapped_scale_leaves_no_choice_to_the_compiler(fmt):
 
 def test_snap_scale_has_gradient_one():
   scale = jnp.array([.1, .3, 7.])
-  gradient = jax.grad(lambda s: (quantizers.snap_scale(s) * scale).sum())
+  gradient = jax.grad(lambda s: (functional.snap_scale(s) * scale).sum())
   np.testing.assert_array_equal(gradient(scale), scale)
 
 
@@ -321,21 +322,20 @@ def test_vmap_over_scales_is_a_loop_over_scales():
   assert_same_bits(jax.vmap(lambda s: fake_quant(x, 'E2M1', s))(scales), looped)
 
 
-def test_quantizer_is_a_pytree_with_a_static_format():
-  x, scale, zero_point = affine_case(FPFormat(2, 2, False))
-  quantizer = Quantizer(FPFormat(2, 2, False), scale, zero_point)
-  assert quantizer.bits == 4
-  assert len(jax.tree.leaves(quantizer)) == 2
-  assert len(jax.tree.leaves(Quantizer(FPFormat(2, 1), scale))) == 1
-  expected = fake_quant(x, 'UE2M2', scale, zero_point)
-  assert_same_bits(jax.jit(Quantizer.fake_quant)(quantizer, x), expected)
-  assert_same_bits(quantizer.decode(quantizer.encode(x)), expected)
-  assert quantizer.decode(quantizer.encode(x), jnp.bfloat16).dtype == 'bfloat16'
-  gradient = jax.grad(lambda q: q.fake_quant(x).sum())(quantizer)
-  assert gradient.fmt == quantizer.fmt and gradient.scale.shape == (5,)
+@pytest.mark.parametrize('name', ['E2M1', 'UE2M2'])
+@pytest.mark.parametrize('size', [0, 1, 4, 5, 9])
+def test_pieces_are_parts_of_the_whole(monkeypatch, name, size):
+  """Weights quantized in pieces, the last not full, have all their levels."""
+  monkeypatch.setattr(functional, '_PIECE', 4)
+  x = rng().normal(size=(size, 3)).astype(np.float32)
+  scale = np.float32([[.3, .5, .7]])
+  zero_point = np.float32([[-.1, -.2, -.3]]) if name[0] == 'U' else None
+  levels = functional.nearest_level_in_pieces(x, name, scale, zero_point)
+  assert isinstance(levels, np.ndarray)
+  assert_same_bits(levels, nearest_level(x, name, scale, zero_point))
 
 
-@pytest.mark.parametrize('function', [fake_quant, encode])
+@pytest.mark.parametrize('function', [fake_quant, encode, nearest_level])
 @pytest.mark.parametrize('arguments, error, message', [
     ((np.arange(3), 'E2M1', 1.), TypeError, 'floating point, got int32'),
     ((np.ones(3), 'fp4', 1.), ValueError, "'fp4' is no number format"),
