@@ -1,4 +1,4 @@
-"""Carriers hold levels exactly, and take zero points in; where sums are exact."""
+"""Carriers hold levels exactly, zero points taken in; where sums are exact."""
 
 import itertools
 import math
