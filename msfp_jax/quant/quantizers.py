@@ -301,7 +301,7 @@ class Block(Quantizer):
     """(scale, outer) so that the largest element is the format's maximum."""
     tiny = np.finfo(np.float32).tiny
     normal = lambda scale: jnp.where(scale < tiny, 0.0, scale)
-    scale = normal(reach / self.fmt.max)
+    scale = normal(functional.divide(reach, self.fmt.max))
     if self.scale_type == 'f32':
       # Like a static one: exact products leave nothing to round differently.
       return (scale if self.fmt.signed
@@ -314,8 +314,8 @@ class Block(Quantizer):
     largest = float(ml_dtypes.finfo(SCALE_TYPES['e4m3']).max)
     outer = None
     if self.two_level:
-      outer = normal(scale.max(keepdims=True) / largest)
-      scale = scale / jnp.where(outer > 0, outer, 1.0)
+      outer = normal(functional.divide(scale.max(keepdims=True), largest))
+      scale = functional.divide(scale, jnp.where(outer > 0, outer, 1.0))
     return jnp.minimum(scale, largest).astype(SCALE_TYPES['e4m3']), outer
 
   def describe(self):
