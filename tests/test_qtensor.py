@@ -72,7 +72,7 @@ def test_packed_weights(fmt, layout, rows):
   assert (weight.layout.name, weight.length) == (layout, 3)
   assert weight.data.shape == (3, 3, rows, 4)
   levels = FPFormat.parse(fmt).values()[np.asarray(weight.codes())]
-  np.testing.assert_allclose(levels * weight.scale, case.weights, rtol=1e-6)
+  np.testing.assert_array_equal(levels, case.layer.weight.data)
 
 
 def test_nan_has_no_code():
