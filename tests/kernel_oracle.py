@@ -28,8 +28,9 @@ def block(x, quantizer, axis):
   low = [group.min(whole, keepdims=True) for group in groups]
   high = [group.max(whole, keepdims=True) for group in groups]
   if fmt.signed:
-    low, reach = [None] * len(groups), [
-        np.maximum(np.abs(a), np.abs(b)) for a, b in zip(low, high, strict=True)]
+    reach = [np.maximum(np.abs(a), np.abs(b))
+             for a, b in zip(low, high, strict=True)]
+    low = [None] * len(groups)
   else:
     reach = [b - a for a, b in zip(low, high, strict=True)]
   scales = block_scales(reach, quantizer)

@@ -99,8 +99,9 @@ REFUSED = {
     'groups of weights': (
         SOME['dense']('E2M1', 'E2M1', weights=Block(E2M1, group=4)),
         r'one for each output channel, not scales of \(\) and \(2, 6\)'),
-    'groups of channels': (conv_case((1, 5, 6, 4), (3, 3, 2, 4), 'E2M1', 'E2M1', groups=2),
-               'without groups and dilation'),
+    'groups of channels': (
+        conv_case((1, 5, 6, 4), (3, 3, 2, 4), 'E2M1', 'E2M1', groups=2),
+        'without groups and dilation'),
     'dilation': (conv_case((1, 5, 6, 4), (3, 3, 4, 4), 'E2M1', 'E2M1',
                            dilation=2), 'without groups and dilation'),
     '1-D': (conv_case((1, 5, 4), (3, 4, 4), 'E2M1', 'E2M1'),

@@ -1,8 +1,5 @@
 """Products with scales of every kind, against float64."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from kernel_cases import Case
 from kernel_cases import conv_case
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 
 from msfp_jax.kernels import product
+from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Static
@@ -65,8 +63,14 @@ GEOMETRIES = {
 WAYS = [('reference', 'f32'), ('xla', 'f32'), ('xla', 'bf16'), ('xla', 'int8')]
 
 
-@pytest.mark.parametrize('geometry', GEOMETRIES)
-@pytest.mark.parametrize('name', PAIRS)
+EVERYWHERE = ('images with zero points', 'tokens with zero points',
+              'groups with zero points, the last shorter',
+              'groups of weights alone', 'static, by channel')
+
+
+@pytest.mark.parametrize('name, geometry', [
+    (name, geometry) for name in PAIRS for geometry in GEOMETRIES
+    if name in EVERYWHERE or geometry in ('dense', '3x3, borders')])
 def test_every_kind_of_scale(name, geometry):
   """Every way is within 1e-6 of float64; packed is not packed, bit for bit."""
   inputs, weights = PAIRS[name]
@@ -79,3 +83,32 @@ def test_every_kind_of_scale(name, geometry):
                          for layer in (case.layer, case.packed))
     case.assert_close(simulated, rtol=1e-6)
     np.testing.assert_array_equal(packed, simulated)
+
+
+@pytest.mark.parametrize('name', ['groups with zero points', 'NVFP4'])
+def test_a_program_computes_what_its_parts_do(name):
+  """Compiled as one, a layer is within 1e-6 of float64 too."""
+  inputs, weights = PAIRS[name]
+  case = GEOMETRIES['3x3, borders'](inputs=inputs, weights=weights)
+  case.assert_close(case.run(implementation='reference'))
+  case.assert_close(case.run())
+
+
+def test_groups_of_channels_with_groups_of_scales():
+  """A grouped convolution with scales inside of its sums is computed, too."""
+  case = conv_case((1, 4, 4, 16), (3, 3, 8, 6), 'E2M1', None, padding=1,
+                   groups=2, inputs=Block(SIGNED, group=4),
+                   weights=Block(SIGNED, group=4))
+  for layer in (case.layer, case.packed):
+    case.assert_close(case.apply(case.x, layer))
+
+
+def test_sums_inside_count_the_taps_that_see_the_image():
+  """At a border the sum of weights is that of the taps inside."""
+  sums = np.random.default_rng(0).integers(-9, 9, (3, 3, 4)).astype(np.float32)
+  geometry = geometry_lib.resolve((1, 5, 4, 7), (3, 3), 2, ((1, 2), (0, 1)))
+  expected = kernel_oracle.conv(
+      np.ones((1, 5, 4, 1)), sums[..., None, :], geometry.strides,
+      geometry.padding, geometry.dilation)[0]
+  np.testing.assert_array_equal(
+      product.sums_inside(jnp.asarray(sums), geometry, (5, 4)), expected)

@@ -49,7 +49,8 @@ def test_groups_of_inputs_are_along_the_last_axis():
 
 def test_packed_is_the_same_tensor():
   """Codes for levels change no element; all else stays as it is."""
-  for tensor in (full_of_everything(), SOME['conv']('E4M3', 'E2M1').layer.weight,
+  for tensor in (full_of_everything(),
+                 SOME['conv']('E4M3', 'E2M1').layer.weight,
                  SOME['dense']('E1M1', 'E2M1').layer.weight):
     packed = tensor.packed()
     assert packed.is_packed and not tensor.is_packed
