@@ -22,6 +22,8 @@ jit = functools.partial(
 class Case:
   """A random layer, its input, and its output by float64.
 
+  Its quantizers are static, of the formats named; or `inputs`, `weights`.
+
   Attributes:
     layer: not packed.
     packed: the same, packed.
@@ -33,7 +35,7 @@ class Case:
   """
 
   def __init__(self, x_shape, w_shape, weight, act, zero=None, act_zero=None,
-               bias=True, **geometry):
+               bias=True, inputs=None, weights=None, **geometry):
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)
     weight, act = FPFormat.parse(weight), act and FPFormat.parse(act)
@@ -45,21 +47,23 @@ class Case:
     bias = draw(outputs) if bias else None
     act_scale = act and np.float32(2.5 / act.max)
     act_zero = None if act_zero is None else np.float32(act_zero)
-    self.layer = QLayer(
-        Static(weight, _wide(scale, w), _wide(zeros, w)).quantize(w, axis=-2),
-        Static(act, act_scale, act_zero) if act else Full(), bias)
+    if weights is None:
+      weights = Static(weight, _wide(scale, w), _wide(zeros, w))
+    if inputs is None:
+      inputs = Static(act, act_scale, act_zero) if act else Full()
+    self.layer = QLayer(weights.quantize(w, axis=-2), inputs, bias)
     self.packed = packed(self.layer)
     if geometry:
       geometry = geometry_lib.resolve(x_shape, w_shape[:-2], **geometry)
     self.resolved = geometry or None
-    w = kernel_oracle.fake_quant(w, weight, scale, zeros)
-    self.weights = w
-    inputs, largest = np.float64(self.x), np.abs(self.x).max()
-    if act:
-      inputs = kernel_oracle.fake_quant(self.x, act, act_scale, act_zero)
-      largest = act.max * act_scale + abs(act_zero or 0)
+    w = kernel_oracle.quantized(w, weights, axis=-2)
+    x = kernel_oracle.quantized(self.x, inputs, axis=-1)
+    largest = np.abs(x).max()
+    if isinstance(inputs, Static):
+      zero_point = 0 if inputs.zero_point is None else inputs.zero_point
+      largest = inputs.fmt.max * inputs.scale + np.abs(zero_point)
     bias = 0 if bias is None else bias
-    self.expected = self.product(inputs, w) + bias
+    self.expected = self.product(x, w) + bias
     self.span = self.product(
         np.full(x_shape, largest), np.abs(w)) + np.abs(bias)
     self.length = np.prod(w_shape[:-1])

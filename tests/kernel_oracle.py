@@ -2,7 +2,64 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
+
+from msfp_jax.quant.quantizers import Block
+from msfp_jax.quant.quantizers import Static
+
+
+def quantized(x, quantizer, axis):
+  """A tensor as its quantizer leaves it, float64; `axis` of the contraction."""
+  if isinstance(quantizer, Static):
+    return fake_quant(x, quantizer.fmt, quantizer.scale, quantizer.zero_point)
+  if isinstance(quantizer, Block):
+    return block(x, quantizer, axis)
+  return np.float64(x)
+
+
+def block(x, quantizer, axis):
+  """Quantizes by groups: each is cut out and looked at by itself."""
+  fmt, shared = quantizer.fmt, quantizer.shared
+  whole = {'tensor': tuple(range(x.ndim)), 'image': tuple(range(1, x.ndim)),
+           'channel': tuple(range(x.ndim - 1))}.get(shared, (axis,))
+  size = quantizer.group or x.shape[axis]
+  groups = np.split(x, range(size, x.shape[axis], size), axis)
+  low = [group.min(whole, keepdims=True) for group in groups]
+  high = [group.max(whole, keepdims=True) for group in groups]
+  if fmt.signed:
+    reach = [np.maximum(np.abs(a), np.abs(b))
+             for a, b in zip(low, high, strict=True)]
+    low = [None] * len(groups)
+  else:
+    reach = [b - a for a, b in zip(low, high, strict=True)]
+  scales = block_scales(reach, quantizer)
+  return np.concatenate([
+      fake_quant(group - (0 if zero is None else zero), fmt, scale) + (
+          0 if zero is None else np.float64(zero))
+      for group, scale, zero in zip(groups, scales, low, strict=True)], axis)
+
+
+def block_scales(reach, quantizer):
+  """The scale of every group, of its largest magnitude or range, float64."""
+  fmt, kept = quantizer.fmt, quantizer.scale_type
+  if kept == 'e8m0':
+    top = np.floor(np.log2(fmt.max))
+    return [np.exp2(np.floor(np.log2(np.float64(r))) - top) for r in reach]
+  scales = [np.float64(np.float32(r / np.float32(fmt.max))) for r in reach]
+  if kept == 'f32':
+    return scales if fmt.signed else [snapped(scale) for scale in scales]
+  outer = 1.0
+  if quantizer.two_level:
+    outer = np.float64(np.float32(max(s.max() for s in scales) / 448))
+  return [np.float64((scale / outer).astype(np.float32).astype(
+      ml_dtypes.float8_e4m3fn)) * outer for scale in scales]
+
+
+def snapped(scale):
+  """Rounds to 16 significant bits."""
+  fraction, exponent = np.frexp(scale)
+  return np.ldexp(np.rint(fraction * 2**16), exponent - 16)
 
 
 def fake_quant(x, fmt, scale, zero_point=None):

@@ -1,18 +1,18 @@
-"""Carriers hold levels exactly; packing by halves; where sums are exact."""
+"""Carriers hold levels exactly, zero points taken in; where sums are exact."""
 
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
-import kernel_oracle
 import ml_dtypes
 import numpy as np
 import pytest
 
 from msfp_jax.kernels import carriers
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import numbers as formats_lib
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 
 FORMATS = [fmt for bits in range(3, 9) for signed in (False, True)
            for fmt in formats_lib.formats_of_width(bits, signed)]
@@ -39,12 +39,15 @@ def hold(values, dtype):
 
 @each_carrier
 def test_every_level_is_exact(carrier):
+  """A carrier holds every level, with either end of its offsets taken off."""
   for fmt, carried in carried_formats(carrier):
-    v = carried.values()
     assert math.frexp(carried.unit)[0] == 0.5, fmt
-    np.testing.assert_array_equal(
-        carried.unit * (v + carried.offset), fmt.values(), str(fmt))
-    assert hold(v, NUMPY[carrier]), fmt
+    for offset in (carried.lowest_offset, carried.highest_offset):
+      assert offset == int(offset)
+      v = carried.values(offset)
+      np.testing.assert_array_equal(
+          carried.unit * (v + offset), fmt.values(), str(fmt))
+      assert hold(v, NUMPY[carrier]), (fmt, offset)
 
 
 def test_formats_are_left_out_only_where_no_unit_fits():
@@ -59,15 +62,17 @@ def test_formats_are_left_out_only_where_no_unit_fits():
     assert bool(carriers.carry(fmt, 'fp8')) == fits, fmt
 
 
-@pytest.mark.parametrize('name, magnitudes, offset', [
-    ('E3M0', [0, 1, 2, 4, 8, 16, 32, 64], 0),
-    ('E2M1', [0, 1, 2, 3, 4, 6, 8, 12], 0),
-    ('E1M2', [0, 1, 2, 3, 4, 5, 6, 7], 0),
-    ('UE4M0', None, 0),
-    ('UE3M1', [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192], 96),
-    ('UE2M2', [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28], 0),
-    ('UE1M3', list(range(16)), 0)])
-def test_integers_of_4_bits(name, magnitudes, offset):
+@pytest.mark.parametrize('name, magnitudes, offsets', [
+    ('E3M0', [0, 1, 2, 4, 8, 16, 32, 64], (0, 0)),
+    ('E2M1', [0, 1, 2, 3, 4, 6, 8, 12], (0, 0)),
+    ('E1M2', [0, 1, 2, 3, 4, 5, 6, 7], (0, 0)),
+    ('UE4M0', None, None),
+    # 192 steps: of int8's 256 integers, 65 may lie on either side.
+    ('UE3M1', [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192],
+     (65, 128)),
+    ('UE2M2', [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28], (0, 28)),
+    ('UE1M3', list(range(16)), (0, 15))])
+def test_integers_of_4_bits(name, magnitudes, offsets):
   fmt = FPFormat.parse(name)
   carried = carriers.carry(fmt, 'int8')
   assert carriers.carry(fmt, 'fp8') is not None
@@ -75,9 +80,33 @@ def test_integers_of_4_bits(name, magnitudes, offset):
     assert carried is None
     return
   signs = [1, -1] if fmt.signed else [1]
-  expected = [sign * n - offset for sign in signs for n in magnitudes]
-  np.testing.assert_array_equal(carried.values(), expected)
-  assert carriers.magnitude(fmt) == np.abs(expected).max()
+  assert (carried.lowest_offset, carried.highest_offset) == offsets
+  for offset in offsets:
+    np.testing.assert_array_equal(
+        carried.values(offset),
+        [sign * n - offset for sign in signs for n in magnitudes])
+  assert carriers.magnitude(fmt) == max(
+      max(magnitudes) - offsets[0], offsets[1])
+
+
+@pytest.mark.parametrize('name', ['UE1M3', 'UE2M2', 'UE3M1', 'UE1M5'])
+def test_offsets_leave_the_least_of_a_zero_point(name):
+  """The offset leaves at most half a unit, unless it is at its ends."""
+  fmt = FPFormat.parse(name)
+  carried = carriers.carry(fmt, 'f32')
+  scale = np.float32(0.3)
+  low, high = carried.lowest_offset, carried.highest_offset
+  zero_points = np.linspace(-300, 20, 97, dtype=np.float32)
+  offset = carried.offset(scale, zero_points)
+  left = zero_points / (scale * carried.unit) + offset
+  assert (offset == np.rint(offset)).all()
+  inside = (offset > low) & (offset < high)
+  assert (np.abs(left[inside]) <= 0.5 + 1e-4).all()
+  assert (left[offset == low] >= -0.5 - 1e-4).all()
+  assert (left[offset == high] <= 0.5 + 1e-4).all()
+  assert carried.offset(scale, None) == low
+  in_jax = carried.offset(jnp.asarray(scale), jnp.asarray(zero_points))
+  np.testing.assert_array_equal(in_jax, offset)
 
 
 def test_unknown_carriers_are_refused():
@@ -85,77 +114,71 @@ def test_unknown_carriers_are_refused():
     carriers.carry(FPFormat.parse('E2M1'), 'fp16')
 
 
-def grid_of(fmt, length=1600):
-  """The values to try: levels, ties, their neighbours, and values beyond."""
-  levels = fmt.levels()
-  ties = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
-  around = [np.nextafter(ties, np.float32(s * np.inf)) for s in (-1, 1)]
-  points = np.concatenate([
-      levels, ties, *around, [1.5 * fmt.max, -1.5 * fmt.max, np.inf, -np.inf]])
-  return np.resize(points.astype(np.float32), length)
+SPREADS = {
+    'none': (np.float32(0.25), None),
+    'one': (np.float32(0.25), np.float32(-1.3)),
+    'channels': (np.float32([[0.25, 0.5, 0.75]]),
+                 np.float32([[-1.3, 0.1, -200]])),
+}
 
 
 @each_carrier
-def test_quantize_finds_the_nearest_level(carrier):
-  """Levels, all ties and values next to them are rounded as by brute force."""
-  scale = np.float32(0.125)
-  for fmt, carried in carried_formats(carrier):
-    u = grid_of(fmt)
-    v = carried.quantize(u * scale, scale)
-    assert v.dtype == NUMPY[carrier]
-    level = kernel_oracle.fake_quant(u, fmt, 1.0)
-    np.testing.assert_array_equal(
-        np.asarray(v, np.float64), level / carried.unit - carried.offset,
-        str(fmt))
+@pytest.mark.parametrize('name', SPREADS)
+def test_operands_are_the_tensor(carrier, name):
+  """scale * v + zero is the tensor, by float64; v is what the carrier holds."""
+  scale, zero_point = SPREADS[name]
+  for fmt in (*FOUR_BITS, FPFormat.parse('UE1M7'), FPFormat.parse('UE3M3')):
+    if not carriers.carry(fmt, carrier):
+      continue
+    levels = np.resize(fmt.values(), (2**fmt.bits, 3))
+    found = carriers.operand(QTensor(
+        jnp.asarray(levels, jnp.float32), scale, zero_point, fmt=fmt,
+        length=len(levels), axis=-2), carrier)
+    assert found.v.dtype == NUMPY[carrier]
+    assert hold(np.asarray(found.v, np.float64), NUMPY[carrier])
+    zero = 0 if found.zero is None else np.float64(found.zero)
+    value = np.float64(found.scale) * np.asarray(found.v, np.float64) + zero
+    exact = levels * np.float64(scale) + (
+        0 if zero_point is None else np.float64(zero_point))
+    # What is left of the zero point is rounded once or twice.
+    reach = np.abs(levels).max() * np.float64(scale) + np.abs(
+        0 if zero_point is None else zero_point)
+    assert (np.abs(value - exact) <= 2.0**-22 * reach).all(), fmt
 
 
 @each_carrier
-def test_quantize_takes_zero_points(carrier):
-  for fmt in FOUR_BITS:
-    if carried := carriers.carry(fmt, carrier):
-      u = grid_of(fmt)
-      v = carried.quantize(u * 0.25 - 1.5, jnp.float32(0.25), jnp.float32(-1.5))
-      level = kernel_oracle.fake_quant(
-          (u * np.float32(0.25) - np.float32(1.5) + 1.5) / 0.25, fmt, 1.0)
-      np.testing.assert_array_equal(
-          np.asarray(v, np.float64), level / carried.unit - carried.offset)
+def test_offsets_follow_groups(carrier):
+  """A zero point of a group moves the codes of that group alone."""
+  fmt = FPFormat.parse('UE2M2')
+  zero_point = np.float32([[0.0], [-1.5], [-4.0]])
+  tensor = QTensor(
+      jnp.zeros((5, 1)), np.ones((3, 1), np.float32), zero_point, fmt=fmt,
+      length=5, axis=-2, group=2)
+  found = carriers.operand(tensor, carrier)
+  carried = carriers.carry(fmt, carrier)
+  offset = 0 if carrier == 'fp8' else zero_point / carried.unit
+  expected = np.broadcast_to(offset, (3, 1)).repeat(2, axis=0)[:5]
+  np.testing.assert_array_equal(np.float64(found.v), expected)
 
 
 @pytest.mark.parametrize('carrier', ['fp8', 'bf16', 'f32'])
-def test_quantize_keeps_nan(carrier):
-  for fmt, carried in carried_formats(carrier):
-    v = np.asarray(carried.quantize(np.float32([np.nan, 0, np.nan]), 2.0),
-                   np.float32)
+def test_operands_keep_nan(carrier):
+  for fmt, _ in carried_formats(carrier):
+    tensor = QTensor(np.float32([np.nan, 0, np.nan]), np.float32(1), fmt=fmt,
+                     length=3)
+    v = np.asarray(carriers.operand(tensor, carrier).v, np.float32)
     np.testing.assert_array_equal(np.isnan(v), [True, False, True], str(fmt))
 
 
 @each_carrier
-def test_decode_is_the_table_of_values(carrier):
-  codes = np.arange(256, dtype=np.uint8)
+def test_codes_are_carried_as_levels_are(carrier):
   for fmt, carried in carried_formats(carrier):
-    v = carried.decode(codes)
-    assert v.dtype == NUMPY[carrier]
+    codes = np.arange(2**fmt.bits, dtype=np.uint8)[:, None]
+    tensor = QTensor(codes, np.float32(1), fmt=fmt, length=len(codes), axis=-2,
+                     layout=layout_lib.BYTES)
+    v = carriers.operand(tensor, carrier).v
     np.testing.assert_array_equal(
-        np.asarray(v, np.float64),
-        np.resize(fmt.values(), 256) / carried.unit - carried.offset)
-
-
-@pytest.mark.parametrize('length', [1, 2, 7, 8])
-def test_halves_are_unpacked_to_what_was_packed(length):
-  rng = np.random.default_rng(length)
-  codes = rng.integers(0, 16, (2, 3, length, 5), dtype=np.uint8)
-  packed = carriers.pack_halves(codes)
-  half = (length + 1) // 2
-  assert packed.shape == (2, 3, half, 5) and packed.dtype == np.uint8
-  np.testing.assert_array_equal(packed & 15, codes[..., :half, :])
-  np.testing.assert_array_equal(
-      (packed >> 4)[..., :length - half, :], codes[..., half:, :])
-  assert not (packed >> 4)[..., length - half:, :].any()
-  unpacked = carriers.unpack_halves(packed, length)
-  assert isinstance(unpacked, np.ndarray)
-  np.testing.assert_array_equal(unpacked, codes)
-  by_jax = jax.jit(carriers.unpack_halves, static_argnums=1)(packed, length)
-  np.testing.assert_array_equal(by_jax, codes)
+        np.asarray(v, np.float64)[:, 0], carried.values(carried.lowest_offset))
 
 
 @pytest.mark.parametrize('carrier, bound', [
@@ -166,7 +189,9 @@ def test_sums_are_exact_up_to_the_largest_integer(carrier, bound):
     formats = [carriers.carry(fmt, carrier) for fmt in (weight, act)]
     if None in formats:
       continue
-    product = math.prod(int(np.abs(c.values()).max()) for c in formats)
+    product = math.prod(int(max(
+        np.abs(c.values(offset)).max()
+        for offset in (c.lowest_offset, c.highest_offset))) for c in formats)
     length = bound // product
     assert carriers.is_exact(weight, act, length, carrier)
     assert not carriers.is_exact(weight, act, length + 1, carrier)

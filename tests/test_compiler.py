@@ -7,7 +7,6 @@ import pytest
 import toy
 
 from msfp_jax.kernels import compiler
-from msfp_jax.packed import model as packed_lib
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ def test_xla_leaves_layers_apart(is_packed):
   """Two of three layers are quantized; each has a branch of its own."""
   model = toy.deployed()
   if is_packed:
-    model = packed_lib.pack(model, toy.plan())
+    model = model.packed()
   x, t = jnp.ones((2, *toy.SHAPE)), jnp.ones(2)
   compiled = jax.jit(lambda arrays, x: model.with_arrays(arrays).eps_fn(
       x, t, 0)).lower(model.arrays, x).compile()
@@ -54,8 +53,8 @@ def test_xla_leaves_layers_apart(is_packed):
 @pytest.mark.parametrize('value', [0, 1, -2, np.nan, np.inf])
 def test_whatever_the_input_a_layer_apart_is_itself(value):
   """Setting a layer apart changes no result, jitted or not, empty or not."""
-  layer = toy.deployed().layers()['conv_in'].bank(0)
-  run = lambda x, layer: x * layer.scale + layer.bias
+  layer = toy.deployed().layers['conv_in'].at(0)
+  run = lambda x, layer: x * layer.weight.scale.ravel() + layer.bias
   x = jnp.full((2, 4), value, jnp.float32)
   apart = lambda x, layer: compiler.apart(run, x, layer)
   for inputs in (x, x[:0]):

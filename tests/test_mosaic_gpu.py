@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
 FORMATS = ('E1M2', 'E2M1', 'E3M0')
@@ -70,7 +70,7 @@ def test_every_byte_decodes(fmt, carrier):
   codes = np.arange(256, dtype=np.uint8)
   codes = np.stack([codes & 15, codes >> 4], -1)  # [256, 2]
   codes = np.concatenate([np.roll(codes, i, axis=0) for i in range(64)], 1)
-  packed = decode_lib.prepare(carriers.pack_halves(codes.T), 128)
+  packed = decode_lib.prepare(layout_lib.pack_halves(codes.T), 128)
   got = decode_lib.decode_array(packed, FPFormat.parse(fmt), carrier)
   assert got.dtype == DTYPES[carrier]
   np.testing.assert_array_equal(got.astype(np.float64), integers(codes, fmt))
@@ -98,7 +98,7 @@ def test_no_level_is_a_subnormal_of_fp8(fmt):
 @pytest.mark.parametrize('length, padded', [(64, 64), (37, 64), (130, 192)])
 def test_prepare_pads_with_zeros_and_agrees_in_jax(length, padded):
   codes = draw_codes((3, length, 70))
-  packed = carriers.pack_halves(codes)
+  packed = layout_lib.pack_halves(codes)
   got = decode_lib.prepare(packed, length)
   assert got.shape == (128, 3, padded // 2) and got.dtype == np.uint8
 
@@ -243,8 +243,8 @@ def test_matmul(fmt, carrier, shape, blocks, out_dtype):
   x, codes = draw((m, k), carrier), draw_codes((k, n))
   scale, shift = affine(n)
   y = mosaic_gpu.matmul(
-      jnp.asarray(x), decode_lib.prepare(carriers.pack_halves(codes), k), scale,
-      shift, fmt=FPFormat.parse(fmt), out_dtype=out_dtype,
+      jnp.asarray(x), decode_lib.prepare(layout_lib.pack_halves(codes), k),
+      scale, shift, fmt=FPFormat.parse(fmt), out_dtype=out_dtype,
       blocks=blocks and blocks_lib.Blocks(*blocks), interpret=True)
   sums = x.astype(np.int64) @ integers(codes, fmt)
   np.testing.assert_array_equal(
@@ -275,7 +275,7 @@ def test_conv(window, strides, padding, mapped, size):
   sums = convolve(x, integers(codes, 'E2M1'), strides, padding)
   scale, shift = affine(20, sums.shape[1:3] if mapped else ())
   y = mosaic_gpu.conv(
-      jnp.asarray(x), decode_lib.prepare(carriers.pack_halves(codes), 70),
+      jnp.asarray(x), decode_lib.prepare(layout_lib.pack_halves(codes), 70),
       scale, shift, fmt=FPFormat.parse('E2M1'), strides=strides,
       padding=padding, out_dtype=jnp.float32, interpret=True,
       blocks=blocks_lib.Blocks(64, 64, 2))

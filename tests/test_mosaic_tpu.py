@@ -12,6 +12,7 @@ import pytest
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import numbers as formats_lib
 from msfp_jax.quant.numbers import FPFormat
 
@@ -23,20 +24,20 @@ E2M1 = FPFormat.parse('E2M1')
 
 def _integers(fmt: FPFormat) -> np.ndarray:
   """The level of each code, in steps, int64."""
-  return np.rint(fmt.values() / carriers.step(fmt)).astype(np.int64)
+  return np.rint(fmt.values() / fmt.step).astype(np.int64)
 
 
 def _draw(shape):
   """Draws codes, and packs them in the canonical way."""
   codes = np.random.default_rng(0).integers(0, 16, shape, dtype=np.uint8)
-  return codes, jnp.asarray(carriers.pack_halves(codes))
+  return codes, jnp.asarray(layout_lib.pack_halves(codes))
 
 
 def _x(fmt: FPFormat, carrier: str, shape):
   """Draws levels, as the carrier holds them and in float64."""
   carried = carriers.carry(fmt, carrier)
   codes = np.random.default_rng(1).integers(0, 2**fmt.bits, shape)
-  values = carried.values()[codes]
+  values = carried.values(carried.lowest_offset)[codes]
   x = jnp.asarray(values).astype(carried.dtype)
   np.testing.assert_array_equal(np.asarray(x, np.float64), values)
   return x, values
@@ -176,7 +177,7 @@ def test_every_byte_is_decoded_in_every_row(fmt, carrier):
   unit = mosaic_tpu.weight_unit(fmt, carrier)
   w = _matmul(fmt)(
       identity, packed, np.full(256, 1 / unit, np.float32), np.zeros(256))
-  codes = carriers.unpack_halves(packed, 128)
+  codes = layout_lib.unpack_halves(packed, 128)
   assert len(np.unique(codes[:64] + codes[64:] * 16)) == 256
   np.testing.assert_array_equal(np.asarray(w, np.int64), _integers(fmt)[codes])
 

@@ -1,362 +1,185 @@
-"""Fake quantizers: rounding, saturation, gradients, encode and decode."""
+"""Quantizers: where scales come from, what training moves, what is refused."""
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
+import kernel_cases
+import kernel_oracle
 import numpy as np
 import pytest
 
-from msfp_jax.quant import quantizers
-from msfp_jax.quant.numbers import formats_of_width
+from msfp_jax.quant import functional
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.numbers import pack_nibbles
-from msfp_jax.quant.numbers import unpack_nibbles
-from msfp_jax.quant.quantizers import decode
-from msfp_jax.quant.quantizers import encode
-from msfp_jax.quant.quantizers import fake_quant
-from msfp_jax.quant.quantizers import nearest
+from msfp_jax.quant.quantizers import Block
+from msfp_jax.quant.quantizers import fields_of
+from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.quantizers import Static
 
-ALL = [f for bits in range(3, 9) for signed in (True, False)
-       for f in formats_of_width(bits, signed)]
-FOUR_BITS = formats_of_width(4, True) + formats_of_width(4, False)
-TWINS = {'E2M1': ml_dtypes.float4_e2m1fn, 'E2M3': ml_dtypes.float6_e2m3fn,
-         'E3M2': ml_dtypes.float6_e3m2fn}
-
-
-def rng():
-  return np.random.default_rng(0)
-
-
-def assert_same_bits(actual, desired):
-  actual, desired = np.asarray(actual), np.asarray(desired)
-  assert (actual.dtype, actual.shape) == (desired.dtype, desired.shape)
-  bits = f'u{actual.dtype.itemsize}'
-  np.testing.assert_array_equal(actual.view(bits), desired.view(bits))
-
-
-def log_uniform(fmt, size):
-  """Draws both signs, from far below the smallest level to past the largest."""
-  low = np.log2(fmt.levels()[fmt.levels() > 0][0]) - 3
-  magnitude = 2.0**rng().uniform(low, np.log2(fmt.max) + 1, size)
-  return (magnitude * rng().choice([-1, 1], size)).astype(np.float32)
+E2M1, UE2M2 = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')
+NVFP4 = Block(E2M1, group=16, scale_type='e4m3', two_level=True)
+X = np.random.default_rng(0).normal(size=(2, 2, 3, 40)).astype(np.float32)
+W = np.random.default_rng(1).normal(size=(3, 3, 40, 7)).astype(np.float32)
+BLOCKS = {
+    'tensor': Block(E2M1, 'tensor'), 'token': Block(E2M1, 'token'),
+    'group': Block(E2M1, group=8), 'the last shorter': Block(E2M1, group=16),
+    'one group': Block(E2M1, group=64),
+    'zero points': Block(UE2M2, group=12),
+    'zero points of tokens': Block(FPFormat.parse('UE1M3'), 'token'),
+    'MXFP4': Block(E2M1, group=32, scale_type='e8m0'),
+    'MXFP8': Block(FPFormat.parse('E4M3'), group=32, scale_type='e8m0'),
+    'e4m3': Block(E2M1, group=16, scale_type='e4m3'), 'NVFP4': NVFP4}
+SIDES = {'inputs': (X, -1), 'weights': (W, -2)}
 
 
-def brute_force(u, fmt):
-  """Finds the nearest level in float64, and whether another is as near."""
-  levels = fmt.levels()
-  u = np.clip(np.asarray(u, np.float64), fmt.lowest, fmt.max)
-  distance = np.abs(u[..., None] - levels)
-  two = np.sort(distance, axis=-1)[..., :2]
-  return levels[distance.argmin(-1)], two[..., 0] == two[..., 1]
+@pytest.mark.parametrize('side', SIDES)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_scales_from_the_data(name, side):
+  """Every group is quantized by its own extremes, by brute force."""
+  x, axis = SIDES[side]
+  tensor = BLOCKS[name].quantize(x, axis)
+  expected = kernel_oracle.block(x, BLOCKS[name], axis)
+  np.testing.assert_allclose(tensor.dequantize(), expected, rtol=1e-6,
+                             atol=1e-6)
+  in_jit = kernel_cases.jit(lambda x: BLOCKS[name].quantize(x, axis))(x)
+  jax.tree.map(np.testing.assert_array_equal, in_jit, tensor)
 
 
-def affine_case(fmt):
-  """Draws x `[64, 5]`, and scales and zero points per column."""
-  x = (3 * rng().normal(size=(64, 5))).astype(np.float32)
-  scale = (rng().uniform(2, 8, 5) / fmt.max).astype(np.float32)
-  zero_point = rng().uniform(-1, 1, 5).astype(np.float32)
-  return x, scale, None if fmt.signed else zero_point
-
-
-@pytest.mark.parametrize('fmt', ALL, ids=str)
-def test_nearest_is_the_nearest_level(fmt):
-  u = log_uniform(fmt, 2000)
-  expected, tied = brute_force(u, fmt)
-  assert tied.sum() < 50
-  np.testing.assert_array_equal(
-      np.asarray(nearest(u, fmt))[~tied], expected[~tied])
-
-
-@pytest.mark.parametrize('fmt', ALL, ids=str)
-def test_ties_go_to_the_even_mantissa(fmt):
-  magnitudes = fmt.values()[:2**(fmt.bits - fmt.signed)]
-  low, high = magnitudes[:-1], magnitudes[1:]
-  middle = ((low + high) / 2).astype(np.float32)
-  code = np.arange(len(low))
-  # No mantissa, none is even: up, but to 0 below the lowest power of two.
-  to_low = code % 2 == 0 if fmt.mantissa_bits else code == 0
-  expected = np.where(to_low, low, high).astype(np.float32)
-  assert_same_bits(nearest(middle, fmt), expected)
-  assert_same_bits(nearest(np.nextafter(middle, np.float32(0)), fmt),
-                   low.astype(np.float32))
-  assert_same_bits(nearest(np.nextafter(middle, np.float32(np.inf)), fmt),
-                   high.astype(np.float32))
-  if fmt.signed:
-    assert_same_bits(nearest(-middle, fmt), -expected)
-
-
-@pytest.mark.parametrize('name', TWINS)
-def test_agrees_with_ml_dtypes_on_every_float16(name):
-  # ml_dtypes saturates too, inf included; it maps NaN to -0, we keep it.
-  x = np.arange(2**16, dtype=np.uint16).view(np.float16)
-  assert np.isnan(nearest(x[np.isnan(x)], name)).all()
-  x = x[~np.isnan(x)]
-  assert_same_bits(nearest(x, name), x.astype(TWINS[name]).astype(np.float16))
-  codes = encode(x, name, 1.0)
-  assert_same_bits(codes, x.astype(TWINS[name]).view(np.uint8))
-
-
-@pytest.mark.parametrize('name', TWINS)
-def test_agrees_with_ml_dtypes_on_float32(name):
-  x = rng().normal(size=(8, 4096)) * 4.0**np.arange(-5, 3)[:, None]
-  x = x.astype(np.float32)
-  assert_same_bits(nearest(x, name), x.astype(TWINS[name]).astype(np.float32))
-
-
-def test_powers_of_two_tie_as_in_ml_dtypes():
-  power = 2.0**np.arange(-12, 13)
-  x = np.concatenate([power, 1.5 * power, 1.49 * power, 1.51 * power])
-  x = x.astype(np.float32)
-  theirs = x.astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-  assert_same_bits(nearest(x, 'UE5M0'), theirs)
-
-
-@pytest.mark.parametrize('fmt', ALL, ids=str)
-def test_ends_and_special_values(fmt):
-  top, low = np.float32(fmt.max), np.float32(fmt.lowest)
-  huge = np.finfo(np.float32).max
-  tiny = np.float32(1e-45)
-  x = np.array([top, np.nextafter(top, huge), huge, np.inf,
-                -top, -huge, -np.inf, tiny, 0], np.float32)
-  expected = np.array([top] * 4 + [low] * 3 + [0, 0], np.float32)
-  assert_same_bits(nearest(x, fmt), expected)
-  zero = np.float32(-0.0 if fmt.signed else 0.0)
-  for x in -0.0, -tiny:
-    assert_same_bits(nearest(np.float32(x), fmt), zero)
-  assert np.isnan(nearest(np.array([np.nan, -np.nan], np.float32), fmt)).all()
-
-
-@pytest.mark.parametrize('fmt', FOUR_BITS, ids=str)
-def test_fake_quant_is_its_formula(fmt):
-  x, scale, zero_point = affine_case(fmt)
-  for z in zero_point, rng().normal(size=(64, 1)).astype(np.float32):
-    shift = 0 if z is None else z.astype(np.float64)
-    u = (x - shift) / scale
-    q, tied = brute_force(u, fmt)
-    assert not tied.any()
-    y = fake_quant(x, fmt, scale, z)
-    assert (y.dtype, y.shape) == (jnp.float32, x.shape)
-    np.testing.assert_allclose(y, scale * q + shift, rtol=3e-7, atol=1e-6)
-
-
-def test_division_is_exact_so_that_ties_stay_ties():
-  ties = np.array([.25, .75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)[:, None]
-  scale = rng().uniform(.01, 3, 4000).astype(np.float32)
-  x = ties * scale
-  fmt = FPFormat(2, 1)
-  # float4_e2m1fn of NumPy's division, which is correctly rounded.
-  q = (x / scale).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
-  assert_same_bits(fake_quant(x, fmt, scale), q * scale)
-  closed = jax.jit(lambda x: fake_quant(x, fmt, scale))
-  assert_same_bits(closed(x), q * scale)
-  for i in range(5):
-    s = float(scale[i])
-    column = jnp.asarray(ties * scale[i])
-    expected = (np.asarray(column) / scale[i]).astype(ml_dtypes.float4_e2m1fn)
-    expected = expected.astype(np.float32) * scale[i]
-    assert_same_bits(fake_quant(column, fmt, s), expected)
-    assert_same_bits(jax.jit(lambda x, s=s: fake_quant(x, fmt, s))(column),
-                     expected)
-
-
-@pytest.mark.parametrize('zero_point', [0, 0.0, None])
-def test_no_zero_point_keeps_negative_zero(zero_point):
-  y = fake_quant(np.float32(-.01), 'E2M1', .5, zero_point)
-  assert_same_bits(y, np.float32(-0.0))
-
-
-def test_nan_and_inf_pass_scale_and_zero_point():
-  x = np.array([np.nan, np.inf, -np.inf], np.float32)
-  y = np.asarray(fake_quant(x, 'UE2M2', .5, -.25))
-  np.testing.assert_array_equal(y, [np.nan, 3.25, -.25])
-  y = fake_quant(np.ones(3, np.float32), 'E2M1', jnp.float32(np.nan))
-  assert np.isnan(y).all()
-
-
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-def test_half_precision_is_computed_in_float32(dtype):
-  x = jnp.asarray(rng().normal(size=512), dtype)
-  wide = fake_quant(x.astype(jnp.float32), 'UE2M2', .3, -.4)
-  assert_same_bits(fake_quant(x, 'UE2M2', .3, -.4), wide.astype(dtype))
-  assert_same_bits(decode(encode(x, 'UE2M2', .3, -.4), 'UE2M2', .3, -.4, dtype),
-                   wide.astype(dtype))
-  dx = jax.grad(lambda x: fake_quant(x, 'E2M1', .3).sum().astype(jnp.float32))
-  assert dx(x).dtype == dtype
-
-
-@pytest.mark.parametrize('bits', range(3, 9))
-def test_one_exponent_bit_is_int_quantization(bits):
-  x = rng().normal(size=3000).astype(np.float32)
-  z, scale = np.float32(-1.3), np.float32(.37)
-  step = float(scale) * 2.0**(2 - bits)
-  k = np.clip(np.rint((x - float(z)) / step), 0, 2**bits - 1)
+@pytest.mark.parametrize('quantizer, side', [
+    (Block(E2M1, 'image'), 'inputs'), (Block(UE2M2, 'image'), 'inputs'),
+    (Block(E2M1, 'channel'), 'weights'), (Block(UE2M2, 'channel'), 'weights')],
+                         ids=str)
+def test_scales_of_one_side_alone(quantizer, side):
+  x, axis = SIDES[side]
   np.testing.assert_allclose(
-      fake_quant(x, quantizers.int_format(bits), scale, z),
-      k * step + float(z), atol=1e-6)
-  np.testing.assert_array_equal(
-      encode(x, quantizers.int_format(bits), scale, z), k)
-  step, top = 2 * step, 2**(bits - 1) - 1
-  k = np.clip(np.rint(x / step), -top, top)
+      quantizer.quantize(x, axis).dequantize(),
+      kernel_oracle.block(x, quantizer, axis), rtol=1e-6, atol=1e-6)
+  other, axis = SIDES['weights' if side == 'inputs' else 'inputs']
+  with pytest.raises(ValueError, match='is not for'):
+    quantizer.quantize(other, axis)
+
+
+@pytest.mark.parametrize('reach, power', [
+    (1.0, 0), (1.99, 0), (2.0, 1), (0.75, -1), (6.0, 2), (7.9, 2), (8.0, 3)])
+def test_powers_of_two_are_those_of_the_standard(reach, power):
+  """OCP MX: floor(log2(largest)) less that of the format's maximum, 2."""
+  tensor = Block(E2M1, 'token', scale_type='e8m0').quantize(
+      np.float32([[reach, 0]]))
+  np.testing.assert_array_equal(np.float32(tensor.scale), 2.0**(power - 2))
+
+
+def test_two_levels_reach_the_largest_scale():
+  """The largest of the inner scales is e4m3's maximum, 448."""
+  tensor = NVFP4.quantize(1e-3 * X)
+  assert np.float32(tensor.scale).max() == 448
   np.testing.assert_allclose(
-      fake_quant(x, FPFormat(1, bits - 2), scale), k * step, rtol=3e-7)
+      tensor.outer, np.abs(1e-3 * X).max() / 6 / 448, rtol=1e-6)
+  assert np.shape(tensor.outer) == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize('fmt', ALL, ids=str)
-def test_encode_gives_the_code_of_the_level(fmt):
-  values = fmt.values().astype(np.float32)
-  codes = encode(values, fmt, 1.0)
-  assert_same_bits(codes, np.arange(2**fmt.bits, dtype=np.uint8))
-  if fmt.bits <= 4:
-    codes = unpack_nibbles(pack_nibbles(codes), len(codes))
-  assert_same_bits(decode(codes, fmt, 1.0), values)
+@pytest.mark.parametrize('quantizer', BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize('value', [0.0, 1e-42, -3.0])
+def test_groups_of_one_value(quantizer, value):
+  """A group of zeros or subnormals is 0; one of any other value nearly it."""
+  x = np.full((2, 40), value, np.float32)
+  found = np.asarray(quantizer.quantize(x).dequantize())
+  assert np.isfinite(found).all()
+  # e8m0 cuts off up to a quarter of the largest: 7.9 becomes 6.
+  np.testing.assert_allclose(found, x, rtol=0.25 + 1e-6, atol=1e-37)
 
 
-@pytest.mark.parametrize('fmt', ALL, ids=str)
-def test_decode_of_encode_is_fake_quant_bit_for_bit(fmt):
-  x, scale, zero_point = affine_case(fmt)
-  x[0] = 0, -0.0, np.inf, -np.inf, 1e-30
-  both = lambda x, *a: (
-      fake_quant(x, fmt, *a), decode(encode(x, fmt, *a), fmt, *a))
-  expected, decoded = jax.jit(both)(x, scale, zero_point)
-  assert_same_bits(decoded, expected)
-  if fmt.bits in (4, 8):  # Compilation takes its time.
-    for eager in both(x, scale, zero_point):
-      assert_same_bits(eager, expected)
+def test_nan_stays_nan():
+  x = X.copy()
+  x[0, 0, 0, 3] = np.nan
+  for quantizer in (Block(E2M1, group=8), Static(E2M1, jnp.float32(0.5))):
+    found = np.asarray(quantizer.quantize(x).dequantize())
+    assert np.isnan(found[0, 0, 0, 3])
+    assert np.isfinite(found[1]).all()
 
 
-def test_snapped_scale_makes_the_products_exact():
-  scale = np.exp(rng().uniform(-9, 9, 200)).astype(np.float32)
-  snapped = np.asarray(quantizers.snap_scale(scale))
-  assert_same_bits(jax.jit(quantizers.snap_scale)(scale), snapped)
-  assert (snapped != scale).any()
-  assert (np.abs(snapped / scale.astype(np.float64) - 1) <= 2.0**-16).all()
-  for fmt in ALL:
-    levels = fmt.levels().astype(np.float32)
-    product = levels * snapped[:, None]
-    exact = levels.astype(np.float64) * snapped[:, None]
-    np.testing.assert_array_equal(product, exact)
+@pytest.mark.parametrize('quantizer', [
+    NVFP4, Block(UE2M2, 'token'),
+    Static(UE2M2, np.float32(.375), np.float32(-1)),
+    Static(E2M1, np.float32(.4))], ids=lambda q: type(q).__name__)
+def test_fake_quant_is_what_quantize_stands_for(quantizer):
+  x = jnp.asarray(X, jnp.bfloat16)
+  np.testing.assert_array_equal(
+      quantizer.fake_quant(X), quantizer.quantize(X).dequantize())
+  assert quantizer.fake_quant(x).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('fmt', FOUR_BITS, ids=str)
-def test_snapped_scale_leaves_no_choice_to_the_compiler(fmt):
-  x, scale, _ = affine_case(fmt)
-  zero_point = rng().normal(size=5).astype(np.float32)
-  scale = quantizers.snap_scale(scale)
-  q = fmt.values()[np.asarray(encode(x, fmt, scale, zero_point))]
-  expected = q.astype(np.float32) * np.asarray(scale) + zero_point
-  assert_same_bits(fake_quant(x, fmt, scale, zero_point), expected)
+def test_gradients_pass_straight_through_scales_from_the_data():
+  g = np.random.default_rng(2).normal(size=X.shape).astype(np.float32)
+  _, pullback = jax.vjp(NVFP4.fake_quant, X)
+  np.testing.assert_array_equal(pullback(jnp.asarray(g))[0], g)
 
 
-def test_snap_scale_has_gradient_one():
-  scale = jnp.array([.1, .3, 7.])
-  gradient = jax.grad(lambda s: (quantizers.snap_scale(s) * scale).sum())
-  np.testing.assert_array_equal(gradient(scale), scale)
-
-
-@pytest.mark.parametrize('name', ['E2M1', 'UE2M2'])
-@pytest.mark.parametrize('scale_shape, zero_shape', [
-    ((), None), ((), ()), ((5,), (5,)), ((1, 5), (64, 1)), ((64, 5), ()),
-    ((2, 1, 1), (64, 5))])
-def test_gradients_are_the_written_formulas(name, scale_shape, zero_shape):
-  fmt, r = FPFormat.parse(name), rng()
-  x = 3 * r.normal(size=(2, 64, 5)).astype(np.float32)
-  g = r.normal(size=x.shape).astype(np.float32)
-  scale = (r.uniform(2, 4, scale_shape) / fmt.max).astype(np.float32)
-  zero = None if zero_shape is None else r.normal(size=zero_shape).astype('f4')
-  u = (x - (0 if zero is None else zero)) / scale
-  q, tied = brute_force(u, fmt)
-  inside = (u >= fmt.lowest) & (u <= fmt.max)
-  assert not tied.any() and .1 < inside.mean() < .95
-
-  def transposed_broadcast(full, shape):
-    padded = (1,) * (full.ndim - len(shape)) + shape
-    axes = tuple(i for i, n in enumerate(padded) if n == 1)
-    return full.sum(axes).reshape(shape)
-
-  _, pullback = jax.vjp(lambda *a: fake_quant(a[0], fmt, *a[1:]), x, scale,
-                        zero)
-  dx, dscale, dzero = pullback(jnp.asarray(g))
-  np.testing.assert_array_equal(dx, np.where(inside, g, 0))
-  expected = transposed_broadcast(g * np.where(inside, q - u, q), scale.shape)
-  np.testing.assert_allclose(dscale, expected, rtol=1e-4, atol=1e-4)
-  if zero is not None:
-    expected = transposed_broadcast(g * ~inside, zero.shape)
-    np.testing.assert_allclose(dzero, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize('fmt', FOUR_BITS, ids=str)
-def test_gradients_are_differences_with_the_rounding_held(fmt):
-  # Straight-through: nearest(u) is clip(u) plus a constant, the rounding error.
-  x = np.array([-2.9, -1.3, -.61, -.13, .17, .57, 1.41, 3.7])
-  scale, zero, h = 1.9 / fmt.max, -.27, 1e-6
-  u = (x - zero) / scale
-  error = brute_force(u, fmt)[0] - np.clip(u, fmt.lowest, fmt.max)
-
-  def held(x, scale, zero):
-    clipped = np.clip((x - zero) / scale, fmt.lowest, fmt.max)
-    return scale * (clipped + error) + zero
-
-  point = (x, np.full(8, scale), np.full(8, zero))
-  summed = lambda *a: fake_quant(a[0], fmt, *a[1:]).sum()
-  actual = jax.grad(summed, (0, 1, 2))(*(a.astype(np.float32) for a in point))
-  for i in range(3):
-    up, down = list(point), list(point)
-    up[i], down[i] = point[i] + h, point[i] - h
-    difference = (held(*up) - held(*down)) / (2 * h)
-    np.testing.assert_allclose(actual[i], difference, rtol=1e-4, atol=1e-4)
-
-
-def test_nan_reaches_the_gradients():
-  loss = lambda x, s: (fake_quant(x, 'E2M1', s)**2).sum()
-  dx, dscale = jax.grad(loss, (0, 1))(jnp.array([1., np.nan]), .5)
-  np.testing.assert_array_equal(dx, [2, np.nan])
-  assert np.isnan(dscale)
-
-
-def test_vmap_over_scales_is_a_loop_over_scales():
-  x = rng().normal(size=(64, 3)).astype(np.float32)
-  scales = jnp.array([.1, .3, .7])
-  looped = jnp.stack([fake_quant(x, 'E2M1', s) for s in scales])
-  assert_same_bits(jax.vmap(lambda s: fake_quant(x, 'E2M1', s))(scales), looped)
-
-
-def test_quantizer_is_a_pytree_with_a_static_format():
-  x, scale, zero_point = affine_case(FPFormat(2, 2, False))
-  quantizer = Quantizer(FPFormat(2, 2, False), scale, zero_point)
+def test_static_is_a_pytree_with_a_static_format():
+  quantizer = Static(UE2M2, np.float32(1), np.float32(-1))
   assert quantizer.bits == 4
   assert len(jax.tree.leaves(quantizer)) == 2
-  assert len(jax.tree.leaves(Quantizer(FPFormat(2, 1), scale))) == 1
-  expected = fake_quant(x, 'UE2M2', scale, zero_point)
-  assert_same_bits(jax.jit(Quantizer.fake_quant)(quantizer, x), expected)
-  assert_same_bits(quantizer.decode(quantizer.encode(x)), expected)
-  assert quantizer.decode(quantizer.encode(x), jnp.bfloat16).dtype == 'bfloat16'
-  gradient = jax.grad(lambda q: q.fake_quant(x).sum())(quantizer)
-  assert gradient.fmt == quantizer.fmt and gradient.scale.shape == (5,)
+  assert len(jax.tree.leaves(Static(E2M1, np.float32(1)))) == 1
+  gradient = jax.grad(lambda q: q.fake_quant(X).sum())(quantizer)
+  assert gradient.fmt == quantizer.fmt and gradient.scale.shape == ()
 
 
-@pytest.mark.parametrize('function', [fake_quant, encode])
-@pytest.mark.parametrize('arguments, error, message', [
-    ((np.arange(3), 'E2M1', 1.), TypeError, 'floating point, got int32'),
-    ((np.ones(3), 'fp4', 1.), ValueError, "'fp4' is no number format"),
-    ((np.ones(3), 'UE8M0', 1.), ValueError, r'UE8M0 reaches 2\^128'),
-    ((np.ones(3), 'E2M1', 0.), ValueError, 'scale must be positive, got 0.0'),
-    ((np.ones(3), 'E2M1', np.array([1, -1, 1.])), ValueError, 'positive'),
-    ((np.ones(3), 'E2M1', np.nan), ValueError, 'positive, got nan'),
-    ((np.ones((4, 3)), 'E2M1', np.ones(4)), ValueError,
-     r'scale of shape \(4,\) does not broadcast to the shape \(4, 3\)'),
-    ((np.ones(3), 'E2M1', 1., np.ones((2, 3))), ValueError,
-     r'zero_point of shape \(2, 3\) does not broadcast'),
-])
-def test_bad_input_is_named(function, arguments, error, message):
-  with pytest.raises(error, match=message):
-    function(*arguments)
+def test_full_precision_is_left_alone():
+  assert Full().is_full and Full().bits == 32 and not NVFP4.is_full
+  assert Full().fake_quant(X) is X
+  with pytest.raises(TypeError, match='has no quantized form'):
+    Full().quantize(X)
 
 
-def test_encode_and_decode_name_bad_input():
-  x = np.array([1, np.nan, np.nan], np.float32)
-  with pytest.raises(ValueError, match='2 of 3 values are NaN.*E2M1 has no'):
-    encode(x, 'E2M1', 1.)
-  assert jax.jit(lambda x: encode(x, 'E2M1', 1.))(x).max() < 16
-  with pytest.raises(TypeError, match='codes must be uint8, got int32'):
-    decode(np.arange(3), 'E2M1', 1.)
+def test_offsets_of_zero_move_nothing():
+  for quantizer in (
+      Static(E2M1, jnp.linspace(0.1, 1, 7)),
+      Static(UE2M2, functional.snap_scale(jnp.float32(0.3)), jnp.float32(-.7)),
+      NVFP4, Full()):
+    moved = quantizer.moved(quantizer.offsets())
+    jax.tree.map(np.testing.assert_array_equal, moved, quantizer)
+
+
+def test_offsets_are_logarithms_and_scales():
+  """A scale moves by a factor of e^offset, a zero point by old scales."""
+  scale, zero_point = jnp.float32(0.3), jnp.float32(-0.7)
+  moved = Static(UE2M2, scale, zero_point).moved(
+      {'log_scale': jnp.float32(0.2), 'zero_point': jnp.float32(1.5)})
+  np.testing.assert_allclose(moved.scale, 0.3 * np.exp(0.2), rtol=2.0**-16)
+  np.testing.assert_allclose(moved.zero_point, -0.7 + 0.3 * 1.5, rtol=1e-6)
+  # Where a zero point is added, products with levels are exact.
+  assert not np.asarray(moved.scale).view(np.uint32) & 0xff
+  with pytest.raises(ValueError, match=r"Block has nothing to train, got \['a"):
+    NVFP4.moved({'a': 1})
+
+
+def test_each_step_has_its_own():
+  scale, zero_point = np.float32([.1, .2, .4]), np.float32([-1, -2, -3])
+  quantizer = Static(UE2M2, scale, zero_point, by_step=True)
+  for step in range(3):
+    expected = Static(UE2M2, scale[step], zero_point[step]).fake_quant(X)
+    np.testing.assert_array_equal(
+        jax.jit(lambda q, step: q.at(step).fake_quant(X))(quantizer, step),
+        expected)
+  for use in (quantizer.quantize, quantizer.fake_quant):
+    with pytest.raises(ValueError, match=r'take at\(step\) first'):
+      use(X)
+  assert NVFP4.at(1) is NVFP4
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'shared': 'row', 'group': 0}, "shared='row': must be one of"),
+    ({'group': 0}, "group=0 and shared='group'"),
+    ({'shared': 'token', 'group': 8}, "group=8 and shared='token'"),
+    ({'group': 8, 'scale_type': 'bf16'}, "scale_type='bf16': must be one of")])
+def test_blocks_that_there_are_not(options, message):
+  with pytest.raises(ValueError, match=message):
+    Block(E2M1, **options)
+
+
+def test_what_files_and_people_are_told():
+  assert fields_of(NVFP4) == {
+      'fmt': E2M1, 'group': 16, 'scale_type': 'e4m3', 'two_level': True}
+  assert NVFP4.describe() == {'format': 'E2M1', 'scale': 'e4m3 by 16'}
+  static = Static(UE2M2, np.float32([0.25, 0.5]), np.float32(-1))
+  assert static.describe() == {
+      'format': 'UE2M2', 'scale': '0.25 to 0.5', 'zero_point': '-1'}
+  assert Quantizer.KINDS['Block'] is Block

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import kernel_oracle
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from msfp_jax import kernels
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import winograd
-from msfp_jax.quant import quantizers
+from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.quantizers import Static
 
 PAIRS = [('E1M2', 'UE1M3'), ('E2M1', 'UE2M2'), ('E2M1', 'UE3M1'),
          ('E3M0', 'E2M1')]
@@ -22,7 +25,14 @@ PAIRS = [('E1M2', 'UE1M3'), ('E2M1', 'UE2M2'), ('E2M1', 'UE3M1'),
 def integers(name):
   """The values that a format has in the carrier, int64, ascending."""
   carried = carriers.carry(FPFormat.parse(name), 'f32')
-  return np.unique(carried.values().astype(np.int64))
+  values = carried.values(carried.lowest_offset)
+  return np.unique(values.astype(np.int64))
+
+
+def splits(w, act):
+  """Finds the parts for inputs in a format."""
+  levels = integers(act)
+  return winograd.splits(w, levels.min(), levels.max())
 
 
 def inputs(kind, levels, shape):
@@ -65,7 +75,7 @@ def test_equals_the_convolution_of_integers(size):
         [rng.choice(levels, (3, 3, 8, 5)),
          rng.choice(levels[[0, -1]], (3, 3, 8, 5)),
          np.full((3, 3, 8, 5), levels.max())]):
-      assert winograd.splits(w, FPFormat.parse(act)) == 1
+      assert splits(w, act) == 1
       x = inputs(kind, integers(act), (2, *size, 8))
       np.testing.assert_array_equal(
           np.asarray(one_part(x.astype(np.float32), w), np.int64),
@@ -100,7 +110,7 @@ SPLITS = [
 @pytest.mark.parametrize('weight, act, channels, fill, parts', SPLITS)
 def test_splits_keep_every_sum_in_float32(weight, act, channels, fill, parts):
   w = inputs(fill, integers(weight), (3, 3, channels, 4))
-  assert winograd.splits(w, FPFormat.parse(act)) == parts
+  assert splits(w, act) == parts
   assert largest_sums(w, act, parts) <= 2**24
   assert parts == 1 or largest_sums(w, act, parts // 2) > 2**24
 
@@ -110,15 +120,14 @@ def test_splits_keep_every_sum_in_float32(weight, act, channels, fill, parts):
     ('E2M1', 'E5M2', 'random')])
 def test_splits_finds_none_where_sums_are_too_large(weight, act, fill):
   w = inputs(fill, integers(weight), (3, 3, 512, 4))
-  assert winograd.splits(w, FPFormat.parse(act)) == 0
+  assert splits(w, act) == 0
 
 
 def test_splits_looks_at_every_bank():
   small = np.ones((3, 3, 256, 4))
   banks = np.stack([small, 12 * small])
-  act = FPFormat.parse('UE2M2')
-  assert winograd.splits(small, act) == 1
-  assert winograd.splits(banks, act) == winograd.splits(banks[1], act) == 8
+  assert splits(small, 'UE2M2') == 1
+  assert splits(banks, 'UE2M2') == splits(banks[1], 'UE2M2') == 8
 
 
 @pytest.mark.parametrize('weight, act, channels, fill, parts', SPLITS[1:])
@@ -157,16 +166,22 @@ def test_nan_spoils_its_image_alone():
 
 
 def wide_layer(weight, act, zero_point=None):
-  """Makes a layer of 64 to 64 channels, not prepared and prepared."""
+  """Makes a layer of 64 to 64 channels, not packed and prepared."""
   rng = np.random.default_rng(3)
-  layer = kernels.make_layer(
-      jnp.asarray(rng.normal(size=(3, 3, 64, 64)), jnp.float32),
-      quantizers.Quantizer(
-          FPFormat.parse(weight), jnp.linspace(0.1, 0.3, 64)),
-      quantizers.Quantizer(
-          FPFormat.parse(act), jnp.float32(0.3), zero_point),
-      jnp.asarray(rng.normal(size=64), jnp.float32))
-  return layer, kernels.prepare(kernels.pack(layer))
+  weights = Static(FPFormat.parse(weight), jnp.linspace(0.1, 0.3, 64).reshape(
+      1, 1, 1, -1))
+  layer = QLayer(
+      weights.quantize(np.float32(rng.normal(size=(3, 3, 64, 64))), axis=-2),
+      Static(FPFormat.parse(act), np.float32(0.3), zero_point),
+      np.float32(rng.normal(size=64)))
+  return layer, kernel_cases.prepared(kernel_cases.packed(layer))
+
+
+def convolve(x, layer, implementation=None, carrier=None, strides=1,
+             padding='SAME', dilation=1):
+  geometry = geometry_lib.resolve(x.shape, (3, 3), strides, padding, dilation)
+  return kernels.run(layer, x, geometry, implementation=implementation,
+                     carrier=carrier)
 
 
 @pytest.fixture
@@ -195,9 +210,9 @@ def test_prepared_layers_equal_the_reference(
   x = jnp.asarray(
       np.random.default_rng(4).normal(size=(16, 16, 16, 64)), jnp.float32)
   expected = jax.jit(functools.partial(
-      kernels.conv, implementation='reference'))(x, layer)
+      convolve, implementation='reference'))(x, layer)
   assert not calls
-  actual = jax.jit(kernels.conv)(x, prepared)
+  actual = jax.jit(convolve)(x, prepared)
   assert calls == parts
   np.testing.assert_array_equal(actual, expected)
 
@@ -209,7 +224,7 @@ def test_prepared_layers_equal_the_reference(
     {'implementation': 'reference'}], ids=str)
 def test_other_convolutions_are_plain(calls, options):
   _, prepared = wide_layer('E2M1', 'E2M1')
-  jax.eval_shape(lambda x: kernels.conv(x, prepared, **options),
+  jax.eval_shape(lambda x: convolve(x, prepared, **options),
                  jax.ShapeDtypeStruct((64, 8, 8, 64), jnp.float32))
   assert not calls
 
@@ -218,6 +233,6 @@ def test_other_convolutions_are_plain(calls, options):
 @pytest.mark.parametrize('images, is_taken', [(16, True), (15, False)])
 def test_few_pixels_do_not_pay_for_the_weights(calls, images, is_taken):
   _, prepared = wide_layer('E2M1', 'E2M1')
-  jax.eval_shape(lambda x: kernels.conv(x, prepared),
+  jax.eval_shape(lambda x: convolve(x, prepared),
                  jax.ShapeDtypeStruct((images, 8, 8, 64), jnp.float32))
   assert bool(calls) == is_taken

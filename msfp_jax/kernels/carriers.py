@@ -34,6 +34,7 @@ DTYPES = {
 # of all terms add up to no more, so does every partial sum, however they are
 # grouped; float32 has 24 bits for it and rounds nothing.
 EXACT_FLOAT32, EXACT_INT32 = 2**24, 2**31 - 1
+_LARGEST_EXPONENT = 48  # of values in float32: 2^32 products of two stay finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,11 @@ def carry(fmt: FPFormat, carrier: str) -> Carried | None:
     low, high = max(0, int(largest) - 127), min(int(largest), 128)
   if carrier == 'int8' and largest - low > 127:
     return None
-  # Integers, unless the range is such that their sums leave float32's.
-  unit = fmt.step if largest < EXACT_FLOAT32 else 1.0
+  # Integers, unless the range is such that their sums leave float32's: products
+  # of two formats with 7 exponent bits reach 2^128.
+  unit = fmt.step
+  if largest >= EXACT_FLOAT32:
+    unit = max(1.0, 2.0**(np.floor(np.log2(fmt.max)) - _LARGEST_EXPONENT))
   return Carried(fmt, carrier, unit, low, high)
 
 

@@ -283,7 +283,7 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   if weight.shift is not None:
     return 'its weights have no shifts, and those of this layer have'
   ops = _ops_of(implementation)
-  if weight.layout not in (layout_lib.NIBBLES, ops.LAYOUT):
+  if not isinstance(weight.layout, (layout_lib.Nibbles, ops.LAYOUT)):
     if weight.layout in (layout_lib.BYTES, layout_lib.LEVELS):
       return (f'it reads weights of 4 bits, and those of this layer are '
               f'{weight.fmt}, stored as {weight.layout.name}')

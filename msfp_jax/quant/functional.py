@@ -173,16 +173,20 @@ def _nearest(u, fmt):
   return _join(*_split(u, fmt), fmt)
 
 
-def _normalize(x, scale, zero_point):
-  """u, float32.
+def divide(x: jax.Array, by: jax.Array) -> jax.Array:
+  """x / by, rounded once in every program.
 
   XLA turns division by a constant or a broadcast operand into multiplication
   by its rounded reciprocal, which moves ties. A divisor that depends on x is
   left alone: NaN where x is NaN, where it makes no difference.
   """
+  return x / jnp.where(jnp.isnan(x), x, by)
+
+
+def _normalize(x, scale, zero_point):
+  """u, float32."""
   x = x.astype(jnp.float32)
-  shifted = x if zero_point is None else x - zero_point
-  return shifted / jnp.where(jnp.isnan(x), x, scale)
+  return divide(x if zero_point is None else x - zero_point, scale)
 
 
 def _denormalize(q, scale, zero_point, dtype):

@@ -107,7 +107,7 @@ class QTensor:
     levels = self.layout.levels(self.data, self.fmt, self.length)
     if self.shift is None:
       return levels
-    factor = jnp.exp2(jnp.asarray(self.shift, jnp.float32))
+    factor = (1 << jnp.asarray(self.shift, jnp.int32)).astype(jnp.float32)
     return levels * self.spread(factor, self.shift_group)
 
   def scales(self) -> jax.Array:

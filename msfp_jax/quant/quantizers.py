@@ -301,21 +301,22 @@ class Block(Quantizer):
     """(scale, outer) so that the largest element is the format's maximum."""
     tiny = np.finfo(np.float32).tiny
     normal = lambda scale: jnp.where(scale < tiny, 0.0, scale)
-    scale = normal(reach / self.fmt.max)
+    scale = normal(functional.divide(reach, self.fmt.max))
     if self.scale_type == 'f32':
       # Like a static one: exact products leave nothing to round differently.
       return (scale if self.fmt.signed
               else functional.snap_scale(scale)), None
     if self.scale_type == 'e8m0':
-      top = np.floor(np.log2(self.fmt.max))
+      top = int(np.floor(np.log2(self.fmt.max)))
       power = _floor_log2(jnp.maximum(reach, tiny)) - top
-      scale = jnp.exp2(jnp.clip(power, -127, 127))
+      # 2^-127 is subnormal, flushed to 0, for which e8m0 has NaN.
+      scale = _exp2(jnp.clip(power, -126, 127))
       return scale.astype(SCALE_TYPES['e8m0']), None
     largest = float(ml_dtypes.finfo(SCALE_TYPES['e4m3']).max)
     outer = None
     if self.two_level:
-      outer = normal(scale.max(keepdims=True) / largest)
-      scale = scale / jnp.where(outer > 0, outer, 1.0)
+      outer = normal(functional.divide(scale.max(keepdims=True), largest))
+      scale = functional.divide(scale, jnp.where(outer > 0, outer, 1.0))
     return jnp.minimum(scale, largest).astype(SCALE_TYPES['e4m3']), outer
 
   def describe(self):
@@ -325,9 +326,13 @@ class Block(Quantizer):
 
 
 def _floor_log2(x: jax.Array) -> jax.Array:
-  """Of normal numbers above 0, exact where a logarithm would round."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-  return ((bits >> 23) - 127).astype(jnp.float32)
+  """Of normal numbers above 0, int32; exact where a logarithm would round."""
+  return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def _exp2(power: jax.Array) -> jax.Array:
+  """2^power of int32 from -126 to 127; XLA's exp2 is off by some bits."""
+  return jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32)
 
 
 def fields_of(quantizer: Quantizer) -> dict[str, Any]:

@@ -1,19 +1,19 @@
-"""Flax models on packed layers equal the same models on quantized weights."""
-
-import functools
+"""Flax models on packed layers equal Flax's own on quantized values."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 
-from msfp_jax import kernels
-from msfp_jax.kernels import apply as inference
+from msfp_jax.kernels import apply as apply_lib
 from msfp_jax.quant import interception as layers_lib
-from msfp_jax.quant import quantizers
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantize import apply
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.quantizers import Block
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Static
 
 IMAGE, SEQUENCE = (2, 9, 8, 4), (2, 9, 4)
 CONVS = {  # the shape of the input, the layer
@@ -68,11 +68,6 @@ class Zoo(nn.Module):
                   for name, (_, options) in DENSES.items()}
 
 
-# Compiling takes longer than running.
-_jit = functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
 def params_of(model, *inputs):
   """Draws random parameters, biases too."""
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)['params']
@@ -83,30 +78,45 @@ def params_of(model, *inputs):
 
 def weight_of(kernel):
   """Makes a kernel's quantizer, with a scale for each output channel."""
-  return quantizers.Quantizer(
-      FPFormat.parse('E2M1'), jnp.abs(kernel).max(
-          tuple(range(kernel.ndim - 1)), keepdims=True) / 6)
+  return Static(FPFormat.parse('E2M1'), jnp.abs(kernel).max(
+      tuple(range(kernel.ndim - 1)), keepdims=True) / 6)
 
 
 ACTS = [
-    quantizers.Quantizer(FPFormat.parse('E2M1'), jnp.float32(0.45)),
-    quantizers.Quantizer(
-        FPFormat.parse('UE3M1'), jnp.float32(0.11), jnp.float32(-1.1))]
+    Static(FPFormat.parse('E2M1'), jnp.float32(0.45)),
+    Static(FPFormat.parse('UE3M1'), jnp.float32(0.11), jnp.float32(-1.1)),
+    Block(FPFormat.parse('UE1M3'), 'token')]
 
 
 def quantize(params, act):
   """Returns {layer: packed}, and the parameters with quantized kernels."""
   weights = layers_lib.leaves(params, 'kernel')
   biases = layers_lib.leaves(params, 'bias')
-  packed = {name: kernels.prepare(kernels.pack(kernels.make_layer(
-      kernel, weight_of(kernel), act, biases.get(name))))
-            for name, kernel in weights.items()}
+  packed = {name: kernel_cases.prepared(QLayer(
+      weight_of(kernel).quantize(kernel, axis=-2).packed(), act,
+      biases.get(name))) for name, kernel in weights.items()}
   return packed, layers_lib.replace(params, 'kernel', {
-      name: weight_of(kernel).fake_quant(kernel)
+      name: weight_of(kernel).fake_quant(kernel, axis=-2)
       for name, kernel in weights.items()})
 
 
-@pytest.mark.parametrize('act', ACTS, ids=lambda act: str(act.fmt))
+def by_flax(model, params, act, *inputs):
+  """Runs Flax's own layers, each on its input as quantized."""
+
+  def quantize_input(next_, args, kwargs, context):
+    if not isinstance(context.module, (nn.Conv, nn.Dense)):
+      return next_(*args, **kwargs)
+    (x,) = (*args, *kwargs.values())
+    quantizer = act
+    if isinstance(act, dict):
+      quantizer = act[context.module.name]
+    return next_(quantizer.fake_quant(x))
+
+  with nn.intercept_methods(quantize_input):
+    return model.apply({'params': params}, *inputs)
+
+
+@pytest.mark.parametrize('act', ACTS, ids=['E2M1', 'UE3M1', 'token'])
 def test_every_kind_of_layer(act):
   rng = np.random.default_rng(1)
   inputs = {name: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -114,10 +124,10 @@ def test_every_kind_of_layer(act):
   params = params_of(Zoo(), inputs)
   packed, quantized = quantize(params, act)
   assert set(packed) == set(inputs)
-  expected = _jit(lambda inputs: apply(
-      Zoo(), quantized, dict.fromkeys(packed, act), inputs))(inputs)
-  actual = _jit(lambda inputs, packed: inference.apply(
-      Zoo(), {}, packed, {}, inputs))(inputs, packed)
+  expected = kernel_cases.jit(lambda inputs: by_flax(
+      Zoo(), quantized, act, inputs))(inputs)
+  actual = kernel_cases.jit(lambda inputs, packed: apply_lib.apply(
+      Zoo(), {}, packed, inputs))(inputs, packed)
   for name, y in expected.items():
     assert actual[name].dtype == jnp.float32
     np.testing.assert_allclose(
@@ -145,14 +155,14 @@ def test_dtypes_are_those_of_flax(kind, dtype, of_input, expected):
   make, shape, options = KINDS[kind]
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), of_input)
   model, packed, quantized = one(make, x, **options, dtype=dtype)
-  run = lambda x, model: _jit(
-      lambda x: inference.apply(model, {}, packed, {}, x))(x)
+  run = lambda x, model: kernel_cases.jit(
+      lambda x: apply_lib.apply(model, {}, packed, x))(x)
   actual = run(x, model)
-  by_flax = model.apply({'params': quantized}, ACTS[1].fake_quant(x))
-  assert actual.dtype == by_flax.dtype == expected
+  wanted = by_flax(model, quantized, ACTS[1], x)
+  assert actual.dtype == wanted.dtype == expected
   np.testing.assert_allclose(
-      actual.astype(jnp.float32), by_flax.astype(jnp.float32), rtol=0.02,
-      atol=0.02 * np.abs(by_flax).max())
+      actual.astype(jnp.float32), wanted.astype(jnp.float32), rtol=0.02,
+      atol=0.02 * np.abs(wanted).max())
   exact = run(x.astype(jnp.float32), One(make, options))
   np.testing.assert_array_equal(actual, exact.astype(expected))
 
@@ -166,18 +176,17 @@ class Pair(nn.Module):
     return nn.Dense(3, name='second')(nn.LayerNorm(name='norm')(h))
 
 
-def test_layers_that_are_not_packed_keep_their_own():
+@pytest.mark.parametrize('act', [Full(), ACTS[1]], ids=['full', 'UE3M1'])
+def test_layers_without_weights_keep_their_own(act):
   x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
   params = params_of(Pair(), x)
   packed, quantized = quantize(params, ACTS[0])
-  del packed['second']
+  packed['second'] = QLayer(None, act)
   rest = {name: params[name] for name in ('second', 'norm')}
-  for act in (None, ACTS[1]):
-    expected = apply(
-        Pair(), {**rest, 'first': quantized['first']},
-        {'first': ACTS[0], 'second': act}, x)
-    actual = inference.apply(Pair(), rest, packed, {'second': act}, x)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+  expected = by_flax(Pair(), {**rest, 'first': quantized['first']},
+                     {'first': ACTS[0], 'second': act}, x)
+  actual = apply_lib.apply(Pair(), rest, packed, x)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_layer_is_named_once():
@@ -186,11 +195,11 @@ def test_every_layer_is_named_once():
   packed, _ = quantize(params, ACTS[0])
   first = {'first': packed['first']}
   with pytest.raises(ValueError, match="no rule covers layer 'second'"):
-    inference.apply(Pair(), params, first, {}, x)
-  for extra in [(packed | {'third': packed['first']}, {}),
-                (first, {'second': None, 'third': None})]:
+    apply_lib.apply(Pair(), params, first, x)
+  for extra in (packed | {'third': packed['first']},
+                packed | {'third': QLayer(None)}):
     with pytest.raises(ValueError, match=r"the model lacks: \['third'\]"):
-      inference.apply(Pair(), params, *extra, x)
+      apply_lib.apply(Pair(), params, extra, x)
 
 
 @pytest.mark.parametrize('options, message', [
@@ -202,14 +211,14 @@ def test_convolutions_that_cannot_be_packed(options, message):
   model, packed, _ = one(nn.Conv, x, features=5, kernel_size=(3, 3))
   model = One(nn.Conv, model.options | options)
   with pytest.raises(ValueError, match=f'^layer layer: {message}'):
-    inference.apply(model, {}, packed, {}, x)
+    apply_lib.apply(model, {}, packed, x)
 
 
 def test_input_dilation_of_1_is_none():
   x = jnp.ones(IMAGE)
   model, packed, _ = one(
       nn.Conv, x, features=5, kernel_size=(3, 3), input_dilation=(1, 1))
-  assert inference.apply(model, {}, packed, {}, x).shape == (*IMAGE[:-1], 5)
+  assert apply_lib.apply(model, {}, packed, x).shape == (*IMAGE[:-1], 5)
 
 
 @pytest.mark.parametrize('implementation, message', [
@@ -220,19 +229,19 @@ def test_implementations_that_do_not_take_a_layer(implementation, message):
   model, packed, _ = one(nn.Conv, x, features=6, kernel_size=(3, 3),
                          feature_group_count=2)
   with pytest.raises(ValueError, match=f'^layer layer: {message}'):
-    inference.apply(model, {}, packed, {}, x, implementation=implementation)
+    apply_lib.apply(model, {}, packed, x, implementation=implementation)
 
 
 def test_a_format_that_the_kernels_lack():
   x = jnp.ones((5, 4))
   model = One(nn.Dense, {'features': 3})
   kernel = params_of(model, x)['layer']['kernel']
-  weight = quantizers.Quantizer(FPFormat.parse('E4M3'), jnp.float32(0.01))
-  packed = {'layer': kernels.pack(kernels.make_layer(kernel, weight, ACTS[0]))}
+  weight = Static(FPFormat.parse('E4M3'), jnp.float32(0.01))
+  packed = {'layer': QLayer(weight.quantize(kernel, axis=-2).packed(), ACTS[0])}
   with pytest.raises(
       ValueError, match="^layer layer: implementation 'mosaic_tpu': it reads "
       'weights of 4 bits, and those of this layer are E4M3'):
-    inference.apply(model, {}, packed, {}, x, implementation='mosaic_tpu')
+    apply_lib.apply(model, {}, packed, x, implementation='mosaic_tpu')
 
 
 def test_a_convolution_of_the_models_own_is_used():
@@ -247,10 +256,10 @@ def test_a_convolution_of_the_models_own_is_used():
   x = jnp.ones(IMAGE)
   options = {'features': 5, 'kernel_size': (3, 3), 'use_bias': False}
   model, _, quantized = one(nn.Conv, x, **options)
-  packed = {'layer': kernels.pack(kernels.make_layer(
-      quantized['layer']['kernel'],
-      weight_of(quantized['layer']['kernel']), ACTS[0]))}
-  run = lambda model: inference.apply(model, {}, packed, {}, x)
+  kernel = quantized['layer']['kernel']
+  packed = {'layer': QLayer(
+      weight_of(kernel).quantize(kernel, axis=-2).packed(), ACTS[0])}
+  run = lambda model: apply_lib.apply(model, {}, packed, x)
   doubled = run(One(nn.Conv, options | {'conv_general_dilated': double}))
   assert len(calls) == 1
   np.testing.assert_allclose(doubled, 2 * run(model), rtol=1e-6)

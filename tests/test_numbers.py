@@ -1,7 +1,5 @@
-"""Number formats: grids, names, widths, nibble packing."""
+"""Number formats: grids, names, widths."""
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -128,43 +126,3 @@ def test_formats_of_width():
 def test_formats_of_width_refuses_other_widths(bits):
   with pytest.raises(ValueError, match=f'no formats of {bits} bits.*3 to 8'):
     formats.formats_of_width(bits, True)
-
-
-def test_first_code_goes_to_the_low_nibble():
-  codes = np.array([[1, 2, 3], [15, 0, 9]], np.uint8)
-  np.testing.assert_array_equal(
-      formats.pack_nibbles(codes), [[0x21, 0x03], [0x0F, 0x09]])
-  np.testing.assert_array_equal(
-      formats.pack_nibbles(codes, axis=0), [[0xF1, 0x02, 0x93]])
-
-
-@pytest.mark.parametrize('shape, axis', [
-    ((16,), -1), ((3, 7), -1), ((3, 7), 0), ((5, 4, 3), 1), ((1,), 0),
-    ((2, 0), -1)])
-@pytest.mark.parametrize('kind', ['numpy', 'jax', 'jit'])
-def test_unpack_is_the_inverse_of_pack(shape, axis, kind):
-  codes = np.random.default_rng(0).integers(0, 16, shape, dtype=np.uint8)
-  length = shape[axis]
-  pack = lambda c: formats.pack_nibbles(c, axis)
-  unpack = lambda p: formats.unpack_nibbles(p, length, axis)
-  if kind == 'jit':
-    pack, unpack = jax.jit(pack), jax.jit(unpack)
-  packed = pack(codes if kind == 'numpy' else jnp.asarray(codes))
-  assert isinstance(packed, np.ndarray if kind == 'numpy' else jax.Array)
-  assert packed.dtype == np.uint8
-  assert packed.shape[axis] == (length + 1) // 2
-  restored = unpack(packed)
-  assert restored.dtype == np.uint8
-  np.testing.assert_array_equal(restored, codes)
-
-
-def test_packing_refuses_bad_input():
-  with pytest.raises(TypeError, match='codes must be a uint8 array, got int64'):
-    formats.pack_nibbles(np.arange(4))
-  with pytest.raises(TypeError, match='packed must be a uint8 array, got list'):
-    formats.unpack_nibbles([1, 2], 4)
-  for xp in np, jnp:
-    with pytest.raises(ValueError, match='codes go up to 16'):
-      formats.pack_nibbles(xp.array([3, 16], xp.uint8))
-  with pytest.raises(ValueError, match='5 codes fill 3 bytes.*length of 3 or'):
-    formats.unpack_nibbles(np.zeros((4, 2), np.uint8), 5)

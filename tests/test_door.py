@@ -1,0 +1,168 @@
+"""Which implementation and carrier is taken, and what is refused and why."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from kernel_cases import Case
+from kernel_cases import conv_case
+from kernel_cases import prepared
+from kernel_cases import SOME
+import numpy as np
+import pytest
+
+from msfp_jax.kernels import door
+from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import Block
+from msfp_jax.quant.quantizers import Static
+
+KERNELS = ('mosaic_tpu', 'mosaic_gpu')
+E2M1 = FPFormat.parse('E2M1')
+
+
+def pick(case, layer=None):
+  return door.pick(case.packed if layer is None else layer, case.x.shape,
+                   case.resolved)
+
+
+def test_levels_are_simulated_and_codes_are_run():
+  case = Case((5, 37), (37, 6), 'E2M1', 'UE2M2')
+  assert pick(case, case.layer) == 'reference'
+  if jax.default_backend() == 'cpu':
+    assert pick(case) == 'xla'
+    assert door.pick_carrier(case.packed, case.x.shape, 'xla') == 'f32'
+  assert door.pick_carrier(case.packed, case.x.shape, 'reference') == 'f32'
+
+
+def test_scales_inside_of_sums_run_alike_packed_or_not():
+  """Sums that are not exact are made by one implementation, packed or not."""
+  case = SOME['dense']('E2M1', 'E2M1')
+  layer = case.layer.replace(input=Block(E2M1, group=2))
+  assert pick(case, layer) == 'xla'
+
+
+@pytest.mark.parametrize('implementation', KERNELS)
+@pytest.mark.parametrize('act, carrier', [
+    ('E2M1', 'int8'), ('UE3M1', 'int8'), ('UE4M0', 'bf16')])
+def test_carriers_of_kernels(implementation, act, carrier):
+  case = Case((5, 37), (37, 6), 'E2M1', act)
+  assert door.pick_carrier(
+      case.packed, case.x.shape, implementation) == carrier
+
+
+@pytest.mark.parametrize('implementation', KERNELS)
+@pytest.mark.parametrize('kind', SOME)
+def test_kernels_take_what_they_are_made_for(implementation, kind):
+  """Signed 4 bits and one scale are taken, as packed and as prepared."""
+  case = SOME[kind]('E2M1', 'UE3M1', act_zero=0.2)
+  for layer in (case.packed, prepared(case.packed, implementation)):
+    assert door.why_not(
+        implementation, layer, case.x.shape, case.resolved) is None
+
+
+@pytest.mark.parametrize('kind, act, act_zero', [
+    ('dense', 'UE3M1', 0.2), ('conv', 'UE2M2', -0.3), ('conv', 'UE4M0', 0.1),
+    ('dense', 'E2M1', None)])
+def test_kernels_get_scales_and_shifts_of_their_own(
+    monkeypatch, kind, act, act_zero):
+  """The door hands a kernel what makes its sums the layer's result.
+
+  The TPU's, in Pallas's interpreter.
+  """
+  for name in ('matmul', 'conv'):
+    monkeypatch.setattr(mosaic_tpu, name, functools.partial(
+        getattr(mosaic_tpu, name), interpret=True))
+  case = SOME[kind]('E3M0', act, act_zero=act_zero)
+  for layer in (case.packed, prepared(case.packed, 'mosaic_tpu')):
+    carriers = ['bf16', 'fp8'] + ['int8'] * (act != 'UE4M0')
+    for carrier in carriers:
+      case.assert_close(case.run(
+          layer, implementation='mosaic_tpu', carrier=carrier))
+
+
+REFUSED = {
+    'zero point': (SOME['conv']('UE1M3', 'E2M1', zero=-1.0),
+                   'its weights have no zero point'),
+    'unquantized inputs': (SOME['dense']('E2M1', None),
+                           'it multiplies quantized inputs'),
+    '8 bits': (SOME['dense']('E4M3', 'E4M3'),
+               'weights of 4 bits, and those of this layer are E4M3'),
+    'unsigned': (SOME['dense']('UE2M2', 'E2M1'), 'weights in UE2M2'),
+    'images': (SOME['conv']('E2M1', 'E2M1', inputs=Block(E2M1, 'image')),
+               r'one scale for the input .* not scales of \(1, 1, 1, 1\)'),
+    'tokens': (SOME['dense']('E2M1', 'E2M1', inputs=Block(E2M1, 'token')),
+               r'one scale for the input .* not scales of \(5, 1\)'),
+    'groups of inputs': (
+        SOME['dense']('E2M1', 'E2M1', inputs=Block(E2M1, group=4)),
+        r'one scale for the input .* not scales of \(5, 2\)'),
+    'groups of weights': (
+        SOME['dense']('E2M1', 'E2M1', weights=Block(E2M1, group=4)),
+        r'one for each output channel, not scales of \(\) and \(2, 6\)'),
+    'groups of channels': (
+        conv_case((1, 5, 6, 4), (3, 3, 2, 4), 'E2M1', 'E2M1', groups=2),
+        'without groups and dilation'),
+    'dilation': (conv_case((1, 5, 6, 4), (3, 3, 4, 4), 'E2M1', 'E2M1',
+                           dilation=2), 'without groups and dilation'),
+    '1-D': (conv_case((1, 5, 4), (3, 4, 4), 'E2M1', 'E2M1'),
+            '2-D convolutions'),
+}
+
+
+@pytest.mark.parametrize('implementation', KERNELS)
+@pytest.mark.parametrize('name', REFUSED)
+def test_kernels_say_what_they_do_not_take(name, implementation):
+  case, reason = REFUSED[name]
+  with pytest.raises(
+      ValueError, match=f"implementation '{implementation}': .*{reason}"):
+    case.run(implementation=implementation)
+
+
+def test_kernels_do_not_take_levels():
+  case = SOME['dense']('E2M1', 'E2M1')
+  with pytest.raises(ValueError, match='E2M1, stored as levels'):
+    case.run(case.layer, implementation='mosaic_tpu')
+
+
+@pytest.mark.parametrize('implementation', KERNELS)
+def test_kernels_do_not_take_shifts(implementation):
+  case = SOME['dense']('E2M1', 'E2M1')
+  layer = case.packed.replace(weight=case.packed.weight.replace(
+      shift=np.zeros((1, 6), np.uint8), shift_group=8))
+  with pytest.raises(ValueError, match='its weights have no shifts'):
+    case.run(layer, implementation=implementation)
+
+
+def test_each_chip_refuses_the_others_layout():
+  case = SOME['dense']('E2M1', 'E2M1')
+  laid_out = prepared(case.packed, 'mosaic_gpu')
+  with pytest.raises(ValueError, match='the weights are laid out for hopper'):
+    case.run(laid_out, implementation='mosaic_tpu')
+
+
+def test_steps_come_before_products():
+  """A quantizer that differs by step is refused until a step is chosen."""
+  case = SOME['dense']('E2M1', 'E2M1')
+  layer = case.layer.replace(
+      input=Static(E2M1, jnp.float32([0.1, 0.2]), by_step=True))
+  with pytest.raises(ValueError, match=r'take at\(step\) first'):
+    case.run(layer)
+
+
+@pytest.mark.parametrize('implementation', [None, 'xla', 'reference'])
+def test_carriers_that_do_not_hold_a_format(implementation):
+  case = SOME['conv']('E2M1', 'UE4M0')
+  with pytest.raises(ValueError, match='int8 does not hold weights in E2M1 and '
+                     'inputs in UE4M0; choose another carrier, such as bf16'):
+    case.run(implementation=implementation, carrier='int8')
+  case = SOME['dense']('E2M1', None)
+  with pytest.raises(ValueError, match='bf16 does not hold .* full precision'):
+    case.run(implementation=implementation, carrier='bf16')
+
+
+def test_unknown_names():
+  case = SOME['dense']('E2M1', 'E2M1')
+  with pytest.raises(ValueError, match="implementation 'nonsense': must be"):
+    case.run(implementation='nonsense')
+  with pytest.raises(ValueError, match="carrier 'nonsense': must be one of"):
+    case.run(carrier='nonsense')
