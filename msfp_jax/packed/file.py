@@ -88,7 +88,7 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
       'others': {name: header_lib.input_to_row(layer.input)
                  for name, layer in model.layers.items() if name not in own},
       'vectors': {name: len(vector) for name, vector in vectors.items()},
-      'plan': header_lib.plan_to_dict(model.plan),
+      'plan': model.plan.to_dict(),
   }
   metadata = {key: header_lib.dumps(value) for key, value in header.items()}
   tensors |= rest
@@ -135,7 +135,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     built = model
     if model is None:
       built = header_lib.model_from_dict(header['model'])
-    plan = header_lib.plan_from_dict(header['plan'])
+    plan = diffusion.SamplerPlan.from_dict(header['plan'])
     others = {name: QLayer(None, header_lib.input_from_row(row))
               for name, row in header['others'].items()}
     rows = header['layers']

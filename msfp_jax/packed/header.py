@@ -7,8 +7,6 @@ import flax.linen as nn
 import ml_dtypes
 import numpy as np
 
-from msfp_jax import diffusion
-from msfp_jax.diffusion import sampling
 from msfp_jax.models import registry
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import serialize
@@ -19,8 +17,6 @@ from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
 
-_MULTISTEP = ('x_part', 'eps_part', 'weights')
-_PLAN = ('timesteps', 'x_coef', 'eps_factor', 'noise_std')
 # What a layer may have for every output channel in float32, by its letter.
 SCALE, ZERO_POINT, BIAS = 's', 'z', 'b'
 # Types that tensors of a file are viewed as, beside float32.
@@ -156,31 +152,3 @@ def model_from_dict(row: dict[str, Any]) -> nn.Module:
     raise ValueError('the file does not describe its model: pass '
                      'load(path, model=...)')
   return registry.from_dict(row)
-
-
-def plan_to_dict(plan: diffusion.SamplerPlan) -> dict[str, Any]:
-  """Float64 survives as text."""
-  row = {name: np.asarray(getattr(plan, name)).tolist() for name in _PLAN}
-  if plan.multistep is not None:
-    row['multistep'] = {name: getattr(plan.multistep, name).tolist()
-                        for name in _MULTISTEP}
-  return row
-
-
-def plan_from_dict(row: dict[str, Any]) -> diffusion.SamplerPlan:
-  """The inverse.
-
-  Raises:
-    ValueError: arrays of unequal lengths, or of none.
-  """
-  array = lambda row, name: np.asarray(row[name], np.float64)
-  multistep = row.get('multistep')
-  if multistep is not None:
-    multistep = sampling.Multistep(
-        *(array(multistep, name) for name in _MULTISTEP))
-  timesteps, *others = (array(row, name) for name in _PLAN)
-  if not len(timesteps) or any(a.shape != timesteps.shape for a in others):
-    raise ValueError('a plan of unequal lengths')
-  if not (timesteps % 1).any():  # those of flow matching are real numbers
-    timesteps = np.int64(timesteps)
-  return diffusion.SamplerPlan(timesteps, *others, multistep)

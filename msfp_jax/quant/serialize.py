@@ -45,6 +45,11 @@ def quantizer_from_dict(row: dict[str, Any]) -> Quantizer:
   if odd := sorted(set(fields) - known):
     raise ValueError(f'fields {odd}, which quantizers of kind {kind} lack')
   made = cls(**{name: _from_json(value) for name, value in fields.items()})
+  for field in dataclasses.fields(cls):
+    value = getattr(made, field.name)
+    if field.type is FPFormat and not isinstance(value, FPFormat):
+      raise ValueError(f'{field.name}={value!r} of a quantizer of kind {kind} '
+                       'is no number format')
   for name, value in fields_of(made).items():
     if isinstance(value, jax.Array) and not np.isfinite(value).all():
       raise ValueError(f'{name} of a quantizer of kind {kind} is not finite')
