@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from msfp_jax.quant import functional
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 
@@ -77,10 +78,11 @@ class Carried:
     low, high = self.lowest_offset, self.highest_offset
     if zero_point is None or low == high:
       return float(low)
-    xp = jnp if isinstance(zero_point, jax.Array) else np
-    zero = xp.asarray(zero_point, np.float32)
-    scale = xp.asarray(scale, np.float32) * np.float32(self.unit)
-    return xp.clip(xp.round(-zero / scale), low, high)
+    scale = scale * np.float32(self.unit)
+    if not isinstance(zero_point, jax.Array):
+      return np.clip(np.round(-zero_point / scale), low, high)
+    return jnp.clip(jnp.round(-functional.divide(
+        jnp.asarray(zero_point, jnp.float32), scale)), low, high)
 
   def carry(self, levels: jax.Array, offset: Any) -> jax.Array:
     """v of levels in float32, in the carrier; int8 has no NaN."""
