@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 
-from msfp_jax.quant.quantizers import Block
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.quantizers import Static
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from msfp_jax.kernels import apply as apply_lib
 from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import QLayer
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 

@@ -13,8 +13,8 @@ import pytest
 
 from msfp_jax.kernels import door
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Static
 
 KERNELS = ('mosaic_tpu', 'mosaic_gpu')

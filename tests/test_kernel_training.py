@@ -11,10 +11,10 @@ from msfp_jax import kernels
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import hadamard
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import Latent
 from msfp_jax.quant.qlayer import QLayer
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 

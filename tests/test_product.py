@@ -9,8 +9,8 @@ import pytest
 
 from msfp_jax.kernels import product
 from msfp_jax.quant import geometry as geometry_lib
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Static
 
 SIGNED, UNSIGNED = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')

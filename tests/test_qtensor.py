@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Static
 
 E2M1, UE2M2 = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')

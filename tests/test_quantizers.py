@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from msfp_jax.quant import functional
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import fields_of
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer

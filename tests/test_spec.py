@@ -10,8 +10,8 @@ import tiny
 
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.around import Around
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 

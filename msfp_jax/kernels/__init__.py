@@ -2,7 +2,7 @@
 
 from msfp_jax.kernels.compiler import options as compiler_options
 from msfp_jax.kernels.door import IMPLEMENTATIONS
-from msfp_jax.kernels.door import prepare
 from msfp_jax.kernels.door import run
+from msfp_jax.kernels.prepare import prepare
 
 __all__ = ['IMPLEMENTATIONS', 'compiler_options', 'prepare', 'run']

@@ -26,7 +26,7 @@ class Latent:
 
 @flax.struct.dataclass
 class Prepared:
-  """What is found out once about packed weights; see `kernels.door.prepare`.
+  """What is found out once about packed weights; see `kernels.prepare`.
 
   Attributes:
     tap_sums: sums over I of the weights as carried in float32, `[*window, O]`,

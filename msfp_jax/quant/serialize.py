@@ -10,10 +10,15 @@ import ml_dtypes
 import numpy as np
 
 from msfp_jax.quant.around import Around
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import fields_of
+from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.quantizers import Static
 
+# Imported, so that Quantizer.KINDS knows them when a file names them.
+BUILT_IN = (Full, Static, Block)
 # Longer arrays are written as base64: numbers as text take thrice the room.
 _READABLE = 4096
 _DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (

@@ -18,9 +18,9 @@ import msfp_jax as msfp
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import FindAround
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.fit import Dynamic
 from msfp_jax.quant.qtensor import QTensor
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.run import evaluate
 from msfp_jax.run import train

@@ -1,0 +1,101 @@
+"""What is done once for packed weights before they run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import door
+from msfp_jax.kernels import winograd
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.qlayer import Prepared
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import QTensor
+
+
+def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
+  """What is done once for packed weights before they run.
+
+  Adds the sums of the weights where zero points need them; for XLA on CPUs
+  finds out how `winograd` can sum exactly; for a chip's kernels lays the
+  weights out anew.
+
+  Args:
+    layer: with an axis of banks; what is not packed stays as it is.
+    implementation: that it will run by; None for the one that is picked.
+  """
+  weight = layer.weight
+  if not isinstance(weight, QTensor) or weight.layout not in (
+      layout_lib.NIBBLES, layout_lib.BYTES):
+    return layer
+  layer = layer.replace(weight=jax.tree.map(np.asarray, weight))
+  weight = layer.weight
+  prepared = Prepared()
+  if not layer.input.is_full and _per_output(weight):
+    needs_sums = _has_zero(layer)
+    wide = weight.data.ndim == 5
+    if needs_sums or wide:
+      values = np.asarray(carriers.operand(weight, 'f32').v)
+      if needs_sums:
+        prepared = prepared.replace(tap_sums=values.sum(-2))
+      if wide and _has_winograd(layer, values):
+        prepared = prepared.replace(parts=winograd.splits(
+            values, *_reach(layer.input)))
+  if _is_for_kernels(layer):
+    weight = door.lay_out(weight, implementation)
+  return layer.replace(weight=weight, prepared=prepared)
+
+
+def _per_output(weight):
+  return weight.shift is None and weight.outer is None and set(
+      weight.scale.shape[:-1]) <= {1}
+
+
+def _static_scale(quantizer):
+  """(fmt, scale, zero point or None) of an input with one scale; else None."""
+  probe = jax.eval_shape(
+      lambda quantizer, x: quantizer.at(0).quantize(x), quantizer,
+      jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32))
+  if probe.scale.ndim or not hasattr(quantizer, 'scale'):
+    return None
+  return quantizer.fmt, quantizer.scale, quantizer.zero_point
+
+
+def _has_zero(layer):
+  """Whether the input may have a zero beside its scale, as carried."""
+  probe = jax.eval_shape(
+      lambda quantizer, x: quantizer.at(0).quantize(x), layer.input,
+      jax.ShapeDtypeStruct((1, 8, 8, layer.weight.length), jnp.float32))
+  carried = carriers.carry(probe.numbers, 'f32')
+  return probe.zero_point is not None or carried.lowest_offset > 0
+
+
+def _reach(quantizer):
+  """Lowest and highest v of an input, as carried in float32."""
+  fmt, scale, zero_point = _static_scale(quantizer)
+  carried = carriers.carry(fmt, 'f32')
+  offset = np.asarray(carried.offset(
+      np.asarray(scale), None if zero_point is None
+      else np.asarray(zero_point)))
+  values = carried.values()
+  return values.min() - offset.max(), values.max() - offset.min()
+
+
+def _has_winograd(layer, values):
+  static = _static_scale(layer.input)
+  if static is None:
+    return False
+  carried = carriers.carry(layer.weight.numbers, 'f32')
+  of_input = carriers.carry(static[0], 'f32')
+  return (values.shape[-4:-2] == (3, 3) and layer.weight.zero_point is None
+          and carried.unit == layer.weight.fmt.step
+          and of_input.unit == static[0].step
+          and winograd.pays(*values.shape[-2:]))
+
+
+def _is_for_kernels(layer):
+  """Whether kernels that read signed weights of 4 bits take the layer."""
+  weight = layer.weight
+  return (weight.layout == layout_lib.NIBBLES and not layer.input.is_full
+          and weight.zero_point is None and weight.fmt.signed
+          and weight.fmt.bits == 4 and _per_output(weight))
