@@ -1,8 +1,11 @@
 """The figures that benchmarks compute from the files of runs."""
 
+import jax.numpy as jnp
 import pytest
+import toy
 
 from benchmarks import errors
+from benchmarks import packed_layers
 from benchmarks import ranks
 from benchmarks import routing
 from msfp_jax.quant.numbers import FPFormat
