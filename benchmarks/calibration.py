@@ -22,7 +22,7 @@ from msfp_jax.convert import abstract_params
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.quant.calibrate import calibrate
-from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant.observe import collect
 from msfp_jax.run.teacher import random_params
 
 _TRAJECTORIES = flags.DEFINE_integer('trajectories', 32, 'Images at once.')

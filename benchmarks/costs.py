@@ -21,16 +21,18 @@ from configs import digits
 from msfp_jax import diffusion
 from msfp_jax.convert.native import abstract_params
 from msfp_jax.models import unet
-from msfp_jax.quant import interception as layers_lib
-from msfp_jax.quant import quantizers
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import functional
+from msfp_jax.quant import interception
+from msfp_jax.quant import roles
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import Activations
 from msfp_jax.quant.calibrate import calibrate
-from msfp_jax.quant.calibrate import collect
-from msfp_jax.quant.calibrate import watch
+from msfp_jax.quant.observe import collect
+from msfp_jax.quant.observe import watch
+from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.run import cli
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.run import methods as rows_lib
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
 from msfp_jax.tune import student as student_lib
@@ -66,7 +68,7 @@ def quantizer() -> Iterator[Row]:
   affine = jax.jit(lambda x, a, b: x * a + b)
   scale, zero = jnp.float32(0.3), jnp.float32(-0.25)
   for fmt, shift in (('E2M1', None), ('UE2M2', zero)):
-    quantize = jax.jit(lambda x, s, z, fmt=fmt: quantizers.fake_quant(
+    quantize = jax.jit(lambda x, s, z, fmt=fmt: functional.fake_quant(
         x, fmt, s, z))
     yield _ratio(f'fake_quant {fmt} / x * a + b, 64 MB float32', 1.3,
                  lambda q=quantize, z=shift: q(x, scale, z),
@@ -79,7 +81,7 @@ def _experiment(variant: str) -> experiment_lib.Experiment:
 
 def calibration() -> Iterator[Row]:
   """Calibrating the demo UNet from nothing, compilation included."""
-  experiment = _experiment('all-4')
+  experiment = _experiment('ends-8')
   start = time.perf_counter()
   experiment.activations  # noqa: B018 - computed on first access
   middle = time.perf_counter()
@@ -92,13 +94,13 @@ def calibration() -> Iterator[Row]:
 
 def gathering() -> Iterator[Row]:
   """Sampling with activations gathered against plain sampling."""
-  experiment = _experiment('all-4')
+  experiment = _experiment('ends-8')
   model, plan = experiment.model, experiment.plan
   noise = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
   plain = jax.jit(lambda params, noise: diffusion.sample(
       lambda x, t, i: model.apply({'params': params}, x, t), plan, noise))
   gather = jax.jit(lambda params, noise, key: watch(
-      model, plan, 65_536 // 80, params, (noise,), key))
+      model, plan, 65_536 // 80, (fit_lib.VALUES,), params, (noise,), key))
   yield _ratio('sampling 64 images while gathering activations / plain', 1.3,
                lambda: gather(experiment.params, noise, jax.random.key(1)),
                lambda: plain(experiment.params, noise), pairs=7, warmup=1)
@@ -106,24 +108,24 @@ def gathering() -> Iterator[Row]:
 
 def sampling() -> Iterator[Row]:
   """Simulated 4-bit sampling against full precision."""
-  experiment = _experiment('all-4,talora')
-  full = rows_lib.untuned(experiment, None)
+  experiment = _experiment('ends-8,talora')
+  made_of = experiment.model, experiment.params
+  full = packed_lib.full_precision(*made_of, experiment.plan)
   spec = experiment.calibrate()
   student = _student(experiment, spec)
   trainable = student.init(jax.random.key(0), 2, 16, False, False, False)
-  banked = student.deploy(trainable, experiment.plan.timesteps)
+  banked = packed_lib.deploy(student, trainable, experiment.plan)
   noise = jax.random.normal(jax.random.key(0), (64, 16, 16, 1))
 
-  def sampler(deployed):
-    draw = jax.jit(lambda params, weights: diffusion.sample(
-        dataclasses.replace(deployed, params=params, weights=weights).eps_fn,
-        experiment.plan, noise))
-    return lambda: draw(deployed.params, deployed.weights)
+  def sampler(model):
+    draw = jax.jit(lambda arrays: diffusion.sample(
+        model.with_arrays(arrays).eps_fn, experiment.plan, noise))
+    return lambda: draw(model.arrays)
 
-  for name, deployed in (
-      ('MSFP', rows_lib.untuned(experiment, spec)), ('two banks', banked)):
+  simulated = packed_lib.simulate(*made_of, spec, experiment.plan)
+  for name, model in (('MSFP', simulated), ('two banks', banked)):
     yield _ratio(f'sampling 64 images in simulated W4A4, {name} / full '
-                 'precision', 1.3, sampler(deployed), sampler(full), pairs=7,
+                 'precision', 1.3, sampler(model), sampler(full), pairs=7,
                  warmup=1)
 
 
@@ -135,7 +137,7 @@ def _student(experiment, spec) -> student_lib.Student:
 
 def step() -> Iterator[Row]:
   """A fine-tuning step against the same one without fake quantization."""
-  experiment = _experiment('all-4,lora')
+  experiment = _experiment('ends-8,lora')
   gamma = losses.denoising_factors(
       experiment.schedule, experiment.plan, experiment.finetune.gamma)
 
@@ -158,7 +160,7 @@ def step() -> Iterator[Row]:
     return work
 
   student = _student(experiment, experiment.calibrate())
-  none = spec_lib.LayerSpec('', '', None, None)
+  none = spec_lib.LayerSpec('', '')
   plain = dataclasses.replace(student, spec=spec_lib.QuantSpec(
       'fp', {name: none for name in student.spec.layers}))
   for name, learn in (('', False), (' and learned ranges and scales', True)):
@@ -175,17 +177,17 @@ def cifar_search() -> Iterator[Row]:
   rng = np.random.default_rng(0)
   params = jax.tree.map(
       lambda leaf: rng.standard_normal(leaf.shape, np.float32) * 0.05, shapes)
-  names = layers_lib.list_layers(
+  names = interception.list_layers(
       model, shapes, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
       jax.ShapeDtypeStruct((1,), jnp.float32))
   seen = {}
   for name in names:
     values = rng.standard_normal(65_536).astype(np.float32)
-    if spec_lib.follows_silu(name):
+    if roles.follows_silu(name):
       values = np.asarray(jax.nn.silu(2 * values))
-    seen[name] = Activations(values, values.min(), values.max())
+    seen[name] = fit_lib.Seen(values, float(values.min()), float(values.max()))
   for what, bits in (('activations and weights', 4),
-                     ('activations alone', spec_lib.FULL_PRECISION)):
+                     ('activations alone', FULL_BITS)):
     start = time.perf_counter()
     calibrate(model, params, recipe='msfp', bits=bits, act_bits=4,
               activations=seen)
@@ -195,7 +197,7 @@ def cifar_search() -> Iterator[Row]:
 
 def collecting() -> Iterator[Row]:
   """How the time of `collect` grows with the number of images."""
-  experiment = _experiment('all-4')
+  experiment = _experiment('ends-8')
   key = jax.random.key(0)
   for count in (1, 4):
     batches = [jax.random.normal(jax.random.fold_in(key, i), (64, 16, 16, 1))

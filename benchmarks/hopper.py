@@ -42,7 +42,6 @@ from benchmarks.hopper_cases import Case
 from benchmarks.hopper_cases import Method
 from msfp_jax.base import files
 from msfp_jax.kernels import carriers
-from msfp_jax.packed import model as packed_lib
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Where to write the rows, JSON.')
 _AOT = flags.DEFINE_bool('aot', False, 'Compile only, for an H200.')
@@ -157,7 +156,7 @@ def compile_sampling(sharding) -> None:
   subject = packed_models.make(num_steps=1)
   shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
   with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
-    model = packed_lib.pack(subject.deployed, subject.packed.plan)
+    model = subject.simulated.packed()
     arrays, (x, t) = jax.tree.map(
         shape, (model.arrays, packed_models.inputs(SAMPLES)))
     jax.jit(lambda arrays, x, t: model.with_arrays(arrays).eps_fn(x, t, 0)

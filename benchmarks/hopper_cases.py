@@ -14,6 +14,7 @@ import numpy as np
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
 E2M1 = FPFormat.parse('E2M1')
@@ -151,7 +152,7 @@ def draw(case: Case) -> dict[str, np.ndarray]:
   levels = carriers.carry(E2M1, 'int8').values().astype(np.int8)[codes]
   return {
       'x': rng.integers(-LARGEST, LARGEST + 1, case.x_shape, np.int8),
-      'packed': mosaic_gpu.prepare(carriers.pack_halves(codes), case.k),
+      'packed': mosaic_gpu.prepare(layout_lib.pack_halves(codes), case.k),
       'levels': np.ascontiguousarray(np.moveaxis(levels, -1, 0)),
       'scale': np.ldexp(np.float32(1), rng.integers(-9, -5, case.n)),
       'shift': np.zeros(case.n, np.float32)}

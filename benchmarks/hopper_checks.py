@@ -12,6 +12,7 @@ import numpy as np
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
 E2M1 = FPFormat.parse('E2M1')
@@ -62,7 +63,7 @@ def _multiply(x, codes, fmt=E2M1, blocks=None) -> np.ndarray:
   ones = np.ones(codes.shape[1], np.float32)
   run = jax.jit(functools.partial(
       mosaic_gpu.matmul, fmt=fmt, out_dtype=jnp.float32, blocks=blocks))
-  prepared = mosaic_gpu.prepare(carriers.pack_halves(codes), len(codes))
+  prepared = mosaic_gpu.prepare(layout_lib.pack_halves(codes), len(codes))
   return np.asarray(run(x, prepared, ones, 0 * ones))
 
 
@@ -109,7 +110,7 @@ def _convolutions(rng) -> Iterator[tuple[str, bool]]:
   x = rng.integers(-7, 8, (3, 20, 24, 96)).astype(np.int8)
   levels = carriers.carry(E2M1, 'int8').values()[codes].astype(np.float32)
   ones = np.ones(80, np.float32)
-  prepared = mosaic_gpu.prepare(carriers.pack_halves(codes), 96)
+  prepared = mosaic_gpu.prepare(layout_lib.pack_halves(codes), 96)
   for stride in (1, 2):
     want = np.asarray(exact(np.float32(x), levels, 1, stride))
     magnitude = np.asarray(exact(np.abs(np.float32(x)), np.abs(levels), 1,

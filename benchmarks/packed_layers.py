@@ -12,11 +12,11 @@ import numpy as np
 
 from benchmarks import machine
 from msfp_jax import kernels
-from msfp_jax.kernels import apply as inference
-from msfp_jax.kernels import dispatch
-from msfp_jax.kernels import PackedLayer
+from msfp_jax.kernels import apply as apply_lib
+from msfp_jax.kernels import door
 from msfp_jax.packed import model as packed_lib
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
+from msfp_jax.quant.qlayer import QLayer
 
 
 @dataclasses.dataclass
@@ -26,7 +26,7 @@ class Case:
   Attributes:
     names: of the layers.
     module: of the first, unbound.
-    layer: its packed weights.
+    layer: its packed weights, one set of them.
     params: its own, in float32.
     x: shape of its input.
     y: of its output.
@@ -34,7 +34,7 @@ class Case:
 
   names: list[str]
   module: nn.Module
-  layer: PackedLayer
+  layer: QLayer
   params: Any
   x: tuple[int, ...]
   y: tuple[int, ...]
@@ -48,14 +48,14 @@ class Case:
     """The bytes of weights, input and output, with `each` bytes a value."""
     return weights + each * int(np.prod(self.x) + np.prod(self.y))
 
-  def run(self, layer: PackedLayer, x: jax.Array,
+  def run(self, layer: QLayer, x: jax.Array,
           implementation: str | None) -> jax.Array:
-    return inference.apply(
-        self.module, {}, {'': layer}, {}, x, implementation=implementation)
+    return apply_lib.apply(
+        self.module, {}, {'': layer}, x, implementation=implementation)
 
   def fell_back(self) -> str:
     """Why the device's kernel does not take the layer; '' if it does."""
-    kernel = dispatch.KERNELS.get(jax.default_backend())
+    kernel = door.KERNELS.get(jax.default_backend())
     if kernel is None:
       return ''
     try:
@@ -69,19 +69,21 @@ class Case:
 def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
           ) -> list[Case]:
   """Groups a packed model's layers into cases, those of the most work first."""
-  banks = {name: jax.tree.map(jnp.asarray, layer.bank(0))
-           for name, layer in model.layers.items()}
-  weights = layers_lib.leaves(params, 'kernel')
-  biases = layers_lib.leaves(params, 'bias')
+  layers = {name: jax.tree.map(jnp.asarray, layer).at(0)
+            for name, layer in model.layers.items()
+            if layer.weight is not None}
+  kinds = {name: formats(layer) for name, layer in layers.items()}
+  weights = interception.leaves(params, 'kernel')
+  biases = interception.leaves(params, 'bias')
   found: dict[Any, Case] = {}
 
   def visit(module, x, compute):
     y = compute(x)
-    name = layers_lib.layer_name(module)
-    if name in model.layers:
-      layer = banks[name]
-      key = (x.shape, y.shape, layer.weights.shape, layer.fmt, layer.act_fmt,
-             layer.parts)
+    name = interception.layer_name(module)
+    if name in layers:
+      layer = layers[name]
+      parts = layer.prepared and layer.prepared.parts
+      key = (x.shape, y.shape, layer.weight.data.shape, kinds[name], parts)
       own = {'kernel': weights[name]} | (
           {'bias': biases[name]} if name in biases else {})
       found.setdefault(key, Case(
@@ -89,18 +91,20 @@ def cases(model: packed_lib.PackedModel, params: Any, *inputs: Any
                        ).names.append(name)
     return y
 
-  def trace(params, *inputs):
-    with layers_lib.intercept(visit):
-      return model.model.apply({'params': params}, *inputs)
-
-  jax.eval_shape(trace, params, *inputs)
+  jax.eval_shape(lambda params, *inputs: interception.call(
+      model.model, params, visit, *inputs), params, *inputs)
   return sorted(found.values(), key=lambda c: -c.flop * len(c.names))
+
+
+def formats(layer: QLayer) -> tuple[str, str]:
+  """The formats of a layer's weights and of its input, for people."""
+  return str(layer.weight.fmt), layer.input.describe()['format']
 
 
 def count_fallen(cases: list[Case]) -> int:
   """Counts the layers of 4 bits that the device's kernel does not take."""
   return sum(len(case.names) for case in cases
-             if case.layer.fmt.bits == 4 and case.fell_back())
+             if case.layer.weight.fmt.bits == 4 and case.fell_back())
 
 
 def measure(case: Case, roofline: machine.Roofline, count: int
@@ -119,8 +123,9 @@ def measure(case: Case, roofline: machine.Roofline, count: int
   weights = sum(a.nbytes for a in jax.tree.leaves(case.params))
   stored = sum(a.nbytes for a in jax.tree.leaves(case.layer))
   reason = case.fell_back()
-  kernel = dispatch.KERNELS.get(jax.default_backend(), 'xla')
-  carrier = dispatch.pick_carrier(case.layer, 'xla' if reason else kernel)
+  kernel = door.KERNELS.get(jax.default_backend(), 'xla')
+  carrier = door.pick_carrier(
+      case.layer, case.x, 'xla' if reason else kernel)
   floors = {
       'float32': roofline.seconds(case.flop, case.bytes(weights, 4), 'f32'),
       'bfloat16': roofline.seconds(
@@ -128,8 +133,8 @@ def measure(case: Case, roofline: machine.Roofline, count: int
       'packed': roofline.seconds(case.flop, case.bytes(stored, 4), carrier)}
   return {
       'layers': case.names, 'input': case.x,
-      'kernel': case.params['kernel'].shape, 'format': str(case.layer.fmt),
-      'act_format': str(case.layer.act_fmt), 'carrier': carrier,
+      'kernel': case.params['kernel'].shape, 'format': formats(case.layer)[0],
+      'act_format': formats(case.layer)[1], 'carrier': carrier,
       'bytes': {'float32': weights, 'bfloat16': weights // 2,
                 'packed': stored},
       'seconds': {name: statistics.median(t) for name, t in times.items()},

@@ -15,8 +15,7 @@ from msfp_jax import kernels
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.packed import model as packed_lib
-from msfp_jax.quant import calibrate
-from msfp_jax.tune import student as student_lib
+from msfp_jax.quant.calibrate import calibrate
 
 # The oracle that the parity tests use.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
@@ -32,13 +31,13 @@ class Subject:
   Attributes:
     state: its weights under PyTorch's names.
     params: the same for Flax.
-    deployed: the simulation.
+    simulated: its simulation.
     packed: the same, packed.
   """
 
   state: dict[str, np.ndarray]
   params: Any
-  deployed: student_lib.Deployed
+  simulated: packed_lib.PackedModel
   packed: packed_lib.PackedModel
 
 
@@ -56,8 +55,8 @@ def make(num_steps: int) -> Subject:
   spec = calibrate(
       model, params, recipe='msfp', bits=4, plan=plan,
       batches=[jax.random.normal(jax.random.key(0), (1, *shape()))])
-  deployed = student_lib.calibrated(model, params, spec, plan.timesteps)
-  return Subject(state, params, deployed, packed_lib.pack(deployed, plan))
+  simulated = packed_lib.simulate(model, params, spec, plan)
+  return Subject(state, params, simulated, simulated.packed())
 
 
 def shape() -> tuple[int, ...]:
@@ -87,7 +86,7 @@ def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
   sample = jax.jit(run)
   like_packed = jax.jit(run, compiler_options=options)
   simulate = jax.jit(lambda arrays, x: diffusion.sample(
-      lambda x, t, index: subject.deployed.with_arrays(arrays).eps_fn(
+      lambda x, t, index: subject.simulated.with_arrays(arrays).eps_fn(
           x, t, index), plan, x), compiler_options=options)
   halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), subject.params)
   size = sum(w.nbytes for w in jax.tree.leaves(subject.params))
@@ -96,6 +95,6 @@ def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
       "float32 with packed's options": (
           lambda x: like_packed(subject.params, x), size),
       'bfloat16': (lambda x: sample(halves, x), size // 2),
-      'simulated': (lambda x: simulate(subject.deployed.arrays, x), size),
+      'simulated': (lambda x: simulate(subject.simulated.arrays, x), size),
       'packed': (subject.packed.sample, subject.packed.memory_bytes),
   }

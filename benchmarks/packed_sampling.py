@@ -24,7 +24,7 @@ def agreement(subject: packed_models.Subject, batch: int) -> float:
   packed, simulated = (np.asarray(jax.jit(
       lambda arrays, model=model: model.with_arrays(arrays).eps_fn(x, t, 0),
       compiler_options=kernels.compiler_options())(model.arrays))
-                       for model in (subject.packed, subject.deployed))
+                       for model in (subject.packed, subject.simulated))
   return float(np.linalg.norm(packed - simulated) / np.linalg.norm(simulated))
 
 

@@ -1,8 +1,11 @@
 """The figures that benchmarks compute from the files of runs."""
 
+import jax.numpy as jnp
 import pytest
+import toy
 
 from benchmarks import errors
+from benchmarks import packed_layers
 from benchmarks import ranks
 from benchmarks import routing
 from msfp_jax.quant.numbers import FPFormat
@@ -43,3 +46,21 @@ def test_errors_by_hand():
                      for name, (w, a) in rows.items()}
             for recipe, rows in losses.items()}
   assert errors.ratios(layers) == [['conv', '2', '4.00', '3.00', '6.00']]
+
+
+@pytest.mark.usefixtures('on_cpu')
+def test_layers_of_a_packed_model_are_found_and_run():
+  """Those of packed weights, the most work first; each runs by itself."""
+  model = toy.deployed().packed()
+  x = jnp.ones((2, *toy.SHAPE))
+  found = packed_layers.cases(model, toy.params(), x, jnp.ones(2))
+  assert [case.names for case in found] == [['conv_in'], ['conv_out']]
+  for case, formats, channels in zip(
+      found, [('E2M1', 'UE2M2'), ('E1M1', 'E2M1')], [(1, 4), (4, 1)],
+      strict=True):
+    assert packed_layers.formats(case.layer) == formats
+    assert case.flop == 2 * 9 * 4 * (2 * 8 * 8)
+    y = case.run(case.layer, jnp.ones(case.x), None)
+    assert (case.x[-1], y.shape) == (channels[0], (2, 8, 8, channels[1]))
+    assert case.fell_back() == ''
+  assert packed_layers.count_fallen(found) == 0
