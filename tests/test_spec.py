@@ -1,6 +1,7 @@
 """Specs as JSON: there and back, for people, from version 1, and damaged."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_file_there_and_back_is_exact(tmp_path):
 def test_json_can_be_read_by_people():
   text = example().to_json()
   content = json.loads(text)
-  assert content['recipe'] == 'msfp'
+  assert (content['format'], content['recipe']) == ('msfp-jax/spec/2', 'msfp')
   rows = content['layers']
   assert [row['layer'] for row in rows] == list(example().layers)
   assert rows[0]['role'] == 'conv_in' and rows[0]['class'] == 'NAL'
