@@ -73,18 +73,16 @@ def around_to_dict(around: Around) -> dict[str, Any]:
 
 
 def around_from_dict(row: dict[str, Any]) -> Around:
-  """The inverse. Raises ValueError for other fields."""
+  """The inverse. Raises ValueError for other fields, or values of no use."""
   fields = dict(row)
   rotation = fields.pop('rotation', 0)
   if odd := sorted(set(fields) - {'smooth', 'down', 'up'}):
     raise ValueError(f'fields {odd} around a layer')
-  arrays = {name: array_from_json(value) for name, value in fields.items()}
-  for name, array in arrays.items():
-    if not np.isfinite(array).all():
-      raise ValueError(f'{name} of a layer is not finite')
-  if 'smooth' in arrays and not (arrays['smooth'] > 0).all():
-    raise ValueError('smooth of a layer is not positive')
-  return Around(**arrays, rotation=rotation)
+  around = Around(**{name: array_from_json(value)
+                     for name, value in fields.items()}, rotation=rotation)
+  if flaws := around.flaws():
+    raise ValueError('around a layer, ' + ', '.join(flaws))
+  return around
 
 
 def array_to_json(array: Any) -> dict[str, Any]:
