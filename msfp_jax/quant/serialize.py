@@ -50,12 +50,8 @@ def quantizer_from_dict(row: dict[str, Any]) -> Quantizer:
   known = {field.name: field for field in dataclasses.fields(cls)}
   if odd := sorted(set(fields) - set(known)):
     raise ValueError(f'fields {odd}, which quantizers of kind {kind} lack')
-  made = cls(**{name: _from_json(value) for name, value in fields.items()})
-  for field in dataclasses.fields(cls):
-    value = getattr(made, field.name)
-    if field.type is FPFormat and not isinstance(value, FPFormat):
-      raise ValueError(f'{field.name}={value!r} of a quantizer of kind {kind} '
-                       'is no number format')
+  made = cls(**{name: _field_from_json(kind, known[name], value)
+                for name, value in fields.items()})
   for name, value in fields_of(made).items():
     if isinstance(value, jax.Array) and not np.isfinite(value).all():
       raise ValueError(f'{name} of a quantizer of kind {kind} is not finite')
