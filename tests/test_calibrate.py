@@ -13,10 +13,10 @@ from msfp_jax import diffusion
 from msfp_jax.quant import fit
 from msfp_jax.quant import recipes
 from msfp_jax.quant import roles as roles_lib
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.calibrate import is_aal
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Static
 
 

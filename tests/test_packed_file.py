@@ -28,11 +28,11 @@ from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import roles as roles_lib
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.around import Around
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.numbers import int_format
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.qtensor import QTensor
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 

@@ -16,9 +16,9 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.around import Around
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantize import quantize
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 from msfp_jax.run import generate

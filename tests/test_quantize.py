@@ -15,11 +15,11 @@ from msfp_jax.kernels.apply import QuantizedModel
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.around import Around
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantize import quantize
-from msfp_jax.quant.quantizers import Block
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
