@@ -9,9 +9,9 @@ import unet_oracle
 
 from msfp_jax import diffusion
 from msfp_jax.models.unet import UNet
-from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.calibrate import collect
+from msfp_jax.quant import roles as roles_lib
 from msfp_jax.quant.calibrate import is_aal
+from msfp_jax.quant.observe import collect
 
 pytestmark = pytest.mark.slow
 
@@ -30,4 +30,4 @@ def test_the_counts_of_the_real_models(config, aals, nals):
   kinds = {name: is_aal(seen.minimum, seen.maximum)
            for name, seen in found.items()}
   assert collections.Counter(kinds.values()) == {True: aals, False: nals}
-  assert kinds == {name: spec_lib.follows_silu(name) for name in kinds}
+  assert kinds == {name: roles_lib.follows_silu(name) for name in kinds}

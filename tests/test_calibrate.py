@@ -1,4 +1,6 @@
-"""Collecting activations, telling AALs from NALs, and the specs found."""
+"""Telling AALs from NALs, and the specs found."""
+
+import dataclasses
 
 import flax.linen as nn
 import jax
@@ -8,13 +10,14 @@ import pytest
 import tiny
 
 from msfp_jax import diffusion
-from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant import fit
+from msfp_jax.quant import recipes
+from msfp_jax.quant import roles as roles_lib
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.calibrate import calibrate
-from msfp_jax.quant.calibrate import collect
 from msfp_jax.quant.calibrate import is_aal
-
-KEY = jax.random.key(5)
-ONE_STEP = diffusion.ddim_plan(tiny.SCHEDULE, 1)
+from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.quantizers import Static
 
 
 @pytest.mark.parametrize('minimum, maximum, expected', [
@@ -50,88 +53,14 @@ class Clock(nn.Module):
     return 0 * x + nn.Dense(1, name='clock')(t[:, None])[:, None, None]
 
 
-class Pixels(nn.Module):
-  """A model whose layers see the image, once doubled; it predicts no noise."""
-
-  @nn.compact
-  def __call__(self, x, t):
-    return (nn.Dense(1, name='one')(x) + nn.Conv(1, (1, 1), name='two')(2 * x))
-
-
-def run(model, batches, plan=tiny.PLAN, samples=1000):
-  shapes = jax.eval_shape(model.init, KEY, batches[0], batches[0][:, 0, 0, 0])
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes['params'])
-  return collect(model, zeros, plan, batches, samples_per_layer=samples,
-                 key=KEY)
-
-
-def test_every_timestep_gives_equally_many():
-  found = run(Clock(), [tiny.noise(0), tiny.noise(1)])
-  assert list(found) == ['clock']
-  values, counts = np.unique(found['clock'].values, return_counts=True)
-  np.testing.assert_array_equal(values, [0, 250, 500, 750])
-  assert len(set(counts)) == 1
-  assert (found['clock'].minimum, found['clock'].maximum) == (0, 750)
-
-
-@pytest.mark.parametrize('batches', [1, 3])
-def test_samples_do_not_grow_with_the_batches(batches):
-  found = run(Clock(), [tiny.noise(i) for i in range(batches)], samples=100)
-  values = found['clock'].values
-  assert values.dtype == np.float32
-  # Up to one more for every step of every batch.
-  assert 100 <= len(values) < 100 + tiny.PLAN.num_steps * batches
-
-
-def test_samples_are_drawn_evenly_from_all_pixels_and_batches():
-  batches = [jnp.arange(256.0).reshape(4, 8, 8, 1) + 256 * i for i in (0, 1)]
-  found = run(Pixels(), batches, ONE_STEP, samples=512 * 40)
-  values, counts = np.unique(found['one'].values, return_counts=True)
-  np.testing.assert_array_equal(values, np.arange(512))
-  assert counts[:256].sum() == counts[256:].sum() == 256 * 40
-  # Binomial around 40, sd 6.3.
-  assert 8 < counts.min() and counts.max() < 80
-  assert 5.0 < counts.std() < 7.5
-
-
-def test_extremes_are_over_all_values_of_all_steps():
-  """Extremes are those at all steps; x is x_T sqrt(abar_t / abar_T) at t."""
-  noise = np.array(tiny.noise(0))
-  noise[1, 2, 3, 0], noise[2, 0, 0, 0] = 1000, -500
-  found = run(Pixels(), [tiny.noise(1), jnp.asarray(noise)], samples=8)
-  bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-  growth = np.sqrt(bar[0] / bar[750])
-  assert found['one'].maximum == pytest.approx(1000 * growth, rel=1e-4)
-  assert found['one'].minimum == pytest.approx(-500 * growth, rel=1e-4)
-  assert found['two'].maximum == pytest.approx(2000 * growth, rel=1e-4)
-  assert np.abs(found['one'].values).max() < 500  # not in the sample
-
-
-def test_the_same_key_gives_the_same_sample():
-  one, two = (run(Pixels(), [tiny.noise(0)], ONE_STEP, 50) for _ in range(2))
-  np.testing.assert_array_equal(one['one'].values, two['one'].values)
-
-
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_activations_that_are_not_finite_are_refused(bad):
-  noise = tiny.noise(0).at[1, 2, 3, 0].set(bad)
-  with pytest.raises(ValueError, match='layer one got inputs.*NaN or inf'):
-    run(Pixels(), [tiny.noise(1), noise], ONE_STEP, samples=8)
-
-
-def test_no_batches_are_refused():
-  with pytest.raises(ValueError, match='batches is empty'):
-    collect(Clock(), {}, tiny.PLAN, iter([]), key=KEY)
-
-
 @pytest.mark.slow
 def test_aals_of_the_unet_are_the_structural_ones():
   found = tiny.activations(tiny.UNET)
   assert list(found) == list(tiny.layers(tiny.CONFIG))
   assert ([is_aal(a.minimum, a.maximum) for a in found.values()]
-          == [spec_lib.follows_silu(name) for name in found])
+          == [roles_lib.follows_silu(name) for name in found])
   kinds = [layer.kind for layer in tiny.spec(tiny.UNET).layers.values()]
-  assert kinds == ['AAL' if spec_lib.follows_silu(name) else 'NAL'
+  assert kinds == ['AAL' if roles_lib.follows_silu(name) else 'NAL'
                    for name in found]
 
 
@@ -139,7 +68,7 @@ def test_a_spec_has_every_layer_in_order_with_its_role():
   spec = tiny.spec(tiny.UNET)
   assert list(spec.layers) == list(tiny.layers(tiny.CONFIG))
   for name, layer in spec.layers.items():
-    assert layer.role == spec_lib.role_of(name)
+    assert layer.role == roles_lib.role_of(name)
     shape = tiny.layers(tiny.CONFIG)[name]
     assert layer.weight.scale.shape == (1,) * (len(shape) - 1) + shape[-1:]
     assert layer.act.scale.shape == ()
@@ -195,7 +124,7 @@ def search_tiny(**options):
 
 
 def widths(spec):
-  return {name: tuple(q and q.bits for q in (layer.weight, layer.act))
+  return {name: (layer.weight.bits, layer.act.bits)
           for name, layer in spec.layers.items()}
 
 
@@ -214,7 +143,7 @@ def test_exceptions_reach_the_listed_roles_and_no_other(name, eight):
                     activations=dict.fromkeys(names, one))
   assert eight < {layer.role for layer in found.layers.values()}
   for n, bits in widths(found).items():
-    assert bits == ((8, 8) if spec_lib.role_of(n) in eight else (4, 4)), n
+    assert bits == ((8, 8) if roles_lib.role_of(n) in eight else (4, 4)), n
 
 
 @pytest.mark.slow
@@ -227,16 +156,16 @@ def test_weights_and_activations_may_differ_in_bits():
 @pytest.mark.parametrize('exceptions', [{}, {'in': 8}])
 def test_32_bits_leave_full_precision_whatever_the_exceptions(exceptions):
   act_only = search_tiny(bits=32, act_bits=4, exceptions=exceptions)
-  assert {w for w, _ in widths(act_only).values()} == {None}
+  assert {w for w, _ in widths(act_only).values()} == {32}
   assert {a for _, a in widths(act_only).values()} <= {4, 8}
   weights_only = search_tiny(bits=4, act_bits=32, exceptions=exceptions)
-  assert {a for _, a in widths(weights_only).values()} == {None}
+  assert {a for _, a in widths(weights_only).values()} == {32}
   assert {w for w, _ in widths(weights_only).values()} <= {4, 8}
 
 
 def test_an_exception_may_be_full_precision():
   found = widths(search_tiny(exceptions={'in': 32}))
-  assert found['conv_in'] == (None, None)
+  assert found['conv_in'] == (32, 32)
   assert found['body'] == (4, 4)
 
 
@@ -250,6 +179,79 @@ def test_calibrate_follows_the_plan_itself():
   layer = found.layers['clock']
   assert (layer.stats['act_min'], layer.stats['act_max']) == (0, 500)
   assert layer.role == 'all'
+
+
+class Mute(nn.Module):
+  """A model that cannot run."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    raise AssertionError('the model was run')
+
+
+def blocks(bits):
+  return Block(FPFormat(2, bits - 3), group=16)
+
+
+def test_a_recipe_that_needs_nothing_does_not_run_the_model(monkeypatch):
+  """Neither batches nor a plan are asked for, and no class is told."""
+  of_data = fit.Dynamic(blocks)
+  monkeypatch.setitem(recipes.RECIPES, 'blocks', recipes.Recipe(
+      weight=of_data, nal=of_data, aal=of_data))
+  params = tiny.params(tiny.NET)
+  found = calibrate(Mute(), params, recipe='blocks', bits=4, act_bits=6,
+                    roles=tiny.NET_ROLES, exceptions={'out': 8})
+  assert found.recipe == 'blocks' and set(found.layers) == set(params) - {
+      'norm'}
+  for name, layer in found.layers.items():
+    eight = name == 'conv_out'
+    assert layer.weight == blocks(8 if eight else 4)
+    assert layer.act == blocks(8 if eight else 6)
+    assert layer.kind == '' and layer.role
+    kernel = np.float64(params[name]['kernel'])
+    back = np.float64(layer.weight.quantize(
+        params[name]['kernel'], axis=-2).dequantize())
+    assert layer.stats == {
+        'weight_mse': pytest.approx(np.mean((back - kernel)**2))}
+
+
+@dataclasses.dataclass(frozen=True)
+class ByMaximum(fit.Fit):
+  """A fit that looks at channel maxima, and keeps all that it was given."""
+
+  given: list = dataclasses.field(default_factory=list, compare=False)
+  needs = (fit.CHANNEL_MAXIMA,)
+
+  def __call__(self, seen, bits, axis):
+    self.given.append(seen)
+    fmt = FPFormat(2, bits - 3)
+    largest = np.abs(seen.channel_maxima).max()
+    return fit.Fitted(Static(fmt, jnp.float32(largest / fmt.max)), 0.5)
+
+
+def test_a_fit_gets_what_it_needs_and_no_more(monkeypatch):
+  by_maximum = ByMaximum()
+  monkeypatch.setitem(recipes.RECIPES, 'maximum', recipes.Recipe(
+      weight=fit.Dynamic(blocks), nal=by_maximum, aal=by_maximum))
+  found = calibrate(
+      Clock(), {'clock': {'kernel': jnp.ones((1, 1)), 'bias': jnp.zeros(1)}},
+      recipe='maximum', roles={'all': '.*'}, batches=tiny.noise(0),
+      plan=tiny.PLAN)
+  seen, = by_maximum.given
+  assert seen.channel_maxima == [750]
+  assert seen.values is seen.rows is seen.gram is None
+  layer = found.layers['clock']
+  assert layer.act.scale == 750 / 6
+  # Without values there is no other error to compare with.
+  assert layer.stats['act_mse'] == 0.5
+  assert 'act_signed_mse' not in layer.stats
+
+
+@pytest.mark.parametrize('own, needs', [
+    ('int', {'values'}), ('msfp', {'values', 'extremes'})])
+def test_what_recipes_need(own, needs):
+  """Extremes tell AALs from NALs: only where these differ."""
+  assert set(recipes.get(own).needs) == needs
 
 
 @pytest.mark.parametrize('options, message', [

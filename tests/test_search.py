@@ -226,6 +226,28 @@ def test_range_zero_points_of_one_sided_tensors(low, high):
     assert result.zero_point == pytest.approx(low, abs=0.3)
 
 
+@pytest.mark.parametrize('shift', [0.5, 0.25])
+def test_zero_points_are_refined_between_their_candidates(shift):
+  """A uniform input, whose best zero point lies between two candidates.
+
+  With 16 levels over [a, 1] the best step is (1 - a) / 16, and the best zero
+  point half a step above a.
+  """
+  few, spacing = np.linspace(-0.6, 0, 4), 0.2
+  best = few[1] + shift * spacing
+  a = (best - 1 / 32) / (1 - 1 / 32)
+  step = (1 - a) / 16
+  assert best == pytest.approx(a + step / 2)
+  x = np.float32(a + (1 - a) * (np.arange(4000) + 0.5) / 4000)
+  result = search(
+      x, formats_of_width(4, False)[:1], zero_points=few)
+  assert result.mse < 1.15 * step**2 / 12
+  # Of the candidates alone none comes near that.
+  assert brute_force(x, formats_of_width(4, False)[0], few) > (
+      1.9 * step**2 / 12)
+  assert result.zero_point == pytest.approx(best, abs=0.2 * spacing)
+
+
 @pytest.mark.parametrize('shape', [(0,), (3, 0)])
 def test_an_empty_tensor_is_refused(shape):
   with pytest.raises(ValueError, match='nothing to search'):

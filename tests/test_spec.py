@@ -1,7 +1,9 @@
 """Specs as JSON: there and back, for people, from version 1, and damaged."""
 
 import json
+import pathlib
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,10 @@ from msfp_jax.quant.around import Around
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 
 def random_quantizer(fmt, shape, zero_point, **options):
@@ -82,7 +87,7 @@ def test_file_there_and_back_is_exact(tmp_path):
 def test_json_can_be_read_by_people():
   text = example().to_json()
   content = json.loads(text)
-  assert content['recipe'] == 'msfp'
+  assert (content['format'], content['recipe']) == ('msfp-jax/spec/2', 'msfp')
   rows = content['layers']
   assert [row['layer'] for row in rows] == list(example().layers)
   assert rows[0]['role'] == 'conv_in' and rows[0]['class'] == 'NAL'
@@ -143,7 +148,14 @@ def damaged(change):
     damaged(lambda c: c['layers'][0]['act'].update(kind='Odd')),
     damaged(lambda c: c['layers'][0]['act'].update(scale=['wide'])),
     damaged(lambda c: c['layers'][0]['weight']['scale'].update(shape=[3])),
+    damaged(lambda c: c['layers'][0]['act'].update(by_step='no')),
+    damaged(lambda c: c['layers'][0]['act'].update(scale='wide')),
+    damaged(lambda c: c['layers'][0]['act'].pop('scale')),
     damaged(lambda c: c['layers'][4]['weight'].update(group=0)),
+    damaged(lambda c: c['layers'][4]['weight'].update(scale_type='e3m3')),
+    damaged(lambda c: c['layers'][4]['around']['down'].update(dtype='int64')),
+    damaged(lambda c: c['layers'][4]['around']['down'].update(base64='%')),
+    damaged(lambda c: c['layers'][4]['around'].update(rotation=3)),
     damaged(lambda c: c['layers'][4]['around'].update(sideways=0)),
     FIRST.replace('[0.3]', '[-0.3]'), FIRST.replace('UE2M2', 'FP4'),
 ])
@@ -168,3 +180,76 @@ def test_scales_that_cannot_be_are_refused(scale):
       lambda c: c['layers'][0]['act'].update(scale={'value': scale}))
   with pytest.raises(ValueError, match='not a quantization spec.*(scale|fini)'):
     spec_lib.QuantSpec.from_json(wrong)
+
+
+@pytest.mark.parametrize('field', ['smooth', 'down', 'up'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_stands_around_a_layer_is_finite(field, value):
+  around = example().layers['blocks'].around
+  wrong = getattr(around, field).at[0].set(value)
+  spec = spec_lib.QuantSpec('mine', {'a': spec_lib.LayerSpec(
+      'conv', '', around=around.replace(**{field: wrong}))})
+  with pytest.raises(ValueError, match=f'not a quantization spec.*{field}'):
+    spec_lib.QuantSpec.from_json(spec.to_json())
+
+
+def test_a_quantizer_of_ones_own_comes_back():
+  """A subclass is known by its name: nothing is registered by hand."""
+
+  @flax.struct.dataclass
+  class Halves(Quantizer):
+    fmt: FPFormat = flax.struct.field(pytree_node=False)
+    share: jax.Array
+    bits = property(lambda self: self.fmt.bits)
+
+  try:
+    spec = spec_lib.QuantSpec('mine', {'a': spec_lib.LayerSpec(
+        'conv', '', Halves(FPFormat.parse('E2M1'), jnp.float32(0.3)), Full())})
+    assert_same(spec_lib.QuantSpec.from_json(spec.to_json()), spec)
+  finally:
+    del Quantizer.KINDS['Halves']
+
+
+def test_a_spec_that_version_1_wrote_loads():
+  """What the file says, read by hand: scales, zero points, None for full."""
+  path = GOLDEN / 'spec_1.json'
+  content = json.loads(path.read_text())
+  assert content['format'] == 'msfp-jax/spec/1'
+  spec = spec_lib.QuantSpec.load(path)
+  assert spec.recipe == content['recipe']
+  assert list(spec.layers) == [row['layer'] for row in content['layers']]
+  zero_points = 0
+  for row, layer in zip(content['layers'], spec.layers.values(), strict=True):
+    assert (layer.role, layer.kind, dict(layer.stats)) == (
+        row['role'], row['class'], row['stats'])
+    for side in ('weight', 'act'):
+      quantizer, written = getattr(layer, side), row[side]
+      if written is None:
+        assert quantizer.is_full
+        continue
+      assert str(quantizer.fmt) == written['format']
+      for key in ('scale', 'zero_point'):
+        value = getattr(quantizer, key)
+        assert (value is None) == (key not in written)
+        if value is not None:
+          assert list(value.shape) == written['shape']
+          np.testing.assert_array_equal(
+              np.ravel(value), np.float32(written[key]))
+      zero_points += quantizer.zero_point is not None
+  assert zero_points and any(
+      layer.weight.is_full for layer in spec.layers.values())
+  # Written again it is of version 2, and the same.
+  assert_same(spec_lib.QuantSpec.from_json(spec.to_json()), spec)
+
+
+@pytest.mark.parametrize('change', [
+    lambda row: row['act'].update(scale=[0.0]),
+    lambda row: row['act'].update(scale=[float('nan')]),
+    lambda row: row['act'].update(zero_point=[float('inf')]),
+    lambda row: row['weight'].update(shape=[3]),
+    lambda row: row['act'].pop('format')])
+def test_a_damaged_spec_of_version_1_is_refused(change):
+  content = json.loads((GOLDEN / 'spec_1.json').read_text())
+  change(content['layers'][0])
+  with pytest.raises(ValueError, match='not a quantization spec'):
+    spec_lib.QuantSpec.from_json(json.dumps(content))

@@ -11,12 +11,17 @@ import tiny
 
 from configs import common
 from msfp_jax.diffusion import sampling
+from msfp_jax.kernels.apply import QuantizedModel
+from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception as layers_lib
-from msfp_jax.quant.quantize import apply
+from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantize import quantize
+from msfp_jax.quant.quantizers import Full
+from msfp_jax.quant.quantizers import Static
 from msfp_jax.tune import checkpoint
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
+from msfp_jax.tune import student as student_lib
 
 GAMMA = tuple(losses.denoising_factors(tiny.SCHEDULE, tiny.PLAN, 'sampler'))
 
@@ -86,9 +91,9 @@ def trained(**options):
 def plain_msfp(model, recipe='msfp'):
   """Makes (x, t) -> eps of the calibrated model, by quantize alone."""
   spec = tiny.spec(model, recipe)
+  quantized = jax.jit(QuantizedModel(model, spec).apply)
   params = quantize(tiny.params(model), spec)
-  return jax.jit(lambda x, t: apply(
-      model, params, spec.act_quantizers, x, t))
+  return lambda x, t: quantized(params, x, t)
 
 
 def assert_starts_as_plain(setup, recipe='msfp'):
@@ -107,17 +112,17 @@ def assert_starts_as_plain(setup, recipe='msfp'):
 def test_step_0_is_plain_msfp_bit_for_bit(options):
   """Before training, predictions are the calibrated model's, bit for bit."""
   setup = net(**options)
-  deployed = setup.student.deploy(
-      setup.start().trainable, tiny.PLAN.timesteps)
+  deployed = packed_lib.deploy(
+      setup.student, setup.start().trainable, tiny.PLAN)
   weights = quantize(tiny.params(tiny.NET), setup.student.spec)
   for name, kernel in layers_lib.leaves(weights, 'kernel').items():
-    quantizer = deployed.spec.layers[name].weight
-    for bank in deployed.weights[name]:
-      np.testing.assert_array_equal(quantizer.fake_quant(bank), kernel)
+    banks = deployed.layers[name].weight
+    for i in range(deployed.layers[name].num_banks):
+      np.testing.assert_array_equal(
+          banks.bank(i).dequantize(), kernel.dequantize())
   eps_fn = jax.jit(deployed.eps_fn)
   for index, x, t, expected in assert_starts_as_plain(setup):
-    np.testing.assert_allclose(
-        eps_fn(x, t, index), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(eps_fn(x, t, index), expected)
 
 
 def test_step_0_is_the_plain_int_baseline_bit_for_bit():
@@ -128,7 +133,7 @@ def test_step_0_is_the_plain_int_baseline_bit_for_bit():
 @variants
 def test_deployed_equals_the_student_at_every_step(options):
   setup, trainable = net(**options), trained(**options)
-  deployed = setup.student.deploy(trainable, tiny.PLAN.timesteps)
+  deployed = packed_lib.deploy(setup.student, trainable, tiny.PLAN)
   eps_fn = jax.jit(deployed.eps_fn)
   x = tiny.noise(7)
   plain = plain_msfp(tiny.NET)
@@ -137,23 +142,64 @@ def test_deployed_equals_the_student_at_every_step(options):
     np.testing.assert_allclose(
         eps_fn(x, tiny.t_of(t), index), expected, rtol=1e-5, atol=1e-5)
     assert np.abs(expected - plain(x, tiny.t_of(t))).max() > 1e-3
-    np.testing.assert_array_equal(
-        [deployed.choices[name][index] for name in setup.student.banked],
-        choices)
+    if setup.student.router is not None:
+      np.testing.assert_array_equal(
+          [deployed.choices[name][index] for name in setup.student.banked],
+          choices)
 
 
 def test_deployed_weights_are_the_quantized_sum_of_kernel_and_update():
   setup, trainable = net(), trained()
-  deployed = setup.student.deploy(trainable, tiny.PLAN.timesteps)
+  deployed = packed_lib.deploy(setup.student, trainable, tiny.PLAN)
   bank = jax.tree.map(np.float64, trainable['banks']['body'])
   kernel = np.float64(setup.params['body']['kernel'])
   merged = kernel + np.einsum('hxyir,hro->hxyio', bank['a'], bank['b'])
-  quantizer = deployed.spec.layers['body'].weight
+  quantizer = student_lib.with_ranges(
+      setup.student.spec, trainable['ranges']).layers['body'].weight
   expected = tiny.fake_quant(merged, quantizer)
-  assert deployed.weights['body'].shape == (2, *kernel.shape)
-  np.testing.assert_allclose(
-      deployed.weights['body'], expected, rtol=1e-5, atol=1e-6)
-  assert deployed.weights['conv_out'].shape[0] == 1  # 8 bits: no banks
+  found = deployed.layers['body'].weight.dequantize()
+  assert found.shape == (2, *kernel.shape)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  assert deployed.layers['conv_out'].num_banks == 1  # 8 bits: no banks
+
+
+def test_one_bank_or_many_of_equal_updates_are_the_same_model():
+  """What a bank is does not depend on how many stand beside it."""
+  setup, trainable = net(), trained()
+  same = trainable | {'banks': jax.tree.map(
+      lambda leaf: np.stack([leaf[0], leaf[0]]), trainable['banks'])}
+  weights = packed_lib.deploy(setup.student, same, tiny.PLAN).layers[
+      'body'].weight
+  np.testing.assert_array_equal(weights.data[0], weights.data[1])
+  mixed = packed_lib.deploy(setup.student, trainable, tiny.PLAN).layers[
+      'body'].weight
+  np.testing.assert_array_equal(weights.data[0], mixed.data[0])
+  assert (mixed.data[0] != mixed.data[1]).any()
+
+
+def test_offsets_move_scales_by_factors_and_zero_points_by_scales():
+  """scale exp(log_scale), to 16 bits where there is a zero point, + z scale.
+
+  One rate trains both, whatever the size of an input.
+  """
+  spec = tiny.spec(tiny.NET)
+  first, second = (name for name, layer in spec.layers.items()
+                   if layer.act.zero_point is not None)
+  offsets = {first: (0.25, 1.0), second: (-0.5, -3.0)}
+  assert spec.layers[first].act.scale != spec.layers[second].act.scale
+  moved = student_lib.with_ranges(spec, {'weight': {}, 'act': {
+      name: {'log_scale': jnp.float32(a), 'zero_point': jnp.float32(b)}
+      for name, (a, b) in offsets.items()}})
+  for name, (factor, units) in offsets.items():
+    before, after = spec.layers[name].act, moved.layers[name].act
+    scale, zero = np.float64(before.scale), np.float64(before.zero_point)
+    np.testing.assert_allclose(
+        after.scale, scale * np.exp(factor), rtol=2**-15)
+    np.testing.assert_allclose(
+        after.zero_point, zero + units * scale, rtol=1e-5)
+  others = set(spec.layers) - set(offsets)
+  for name in others:
+    tiny.assert_trees_equal(moved.layers[name], spec.layers[name])
 
 
 def test_a_dequantized_base_is_quantized_before_the_update():
@@ -176,7 +222,7 @@ def test_an_unknown_base_is_refused():
 def test_banks_go_to_the_layers_of_fewest_bits():
   assert net().student.banked == ('temb', 'conv_in', 'body')
   spec = tiny.spec(tiny.NET)
-  free = {name: dataclasses.replace(layer, weight=None)
+  free = {name: dataclasses.replace(layer, weight=Full())
           for name, layer in spec.layers.items()}
   make = lambda layers: finetune.make_student(
       tiny.NET, tiny.params(tiny.NET),
@@ -357,3 +403,44 @@ def test_the_loss_falls():
 def test_the_loss_of_the_unet_falls():
   loss = loss_by_trajectory(unet(), 40)
   assert loss[-2:].mean() < 0.8 * loss[:2].mean()
+
+
+BY_STEP = (0.2, 0.3, 0.5, 0.9)  # scales of the input at the 4 steps
+
+
+def by_step_spec():
+  """The calibrated spec, with an input whose scale differs by step."""
+  spec = tiny.spec(tiny.NET)
+  act = Static(FPFormat.parse('E2M1'), jnp.asarray(BY_STEP), by_step=True)
+  return dataclasses.replace(spec, layers=spec.layers | {
+      'conv_in': dataclasses.replace(spec.layers['conv_in'], act=act)})
+
+
+def test_steps_are_trained_each_with_its_own_scale():
+  """The update of a step moves that step's scale, and predicts with it."""
+  settings = settings_of(num_updates=100)
+  student = finetune.make_student(
+      tiny.NET, tiny.params(tiny.NET), by_step_spec(), 1000, settings)
+  tx = finetune.optimizer(settings)
+  state = finetune.init_state(
+      student, tx, tiny.PLAN, tiny.IMAGE, jax.random.key(4), settings)
+  update = finetune.make_step(
+      student, tiny.PLAN, np.array(GAMMA), tx, jax.random.key(4))
+  assert not np.any(state.trainable['ranges']['act']['conv_in']['log_scale'])
+  for index in (0, 1):
+    state, _ = update(state)
+    moved = jax.device_get(
+        state.trainable['ranges']['act']['conv_in']['log_scale'])
+    assert moved.shape == (4,)
+    np.testing.assert_array_equal(moved != 0, np.arange(4) <= index)
+  trainable = jax.device_get(state.trainable)
+  deployed = packed_lib.deploy(student, trainable, tiny.PLAN)
+  np.testing.assert_allclose(
+      deployed.layers['conv_in'].input.scale,
+      BY_STEP * np.exp(np.float64(moved)), rtol=1e-5)
+  x, eps_fn = tiny.noise(7), jax.jit(deployed.eps_fn)
+  predict = jax.jit(student.predict)
+  for index, t in enumerate(tiny.PLAN.timesteps):
+    expected, _ = predict(trainable, x, jnp.float32(t), step=index)
+    np.testing.assert_allclose(
+        eps_fn(x, tiny.t_of(t), index), expected, rtol=1e-5, atol=1e-5)

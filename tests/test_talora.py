@@ -145,6 +145,25 @@ def test_every_span_of_timesteps_starts_in_its_own_bank(num_banks):
   np.testing.assert_array_equal(choices, np.tile(t[:, None] // span, 5))
 
 
+@pytest.mark.parametrize('num_banks', [2, 3, 5])
+@pytest.mark.parametrize('prior', [1.0, 4.0])
+def test_a_spans_bank_is_ahead_of_the_nth_next_by_n_priors(num_banks, prior):
+  """Whatever the number of banks; in the middle of a span, with weights of 0.
+
+  More banks stand closer together: without a factor of h they would be told
+  apart the less, the more there are.
+  """
+  router, params = router_of(num_banks, prior=prior)
+  silent = {'params': jax.tree.map(jnp.zeros_like, params)}
+  banks = np.arange(num_banks)
+  for own in banks:
+    middle = (own + 0.5) * 1000 / num_banks - 0.5
+    logits = np.asarray(router.apply(silent, jnp.float32(middle)))
+    expected = -prior * np.abs(banks - own)
+    np.testing.assert_allclose(
+        logits - logits[:, [own]], np.tile(expected, (5, 1)), atol=1e-4)
+
+
 def test_plan_choices_are_the_argmax_at_each_step_in_order():
   """Choices are the argmax at each step, of a router whose layers differ."""
   router, params = router_of(3)

@@ -79,10 +79,13 @@ class Carried:
     if zero_point is None or low == high:
       return float(low)
     scale = scale * np.float32(self.unit)
+    # A group of equal values has a scale of 0, and 0 / 0 would be no offset.
     if not isinstance(zero_point, jax.Array):
-      return np.clip(np.round(-zero_point / scale), low, high)
+      places = -zero_point / np.where(scale == 0, np.float32(1), scale)
+      return np.clip(np.round(places), low, high)
     return jnp.clip(jnp.round(-functional.divide(
-        jnp.asarray(zero_point, jnp.float32), scale)), low, high)
+        jnp.asarray(zero_point, jnp.float32),
+        jnp.where(scale == 0, 1.0, scale))), low, high)
 
   def carry(self, levels: jax.Array, offset: Any) -> jax.Array:
     """v of levels in float32, in the carrier; int8 has no NaN."""

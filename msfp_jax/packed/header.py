@@ -38,8 +38,8 @@ def layer_to_row(name: str, layer: QLayer) -> list[Any]:
   """
   weight = layer.weight
   letters = ''.join(letter for letter, has in (
-      (SCALE, is_per_output(weight.scale)),
-      (ZERO_POINT, is_per_output(weight.zero_point)),
+      (SCALE, is_per_output(weight, weight.scale)),
+      (ZERO_POINT, is_per_output(weight, weight.zero_point)),
       (BIAS, layer.bias is not None)) if has)
   more: dict[str, Any] = {
       key: value for key in ('group', 'shift_group')
@@ -60,10 +60,11 @@ def layer_to_row(name: str, layer: QLayer) -> list[Any]:
   return [*row, more] if more else row
 
 
-def is_per_output(part: Any) -> bool:
-  """Whether a scale is one float32 for every output channel."""
-  return (part is not None and part.dtype == np.float32 and np.ndim(part) > 1
-          and set(part.shape[:-1]) == {1})
+def is_per_output(weight: QTensor, part: Any) -> bool:
+  """Whether a scale is one float32 for every output channel of all banks."""
+  axes, outputs = np.ndim(weight.data) - 2, weight.data.shape[-1]
+  return (part is not None and part.dtype == np.float32
+          and part.shape == (1,) * axes + (outputs,))
 
 
 def is_stream(fmt: FPFormat) -> bool:
@@ -79,7 +80,7 @@ def parts_of(layer: QLayer) -> dict[str, np.ndarray]:
            'smooth': around.smooth, 'down': around.down, 'up': around.up}
   return {name: np.asarray(part) for name, part in found.items()
           if part is not None and not (
-              name in ('scale', 'zero_point') and is_per_output(part))}
+              name in ('scale', 'zero_point') and is_per_output(weight, part))}
 
 
 def stored_layout(fmt: FPFormat) -> layout_lib.Layout:

@@ -35,7 +35,7 @@ def channels_of(layer: QLayer) -> list[np.ndarray]:
   """What it has for every output channel, in the order of its letters."""
   weight = layer.weight
   found = [part for part in (weight.scale, weight.zero_point)
-           if header_lib.is_per_output(part)]
+           if header_lib.is_per_output(weight, part)]
   if layer.bias is not None:
     found.append(layer.bias)
   return [np.asarray(part, np.float32).ravel() for part in found]
@@ -90,15 +90,26 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
   if reader.has(f'{name}.outer'):
     parts['outer'] = reader.take(
         f'{name}.outer', np.float32, (banks, *(1,) * (codes.ndim - 1)))
-  scale = np.asarray(parts['scale'], np.float32)
-  if is_read and not (np.isfinite(scale).all() and (
-      scale >= 0 if 'group' in more else scale > 0).all()):
-    reader.problems.append(f'layer {name} has scales that are not positive')
+  if is_read:
+    reader.problems += [f'layer {name}: {flaw}' for flaw in _flaws(parts)]
   around = _read_around(name, more, reader, (*window, length), outputs)
   return QLayer(
       header_lib.weight_from_row(row, codes, parts),
       header_lib.input_from_row(row[4]), per_output.get(header_lib.BIAS),
       around)
+
+
+def _flaws(parts):
+  """What of scales and zero points no weights have."""
+  found = []
+  for key, part in parts.items():
+    values = np.asarray(part, np.float32)
+    if not np.isfinite(values).all():
+      found.append(f'{key} holds values that are not finite')
+    # A group of zeros has a scale of 0.
+    if key in ('scale', 'outer') and (values < 0).any():
+      found.append(f'{key} holds values below 0')
+  return found
 
 
 def _read_around(name, more, reader, inputs, outputs):
@@ -113,4 +124,6 @@ def _read_around(name, more, reader, inputs, outputs):
       reader.problems.append(
           f'{name}.down of rank {found["down"].shape[-1]}, {name}.up of '
           f'{found["up"].shape[0]}')
-  return Around(**found, rotation=more.get('rotation', 0))
+  around = Around(**found, rotation=more.get('rotation', 0))
+  reader.problems += [f'{name}.{flaw}' for flaw in around.flaws(inputs[-1])]
+  return around

@@ -90,14 +90,16 @@ class Reader:
     Args:
       name: of the tensor; of shifts it ends with 'shift'.
       dtype: see `take_typed`.
-      shape: `[h, *window, groups, O]`; the file's may have 1 in its place.
+      shape: `[h, *window, groups, O]`; the file's may have 1 in its place, or
+        fewer axes where all share a scale.
     """
     if name.endswith('.shift'):
       return self.take_stream(name, SHIFT_BITS, shape)
     tensor = self._left.get(name)
-    if tensor is not None and len(tensor.shape) == len(shape):
+    if tensor is not None and len(tensor.shape) <= len(shape):
+      last = shape[len(shape) - len(tensor.shape):]
       shape = tuple(size if found == size else 1 for found, size in zip(
-          tensor.shape, shape, strict=True))
+          tensor.shape, last, strict=True))
     return self.take_typed(name, dtype, shape)
 
   def rest(self, vectors: Mapping[str, np.ndarray]) -> Any:

@@ -50,6 +50,24 @@ class Around:
                for part in (self.smooth, self.down, self.up)
                if part is not None)
 
+  def flaws(self, channels: int | None = None) -> list[str]:
+    """What of it no product can use; for what comes from files.
+
+    Args:
+      channels: I, where it is known.
+    """
+    found = [f'{name} holds values that are not finite'
+             for name in ('smooth', 'down', 'up')
+             if (part := getattr(self, name)) is not None
+             and not np.isfinite(np.asarray(part, np.float32)).all()]
+    if self.smooth is not None and (np.asarray(self.smooth) <= 0).any():
+      found.append('smooth holds values that are not positive')
+    size = self.rotation
+    if not isinstance(size, int) or size < 0 or size & (size - 1) or (
+        size and channels and channels % size):
+      found.append(f'rotation of {size!r} channels')
+    return found
+
   def input(self, x: jax.Array) -> jax.Array:
     """x' of x `[..., I]`."""
     if self.smooth is not None:

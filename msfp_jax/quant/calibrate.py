@@ -152,8 +152,10 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   if act_bits < FULL_BITS and act.mse is not None:
     stats['act_mse'] = act.mse
     signed = fit_lib.SIGNED
-    stats['act_signed_mse'] = (act.tried[signed] if signed in act.tried
-                               else signed.search(seen.values, act_bits).mse)
+    if signed in act.tried:
+      stats['act_signed_mse'] = act.tried[signed]
+    elif seen.values is not None:
+      stats['act_signed_mse'] = signed.search(seen.values, act_bits).mse
   weight = fit_lib.fit(
       recipe.weight, Seen.of_weights(kernel), bits, axis=-2)
   if bits < FULL_BITS and weight.mse is not None:

@@ -20,7 +20,8 @@ from msfp_jax.quant.fit import Seen
 
 # Starting noise `[B, H, W, C]`, alone or with what else the model takes.
 Batch = jax.Array | tuple[jax.Array, ...]
-# Places of the input whose outer products are summed, of a step and batch.
+# At most as many places of the input, of a step and batch, whose outer
+# products are summed.
 _GRAM_PLACES = 1024
 
 
@@ -126,11 +127,10 @@ def _gather(module, value, places, key, needs):
   if fit_lib.CHANNEL_MAXIMA in needs:
     found[fit_lib.CHANNEL_MAXIMA] = jnp.abs(flat).max(0)
   if fit_lib.GRAM in needs:
-    windows = _windows(module, value)
-    chosen = jax.random.randint(
-        jax.random.fold_in(key, 2), (min(_GRAM_PLACES, len(windows)),), 0,
-        len(windows))
-    rows = windows[chosen]
+    rows = _windows(module, value)
+    if len(rows) > _GRAM_PLACES:  # else all of them: no sample is better
+      rows = rows[jax.random.randint(
+          jax.random.fold_in(key, 2), (_GRAM_PLACES,), 0, len(rows))]
     found[fit_lib.GRAM] = jnp.matmul(
         rows.T, rows, precision='highest') / len(rows)
   return found

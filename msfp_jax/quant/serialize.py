@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -46,15 +47,11 @@ def quantizer_from_dict(row: dict[str, Any]) -> Quantizer:
         f'a quantizer of kind {kind!r}, which is none of '
         f'{sorted(Quantizer.KINDS)}: import the module that defines it')
   cls = Quantizer.KINDS[kind]
-  known = {field.name for field in dataclasses.fields(cls)}
-  if odd := sorted(set(fields) - known):
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  if odd := sorted(set(fields) - set(known)):
     raise ValueError(f'fields {odd}, which quantizers of kind {kind} lack')
-  made = cls(**{name: _from_json(value) for name, value in fields.items()})
-  for field in dataclasses.fields(cls):
-    value = getattr(made, field.name)
-    if field.type is FPFormat and not isinstance(value, FPFormat):
-      raise ValueError(f'{field.name}={value!r} of a quantizer of kind {kind} '
-                       'is no number format')
+  made = cls(**{name: _field_from_json(kind, known[name], value)
+                for name, value in fields.items()})
   for name, value in fields_of(made).items():
     if isinstance(value, jax.Array) and not np.isfinite(value).all():
       raise ValueError(f'{name} of a quantizer of kind {kind} is not finite')
@@ -72,13 +69,16 @@ def around_to_dict(around: Around) -> dict[str, Any]:
 
 
 def around_from_dict(row: dict[str, Any]) -> Around:
-  """The inverse. Raises ValueError for other fields."""
+  """The inverse. Raises ValueError for other fields, or values of no use."""
   fields = dict(row)
   rotation = fields.pop('rotation', 0)
   if odd := sorted(set(fields) - {'smooth', 'down', 'up'}):
     raise ValueError(f'fields {odd} around a layer')
-  return Around(**{name: array_from_json(value)
-                   for name, value in fields.items()}, rotation=rotation)
+  around = Around(**{name: array_from_json(value)
+                     for name, value in fields.items()}, rotation=rotation)
+  if flaws := around.flaws():
+    raise ValueError('around a layer, ' + ', '.join(flaws))
+  return around
 
 
 def array_to_json(array: Any) -> dict[str, Any]:
@@ -119,14 +119,17 @@ def _to_json(value: Any) -> Any:
   return value
 
 
-def _from_json(value: Any) -> Any:
+def _field_from_json(kind: str, field: dataclasses.Field, value: Any) -> Any:
+  """The value of a field; ValueError if it is none of the field's types."""
+  types = typing.get_args(field.type) or (field.type,)
+  if FPFormat in types:
+    return FPFormat.parse(value)
+  made = value
   if isinstance(value, dict):
-    if 'value' in value:
-      return jnp.float32(value['value'])
-    return array_from_json(value)
-  if isinstance(value, str):
-    try:
-      return FPFormat.parse(value)
-    except ValueError:
-      return value
-  return value
+    made = (jnp.float32(value['value']) if 'value' in value
+            else array_from_json(value))
+  # Of annotations, those that are classes; text and generics say too little.
+  known = tuple(one for one in types if isinstance(one, type))
+  if len(known) == len(types) and not isinstance(made, known):
+    raise ValueError(f'{field.name}={value!r} of a quantizer of kind {kind}')
+  return made

@@ -1,0 +1,148 @@
+"""The library as README shows it: from a model to a file that samples."""
+
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import msfp_jax as msfp
+from msfp_jax.models.unet import UNet
+from msfp_jax.models.unet import UNetConfig
+
+MODEL = UNet(UNetConfig(
+    image_size=8, in_channels=1, out_channels=1, ch=8, ch_mult=(1,),
+    num_res_blocks=0, attn_resolutions=(), norm_groups=4, dropout=0.0))
+
+
+@pytest.fixture(scope='module')
+def setting():
+  """A model, its parameters, a plan, starting noise, and a spec for them."""
+  noise = tiny.noise(0, batch=2)
+  params = MODEL.init(jax.random.key(0), noise, jnp.zeros(2))['params']
+  schedule = msfp.make_schedule(
+      'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02)
+  plan = msfp.make_plan(schedule, 'ddim', num_steps=2)
+  spec = msfp.calibrate(
+      MODEL, params, recipe='msfp', bits=4, batches=noise, plan=plan)
+  return params, plan, noise, spec
+
+
+def test_calibrate_pack_save_load_sample(setting, tmp_path):
+  """One array of noise is a batch; a file samples as what was packed."""
+  params, plan, noise, spec = setting
+  packed = msfp.pack(MODEL, params, spec, plan)
+  msfp.save(tmp_path / 'model.safetensors', packed)
+  loaded = msfp.load(tmp_path / 'model.safetensors')
+  images = loaded.sample(noise)
+  assert images.shape == noise.shape and np.isfinite(images).all()
+  np.testing.assert_array_equal(images, packed.sample(noise))
+  full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert packed.stored_bytes < full / 3
+  assert (tmp_path / 'model.safetensors').stat().st_size < full / 2
+
+
+def test_a_batch_alone_is_a_list_of_one(setting):
+  params, plan, noise, spec = setting
+  listed = msfp.calibrate(
+      MODEL, params, recipe='msfp', bits=4, batches=[noise], plan=plan)
+  assert listed.to_json() == spec.to_json()
+  tuples = msfp.calibrate(MODEL, {'params': params}, batches=[(noise,)],
+                          plan=plan)
+  assert tuples.to_json() == spec.to_json()
+
+
+def test_the_packed_model_samples_what_the_quantized_one_predicts(setting):
+  """msfp.sample with QuantizedModel.apply, a step of the sampler at a time."""
+  params, plan, noise, spec = setting
+  qparams = msfp.quantize(params, spec)
+  model = msfp.QuantizedModel(MODEL, spec)
+  by_hand = jax.jit(lambda noise: msfp.sample(
+      lambda x, t, index: model.apply(qparams, x, t), plan, noise))(noise)
+  packed = msfp.pack(MODEL, params, spec, plan).sample(noise)
+  np.testing.assert_allclose(
+      packed, by_hand, rtol=1e-4, atol=1e-4 * np.abs(by_hand).max())
+
+
+def test_quantized_parameters_with_or_without_their_name(setting):
+  params, _, noise, spec = setting
+  model, qparams = msfp.QuantizedModel(MODEL, spec), msfp.quantize(params, spec)
+  predict = jax.jit(model.apply)
+  out = predict(qparams, noise, jnp.full(2, 500.0))
+  np.testing.assert_array_equal(
+      predict({'params': qparams}, noise, jnp.full(2, 500.0)), out)
+  named = msfp.quantize({'params': params}, spec)
+  assert jax.tree.structure(named) == jax.tree.structure(qparams)
+  assert np.abs(out - MODEL.apply(
+      {'params': params}, noise, jnp.full(2, 500.0))).max() > 1e-3
+
+
+@pytest.mark.parametrize('noise, part', [
+    (lambda noise: noise.astype(jnp.float16), 'float16: a sampler starts from'),
+    (lambda noise: noise.astype(int), 'a sampler starts from standard normal'),
+    (lambda noise: noise.tolist(), 'a list: it must be an array of noise'),
+    (lambda noise: None, 'None'),
+    (lambda noise: noise[:0], r'shape \(0, 8, 8, 1\)')])
+def test_noise_that_no_sampler_starts_from(setting, noise, part):
+  """One sentence, from calibration and from sampling."""
+  params, plan, good, spec = setting
+  with pytest.raises(ValueError, match=part):
+    msfp.pack(MODEL, params, spec, plan).sample(noise(good))
+  with pytest.raises(ValueError, match=part):
+    msfp.calibrate(MODEL, params, batches=[noise(good)], plan=plan)
+
+
+def test_a_spec_survives_its_file(setting, tmp_path):
+  params, plan, noise, spec = setting
+  spec.save(tmp_path / 'spec.json')
+  again = msfp.QuantSpec.load(tmp_path / 'spec.json')
+  ours, theirs = (msfp.pack(MODEL, params, one, plan) for one in (again, spec))
+  tiny.assert_trees_equal(ours.layers, theirs.layers)
+
+
+def test_modules_and_functions_do_not_hide_each_other():
+  """`msfp.calibrate` is the function, `quant.calibrate` its module."""
+  from msfp_jax.packed import model as model_module
+  from msfp_jax.quant import calibrate
+  from msfp_jax.quant import quantize
+
+  assert isinstance(calibrate, types.ModuleType)
+  assert calibrate.calibrate is msfp.calibrate
+  assert isinstance(quantize, types.ModuleType)
+  assert quantize.quantize is msfp.quantize
+  assert isinstance(model_module, types.ModuleType)
+  assert model_module.pack is msfp.pack
+  for name in msfp.__all__:
+    assert not isinstance(getattr(msfp, name), types.ModuleType), name
+
+
+class Own(nn.Module):
+  """Somebody's model, which files do not describe."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    h = nn.Conv(8, (3, 3), name='first')(x)
+    h += nn.Dense(8, name='time')(t[:, None] / 1000)[:, None, None]
+    return nn.Conv(1, (3, 3), name='last')(nn.silu(h))
+
+
+def test_a_model_and_a_recipe_of_ones_own(tmp_path, monkeypatch):
+  """A recipe is one entry; the model is passed to load."""
+  msfp_signed = msfp.RECIPES['signed_fp']
+  monkeypatch.setitem(msfp.RECIPES, 'mine', msfp.Recipe(
+      weight=msfp_signed.weight, nal=msfp_signed.nal, aal=msfp_signed.aal))
+  model, noise = Own(), tiny.noise(0, batch=2)
+  params = model.init(jax.random.key(0), noise, jnp.zeros(2))
+  spec = msfp.calibrate(
+      model, params, recipe='mine', bits=6, batches=noise, plan=tiny.PLAN,
+      roles={'all': '.*'})
+  packed = msfp.pack(model, params, spec, tiny.PLAN)
+  msfp.save(tmp_path / 'own', packed)
+  with pytest.raises(ValueError, match=r'load\(path, model='):
+    msfp.load(tmp_path / 'own')
+  np.testing.assert_array_equal(
+      msfp.load(tmp_path / 'own', model=model).sample(noise),
+      packed.sample(noise))
