@@ -1,4 +1,4 @@
-"""What stands around a quantized product: smoothing, rotation, low rank.
+"""Around: smoothing, rotation and low-rank branch of a quantized product.
 
     y = Q_a(x') Q_w(W') + (x' A) B + bias
     x' = H (x / s),    W' = H^-1 (s W) - A B
@@ -51,7 +51,7 @@ class Around:
                if part is not None)
 
   def flaws(self, channels: int | None = None) -> list[str]:
-    """What of it no product can use; for what comes from files.
+    """Lists the faults that no product can work with; checks what files hold.
 
     Args:
       channels: I, where it is known.
@@ -76,12 +76,17 @@ class Around:
 
   def residual(self, kernel: jax.Array) -> jax.Array:
     """W' of W `[*window, I, O]`."""
+    # The branch is taken off what smoothing and rotation leave, as it works on
+    # x'.
     kernel = self.moved(kernel)
     return kernel if self.down is None else kernel - self.low_rank()
 
   def moved(self, kernel: jax.Array) -> jax.Array:
     """W' without the branch taken off."""
     if self.smooth is not None:
+      # (x / s) (s W) = x W, and (x H) (H W) = x W, as H is its own inverse. On
+      # axis -2, the input channels; a window in front is the same for each of
+      # its taps.
       kernel = kernel * self.smooth[:, None]
     if self.rotation:
       kernel = jnp.swapaxes(kernel, -1, -2)
@@ -94,11 +99,12 @@ class Around:
                       jnp.float32(self.up), precision='highest')
 
   def seen(self, seen: fit_lib.Seen) -> fit_lib.Seen:
-    """What the product sees, of what the layer saw.
+    """Turns observations of the layer's input into those of x'.
 
     Raises:
       ValueError: the input is moved, and no whole vectors of it were kept.
     """
+    # A branch alone leaves the input as it is.
     if not self.moves_input:
       return seen
     if seen.rows is None:
@@ -106,6 +112,8 @@ class Around:
         return seen
       raise ValueError('smoothing and rotation need whole vectors of the '
                        f'input: the recipe must name {fit_lib.ROWS!r}')
+    # Values at random places cannot be smoothed or rotated: each needs its
+    # channel, and its neighbours. Extremes are then of the sample alone.
     rows = np.asarray(self.input(seen.rows))
     return dataclasses.replace(
         seen, values=rows.ravel(), rows=rows, minimum=float(rows.min()),
@@ -120,7 +128,7 @@ class FindAround:
 
   def __call__(self, seen: fit_lib.Seen, kernel: np.ndarray,
                quantize: Callable[[np.ndarray], np.ndarray]) -> Around:
-    """What stands around the product.
+    """Finds smoothing, rotation and branch for one layer.
 
     Args:
       seen: of the input, at least what `needs` names.
@@ -142,6 +150,15 @@ def hadamard(x: jax.Array, size: int) -> jax.Array:
   if size < 1 or size & (size - 1) or x.shape[-1] % size:
     raise ValueError(f'rotation of {size} channels: must be a power of two '
                      f'that divides {x.shape[-1]}')
+  # Four channels: passes over neighbours at a distance of 2, then 1.
+  #
+  #   a  a+c  (a+c) + (b+d)
+  #   b  b+d  (a+c) - (b+d)
+  #   c  a-c  (a-c) + (b-d)
+  #   d  b-d  (a-c) - (b-d)
+  #
+  # n log n additions in place of a product with an n x n matrix. Every pass
+  # lengthens a vector by sqrt 2, which is taken off once, at the end.
   shape = x.shape
   half = size // 2
   while half:

@@ -1,4 +1,4 @@
-"""What a sampler starts from: checks of noise and of batches of it."""
+"""Checks the noise, and batches of it, that samplers start from."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,6 +32,8 @@ def check_batches(batches: Iterable[Batch] | jax.Array
     raise ValueError('batches must be a list of arrays of noise, or of tuples '
                      f'of noise and conditions, not {_kind(batches)}')
   if isinstance(batches, tuple) and batches and all(map(_is_array, batches)):
+    # A tuple of arrays may be meant as several batches, or as one with its
+    # condition. Noise of one shape tells: labels [B] do not have it.
     if len({jnp.shape(batch)[1:] for batch in batches}) > 1:
       raise ValueError('batches is one tuple of noise and conditions: write '
                        'batches=[(noise, condition)]')
@@ -57,6 +59,8 @@ def check_noise(noise: Any, name: str = 'noise') -> jax.Array:
   if not _is_array(noise):
     raise ValueError(f'{name} is {_kind(noise)}: it must be an array of noise '
                      '[B, H, W, C]')
+  # NumPy draws float64. Integers or float16 are more likely images, or a
+  # mistake.
   if noise.dtype not in (np.float32, np.float64):
     raise ValueError(
         f'{name} is {noise.dtype}: a sampler starts from standard normal '

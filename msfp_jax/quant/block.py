@@ -17,6 +17,14 @@ from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantizers import Quantizer
 
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
+# `quantize` of inputs x [2, 6] in groups of 4, as of E2M1 with maximum 6:
+#
+#   x            [a b c d e f]             two rows of these
+#   _grouped     [a b c d] [e f f f]       padded by its end: same extremes
+#   _extremes    max |abcd|, max |ef|      [2, 2]
+#   _scales      those / 6, in their type  [2, 2]
+#   levels       x / spread(scales)        [2, 6], to the nearest level
+#
 # What shares a scale -> the axes over which it is taken, of inputs and of
 # weights; None: not for these.
 _SHARED = {
@@ -82,8 +90,12 @@ class Block(Quantizer):
     tensor = QTensor(
         x, scale, zero_point, None, outer, fmt=self.fmt, length=x.shape[axis],
         axis=axis, group=self.group)
+    # The minimum of a group is its zero point: level 0, which comes back
+    # exactly.
     zero = 0 if zero_point is None else tensor.spread(zero_point)
     # A group of zeros, or one whose scale rounds to 0, has levels of 0.
+    # By the scales as they are stored, rounded to their type: the levels make
+    # up for what the rounding of the scale did.
     divisor = tensor.spread(tensor.scales())
     empty = divisor == 0
     levels = functional.nearest_level(
@@ -111,6 +123,8 @@ class Block(Quantizer):
   def _scales(self, reach):
     """(scale, outer) so that the largest element is the format's maximum."""
     tiny = np.finfo(np.float32).tiny
+    # Devices differ in whether they flush subnormal numbers; none is left to
+    # flush.
     normal = lambda scale: jnp.where(scale < tiny, 0.0, scale)
     scale = normal(functional.divide(reach, self.fmt.max))
     if self.scale_type == 'f32':
@@ -128,6 +142,7 @@ class Block(Quantizer):
     if self.two_level:
       outer = normal(functional.divide(scale.max(keepdims=True), largest))
       scale = functional.divide(scale, jnp.where(outer > 0, outer, 1.0))
+    # Beyond its maximum of 448 e4m3fn has no infinity, only NaN.
     return jnp.minimum(scale, largest).astype(SCALE_TYPES['e4m3']), outer
 
   def describe(self):
@@ -137,7 +152,8 @@ class Block(Quantizer):
 
 
 def _floor_log2(x: jax.Array) -> jax.Array:
-  """Of normal numbers above 0, int32; exact where a logarithm would round."""
+  """floor(log2(x)) of normal x > 0, int32; exact, where a logarithm rounds."""
+  # The exponent field is the logarithm; the sign bit is 0.
   return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 

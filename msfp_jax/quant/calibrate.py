@@ -1,4 +1,4 @@
-"""What a recipe's fits make of every layer: activations -> QuantSpec."""
+"""Calibration: finds every layer's quantizers by a recipe -> QuantSpec."""
 
 from collections.abc import Iterable, Mapping
 import concurrent.futures
@@ -72,6 +72,17 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
     ValueError: an unknown name, a layer that no rule covers, NaN in the
       weights or activations.
   """
+  # The flow; `_look` runs the model for all layers at once, the rest is by
+  # layer:
+  #
+  #   batches --> observe.collect --> seen --> AAL or NAL? --+
+  #               (the sampler runs,   |                     | which fit
+  #               inputs are noted)    v                     v
+  #                                around --> its input --> act quantizer
+  #                                  ^  |
+  #   kernel ------------------------+  +---> residual --> weight quantizer
+  #
+  # What can be refused is refused first: the sampler may run for minutes.
   of = recipes.get(recipe)
   act_bits = bits if act_bits is None else act_bits
   for width in (bits, act_bits):
@@ -80,6 +91,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
     exceptions = 'ends-8' if roles is None else {}
   exceptions = roles_lib.exceptions_of(exceptions, roles)
   params = interception.parameters(params)
+  # On the host once, where the searches read them from several threads.
   kernels = jax.device_get(interception.leaves(params, 'kernel'))
   interception.check_finite(kernels)
   if activations is None:
@@ -90,6 +102,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
 
   def fit_one(name: str) -> spec_lib.LayerSpec:
     role = roles_lib.role_of(name, roles)
+    # w32a8 leaves every weight in full precision, those of exceptions too.
     widths = [width if width == FULL_BITS else exceptions.get(role, width)
               for width in (bits, act_bits)]
     try:
@@ -111,7 +124,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
 
 
 def _look(model, params, recipe, batches, plan, kernels, key):
-  """What the recipe needs to see of every layer's input."""
+  """{layer: what was seen of its input}; runs the sampler if it must."""
+  # Layers are found by their kernels: not even a trace of the model is needed.
   if not recipe.needs:
     return {name: Seen() for name in kernels}
   if batches is None or plan is None:
@@ -136,6 +150,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     bits: of the weights, 3 to 8 or 32.
     act_bits: of the input, likewise.
   """
+  # By the layer's own input: smoothing and rotation would hide SiLU's tail.
   kind, stats = '', {}
   if seen.minimum is not None:
     kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum)
@@ -145,12 +160,15 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   if recipe.around is not None and bits < FULL_BITS:
     around = recipe.around(seen, kernel, functools.partial(
         _quantized, recipe.weight, bits))
+    # Both fits below see what the product will see.
     kernel = np.asarray(around.residual(kernel))
     seen = around.seen(seen)
   act = fit_lib.fit(recipe.aal if kind == spec_lib.AAL else recipe.nal, seen,
                     act_bits, axis=-1)
   if act_bits < FULL_BITS and act.mse is not None:
     stats['act_mse'] = act.mse
+    # For the report, which tells what the class of a layer gained: the best
+    # signed quantizer, searched already or not.
     signed = fit_lib.SIGNED
     if signed in act.tried:
       stats['act_signed_mse'] = act.tried[signed]

@@ -18,6 +18,10 @@ from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.quant.quantizers import Quantizer
 
+# What it costs to gather, beside a run of the sampler: extremes and values next
+# to nothing, rows whole vectors, a Gram matrix K x K numbers a layer, which for
+# a 3x3 convolution of 512 channels are 21 million.
+#
 # What calibration can gather of a layer's input; `Seen` has a field of each.
 EXTREMES = 'extremes'  # minimum and maximum
 VALUES = 'values'
@@ -29,7 +33,7 @@ NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM)
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """What was seen of a tensor; None where nobody asked.
+  """Observations of a tensor that fits work from; None where nobody asked.
 
   Attributes:
     values: a random sample of an input's values, float32 `[N]`, equally many
@@ -128,6 +132,8 @@ class Searched(Fit):
   needs = (VALUES,)
 
   def __call__(self, seen, bits, axis):
+    # An input's channels cannot have a scale each: it would not leave the sum
+    # over them. (Smoothing does that, see `around`.) A weight's outputs can.
     channel_axis = -1 if axis == -2 else None
     found = {c: c.search(seen.values, bits, channel_axis)
              for c in self.candidates}
@@ -149,6 +155,8 @@ class Dynamic(Fit):
 
   def __call__(self, seen, bits, axis):
     quantizer, mse = self.make(bits), None
+    # Of an input only single values were seen, out of their groups: no error of
+    # a block of neighbours follows from these.
     if axis == -2 and seen.values is not None:
       mse = error_of(quantizer, seen.values, axis)
     return Fitted(quantizer, mse)
@@ -156,6 +164,8 @@ class Dynamic(Fit):
 
 def error_of(quantizer: Quantizer, x: np.ndarray, axis: int) -> float:
   """Mean squared error of a quantized tensor, in float64."""
+  # In NumPy: squares and sums in float32 would be good for 7 digits, and an
+  # error is compared with others that differ little.
   back = jax.device_get(quantizer.quantize(x, axis).dequantize())
   return float(np.mean((np.float64(back) - np.float64(x))**2))
 

@@ -44,11 +44,16 @@ def nearest_level_in_pieces(x, fmt: FPFormat | str, scale, zero_point=None
   Weights come in as many shapes as there are layers, and each would be
   compiled. In NumPy, of the shape of `x`.
   """
+  # In pieces of one size, whatever the layer's: XLA compiles for shapes, and a
+  # UNet has weights of dozens. np.resize fills the last piece with repeats,
+  # which the last line cuts off.
   x = np.asarray(x)
   pieces = max(-(-x.size // _PIECE), 1)
   flat = lambda array: np.resize(
       np.broadcast_to(np.asarray(array, np.float32), x.shape),
       (pieces, _PIECE))
+  # Without a zero point nothing is subtracted, so -0.0 stays what it is:
+  # another program than that of a zero point of 0.
   parts = [flat(x), flat(scale)]
   if zero_point is not None:
     parts.append(flat(zero_point))
@@ -102,6 +107,7 @@ def encode(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
     TypeError, ValueError: as `fake_quant`, and for NaN in a concrete array.
   """
   x, fmt = _check(x, fmt)
+  # The count comes out of the same compiled pass: no second look at the data.
   codes, nans = _encode(fmt, x, *_affine(x.shape, scale, zero_point))
   if not isinstance(nans, jax.core.Tracer) and nans:
     raise ValueError(
@@ -145,9 +151,20 @@ def snap_scale(scale) -> jax.Array:
   return lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=15)
 
 
+# Rounding is flat almost everywhere, and its own gradient 0.
 snap_scale.defjvps(lambda tangent, snapped, scale: tangent)
 
 
+# A value between its two neighbours, in E2M1 (M = 1):
+#
+#   u     e   step 2^(e - M)   k = round(u / step)   nearest = k step
+#   2.6   1   1                3                     3
+#   3.6   1   1                4                     4
+#   0.2   0   .5               0                     0    (e has a lowest value)
+#
+# k = 2^(M+1), as of 3.6, is the first level of the next binade: `_join` need
+# not know, and `_encode` lets it carry. An even k is an even mantissa, so
+# rounding k to even is the tie rule of IEEE 754.
 def _split(u, fmt):
   """u float32 -> sign bit, exponent bits, k: |nearest(u)| = k * 2^(e - M)."""
   a = jnp.abs(u)
@@ -196,6 +213,8 @@ def _denormalize(q, scale, zero_point, dtype):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _straight_through(fmt, x, scale, zero_point):
+  # A gradient by hand: that of bit arithmetic is 0 or undefined, and the
+  # ranges' need u and q, which the result alone does not give.
   q = _nearest(_normalize(x, scale, zero_point), fmt)
   return _denormalize(q, scale, zero_point, x.dtype)
 
@@ -210,11 +229,16 @@ def _backward(fmt, residuals, g):
   q = _nearest(u, fmt)
   # False for NaN, so that a NaN reaches the gradients too.
   outside = (u < fmt.lowest) | (u > fmt.max)
+  # x may be bfloat16; sums over a tensor for one scale need float32.
   g = g.astype(jnp.float32)
   dx = jnp.where(outside, 0.0, g).astype(x.dtype)
+  # y = scale q(u) + z, u = (x - z) / scale, and dq/du counts as 1 inside:
+  #   dy/dscale = q + scale (dq/du) (du/dscale) = q - u
+  # Outside q is constant, which leaves q.
   dscale = _sum_to(g * (q - jnp.where(outside, 0.0, u)), scale.shape)
   if zero_point is None:
     return dx, dscale, None
+  # Inside, what the zero point takes off x it adds again: 0.
   return dx, dscale, _sum_to(jnp.where(outside, g, 0.0), zero_point.shape)
 
 
@@ -241,6 +265,8 @@ def _decode(fmt, dtype, codes, scale, zero_point):
   m = codes & np.uint32(2**fmt.mantissa_bits - 1)
   p = (codes >> fmt.mantissa_bits) & np.uint32(2**fmt.exponent_bits - 1)
   k = m | (p > 0).astype(jnp.uint32) << fmt.mantissa_bits
+  # Subnormals (p = 0) have the exponent of the lowest binade; what they lack is
+  # the leading one, which went into k above.
   exponent = jnp.maximum(p, np.uint32(1)) + np.uint32(127 - fmt.bias)
   sign = (codes << (32 - fmt.bits)) & _SIGN if fmt.signed else None
   q = _join(sign, exponent << 23, k.astype(jnp.float32), fmt)
@@ -273,6 +299,8 @@ def _check(x, fmt):
 
 def _affine(shape, scale, zero_point):
   """scale and zero_point (or None) as float32 that broadcasts to `shape`."""
+  # A JAX array may be traced or on a device; to look at it would be an error or
+  # a wait. Scales of calibration are checked where they are made and loaded.
   if not isinstance(scale, jax.Array) and not np.all(np.asarray(scale) > 0):
     raise ValueError(
         f'scale must be positive, got {scale}; a tensor of zeros is exact at '

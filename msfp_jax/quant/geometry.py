@@ -1,4 +1,4 @@
-"""What of a convolution is not in its weights: strides, padding, ..."""
+"""Geometry: strides, padding, dilation and groups of a convolution."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -52,6 +52,8 @@ class Geometry(NamedTuple):
 
 def channels_last(axes: int) -> lax.ConvDimensionNumbers:
   """`[B, *spatial, C]`, `[*window, I, O]`, for any number of axes."""
+  # As XLA counts: batch, channels, then the spatial axes; of weights outputs,
+  # inputs, then the window.
   data = (0, axes + 1, *range(1, axes + 1))
   return lax.ConvDimensionNumbers(
       data, (axes + 1, axes, *range(axes)), data)
@@ -75,6 +77,7 @@ def resolve(shape: Sequence[int], window: Sequence[int],
   each = lambda n: (n,) * axes if isinstance(n, int) else tuple(n)
   strides, dilation = each(strides), each(dilation)
   if isinstance(padding, str):
+    # 'SAME' is by the window as dilation spreads it.
     reach = [(size - 1) * d + 1
              for size, d in zip(window, dilation, strict=True)]
     padding = lax.padtype_to_pads(shape[1:-1], reach, strides, padding)
@@ -107,6 +110,7 @@ def of_module(module: nn.Conv, x: jax.Array
     raise ValueError(f'input_dilation {module.input_dilation}: a transposed '
                      'convolution cannot be packed')
   dilation = tuple(n or 1 for n in each(module.kernel_dilation))
+  # nn.Conv takes any number of batch axes, also none.
   x = x.reshape(-1, *x.shape[x.ndim - axes - 1:])
   x, padding = _pad(x, module, window, dilation)
   strides = tuple(n or 1 for n in each(module.strides))
@@ -120,10 +124,14 @@ def _pad(x: jax.Array, module: nn.Conv, window: tuple[int, ...],
   padding = module.padding
   reach = [d * (size - 1) for size, d in zip(window, dilation, strict=True)]
   if padding in ('CIRCULAR', 'REFLECT'):
+    # These are pixels of the image, to be quantized like any; a geometry's
+    # padding is zeros, which add nothing to a sum whatever the zero point.
     widths = [(0, 0), *[(r // 2, r - r // 2) for r in reach], (0, 0)]
     mode = 'wrap' if padding == 'CIRCULAR' else 'reflect'
     return jnp.pad(x, widths, mode=mode), 'VALID'
   if padding == 'CAUSAL':
+    # All before: an output sees nothing that comes after it. Flax has it for
+    # one spatial axis.
     return x, ((reach[0], 0),)
   if isinstance(padding, int):
     return x, ((padding, padding),) * len(reach)

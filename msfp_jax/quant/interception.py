@@ -80,6 +80,8 @@ def call(model: nn.Module, params: Any, visit: Visit, *inputs: Any,
       parameters, or other ones.
   """
   params = parameters(params)
+  # A collection named anew at every call is part of what nn.jit compares: it
+  # cannot find a trace of an earlier call, whose `visit` was another.
   marks = _marks([*traverse_util.flatten_dict(params),
                   *((*name.split('.'), 'kernel') for name in names)])
   variables = {'params': params, f'trace {next(_trace_numbers)}': marks}
@@ -146,7 +148,10 @@ def _record(model, params, *inputs):
     return next_fun(*args, **kwargs)
 
   def visit(module, x, compute):
+    # Without its parent the module keeps no scope, and no tracer, alive.
     modules[module.path] = module.clone(parent=None)
+    # The parameters pass through the tap as well: what comes out is the very
+    # array that went in, unless the model changed it on the way (`refusals`).
     own = module.variables.get('params', {})
     return compute(taps.tap(x, *own.values(), label=(
         module.path, tuple((kind, v.shape) for kind, v in own.items()))))
@@ -168,6 +173,8 @@ def _record(model, params, *inputs):
     path, kinds = one.label
     name = '.'.join(path)
     refusals.check_weights(name, path, kinds, one.beside, params)
+    # Also one module called twice: its inputs may differ as much as two
+    # layers'.
     if name in seen:
       raise ValueError(f'layer {name!r} is called more than once: one '
                        'quantizer cannot serve both; give each call a layer')
@@ -189,6 +196,7 @@ def list_layers(model: nn.Module, params: Any, *inputs: Any
       it has weights of two or more dimensions that belong to no layer, nn.Embed
       or normalization, which nothing would quantize.
   """
+  # Filled while JAX traces; eval_shape calls `look` exactly once.
   names, owners = [], {}
 
   def look(params, *inputs):

@@ -32,6 +32,8 @@ class Layout:
 
   def levels(self, data: jax.Array, fmt: FPFormat, length: int) -> jax.Array:
     """The codes' values before scale and zero point, float32."""
+    # Decoded with a scale of 1: what comes out are the levels of the format,
+    # which products keep exact until the very end.
     return functional.decode(self.codes(data, fmt, length), fmt, np.float32(1))
 
   def size(self, data: Any, length: int) -> int:
@@ -68,9 +70,11 @@ class Nibbles(Layout):
     return unpack_halves(data, length)
 
   def size(self, data, length):
+    # An odd length has half a byte of padding, which is no element.
     return int(np.prod(data.shape)) // data.shape[-2] * length
 
 
+# Layouts have no fields, so those of a class are equal: compare them with ==.
 LEVELS, BYTES, NIBBLES = Levels(), Bytes(), Nibbles()
 
 
@@ -92,6 +96,11 @@ def pack_halves(codes: np.ndarray) -> np.ndarray:
   if codes.size and codes.max() > 15:
     raise ValueError(f'codes go up to {codes.max()}, but half a byte holds at '
                      'most 15')
+  # K = 5 codes of a column:
+  #
+  #   byte          0    1    2
+  #   low nibble    c0   c1   c2
+  #   high nibble   c3   c4   0
   half = -(-codes.shape[-2] // 2)
   low, high = codes[..., :half, :], codes[..., half:, :]
   missing = 2 * half - codes.shape[-2]
@@ -116,6 +125,10 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
   Returns:
     uint8 `[ceil(size * bits / 8)]`.
   """
+  # Codes 5 (101) and 3 (011) of 3 bits: the stream 1 0 1 1 1 0, the byte
+  # 0b011101. Files alone: 6-bit codes a byte each would waste a quarter of the
+  # room, but in memory a kernel wants to find a code without shifting across
+  # bytes.
   each = np.unpackbits(codes.reshape(-1, 1), axis=1, bitorder='little')
   return np.packbits(each[:, :bits], bitorder='little')
 

@@ -52,8 +52,12 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   if unknown := set(needs) - set(fit_lib.NEEDS):
     raise ValueError(f'needs {sorted(unknown)}: must be among {fit_lib.NEEDS}')
   batches = batches_lib.check_batches(batches)
+  # Every step alike: activations drift along the trajectory, and a quantizer
+  # that holds for all steps must have seen all.
   count = -(-samples_per_layer // (plan.num_steps * len(batches)))
   noise, *condition = batches[0]
+  # By shapes alone, in milliseconds: what is refused is refused before XLA
+  # compiles a sampler.
   names = interception.list_layers(
       model, params, noise, jnp.zeros(len(noise)), *condition)
   run = jax.jit(functools.partial(watch, model, plan, count, tuple(needs)))
@@ -76,7 +80,17 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
     values `[S]`, and 'values' `[S, count]`; the Gram matrix is the sum over
     the steps.
   """
+  # One scan over the sampler's steps. What is kept of each is a row of the
+  # scan's outputs; Gram matrices are summed in its carry, as S of them would
+  # not fit.
+  #
+  #   carry   x_T --> model --> eps --> advance --> x' --> model --> ...
+  #                     |
+  #   outputs           +--> every layer's input --> _gather --> row of [S, ...]
+  #
   noise, *condition = batch
+  # Steps fold in 0 to S - 1 for their samples, so S is free for the sampler's
+  # noise; were they the same key, sampled places would go with the noise.
   sampler_key = jax.random.fold_in(key, plan.num_steps)
 
   def predict(x, t, index):
@@ -102,6 +116,7 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
     position = sampling.advance(plan, step, position, eps, sampler_key)
     return (position, sums), found
 
+  # A scan's carry needs its shapes beforehand.
   empty = jax.tree.map(
       lambda gram: jnp.zeros(gram.shape, gram.dtype),
       {name: part[fit_lib.GRAM] for name, part in jax.eval_shape(
@@ -115,13 +130,14 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
 
 
 def _gather(module, value, places, key, needs):
-  """What is kept of one input `[..., I]` at one step."""
+  """Takes from one input `[..., I]`, at one step, what `needs` asks for."""
   flat = value.reshape(-1, value.shape[-1])
   found = {'minimum': value.min(), 'maximum': value.max()}
   if fit_lib.VALUES in needs:
     found[fit_lib.VALUES] = value.ravel()[places]
   if fit_lib.ROWS in needs:
     number = -(-len(places) // value.shape[-1])
+    # A key of its own, as values took the layer's; so below.
     found[fit_lib.ROWS] = flat[jax.random.randint(
         jax.random.fold_in(key, 1), (number,), 0, len(flat))]
   if fit_lib.CHANNEL_MAXIMA in needs:
@@ -137,11 +153,13 @@ def _gather(module, value, places, key, needs):
 
 
 def _windows(module, value):
-  """What every output sums over, `[N, K]`, in the order of the weights."""
+  """The vectors `[N, K]` that outputs sum over, in the order of the weights."""
   if not isinstance(module, nn.Conv):
     return value.reshape(-1, value.shape[-1])
   x, geometry, window = geometry_lib.of_module(module, value)
   size = x.shape[-1]
+  # [B, *spatial', C window]: a convolution is a product of these with the
+  # kernel.
   patches = jax.lax.conv_general_dilated_patches(
       x, window, geometry.strides, geometry.padding,
       rhs_dilation=geometry.dilation,
@@ -154,6 +172,7 @@ def _windows(module, value):
 def _join(name, parts, needs):
   """A `Seen` of what all batches brought."""
   both = lambda key: np.concatenate([part[key].ravel() for part in parts])
+  # NaN reaches a minimum and infinity one of both: no further look at the data.
   low, high = float(both('minimum').min()), float(both('maximum').max())
   if not np.isfinite([low, high]).all():
     raise ValueError(f'layer {name} got inputs that are NaN or infinite '
@@ -170,6 +189,7 @@ def _join(name, parts, needs):
         [part[fit_lib.CHANNEL_MAXIMA].max(0) for part in parts], axis=0)
   if fit_lib.GRAM in needs:
     steps = len(parts[0]['minimum'])
+    # Sums over steps in float32 on the device, means over batches in float64.
     seen['gram'] = np.mean([np.float64(part[fit_lib.GRAM]) / steps
                             for part in parts], axis=0)
   return Seen(minimum=low, maximum=high, **seen)

@@ -26,7 +26,7 @@ class Latent:
 
 @flax.struct.dataclass
 class Prepared:
-  """What is found out once about packed weights; see `kernels.prepare`.
+  """Facts about packed weights that are computed once; see `kernels.prepare`.
 
   Attributes:
     tap_sums: sums over I of the weights as carried in float32, `[*window, O]`,
@@ -79,10 +79,13 @@ class QLayer:
       step: position in the plan; may be traced.
       bank: which set; may be traced.
     """
+    # Sampling asks for this at every step: a choice by index, inside the
+    # compiled loop, in place of one program a bank.
     prepared = self.prepared
     if prepared is not None and prepared.tap_sums is not None:
       prepared = prepared.replace(tap_sums=prepared.tap_sums[bank])
     weight = self.weight
+    # A Latent has one set: in training banks are mixed before it is made.
     if isinstance(weight, QTensor):
       weight = weight.bank(bank)
     return self.replace(

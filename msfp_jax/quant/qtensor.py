@@ -31,6 +31,16 @@ from msfp_jax.quant import functional
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
+# A dense layer's weights [I, O] with I = 10 and group = 4, the last one short:
+#
+#   data [10, O]         scale [3, O]
+#   rows 0 to 3   <---   row 0
+#   rows 4 to 7   <---   row 1
+#   rows 8 and 9  <---   row 2
+#
+# `spread` repeats the rows of scale to [12, O] and cuts them to [10, O]. Axes
+# are counted from the end everywhere, so that an axis of banks in front, [h, I,
+# O], changes nothing.
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
 SHIFT_BITS = 3  # a shift is 0 to 4
 
@@ -70,7 +80,7 @@ class QTensor:
 
   @property
   def numbers(self) -> FPFormat:
-    """What `levels` returns values of."""
+    """The format whose values `levels` returns, shifts included."""
     return self.wide or self.fmt
 
   @property
@@ -90,6 +100,8 @@ class QTensor:
     Codes, scales, zero points and shifts: the one size that tables, files and
     reports use.
     """
+    # By the format's bits and not by data.nbytes: a simulation keeps levels in
+    # float32, and has the size that its codes would have.
     bits = self.size * self.fmt.bits
     for part in (self.scale, self.zero_point, self.outer):
       if part is not None:
@@ -107,11 +119,14 @@ class QTensor:
     levels = self.layout.levels(self.data, self.fmt, self.length)
     if self.shift is None:
       return levels
+    # Exact: a power of two changes the exponent of a level, not its digits.
     factor = (1 << jnp.asarray(self.shift, jnp.int32)).astype(jnp.float32)
     return levels * self.spread(factor, self.shift_group)
 
   def scales(self) -> jax.Array:
     """Both levels of scales in one, float32, by group."""
+    # The product is rounded, but only here: `Block.quantize` divides by this
+    # very number, so levels belong to the scale that is read back.
     scale = jnp.asarray(self.scale, jnp.float32)
     return scale if self.outer is None else scale * self.outer
 
@@ -119,6 +134,7 @@ class QTensor:
     """One entry a group -> one an element, along the contraction."""
     if jnp.ndim(parts) < -self.axis or parts.shape[self.axis] == 1:
       return parts
+    # A size of 1 is left to broadcasting: no copy of the tensor's size.
     whole = jnp.repeat(parts, self.group if group is None else group,
                        axis=self.axis)
     axis = whole.ndim + self.axis
@@ -133,6 +149,14 @@ class QTensor:
 
   def bank(self, index: Any) -> 'QTensor':
     """One of h tensors; `index` may be traced."""
+    # What has as many axes as the data has one of banks too, and is taken
+    # apart; what has fewer serves all banks and stays:
+    #
+    #   data [h, kh, kw, I, O]   scale [h, kh, kw, I / 16, O]   its own: Block
+    #                            scale [1, 1, 1, O]             shared: Static
+    #
+    # So no field has to say which of a quantizer's arrays are banked, and both
+    # keep fitting to the data of one bank, [kh, kw, I, O].
     axes = jnp.ndim(self.data)
     return jax.tree.map(
         lambda part: part[index] if jnp.ndim(part) == axes else part, self)
@@ -160,6 +184,7 @@ _AT_ONCE = 2**18
 
 
 def _encode(levels: np.ndarray, fmt: FPFormat) -> np.ndarray:
+  # resize fills the last piece with repeats, which are cut off again.
   pieces = -(-levels.size // _AT_ONCE)
   flat = np.resize(levels, (pieces, _AT_ONCE))
   codes = [functional.encode(part, fmt, np.float32(1)) for part in flat]

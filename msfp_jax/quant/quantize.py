@@ -37,6 +37,8 @@ def quantize_kernel(kernel: jax.Array, layer: spec_lib.LayerSpec
     return kernel
   if layer.around is not None:
     kernel = layer.around.residual(kernel)
+  # As a single bank, by the function that serves several: both kinds of model
+  # get the same weights.
   return layer.weight.quantize_banks(kernel[None]).bank(0)
 
 
@@ -54,6 +56,7 @@ def make_layer(weight: Any, layer: spec_lib.LayerSpec,
                bias: jax.Array | None) -> QLayer:
   """A QLayer of a LayerSpec; without quantized weights the module has both."""
   if weight is None:
+    # Its bias stays in the model's parameters, where the module adds it.
     return QLayer(None, layer.act)
   return QLayer(weight, layer.act, bias, layer.around or Around())
 

@@ -26,7 +26,7 @@ _static = lambda **options: flax.struct.field(pytree_node=False, **options)
 
 
 class Quantizer:
-  """What every quantizer has; subclasses define `bits` and `quantize`.
+  """The base of all quantizers; subclasses define `bits` and `quantize`.
 
   KINDS holds the subclasses by name, by which files know them.
   """
@@ -35,6 +35,8 @@ class Quantizer:
 
   def __init_subclass__(cls, **options: Any):
     super().__init_subclass__(**options)
+    # A file names the class of a quantizer; to define or import it is to make
+    # files with it loadable.
     Quantizer.KINDS[cls.__name__] = cls
 
   @property
@@ -66,11 +68,13 @@ class Quantizer:
 
   def quantize_banks(self, kernels: jax.Array) -> QTensor:
     """Weights `[h, *window, I, O]`, each of h sets by itself."""
+    # One at a time: a scale from the data must not look at another bank's
+    # weights.
     tensors = [self.quantize(kernel, axis=-2) for kernel in kernels]
     return jax.tree.map(lambda *parts: jnp.stack(parts), *tensors)
 
   def offsets(self) -> dict[str, jax.Array]:
-    """What training may move, all zero; empty where there is nothing."""
+    """Trainable parameters, all zero; empty where there is nothing to train."""
     return {}
 
   def moved(self, offsets: dict[str, jax.Array]) -> 'Quantizer':
@@ -97,6 +101,7 @@ def _pass_through(x, quantized):
   return quantized
 
 
+# A rule of its own, as x + stop_gradient(quantized - x) would round the value.
 _pass_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
@@ -144,6 +149,7 @@ class Static(Quantizer):
     return self.fmt.bits
 
   def quantize(self, x, axis=-1):
+    # Before broadcasting: a scale of [S] might fit to the tensor by accident.
     self._check_step()
     return self._tensor(functional.nearest_level(
         x, self.fmt, self.scale, self.zero_point), axis)
@@ -156,6 +162,9 @@ class Static(Quantizer):
 
   def quantize_banks(self, kernels):
     # The sets share one scale.
+    # Under jit the caller's program is compiled as a whole, and there is
+    # nothing to save. Concrete weights go in pieces, one compilation for all
+    # layers' shapes.
     if isinstance(kernels, jax.core.Tracer) or isinstance(
         self.scale, jax.core.Tracer):
       return self.quantize(kernels, axis=-2)
@@ -169,6 +178,8 @@ class Static(Quantizer):
 
   def offsets(self):
     """{'log_scale'} and, where there is one, {'zero_point'} in scales."""
+    # Both without a unit, so that one learning rate serves layers whose ranges
+    # differ by orders of magnitude.
     zeros = {'log_scale': jnp.zeros_like(self.scale)}
     if self.zero_point is not None:
       zeros['zero_point'] = jnp.zeros_like(self.zero_point)
@@ -176,14 +187,21 @@ class Static(Quantizer):
 
   def moved(self, offsets):
     """Scale times exp(log_scale); zero point plus offset, in old scales."""
+    # The exponential keeps it positive, whatever the optimizer does.
     scale = self.scale * jnp.exp(offsets['log_scale'])
     zero_point = self.zero_point
     if zero_point is not None:
+      # Only where something is added to scale * level: an exact product is then
+      # rounded once, with or without a fused multiply-add (see
+      # `functional.snap_scale`). Calibration snapped it too, so an offset of 0
+      # moves nothing.
       scale = functional.snap_scale(scale)
       zero_point = zero_point + self.scale * offsets['zero_point']
     return self.replace(scale=scale, zero_point=zero_point)
 
   def at(self, step):
+    # By step, arrays are [S, ...]; `step` may be traced, as in a sampler's
+    # scan.
     if not self.by_step:
       return self
     pick = lambda part: None if part is None else jnp.asarray(part)[step]
@@ -207,6 +225,8 @@ def _range_of(values: Any) -> str:
 
 def fields_of(quantizer: Quantizer) -> dict[str, Any]:
   """The fields of a quantizer, by name; those at their default left out."""
+  # Only plain values are compared with their default: of arrays == gives an
+  # array.
   return {field.name: value for field in dataclasses.fields(quantizer)
           if (value := getattr(quantizer, field.name)) is not None
           and not (field.default is not dataclasses.MISSING

@@ -38,14 +38,16 @@ class Recipe:
 
   @property
   def needs(self) -> Collection[str]:
-    """What calibration has to gather of the inputs; empty: no run at all."""
+    """What calibration has to gather; if empty, the model does not run."""
     parts = [self.nal, self.aal, *([self.around] if self.around else ())]
     found = {need for part in parts for need in part.needs}
+    # Extremes tell AALs from NALs, which matters only where these differ.
     if self.nal != self.aal:
       found.add(fit_lib.EXTREMES)
     return found
 
 
+# Anyone may add to it, from any module: configs name its keys.
 RECIPES = {
     # "Mixup-sign": signed for NALs, signed or unsigned for AALs.
     'msfp': Recipe(weight=Searched((SIGNED,)), nal=Searched((SIGNED,)),

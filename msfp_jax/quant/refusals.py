@@ -28,6 +28,8 @@ def why_not(module: nn.Module) -> str | None:
   Returns:
     A sentence; None for a layer that can.
   """
+  # Our product takes the place of the module's: what was asked of it would be
+  # left out without a word.
   for name in _PRODUCTS:
     own = getattr(module, name, None)
     if not (own in (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
@@ -65,6 +67,7 @@ def check_weights(name: str, path: Sequence[str],
           f'layer {name}: its {kind} {params[kind].shape} holds those of '
           f'several layers {shape}, as nn.vmap and nn.scan make it: write '
           'these layers out, each under a name of its own')
+    # Identity: an array that is equal today may be computed from the parameter.
     if weight is not params[kind]:
       raise ValueError(
           f'layer {name} computes with another {kind} than its parameter '

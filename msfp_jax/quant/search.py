@@ -99,6 +99,7 @@ def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,
   if bad:
     raise ValueError(f'{bad} of {x.size} values are NaN or infinite')
   if channel_axis is None:
+    # One search for all: a tensor is a single channel.
     rows = x.reshape(1, -1)
   else:
     rows = np.moveaxis(x, channel_axis, 0).reshape(x.shape[channel_axis], -1)
@@ -132,6 +133,8 @@ def _level_table(formats: tuple[formats_lib.FPFormat, ...]) -> np.ndarray:
   """The levels of all formats, ascending to 1, float64 `[F, K]`."""
   grids = [fmt.levels() / fmt.max for fmt in formats]
   width = max(len(grid) for grid in grids)
+  # Formats with fewer levels are filled up by repeats of the top, to which no
+  # value goes: one array, and one compilation, for all.
   return np.stack([
       np.pad(grid, (0, width - len(grid)), mode='edge') for grid in grids])
 

@@ -88,6 +88,7 @@ def array_to_json(array: Any) -> dict[str, Any]:
   if array.dtype != np.float32:
     row['dtype'] = array.dtype.name
   if array.size > _READABLE or array.dtype != np.float32:
+    # Files are little-endian, wherever they are written.
     little = array.astype(array.dtype.newbyteorder('<'))
     row['base64'] = base64.b64encode(little.tobytes()).decode()
   else:
@@ -121,6 +122,8 @@ def _to_json(value: Any) -> Any:
 
 def _field_from_json(kind: str, field: dataclasses.Field, value: Any) -> Any:
   """The value of a field; ValueError if it is none of the field's types."""
+  # 'FPFormat | None' -> (FPFormat, None's type); a class alone has no
+  # arguments.
   types = typing.get_args(field.type) or (field.type,)
   if FPFormat in types:
     return FPFormat.parse(value)

@@ -1,4 +1,4 @@
-"""What is done to every layer: LayerSpec and QuantSpec, and their file."""
+"""QuantSpec: how every layer of a model is quantized, and its JSON file."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -58,6 +58,14 @@ class QuantSpec:
 
   def to_json(self) -> str:
     """A line per layer; floats survive the way there and back exactly."""
+    # A layer's line, here broken into four:
+    #
+    #   {"layer": "down.0.block.0.conv1", "role": "conv", "class": "AAL",
+    #    "act": {"kind": "Static", "fmt": "UE2M2", "scale": {"value": 0.25}},
+    #    "stats": {"act_min": -0.2784, ...},
+    #    "weight": {"kind": "Static", "fmt": "E2M1", "scale": {"shape": ...}}}
+    #
+    # A line each, so that a diff of two specs shows the layers that differ.
     rows = [json.dumps({'layer': name} | _layer_to_dict(layer))
             for name, layer in self.layers.items()]
     head = json.dumps({'format': _FORMAT, 'recipe': self.recipe})[:-1]
@@ -71,6 +79,7 @@ class QuantSpec:
       ValueError: anything else.
     """
     try:
+      # A damaged file may fail in any of these ways; callers get one error.
       content = json.loads(text)
       read = {_FORMAT: _layer_from_dict, _FIRST_FORMAT: _layer_from_first}.get(
           content['format'])
@@ -97,6 +106,7 @@ def _layer_to_dict(layer: LayerSpec) -> dict[str, Any]:
          'stats': dict(layer.stats)}
   if layer.around is not None:
     row['around'] = serialize.around_to_dict(layer.around)
+  # The weights last: their arrays are the longest part of a line.
   return row | {'weight': serialize.quantizer_to_dict(layer.weight)}
 
 
@@ -111,7 +121,7 @@ def _layer_from_dict(row: dict[str, Any]) -> LayerSpec:
 
 
 def _layer_from_first(row: dict[str, Any]) -> LayerSpec:
-  """Of version 1, which knew static quantizers and None alone."""
+  """Reads a layer of version 1, which knew static quantizers and None alone."""
   return LayerSpec(
       row['role'], row['class'], _static_from_first(row['weight']),
       _static_from_first(row['act']), None, row['stats'])

@@ -32,7 +32,7 @@ ad.primitive_jvps[_tap_p] = lambda values, tangents, label: (
 
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-  """What one tap saw.
+  """The value that passed one tap, and what was given beside it.
 
   Attributes:
     label: of the tap.
@@ -80,6 +80,15 @@ def run(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Tapped]]:
   Raises:
     LoopError: a tap stands in a loop or a branch.
   """
+  #   traced                        run by `_run`
+  #
+  #   a = dot x w                   a = dot x w
+  #   b = jit[ c = tap a            c = a, and a is what the tap saw
+  #            d = exp c ] a        d = exp c
+  #   e = scan[ ... ] d             e = scan[ ... ] d    (no tap inside)
+  #
+  # `_run` may itself be traced: then what the taps saw are tracers of the outer
+  # program, and can be returned from it.
   program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
   found = []
   leaves = _run(program.jaxpr, program.consts, jax.tree.leaves(args), found)
@@ -102,6 +111,8 @@ def _run(program: core.Jaxpr, consts: list[Any], args: list[Any],
       # Operands may repeat; a program's arguments may not.
       operands = list(dict.fromkeys(
           atom for atom in step.invars if not isinstance(atom, core.Literal)))
+      # JAX's own evaluation of one step, so that all rules of the primitive
+      # hold.
       alone = program.replace(constvars=[], invars=operands,
                               outvars=step.outvars, eqns=[step])
       results = jax.core.eval_jaxpr(alone, (), *map(read, operands))
@@ -113,13 +124,15 @@ def _run(program: core.Jaxpr, consts: list[Any], args: list[Any],
                      inner.consts if closed else [],
                      list(map(read, step.invars)), found)
     else:
+      # A body that runs many times has as many values, and a branch perhaps
+      # none.
       raise LoopError(labels, step.primitive.name)
     values |= zip(step.outvars, results, strict=True)
   return [read(atom) for atom in program.outvars]
 
 
 def _labels(step: core.JaxprEqn) -> list[Any]:
-  """Of all taps inside one step of a program, at any depth."""
+  """The labels of all taps inside one step of a program, at any depth."""
   found = []
   for inner in core.jaxprs_in_params(step.params):
     for below in inner.eqns:
@@ -131,6 +144,7 @@ def _labels(step: core.JaxprEqn) -> list[Any]:
 
 def _batched(operands, axes, *, label):
   """A tap under vmap: one tap of all lanes, outside."""
+  # The axis of lanes goes to the front, where a layer has its batch axes.
   first = [operand if axis is None else jnp.moveaxis(operand, axis, 0)
            for operand, axis in zip(operands, axes, strict=True)]
   return _tap_p.bind(*first, label=label), None if axes[0] is None else 0
