@@ -44,6 +44,16 @@ from msfp_jax.packed import reader as reader_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.qlayer import QLayer
 
+# A small model, all in one file; metadata first, in safetensors' own header:
+#
+#   layers    [["conv_in","E3M4",3,"sb",["E3M4",0.021]],
+#              ["down.0.conv1","E2M1",32,"sb",["UE2M2",0.25,-0.2785]], ...]
+#   channels  [ scale | bias | scale | bias | ... | vectors ]
+#               conv_in        down.0.conv1         not quantized
+#   codes     conv_in.codes, down.0.conv1.codes, ...
+#
+# Every tensor of a safetensors file costs about 100 bytes of JSON, and a UNet
+# has hundreds of short ones (scales, biases, normalizations): hence `channels`.
 _FAMILY = 'msfp-jax/packed/'
 FORMAT, _FIRST = _FAMILY + '2', _FAMILY + '1'
 _CHOICES, _CHANNELS = 'choices', 'channels'
@@ -62,6 +72,8 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     ValueError: a model that is not packed, layers laid out for a kernel, names
       that cannot be told apart in the file, or too many banks.
   """
+  # Those without weights of their own have only an input quantizer, for
+  # `others`; their kernels and biases are among the parameters.
   own = {name: layer for name, layer in model.layers.items()
          if layer.weight is not None}
   tensors: dict[str, np.ndarray] = {}
@@ -74,11 +86,13 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   channels += vectors.values()
   tensors[_CHANNELS] = np.concatenate(channels)
   if model.choices:
+    # In the order of the layers, so that the table needs no names.
     choices = np.stack([model.choices[name] for name in own
                         if name in model.choices])
     if choices.max() > 255:
       raise ValueError(f'{choices.max() + 1} banks: a file holds up to 256')
     tensors[_CHOICES] = np.uint8(choices)
+  # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
   header = {
@@ -126,6 +140,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f'no packed model at {file}')
+  # Problems are gathered rather than raised, so that one message lists all of
+  # them.
   tensors, metadata = source_lib.read_safetensors(file)
   first = _check_format(file, metadata.get('format'))
   reader = reader_lib.Reader(tensors)
@@ -144,11 +160,15 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     layers, vectors = _read_layers(rows, header['vectors'], reader, first)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError
           ) as error:
+    # The header comes from outside, and may fail in any of these ways.
     raise ValueError(f'{file}: its header describes no packed model of this '
                      f'version ({error!r})') from error
   choices = _read_choices(layers, plan, reader)
+  # After the layers took theirs: what is left is a parameter, or unexpected.
   params = reader.rest(vectors)
   problems = list(reader.problems)
+  # Of a model that the caller gave nothing is known to compare with; Flax will
+  # say what it misses.
   if header['model'] and model is None:
     problems += reader_lib.misfits(built, layers, others, params)
   if problems:
@@ -194,6 +214,7 @@ def _flatten(params: Any) -> tuple[dict[str, np.ndarray],
     if odd := [part for part in path if '/' in part]:
       raise ValueError(f"parameters cannot have '/' in their names: {odd}")
     value = np.asarray(value)
+    # `channels` is float32; other types keep a tensor of their own.
     group = vectors if (value.ndim, value.dtype) == (1, np.float32) else rest
     group['/'.join(path)] = value
   return vectors, rest
@@ -204,11 +225,15 @@ def _read_layers(
     reader: reader_lib.Reader, first: bool
 ) -> tuple[dict[str, QLayer], dict[str, np.ndarray]]:
   """The layers, and what else is in `channels`."""
+  # Codes first: their shapes tell how many output channels a layer has, and so
+  # where its part of `channels` ends.
   codes = {row[0]: layers_lib.read_codes(row, reader, first) for row in rows}
   sizes = [codes[row[0]].shape[-1] * len(row[3]) for row in rows]
   sizes += vectors.values()
   known = len(reader.problems)
   table = reader.take(_CHANNELS, np.float32, (sum(sizes),))
+  # Where the table is missing it is zeros now, which are nobody's scales: to
+  # list each of these as flawed would bury the one problem that there is.
   is_read = len(reader.problems) == known
   if is_read and not np.isfinite(table).all():
     reader.problems.append(f'{_CHANNELS} holds values that are not finite')

@@ -1,4 +1,4 @@
-"""What a packed model's file says in its header (see `file`), as JSON."""
+"""The JSON header of a packed model's file, written and read (see `file`)."""
 
 import json
 from typing import Any
@@ -17,6 +17,17 @@ from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
 
+# Rows of three layers: E2M1 with a scale and bias a channel and an input with a
+# zero point; NVFP4 (the scales are tensors of the file, as they are no float32
+# channel); 6 bits, a stream, with its input in full precision.
+#
+#   ["down.0.conv1","E2M1",32,"sb",["UE2M2",0.25,-0.2785]]
+#   ["down.0.conv1","E2M1",32,"",
+#    {"kind":"Block","fmt":"E2M1","group":16,"scale_type":"e4m3",
+#     "two_level":true},
+#    {"group":16,"types":{"scale":"float8_e4m3fn"}}]
+#   ["down.0.conv1","E3M2",32,"s",[],{"shape":[1,3,3,32,8]}]
+#
 # What a layer may have for every output channel in float32, by its letter.
 SCALE, ZERO_POINT, BIAS = 's', 'z', 'b'
 # Types that tensors of a file are viewed as, beside float32.
@@ -49,6 +60,8 @@ def layer_to_row(name: str, layer: QLayer) -> list[Any]:
   if layer.around.rotation:
     more['rotation'] = layer.around.rotation
   if is_stream(weight.fmt):
+    # A stream is flat. In memory axis -2 may be halved; the stream is of all
+    # codes.
     more['shape'] = list(weight.data.shape)
     more['shape'][-2] = weight.length
   types = {key: part.dtype.name for key, part in parts_of(layer).items()
@@ -63,17 +76,21 @@ def layer_to_row(name: str, layer: QLayer) -> list[Any]:
 def is_per_output(weight: QTensor, part: Any) -> bool:
   """Whether a scale is one float32 for every output channel of all banks."""
   axes, outputs = np.ndim(weight.data) - 2, weight.data.shape[-1]
+  # With fewer axes than the codes: without one of banks.
   return (part is not None and part.dtype == np.float32
           and part.shape == (1,) * axes + (outputs,))
 
 
 def is_stream(fmt: FPFormat) -> bool:
   """Whether codes are stored as a stream of bits: neither 4 nor 8 each."""
+  # 4 and 8 bits are the same in memory and in a file, so that they load without
+  # a pass over them. A byte a code would make 5 to 7 bits as large as 8, and
+  # half a byte 3 bits as large as 4.
   return fmt.bits not in (4, 8)
 
 
 def parts_of(layer: QLayer) -> dict[str, np.ndarray]:
-  """{name: what a layer has beside codes and what is per output channel}."""
+  """{name: array} of all in a layer that is neither codes nor in `channels`."""
   weight, around = layer.weight, layer.around
   found = {'scale': weight.scale, 'zero_point': weight.zero_point,
            'outer': weight.outer, 'shift': weight.shift,
@@ -95,6 +112,7 @@ def input_to_row(quantizer: Quantizer) -> list[Any] | dict[str, Any]:
   if type(quantizer) is not Static or np.ndim(quantizer.scale):
     return serialize.quantizer_to_dict(quantizer)
   # As text a float32 is shortest, and survives.
+  # float(str(.)) and not float(.), which would write 17 digits for 8.
   short = lambda value: float(str(np.float32(value)))
   zero_point = quantizer.zero_point
   zero = [] if zero_point is None else [short(zero_point)]

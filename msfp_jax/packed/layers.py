@@ -20,19 +20,22 @@ def tensors_of(name: str, layer: QLayer) -> dict[str, np.ndarray]:
   weight = layer.weight
   codes = np.asarray(weight.data)
   if header_lib.is_stream(weight.fmt):
+    # `codes()` first: in memory two of 3 bits share a byte.
     codes = layout_lib.pack_bits(np.asarray(weight.codes()), weight.fmt.bits)
   found = {f'{name}.codes': codes}
   for key, part in header_lib.parts_of(layer).items():
     if key == 'shift':
       part = layout_lib.pack_bits(np.uint8(part), SHIFT_BITS)
     elif part.dtype.name in header_lib.TYPES:
+      # safetensors' NumPy side knows none of these types; the header names
+      # them.
       part = part.view(np.uint8)
     found[f'{name}.{key}'] = part
   return found
 
 
 def channels_of(layer: QLayer) -> list[np.ndarray]:
-  """What it has for every output channel, in the order of its letters."""
+  """A layer's arrays of one number an output channel, in its letters' order."""
   weight = layer.weight
   found = [part for part in (weight.scale, weight.zero_point)
            if header_lib.is_per_output(weight, part)]
@@ -53,6 +56,7 @@ def read_codes(row: list[Any], reader: Reader, first: bool) -> np.ndarray:
   if first or not header_lib.is_stream(fmt):
     return reader.take_codes(
         f'{name}.codes', -(-length // 2) if fmt.bits <= 4 else length)
+  # Before it is believed: a size from a damaged header may be of any magnitude.
   shape = tuple(row[5]['shape'])
   if len(shape) < 3 or shape[-2] != length or min(shape) < 1:
     raise ValueError(f'{name}: codes of shape {shape}')
@@ -83,6 +87,8 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
   groups = lambda group: -(-length // group) if group else 1
   for key, group in (('scale', 'group'), ('zero_point', 'group'),
                      ('shift', 'shift_group')):
+    # A layer always has a scale: where neither table nor tensor holds it,
+    # taking it is what reports that it is missing.
     if key in parts or (key != 'scale' and not reader.has(f'{name}.{key}')):
       continue
     shape = (banks, *window, groups(more.get(group, 0)), outputs)
@@ -100,7 +106,7 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
 
 
 def _flaws(parts):
-  """What of scales and zero points no weights have."""
+  """Lists the faults of scales and zero points that no weights can have."""
   found = []
   for key, part in parts.items():
     values = np.asarray(part, np.float32)
@@ -113,7 +119,7 @@ def _flaws(parts):
 
 
 def _read_around(name, more, reader, inputs, outputs):
-  """What stands around the product; `inputs` is `[*window, I]`."""
+  """Reads the `Around` of a layer; `inputs` is `[*window, I]`."""
   types, found = more.get('types', {}), {}
   if reader.has(f'{name}.smooth'):
     found['smooth'] = reader.take(f'{name}.smooth', np.float32, inputs[-1:])

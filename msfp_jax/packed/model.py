@@ -40,6 +40,14 @@ class PackedModel:
     implementation: of `kernels.run`; None picks for every layer.
   """
 
+  # Why a simulation is no class of its own: all that it differs in is how
+  # `layers[...].weight` is stored. It runs the same product, sampler and count
+  # of bytes, so that what a table says of it holds for the file that is made of
+  # it.
+  #
+  #   simulate --> float32 levels --packed()--> codes --save--> file
+  #                `eps_fn`                     `eps_fn`
+  #
   model: nn.Module
   params: Any
   layers: dict[str, QLayer]
@@ -49,7 +57,7 @@ class PackedModel:
 
   @property
   def arrays(self) -> Any:
-    """What a jitted sampler takes as an argument."""
+    """All arrays, as one pytree: the argument of jitted samplers."""
     return self.params, self.layers
 
   def with_arrays(self, arrays: Any) -> 'PackedModel':
@@ -81,17 +89,28 @@ class PackedModel:
     layers = {}
     for name, layer in self.layers.items():
       try:
+        # In NumPy: on a device, codes would take memory before anything is
+        # sampled.
         layers[name] = layer if layer.weight is None else jax.tree.map(
             np.asarray, layer.replace(weight=layer.weight.packed()))
       except ValueError as error:
         raise ValueError(f'layer {name}: {error}') from error
     host = dataclasses.replace(
         self, layers=layers, params=jax.tree.map(np.asarray, self.params))
+    # Codes in hand, an implementation can find out what it needs once a model.
     return host.with_implementation(self.implementation)
 
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
     """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
+    #   position in the plan --> choices[name][index] --> bank
+    #            |                                         |
+    #            +------> input quantizer at(index)     weight.bank(bank)
+    #                                   \               /
+    #   x, t, condition --> model with these as its layers --> eps
+    #
+    # As JAX arrays, for NumPy's cannot be indexed by a traced index. All banks
+    # stay on the device, and a step picks by index: S steps, one program.
     layers = {
         name: jax.tree.map(jnp.asarray, layer).at(
             index, jnp.asarray(self.choices[name])[index]
@@ -132,8 +151,9 @@ class PackedModel:
   def stored_bytes(self) -> int:
     """Bytes of what a file has to hold, without names: tables' `bytes`.
 
-    Of a model that is not packed this is what it would take.
+    A model that is not packed has the size that it would have.
     """
+    # Whole bytes once for all layers, not one by one.
     bits = sum(layer.nbits for layer in self.layers.values())
     return math.ceil(bits / 8) + sum(
         leaf.nbytes for leaf in jax.tree.leaves(self.params))
@@ -157,7 +177,7 @@ def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
 
 def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
              plan: diffusion.SamplerPlan) -> PackedModel:
-  """As `pack`, with levels in float32 for codes: the simulation."""
+  """The simulation of what `pack` makes: levels in float32 in place of codes."""
   params = interception.parameters(params)
   interception.check_finite(interception.leaves(params, 'kernel'))
   return deploy(*student_lib.untrained(model, params, spec), plan)
@@ -167,6 +187,7 @@ def full_precision(model: nn.Module, params: Any, plan: diffusion.SamplerPlan
                    ) -> PackedModel:
   """The model as it is, to sample in the same way."""
   names = interception.leaves(interception.parameters(params), 'kernel')
+  # A spec whose every quantizer is Full: no second way to sample.
   nothing = spec_lib.LayerSpec('', '')
   return simulate(model, params, spec_lib.QuantSpec(
       'fp', dict.fromkeys(names, nothing)), plan)
@@ -183,9 +204,12 @@ def deploy(student: student_lib.Student, trainable: Any,
   """
   params, layers = student.quantized(trainable)
   own = {name for name, layer in layers.items() if layer.weight is not None}
+  # The layers hold kernels and biases; kept here as well, a packed model would
+  # hold its full-precision weights.
   rest = {path: value for path, value
           in traverse_util.flatten_dict(params).items()
           if '.'.join(path[:-1]) not in own}
+  # The router is asked now, once for every step: it has no part in inference.
   choices = {
       name: np.asarray(banks, np.int32) for name, banks
       in student.choices(trainable, plan.timesteps).items()

@@ -25,6 +25,8 @@ class Reader:
   def take(self, name: str, dtype: Any, shape: tuple[int | None, ...]
            ) -> np.ndarray:
     """A tensor of this type and shape (None: any size); zeros if it is not."""
+    # What stands for a missing tensor has its shape and takes no memory:
+    # reading goes on, and finds the other problems.
     zeros = np.broadcast_to(
         np.zeros((), dtype), [1 if size is None else size for size in shape])
     tensor = self._left.pop(name, None)
@@ -43,6 +45,8 @@ class Reader:
   def take_codes(self, name: str, rows: int) -> np.ndarray:
     """Codes `[h, *window, rows, O]`, whatever the window."""
     tensor = self._left.get(name)
+    # The window's axes are known from the codes alone: one fewer is a dense
+    # layer.
     axes = 3 if tensor is None else max(len(tensor.shape), 3)
     codes = self.take(name, np.uint8, (*(None,) * (axes - 2), rows, None))
     if not codes.size:
@@ -97,13 +101,14 @@ class Reader:
       return self.take_stream(name, SHIFT_BITS, shape)
     tensor = self._left.get(name)
     if tensor is not None and len(tensor.shape) <= len(shape):
+      # From the end, as arrays broadcast: any axis may be shared.
       last = shape[len(shape) - len(tensor.shape):]
       shape = tuple(size if found == size else 1 for found, size in zip(
           tensor.shape, last, strict=True))
     return self.take_typed(name, dtype, shape)
 
   def rest(self, vectors: Mapping[str, np.ndarray]) -> Any:
-    """What is left, and `vectors`, as nested parameters."""
+    """Tensors that nobody took, and `vectors`, as nested parameters."""
     flat = {tuple(name.split('/')): value
             for name, value in vectors.items()}
     for name, tensor in self._left.items():
@@ -116,7 +121,7 @@ class Reader:
 
 def misfits(model: nn.Module, layers: Mapping[str, QLayer],
             others: Mapping[str, Any], params: Any) -> list[str]:
-  """Lists what of the file the model does not have, and the other way round.
+  """Lists where the tensors of a file and the parameters of a model differ.
 
   Args:
     model: of this package's registry.
@@ -134,6 +139,8 @@ def misfits(model: nn.Module, layers: Mapping[str, QLayer],
               if name not in layers and name not in others]
   problems += [f'layer {name}, which the model lacks'
                for name in {*layers, *others} - set(kernels_of)]
+  # Kernels and biases of packed layers are in the layers, not in the
+  # parameters.
   expected = {path: shape for path, shape in flat.items()
               if '.'.join(path[:-1]) not in layers}
   for path in expected.keys() | found.keys():
