@@ -32,6 +32,7 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
     ValueError: a layer of the model is not in `layers`, or an entry names
       none; a layer that is not supported, or not by the implementation.
   """
+  # Filled while the model is traced, or run: layers are found by being called.
   visited = set()
 
   def visit(module, x, compute):
@@ -42,6 +43,7 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
                        'or state that the layer stays in full precision')
     layer = layers[name]
     if layer.weight is None:
+      # Its weights stay in full precision: the module's own product is right.
       return compute(layer.input.fake_quant(x))
     try:
       return _run(module, x, layer, implementation)
@@ -57,13 +59,15 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
 
 def _run(module: nn.Module, x: jax.Array, layer: QLayer,
          implementation: str | None) -> jax.Array:
-  """What an nn.Dense or nn.Conv returns, from its quantized weights."""
+  """Computes an nn.Dense or nn.Conv from its quantized weights."""
+  # The type that the module would return, by Flax's own rule.
   dtype = module.dtype or jnp.promote_types(x.dtype, module.param_dtype)
   # Quantized as it comes: rounded to fewer bits first, levels would differ.
   x = x.astype(jnp.promote_types(x.dtype, dtype))
   if isinstance(module, nn.Dense):
     return door.run(
         layer, x, implementation=implementation).astype(dtype)
+  # `of_module` makes one batch axis of all; they come back at the end.
   batch = x.shape[:x.ndim - _axes_of(module) - 1]
   x, geometry, _ = geometry_lib.of_module(module, x)
   out = door.run(

@@ -69,6 +69,12 @@ class Carried:
     """v of every code, float64 `[2^bits]`."""
     return self.fmt.values() / self.unit - offset
 
+  # UE2M2 in int8, unit 1/4, with a zero point of -0.28 at a scale of 0.1:
+  #
+  #   x = 0.1 level - 0.28 = 0.025 (v' - 11.2),  v' = level / unit = 0 .. 28
+  #                        = 0.025 (v - 0.2),    v = v' - 11 = -11 .. 17
+  #
+  # What stays outside of the sum is below half a unit, and cancels no digits.
   def offset(self, scale: Any, zero_point: Any | None) -> Any:
     """The offset nearest to -zero_point / (scale unit), float32.
 
@@ -119,7 +125,8 @@ def operand(tensor: QTensor, carrier: str) -> Operand:
 
 def zero_of(carried: Carried, scale: jax.Array, zero_point: Any | None,
             offset: Any) -> jax.Array | None:
-  """What is left of a zero point: zero_point + scale * offset."""
+  """The part of a zero point that no offset took: zero_point + scale * offset.
+  """
   if isinstance(offset, float) and not offset:
     return zero_point
   moved = scale * offset

@@ -1,4 +1,4 @@
-"""What XLA is told when it compiles whole samplers."""
+"""Options for XLA, and borders in its programs, for whole samplers."""
 
 from collections.abc import Callable
 import functools

@@ -52,7 +52,7 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
         implementation: str | None = None, carrier: str | None = None,
         conv_general_dilated: Callable[..., jax.Array]
         = lax.conv_general_dilated) -> jax.Array:
-  """What a layer makes of its input.
+  """Computes a layer: quantizes the input, multiplies, adds the bias.
 
   Args:
     layer: with one set of weights, `[*window, I / groups, O]` or `[I, O]`.
@@ -69,9 +69,13 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
     ValueError: an implementation or carrier that does not take the operation;
       the message says why.
   """
+  # One function for all products in float32: the model's own convolution where
+  # it has one, in training as well.
   plain = functools.partial(
       _plain, geometry=geometry, function=conv_general_dilated)
   if isinstance(layer.weight, Latent):
+    # Weights in training exist in float32 only, and are multiplied as the
+    # simulation does.
     return training.run(
         lambda layer, x: _run(layer, x, geometry, 'reference', 'f32', plain),
         plain, layer, x)
@@ -83,13 +87,17 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
   work = functools.partial(_run, geometry=geometry,
                            implementation=implementation, carrier=carrier,
                            plain=plain)
+  # A chip's kernel decodes the weights itself, a block at a time: there is
+  # nothing that XLA could decode ahead of time.
   if implementation in KERNELS.values():
     return work(layer, x)
+  # As arguments of a function, x and the layer's arrays can be kept apart from
+  # the program around (see `apart`); here is the only call, so every layer is.
   return compiler.apart(lambda x, layer: work(layer, x), x, layer)
 
 
 def _plain(x, w, *, geometry, function):
-  """Of float32 values, by XLA."""
+  """The product of float32 values, by XLA."""
   if geometry is None or geometry.is_pointwise(w.shape[:-2]):
     return _dot(x, w, geometry)
   return geometry.conv(x, w, function=function)
@@ -99,6 +107,7 @@ def _dot(x, w, geometry, **options):
   """A dense layer or a window of 1: XLA has faster products than convolutions.
   """
   if geometry is not None and not geometry.plain:
+    # A window of 1 with strides looks at every s-th place and at no other.
     x = x[(slice(None), *[slice(None, None, s) for s in geometry.strides])]
   return lax.dot_general(x, w.reshape(w.shape[-2:]),
                          (((x.ndim - 1,), (0,)), ((), ())), **options)
@@ -108,6 +117,7 @@ def _run(layer, x, geometry, implementation, carrier, plain):
   """`run`, everything decided."""
   seen = layer.around.input(x)
   if layer.input.is_full:
+    # The input has no levels: nothing exact to gain.
     out = plain(jnp.asarray(seen, jnp.float32), layer.weight.dequantize())
     out = out if layer.bias is None else out + layer.bias
   elif implementation in KERNELS.values():
@@ -117,6 +127,7 @@ def _run(layer, x, geometry, implementation, carrier, plain):
   else:
     out = _run_xla(layer, seen, geometry, implementation, carrier, plain)
   if layer.around.down is not None:
+    # The branch sees x' before it was quantized: it carries what 4 bits lose.
     out = out + training.low_rank(layer.around, seen, plain)
   return out.astype(x.dtype)
 
@@ -125,6 +136,11 @@ def _run_xla(layer, x, geometry, implementation, carrier, plain):
   tensor, weight = layer.input.quantize(x, axis=-1), layer.weight
   multiply = functools.partial(
       _multiply, geometry=geometry, carrier=carrier, plain=plain)
+  # Scales that stay in the sum, by one of two ways. `grouped` sums each group
+  # exactly, and holds all groups' sums: n times the result for n groups.
+  # `dequantized` is one product of scaled elements, each rounded: on CPUs
+  # several times faster, and off by float32's own precision. `grouped` knows no
+  # groups of channels (depthwise convolutions).
   if not product.is_separable(tensor, weight, geometry):
     if carrier == 'f32' and implementation == 'xla' or (
         geometry is not None and geometry.groups != 1):
@@ -136,7 +152,7 @@ def _run_xla(layer, x, geometry, implementation, carrier, plain):
 
 
 def _multiply(v, w, *, geometry, carrier, plain):
-  """Of values in the carrier, by XLA."""
+  """The product of values in a carrier, by XLA, in the carrier's sums."""
   if carrier == 'f32':
     return plain(v, w)
   options = {'preferred_element_type': carriers.DTYPES[carrier][1]}
@@ -147,6 +163,8 @@ def _multiply(v, w, *, geometry, carrier, plain):
 
 def _sums_of(layer, carrier):
   """The prepared sums of the weights, if they are those of this carrier."""
+  # `prepare` summed v as float32 carries it. Another carrier with the same
+  # offsets has the same v in other units; fp8 has no offsets, and other v.
   own, other = (carriers.carry(layer.weight.numbers, name)
                 for name in ('f32', carrier))
   if layer.prepared is None or layer.prepared.tap_sums is None or (
@@ -180,6 +198,8 @@ def _run_kernel(layer, x, geometry, implementation, carrier):
   ops, weight = _ops_of(implementation), layer.weight
   fmt, v = weight.fmt, carriers.operand(
       layer.input.quantize(x, axis=-1), carrier)
+  # In place of the weights a shape: the epilogue looks at their scale alone,
+  # unless it has to sum them.
   bare = carriers.Operand(
       jax.ShapeDtypeStruct((*weight.data.shape[:-2], weight.length,
                             weight.scale.shape[-1]), jnp.float32),
@@ -205,6 +225,8 @@ def pick(layer: QLayer, shape: Sequence[int],
          geometry: Geometry | None = None, carrier: str | None = None) -> str:
   """The implementation that None stands for; arguments as for `why_not`."""
   if not layer.weight.is_packed:
+    # A simulation, not packed: scales in the sum are cheaper by 'xla', which
+    # has `dequantized` (see `_run_xla`).
     separable = layer.input.is_full or product.is_separable(
         _input_of(layer, shape), layer.weight, geometry)
     return 'reference' if separable else 'xla'
@@ -219,6 +241,8 @@ def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
   """The carrier of an implementation on the default device."""
   if implementation == 'reference' or layer.input.is_full:
     return 'f32'
+  # A chip's kernels may be asked for on another device, to be interpreted: they
+  # have their own chip's carriers there.
   backend = {name: key for key, name in KERNELS.items()}.get(
       implementation, jax.default_backend())
   choices = _CARRIERS.get(backend)
@@ -296,6 +320,8 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
     return (f'it takes 2-D convolutions without groups and dilation, not '
             f'{geometry}')
   carrier = carrier or pick_carrier(layer, shape, implementation)
+  # Shapes alone: the question is asked for every layer, the weights are laid
+  # out for those that are taken.
   codes = jax.eval_shape(ops.lay_out, weight).data
   if geometry is None:
     op, rows, more = 'matmul', (int(np.prod(shape[:-1])), shape[-1]), {}

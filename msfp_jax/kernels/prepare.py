@@ -1,4 +1,4 @@
-"""What is done once for packed weights before they run."""
+"""Work on packed weights that is done once, before they run."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from msfp_jax.quant.qtensor import QTensor
 
 
 def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
-  """What is done once for packed weights before they run.
+  """Prepares packed weights once, so that every run of them is faster.
 
   Adds the sums of the weights where zero points need them; for XLA on CPUs
   finds out how `winograd` can sum exactly; for a chip's kernels lays the
@@ -28,11 +28,14 @@ def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
   if not isinstance(weight, QTensor) or weight.layout not in (
       layout_lib.NIBBLES, layout_lib.BYTES):
     return layer
+  # On the host: this happens once, with as many shapes as there are layers,
+  # each of which XLA would compile.
   layer = layer.replace(weight=jax.tree.map(np.asarray, weight))
   weight = layer.weight
   prepared = Prepared()
   if not layer.input.is_full and _per_output(weight):
     needs_sums = _has_zero(layer)
+    # [h, kh, kw, I, O]: a convolution of images.
     wide = weight.data.ndim == 5
     if needs_sums or wide:
       values = np.asarray(carriers.operand(weight, 'f32').v)
@@ -53,6 +56,8 @@ def _per_output(weight):
 
 def _static_scale(quantizer):
   """(fmt, scale, zero point or None) of an input with one scale; else None."""
+  # By what it makes of an input, not by its class: any quantizer that has one
+  # scale will do. The probe's shape is of no account to these.
   probe = jax.eval_shape(
       lambda quantizer, x: quantizer.at(0).quantize(x), quantizer,
       jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32))
@@ -67,6 +72,8 @@ def _has_zero(layer):
       lambda quantizer, x: quantizer.at(0).quantize(x), layer.input,
       jax.ShapeDtypeStruct((1, 8, 8, layer.weight.length), jnp.float32))
   carried = carriers.carry(probe.numbers, 'f32')
+  # An unsigned format may be carried with an offset even without a zero point:
+  # the offset is then the zero.
   return probe.zero_point is not None or carried.lowest_offset > 0
 
 
@@ -78,6 +85,7 @@ def _reach(quantizer):
       np.asarray(scale), None if zero_point is None
       else np.asarray(zero_point)))
   values = carried.values()
+  # Scales may differ by step, and with them the offset: the widest of all.
   return values.min() - offset.max(), values.max() - offset.min()
 
 

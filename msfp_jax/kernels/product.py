@@ -1,4 +1,4 @@
-"""What a quantized layer computes: sums of exact numbers, then scales.
+"""The arithmetic of a quantized layer: sums of exact numbers, then scales.
 
 With x = s_x v_x + z_x and W = s_w v_w + z_w (see `carriers.Operand`), where all
 v are integers or other exact numbers, an output is
@@ -33,6 +33,16 @@ from msfp_jax.kernels.carriers import Operand
 from msfp_jax.quant.geometry import Geometry
 from msfp_jax.quant.qtensor import QTensor
 
+# What a product costs, for R = B x spatial' outputs of O channels, a window of
+# T taps and n groups of channels:
+#
+#   separable     1 product                 memory  R O
+#   grouped       T x n products, batched   memory  n R O  for a tap's sums
+#   dequantized   1 product                 memory  R O, and x and w in float32
+#
+# All do the same multiplications; `grouped` writes and reads n T times as many
+# sums. The epilogue of `separable` is fused into what follows.
+#
 # (v_x [B, *spatial, I], v_w [*window, I / groups, O]) -> [B, *spatial', O].
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -111,6 +121,8 @@ def epilogue(x: Operand, w: Operand, bias: jax.Array | None,
   outside of the image add nothing, so the sums of v_w go over those inside.
   """
   outputs = w.v.shape[-1]
+  # Both scales first: they are small, and the large sums are then multiplied
+  # once.
   scale = jnp.broadcast_to(x.scale * w.scale, jnp.broadcast_shapes(
       jnp.shape(x.scale), (outputs,)))
   shift = jnp.zeros(outputs, jnp.float32) if bias is None else bias
@@ -128,6 +140,12 @@ def sums_inside(tap_sums: jax.Array, geometry: Geometry | None,
   window = tuple(range(tap_sums.ndim - 1))
   if geometry is None or not geometry.padded:
     return tap_sums.sum(window)
+  #   taps inside, 3x3 with zeros around:   4 6 6 4
+  #                                         6 9 9 6
+  #                                         4 6 6 4
+  #
+  # A convolution of ones sums each place's own. Zeros in a padded image are
+  # true zeros and not levels, so a zero point must not be added for them.
   ones = jnp.ones((1, *spatial, 1), jnp.float32)
   return geometry.conv(ones, tap_sums[..., None, :], groups=1,
                        precision=lax.Precision.HIGHEST)[0]
@@ -143,6 +161,7 @@ def zero_of_weights(x: Operand, w: Operand, geometry: Geometry | None
   count = jnp.full((*((1,) * (v.ndim - 1)), 1), size, jnp.float32)
   if geometry is not None:
     window = w.v.shape[:-2]
+    # The weights' zero multiplies the sum over the window of x: a box filter.
     box = lambda a, g: geometry.conv(
         a, jnp.ones((*window, 1, g), jnp.float32), groups=g,
         precision=lax.Precision.HIGHEST)
@@ -169,6 +188,12 @@ def grouped(x: QTensor, w: QTensor, bias: jax.Array | None,
     geometry: of a convolution, of one group of channels; None if dense.
     carrier: of both.
   """
+  # Tap by tap, so that a scale a pixel is one scale for a row of the product:
+  #
+  #   x [B, h, w, I] -> tap -> [n, B h w, size] -+
+  #                                              +-> [n, B h w, O] -> sum over n
+  #   w [kh, kw, I, O] -> tap -> [n, size, O] ---+   times both scales
+  #
   size = _common_group(x, w)
   inputs, weights = (_in_groups(tensor, carrier, size) for tensor in (x, w))
   total = None
@@ -187,6 +212,8 @@ def _common_group(x, w):
   sizes = [tensor.group for tensor in (x, w)
            if jnp.ndim(tensor.scale) >= -tensor.axis
            and tensor.scale.shape[tensor.axis] > 1]
+  # 16 of the input and 24 of the weights: groups of 8 lie inside of both. No
+  # group on either side: only taps are apart.
   return math.gcd(*sizes) if sizes else x.length
 
 
@@ -195,6 +222,7 @@ def _in_groups(tensor, carrier, size):
   n, axis = -(-tensor.length // size), tensor.axis
   found = carriers.operand(tensor, carrier)
   v = found.v
+  # Zeros in v fill up the last group: they add nothing to any sum of products.
   widths = [(0, 0)] * v.ndim
   widths[axis] = (0, n * size - tensor.length)
   v, at = jnp.pad(v, widths), v.ndim + axis
@@ -207,6 +235,7 @@ def _in_groups(tensor, carrier, size):
     if part is None:
       return None
     if jnp.ndim(part) >= -axis and part.shape[axis] > 1:
+      # An entry a group of the tensor -> one a common group.
       part = jnp.repeat(part, tensor.group // size, axis=axis)
       part = lax.slice_in_dim(part, 0, n, axis=part.ndim + axis)
     return jnp.broadcast_to(part, whole)
@@ -215,11 +244,13 @@ def _in_groups(tensor, carrier, size):
 
 
 def _tap(part, geometry, tap, w):
-  """What one tap of the window sees of `[B, *spatial, ...]`; zeros outside."""
+  """The places of `[B, *spatial, ...]` that one tap visits; zeros outside."""
   if geometry is None:
     return part
   axes = len(tap)
   rest = part.ndim - axes - 1
+  # Of scale and zero as well: outside of the image both are 0, and with them
+  # all that they are multiplied with.
   part = jnp.pad(part, [(0, 0), *geometry.padding, *[(0, 0)] * rest])
   starts, limits, strides = [0], [part.shape[0]], [1]
   for i, d, s, k, n in zip(tap, geometry.dilation, geometry.strides,
@@ -249,6 +280,7 @@ def _sum_groups(x, w, size, length, carrier):
   if w.zero is not None:
     inner = column(x.v.astype(jnp.float32).sum(-1)) * scale
     if x.zero is not None:
+      # K of the last group is what it holds, without what filled it up.
       counts = np.full(len(w.v), size, np.float32)
       counts[-1] = length - (len(w.v) - 1) * size
       inner += column(x.zero) * counts[:, None, None]

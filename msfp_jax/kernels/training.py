@@ -31,6 +31,14 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
     x: input.
   """
 
+  #             forward                             backward
+  #   kernel -> quantize -> levels -+           gradient of this one:
+  #                                 +-> y
+  #   x -> quantize -> levels ------+           plain(fake_quant(x), fake_quant(w))
+  #
+  # Left to itself, autodiff would go through levels, whose gradient is 0
+  # (rounding) or not there at all (int8), and sort scales and zero points from
+  # the sums again.
   def dequantized(layer, x):
     seen = layer.around.input(x)
     w = layer.weight.quantizer.fake_quant(layer.weight.kernel, axis=-2)
@@ -41,6 +49,7 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
       y = y + low_rank(layer.around, seen, plain)
     return y.astype(x.dtype)
 
+  # Full weights have no levels to multiply: one way for both directions.
   if layer.weight.quantizer.is_full:
     return dequantized(layer, x)
 
@@ -49,6 +58,9 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
     weight = layer.weight.quantizer.quantize(layer.weight.kernel, axis=-2)
     return product(layer.replace(weight=weight), x)
 
+  # Kept for the backward pass are the layer and x alone; what `dequantized`
+  # needs between it computes again, which is elementwise and cheap beside the
+  # products.
   quantized.defvjp(
       lambda layer, x: (quantized(layer, x), (layer, x)),
       lambda inputs, gradient: jax.vjp(dequantized, *inputs)[1](gradient))
@@ -63,5 +75,7 @@ def low_rank(around: Around, x: jax.Array, plain: Plain) -> jax.Array:
     x: x', the input as smoothed and rotated, not quantized.
     plain: product of float32 values, with the layer's geometry.
   """
+  # A has the window and its geometry, B is pointwise.
   inner = plain(jnp.asarray(x, jnp.float32), jnp.float32(around.down))
+  # 'highest': TPUs round the factors of a product to bfloat16 by default.
   return jnp.matmul(inner, jnp.float32(around.up), precision='highest')

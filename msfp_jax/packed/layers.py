@@ -27,8 +27,7 @@ def tensors_of(name: str, layer: QLayer) -> dict[str, np.ndarray]:
     if key == 'shift':
       part = layout_lib.pack_bits(np.uint8(part), SHIFT_BITS)
     elif part.dtype.name in header_lib.TYPES:
-      # safetensors' NumPy side knows none of these types; the header names
-      # them.
+      # NumPy has none of these types; the header names them.
       part = part.view(np.uint8)
     found[f'{name}.{key}'] = part
   return found
@@ -56,7 +55,7 @@ def read_codes(row: list[Any], reader: Reader, first: bool) -> np.ndarray:
   if first or not header_lib.is_stream(fmt):
     return reader.take_codes(
         f'{name}.codes', -(-length // 2) if fmt.bits <= 4 else length)
-  # Before it is believed: a size from a damaged header may be of any magnitude.
+  # Written by others, perhaps damaged: checked before a size follows from it.
   shape = tuple(row[5]['shape'])
   if len(shape) < 3 or shape[-2] != length or min(shape) < 1:
     raise ValueError(f'{name}: codes of shape {shape}')

@@ -177,7 +177,7 @@ def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
 
 def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
              plan: diffusion.SamplerPlan) -> PackedModel:
-  """The simulation of what `pack` makes: levels in float32 in place of codes."""
+  """Simulates what `pack` makes: levels in float32 in place of codes."""
   params = interception.parameters(params)
   interception.check_finite(interception.leaves(params, 'kernel'))
   return deploy(*student_lib.untrained(model, params, spec), plan)

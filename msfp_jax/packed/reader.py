@@ -45,8 +45,8 @@ class Reader:
   def take_codes(self, name: str, rows: int) -> np.ndarray:
     """Codes `[h, *window, rows, O]`, whatever the window."""
     tensor = self._left.get(name)
-    # The window's axes are known from the codes alone: one fewer is a dense
-    # layer.
+    # However many axes a window has, or none in dense layers: h, rows and O at
+    # least.
     axes = 3 if tensor is None else max(len(tensor.shape), 3)
     codes = self.take(name, np.uint8, (*(None,) * (axes - 2), rows, None))
     if not codes.size:
