@@ -91,8 +91,9 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
   # nothing that XLA could decode ahead of time.
   if implementation in KERNELS.values():
     return work(layer, x)
-  # As arguments of a function, x and the layer's arrays can be kept apart from
-  # the program around (see `apart`); here is the only call, so every layer is.
+  # Here, where all layers pass: what is between two of them is then the same
+  # program whatever they run by, and rounded alike. And weights are decoded
+  # where they are used, not all of them before a sampler's loop.
   return compiler.apart(lambda x, layer: work(layer, x), x, layer)
 
 
@@ -138,9 +139,9 @@ def _run_xla(layer, x, geometry, implementation, carrier, plain):
       _multiply, geometry=geometry, carrier=carrier, plain=plain)
   # Scales that stay in the sum, by one of two ways. `grouped` sums each group
   # exactly, and holds all groups' sums: n times the result for n groups.
-  # `dequantized` is one product of scaled elements, each rounded: on CPUs
-  # several times faster, and off by float32's own precision. `grouped` knows no
-  # groups of channels (depthwise convolutions).
+  # `dequantized` is one product of scaled elements, each rounded: fewer passes
+  # over memory, and float32's own precision. `grouped` knows no groups of
+  # channels (depthwise convolutions).
   if not product.is_separable(tensor, weight, geometry):
     if carrier == 'f32' and implementation == 'xla' or (
         geometry is not None and geometry.groups != 1):

@@ -41,7 +41,7 @@ from msfp_jax.quant.qtensor import QTensor
 #   dequantized   1 product                 memory  R O, and x and w in float32
 #
 # All do the same multiplications; `grouped` writes and reads n T times as many
-# sums. The epilogue of `separable` is fused into what follows.
+# sums.
 #
 # (v_x [B, *spatial, I], v_w [*window, I / groups, O]) -> [B, *spatial', O].
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -144,7 +144,7 @@ def sums_inside(tap_sums: jax.Array, geometry: Geometry | None,
   #                                         6 9 9 6
   #                                         4 6 6 4
   #
-  # A convolution of ones sums each place's own. Zeros in a padded image are
+  # A convolution of ones sums each place's own. Zeros around an image are
   # true zeros and not levels, so a zero point must not be added for them.
   ones = jnp.ones((1, *spatial, 1), jnp.float32)
   return geometry.conv(ones, tap_sums[..., None, :], groups=1,

@@ -31,14 +31,13 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
     x: input.
   """
 
-  #             forward                             backward
-  #   kernel -> quantize -> levels -+           gradient of this one:
-  #                                 +-> y
-  #   x -> quantize -> levels ------+           plain(fake_quant(x), fake_quant(w))
+  #           forward                       backward: the gradient of
+  #   kernel -> quantize -> levels -+
+  #                                 +-> y     plain(fake_quant, fake_quant)
+  #   x -> quantize -> levels ------+
   #
   # Left to itself, autodiff would go through levels, whose gradient is 0
-  # (rounding) or not there at all (int8), and sort scales and zero points from
-  # the sums again.
+  # (rounding) or not there at all (int8).
   def dequantized(layer, x):
     seen = layer.around.input(x)
     w = layer.weight.quantizer.fake_quant(layer.weight.kernel, axis=-2)
