@@ -1,4 +1,4 @@
-"""What the command-line entry points share."""
+"""Running a command: expected errors, needed flags, progress on stderr."""
 
 from collections.abc import Callable
 import logging as python_logging
@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """As absl's, with the error's message in place of its traceback."""
+  """Parses flags as absl does; a bad one ends with a message, no traceback."""
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:

@@ -35,7 +35,7 @@ from msfp_jax.run import workdir as workdir_lib
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-  """What is evaluated, and how; configs/common.py has what is usual.
+  """Settings of an evaluation; configs/common.py has the usual ones.
 
   Attributes:
     rows: what `methods.make_row` knows.
@@ -65,6 +65,18 @@ class EvalSettings:
   report: bool
 
 
+# What an evaluation leaves while it runs, by which the next one goes on. A
+# batch is drawn again only if its file is not there, a row only if its metrics
+# are not:
+#
+#   WORKDIR/eval/samples.json       what the samples depend on
+#                scores.json        what the metrics depend on beside these
+#                reference.npz      statistics of the data
+#                fp/000000.uint8    a batch of images, then 000001.uint8, ...
+#                msfp/000000.uint8
+#                msfp.row.json      a row that is done
+#
+# In the end results.json holds it all, and the folder is deleted.
 def draw(experiment: experiment_lib.Experiment, cfg: EvalSettings,
          deployed: packed_lib.PackedModel, name: str) -> np.ndarray:
   """Samples, all in memory; every model starts from the same noise."""
@@ -75,9 +87,11 @@ def draw(experiment: experiment_lib.Experiment, cfg: EvalSettings,
 
 def _how_to_sample(experiment: experiment_lib.Experiment, cfg: EvalSettings
                    ) -> dict[str, Any]:
-  """What `generate.generate` and `generate.batches` are given alike."""
+  """Arguments that `generate` and `batches` of generate.py share."""
   return {'batch_size': cfg.batch_size,
           'shape': experiment.sample_shape,
+          # The same key for every model: image i of all rows starts from one
+          # noise.
           'key': experiment.key(experiment_lib.SAMPLES),
           'draw_condition': experiment.draw_condition,
           'decode': experiment.decode}
@@ -86,12 +100,13 @@ def _how_to_sample(experiment: experiment_lib.Experiment, cfg: EvalSettings
 def fill(experiment: experiment_lib.Experiment, cfg: EvalSettings,
          deployed: packed_lib.PackedModel, samples: sample_store.SampleStore,
          name: str) -> None:
-  """As `draw`, into a store: only the batches that it misses."""
+  """Draws those batches of samples that a store lacks."""
   size, missing = cfg.batch_size, samples.missing
   batches = generate.batches(
       deployed, experiment.plan, missing, name=name,
       **_how_to_sample(experiment, cfg))
   total = len(samples)
+  # Progress counts what an earlier run drew.
   done = generate.num_batches(total, size) - len(missing)
   progress = progress_lib.Progress(
       name, total, min(done * size, total), unit='images')
@@ -145,6 +160,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   if jax.process_count() > 1:
     raise ValueError(f'{jax.process_count()} processes: eval.py runs in one, '
                      'on all devices of its machine')
+  # All that can be refused comes first, the cheap before the dear, and the
+  # claim last, which may delete an earlier evaluation's samples.
   fields = workdir_lib.prepare(config, workdir)
   experiment = experiment_lib.load(config, workdir)
   rows_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
@@ -156,6 +173,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     raise ValueError(
         f'config.eval.num_samples={cfg.num_samples}: features '
         f'{cfg.features!r} need at least {scorer.least_samples} images')
+  # First, asked for or not: the scorer compares all later rows with these
+  # images.
   names = [rows_lib.FULL_PRECISION] + [
       name for name in cfg.rows if name != rows_lib.FULL_PRECISION]
   results = results_head(config, experiment.plan)
@@ -172,6 +191,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
   files.write_json(f'{workdir}/results.json', results)
   if cfg.report:
+    # Also where the last row was done by an earlier run, which kept its metrics
+    # only.
     if name == rows_lib.PACKED or last is None:
       # Details are those of the simulation: the last row that is one.
       name = [n for n in names if n != rows_lib.PACKED][-1]
@@ -180,16 +201,19 @@ def run(config: ml_collections.ConfigDict, workdir: str,
         workdir, experiment=_reported(experiment, cfg.batch_size, fields),
         results=results, pictures=shown, row=last.name, deployed=last.deployed,
         layers=last.spec.layers if last.spec else {}, command=command)
+  # Only now that everything is written: until here a stop costs one batch.
   sample_store.discard(folder)
   return results
 
 
 def _reported(experiment: experiment_lib.Experiment, batch_size: int,
               fields: dict[str, Any]) -> report.Experiment:
-  """What the report needs of an experiment."""
+  """The part of an experiment that the report reads."""
   return report.Experiment(
       config=fields, model=experiment.model, params=experiment.params,
       schedule=experiment.schedule, plan=experiment.plan,
+      # Called by sections that show inputs: a run of the sampler that others
+      # need not wait for.
       gather=lambda: experiment.activations, gamma=experiment.finetune.gamma,
       batch_size=batch_size, key=experiment.key(experiment_lib.SAMPLES),
       draw_condition=experiment.draw_condition)
@@ -227,6 +251,9 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   make = lambda: scorer_lib.Scorer(network, references.reference_of(
       images, network, dataset=path or name, file=cfg.reference,
       num_vectors=cfg.vectors, path=folder / 'reference.npz'))
+  # A reference file may be of another network, and without data there may be
+  # none: to be known before `claim`. Statistics of the data are measured after
+  # it, into the folder that it may delete.
   scorer = make() if cfg.reference or images is None else None
   samples = {
       'num_samples': cfg.num_samples, 'batch_size': cfg.batch_size,
@@ -268,6 +295,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   Returns:
     Its content, and the model if it had to be made.
   """
+  # Beside the folder of samples: its existence is the mark of a finished row.
   path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
   if path.is_file():
     return json.loads(path.read_text()), None
@@ -286,6 +314,8 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   content = {'name': name, 'weight_bits': row.weight_bits,
              'act_bits': row.act_bits, **found,
              'bytes': row.deployed.stored_bytes}
+  # Full precision is scored anew by every run, from all its stored images: the
+  # scorer has to have seen them.
   if name != rows_lib.FULL_PRECISION:
     files.write_json(path, content)
     samples.keep_first(cfg.pictures)

@@ -1,4 +1,4 @@
-"""What a config stands for: model, data, sampler, and how it is quantized."""
+"""Experiment: model, data, sampler and settings, loaded from a config."""
 
 from collections.abc import Callable, Collection
 import dataclasses
@@ -24,12 +24,13 @@ from msfp_jax.run import teacher
 from msfp_jax.tune import finetune as finetune_lib
 
 # Uses of the seed; each folds its own number into the key.
+# From 10 on, as pre-training folds 0 to 3 into the same seed's key.
 CALIBRATION, BANKS, TRAJECTORIES, SAMPLES = range(10, 14)
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationSettings:
-  """What calibration looks at.
+  """How much of the teacher's sampling calibration looks at.
 
   Attributes:
     batch_size: trajectories at once.
@@ -44,7 +45,7 @@ class CalibrationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class QuantSettings:
-  """What calibration makes.
+  """Which quantizers calibration looks for.
 
   Attributes:
     recipe: a key of `recipes.RECIPES`.
@@ -108,6 +109,8 @@ class Experiment:
     Keeps what calibration saw, which depends on neither.
     """
     other = dataclasses.replace(self, quant=quant, finetune=finetune)
+    # The dict itself, so that what one variant gathers later serves the others.
+    # Past the fields, which are frozen: it is where cached_property looks.
     other.__dict__['_seen'] = self._seen
     return other
 
@@ -122,11 +125,12 @@ class Experiment:
     return self.seen(frozenset())
 
   def seen(self, needs: Collection[str]) -> dict[str, Seen]:
-    """What recipes need, seen along the teacher's trajectories.
+    """{layer: observations of its input} along the teacher's trajectories.
 
     Values and extremes are always kept, so that most recipes share one run.
     """
     needs = frozenset({fit_lib.EXTREMES, fit_lib.VALUES, *needs})
+    # More than was asked for does no harm, and saves a run of the sampler.
     for kept, seen in self._seen.items():
       if needs <= kept:
         return seen
@@ -134,11 +138,14 @@ class Experiment:
     return self._seen[needs]
 
   def _collect(self, needs: Collection[str]) -> dict[str, Seen]:
-    """As `calibration` says."""
+    """Runs the sampler from noise of the seed, as much as `calibration` says.
+    """
     cfg = self.calibration
     key = self.key(CALIBRATION)
     batches = []
     for i in range(cfg.num_batches):
+      # Batch i folds in i, and the choice of samples below num_batches: none of
+      # them shares a key with another.
       noise_key = jax.random.fold_in(key, i)
       noise = jax.random.normal(
           noise_key, (cfg.batch_size, *self.sample_shape))
@@ -178,6 +185,7 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       ema=config.ema, fields=config.model, seed=config.seed)
   logging.info('the model has %s parameters',
                f'{parameter_overview.count_parameters(params):,}')
+  # A workdir may be evaluated against a file of statistics, without the data.
   images = None
   if config.data.name:
     images = data.load(config.data.name, config.data.path)
@@ -187,6 +195,7 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
         config.first_stage, model.sample_shape,
         described_by=config.first_stage_config, fields=config.autoencoder,
         seed=config.seed)
+  # Against what is decoded: latents are not compared with images.
   if images is not None:
     teacher.check_images(images, image_shape)
   model, draw_condition = teacher.conditional(

@@ -49,6 +49,8 @@ def batches(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
   @functools.partial(jax.jit, compiler_options=kernels.compiler_options())
   def draw(arrays, key):
     model = deployed.with_arrays(arrays)
+    # Drawn inside of the program and by the batch's own key: which batches are
+    # drawn, and in which order, is of no account to a batch.
     noise = jax.random.normal(
         jax.random.fold_in(key, 0), (batch_size, *shape))
     if sharding is not None:
@@ -58,9 +60,11 @@ def batches(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
         lambda x, t, index: model.eps_fn(x, t, index, *condition), plan, noise,
         jax.random.fold_in(key, 1))
 
+  # Copied once, not with every batch.
   arrays = devices.on_all(deployed.arrays)
   for number in numbers:
     x = draw(arrays, jax.random.fold_in(key, number))
+    # Before anything becomes uint8, in which NaN would be a pixel like any.
     _check_finite(x, name, number)
     if decode is not None:
       x = decode(x)

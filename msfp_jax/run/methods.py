@@ -53,11 +53,14 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
       complete.
     ValueError: an unknown name.
   """
+  # Simulated rows are calibrated here, while 'tuned' and 'packed' go by what
+  # train.py left, so that they are what a user gets.
   cfg = experiment.quant
   if name == FULL_PRECISION:
     return full_precision(experiment)
   if name == TUNED:
     workdir_lib.check_trained(workdir, experiment.finetune.num_updates)
+    # Read from the workdir, and `fit` only restores: its updates are complete.
     spec = train.calibrated_spec(experiment, workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
                *train.fit(experiment, spec, workdir))

@@ -1,4 +1,4 @@
-"""What samples are compared with: statistics of images, made or read."""
+"""Reference statistics that samples are compared with, made or read."""
 
 import os
 import pathlib
@@ -23,6 +23,8 @@ def load(source: str) -> data.Images:
     ValueError, FileNotFoundError: see `data.load`.
   """
   name, _, path = source.partition(':')
+  # A folder may have a data set's name, or a colon in its path: what is there
+  # wins.
   if name in data.DATASETS and not os.path.exists(source):
     return data.load(name, path)
   return data.load('images', source)
@@ -79,6 +81,8 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
   if images is None:
     raise ValueError('nothing to compare with: set config.eval.reference to a '
                      'file of statistics, or config.data.name to a data set')
+  # Only `sample_store.claim` puts this file at risk: it deletes it where
+  # network or data changed, so what is found fits.
   if path is not None and path.is_file():
     return stats_file.load(path)
   found = stats_file.measure(images, network, dataset, num_vectors)
@@ -91,6 +95,7 @@ def _read(file: str, num_vectors: int) -> stats_file.Reference:
   found = stats_file.load(file)
   vectors = found.vectors if num_vectors else None
   if vectors is not None:
+    # At equal distances: a file may hold its images in order of classes.
     vectors = collect.spread(vectors, num_vectors)
   elif num_vectors:
     logging.warning('%s holds no feature vectors: no kernel distance, '

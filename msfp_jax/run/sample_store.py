@@ -32,6 +32,7 @@ def claim(folder: pathlib.Path, samples: dict[str, Any],
     samples: what the samples depend on beside the workdir.
     scores: what finished rows depend on beside the samples.
   """
+  # What a killed run was writing: folders of PNGs, single files.
   for leftover in (folder.parent / 'samples').glob('.*.tmp'):
     if leftover.is_dir():
       shutil.rmtree(leftover)
@@ -39,11 +40,13 @@ def claim(folder: pathlib.Path, samples: dict[str, Any],
       leftover.unlink()
   claims = [(folder / 'samples.json', samples),
             (folder / 'scores.json', scores)]
+  # By way of text, as tuples come back from JSON as lists.
   same = [path.is_file() and json.loads(path.read_text()) == json.loads(
       json.dumps(content)) for path, content in claims]
   if all(same):
     logging.info('going on with the evaluation begun in %s', folder)
     return
+  # Samples are the dear part: where only metrics changed, they stay.
   if same[0]:
     logging.info('going on with the samples in %s, measured anew', folder)
     for path in (folder / 'scores.json', folder / 'reference.npz',
@@ -51,6 +54,8 @@ def claim(folder: pathlib.Path, samples: dict[str, Any],
       path.unlink(missing_ok=True)
   else:
     discard(folder)
+  # samples.json last, and `discard` takes it first: while it is there, all the
+  # rest of the folder belongs to it.
   for path, content in reversed(claims):
     files.write_json(path, content)
 
@@ -89,6 +94,8 @@ class SampleStore:
   def missing(self) -> list[int]:
     """Numbers of the batches that are not there as a whole."""
     each = int(np.prod(self.shape[1:]))
+    # By size as well: after a power failure a file may have its name and no
+    # content.
     whole = lambda number: self._path(number).is_file() and (
         self._path(number).stat().st_size == each * self._count(number))
     return [number for number in range(-(-len(self) // self._batch_size))
@@ -108,6 +115,7 @@ class SampleStore:
     """uint8 `[n, H, W, C]`; raises FileNotFoundError for missing batches."""
     rows = np.arange(len(self))[rows]
     numbers = rows // self._batch_size
+    # A file at a time: memory is that of the rows asked for, and of one batch.
     images = np.empty((len(rows), *self.shape[1:]), np.uint8)
     for number in np.unique(numbers):
       batch = np.fromfile(self._path(number), np.uint8).reshape(
@@ -137,6 +145,7 @@ def save_npz(path: str | os.PathLike, images: data.Images) -> None:
   with (files.atomic_path(path) as temporary,
         zipfile.ZipFile(temporary, 'w') as archive,
         archive.open('arr_0.npy', 'w', force_zip64=True) as file):
+    # Header and chunks by hand: np.savez would need all images in one array.
     np.lib.format.write_array_header_1_0(file, {
         'descr': '|u1', 'fortran_order': False, 'shape': tuple(images.shape)})
     for chunk in _chunks(images):
@@ -146,6 +155,7 @@ def save_npz(path: str | os.PathLike, images: data.Images) -> None:
 def save_pngs(folder: str | os.PathLike, images: data.Images) -> None:
   """Writes 000000.png and so on; the folder appears once it is complete."""
   folder = pathlib.Path(folder)
+  # Hidden and beside the target: one rename makes it appear, whole.
   temporary = folder.with_name(f'.{folder.name}.tmp')
   shutil.rmtree(temporary, ignore_errors=True)
   count = 0

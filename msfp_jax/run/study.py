@@ -54,6 +54,7 @@ def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
   path, _, name = text.partition(':')
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'no config file {path!r}')
+  # By path, as --config is given: a config need not be importable.
   module = runpy.run_path(path)
   studies = module.get('STUDIES', {})
   if name not in studies:
@@ -73,6 +74,13 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
     errors.WorkdirError: a row was begun with another config.
     ValueError: a row has another model, data, sampler or evaluation.
   """
+  #   WORKDIR/0/ends-8/MSFP/        a row's own workdir: spec, checkpoints
+  #             ends-8/MSFP.json    its metrics: the row is done
+  #             ends-8/fp.json
+  #           table.json, table.md
+  #
+  # Rows of a seed share the teacher, the data, their statistics and the images
+  # of full precision: only quantization is done for each.
   base = get_config('')
   base.seed = seed
   wanted = {
@@ -80,6 +88,8 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
       for group in groups or study['groups']
       for label, variant in study['groups'][group].items()
       if rows is None or label in rows}
+  # All rows are claimed before the first is run: a config that differs ends the
+  # study now, and not after a night.
   todo = _not_done(get_config, base, wanted)
   if not todo:
     return
@@ -90,6 +100,7 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
       experiment.images, network, dataset=base.data.path or base.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))
   full = rows_lib.full_precision(experiment)
+  # The scorer's first images: all others are compared with these.
   images = evaluate.draw(experiment, cfg, full.deployed, f'seed {seed}, fp')
   reference = _measure(scorer, full.deployed, images, full.weight_bits,
                        full.act_bits)
@@ -99,6 +110,8 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
       f'study, seed {seed}', len(todo), every_seconds=0)
   for done, (folder, config) in enumerate(todo.items(), 1):
     logging.info('seed %d, %s, %s', seed, folder.parent.name, folder.name)
+    # A variant keeps what calibration saw, so the sampler runs once a seed for
+    # it.
     deployed = _quantized(experiment.variant(
         experiment_lib.QuantSettings(**config.quant),
         finetune.FinetuneSettings(**config.finetune)), str(folder))
@@ -203,6 +216,7 @@ def _spread(values: Sequence[float]) -> str:
   if not values:
     return ''
   mean = statistics.fmean(values)
+  # Of whole numbers (bits, bytes) the mean alone, of one seed no deviation.
   if len(values) == 1 or isinstance(values[0], int):
     return f'{mean:,.0f}' if isinstance(values[0], int) else f'{mean:.2f}'
   return f'{mean:.2f} ± {statistics.stdev(values):.2f}'

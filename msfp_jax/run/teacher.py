@@ -70,6 +70,7 @@ def untrained(fields: Mapping[str, Any], images: data.Images) -> unet.UNet:
     ValueError: the images do not fit it, or it is none that is trained here.
   """
   height, _, channels = images.shape[1:]
+  # Of 0, so that one config serves data sets of several sizes.
   sizes = {'image_size': height, 'in_channels': channels,
            'out_channels': channels}
   model = new_model(
@@ -88,9 +89,12 @@ def random_params(abstract: Any, seed: int) -> Any:
   rng = np.random.default_rng(seed)
 
   def draw(leaf):
+    # Vectors are biases and scales of normalizations. Near 1 but all different:
+    # at 0 or 1 exactly, a test would not notice one that is lost or mixed up.
     noise = rng.standard_normal(leaf.shape, np.float32)
     if len(leaf.shape) == 1:
       return jnp.asarray(0.2 * noise + 1)
+    # Variance 1 / fan-in keeps a product's variance that of its input.
     return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
 
   return jax.tree.map(draw, abstract)
@@ -146,6 +150,7 @@ def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
   """
   if not model.conditions:
     return model, conditions.none
+  # Classes can be drawn at random; a text cannot.
   first, *others = model.conditions
   for condition in (first, *others):
     if condition.classes is None:
@@ -156,6 +161,7 @@ def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
     raise ValueError(
         f'the model takes {[c.name for c in model.conditions]}: experiments '
         'draw one set of labels')
+  # The class that stands for none is not among those drawn.
   count = first.classes - has_null_class
   if scale == 1.0:
     return model, conditions.classes(count)

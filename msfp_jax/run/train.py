@@ -35,6 +35,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     workdir: of this run alone.
     command: goes into the headers of the models that are written.
   """
+  # Every stage looks for what it would make and goes on from there: the teacher
+  # by its checkpoints, the spec by its file, banks by theirs.
   workdir_lib.prepare(config, workdir)
   if config.stage not in ('pretrain', 'quantize'):
     raise ValueError(f"config.stage {config.stage!r}: must be 'pretrain' or "
@@ -44,6 +46,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   if config.stage == 'pretrain':
     return
   experiment = experiment_lib.load(config, workdir)
+  # Its numbers survive as text, bit for bit: a run that resumes from the file
+  # works with the same ones.
   spec = calibrated_spec(experiment, workdir)
   if experiment.finetune.num_updates:
     deployed, _ = fit(experiment, spec, workdir)
@@ -82,6 +86,7 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
       raise ValueError(f'{path} is damaged ({error}); delete it, and it is '
                        'made again, the same') from error
     try:
+      # It may be older than the checkpoint, or written by hand.
       check_layers(spec, interception.leaves(experiment.params, 'kernel'))
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from error

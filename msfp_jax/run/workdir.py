@@ -35,6 +35,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str,
   """
   path = pathlib.Path(workdir) / 'config.json'
   new = json.loads(config.to_json_best_effort())
+  # What else is there was made by the config of config.json.
   if path.is_file() and any(file != path for file in path.parent.iterdir()):
     try:
       old = json.loads(path.read_text())
@@ -44,6 +45,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str,
       raise errors.WorkdirError(
           f'{path} is damaged ({error}); delete the workdir, or restore the '
           'file') from error
+    # Field by field: the message says what to undo, and not only that they
+    # differ.
     differences = [
         line for key in sorted(old.keys() | new.keys()) if key not in free
         for line in _differences(old.get(key), new.get(key), key)]
@@ -65,6 +68,7 @@ def _differences(old: Any, new: Any, name: str) -> list[str]:
 
 def check_trained(workdir: str, num_updates: int) -> None:
   """Raises WorkdirError unless its fine-tuning of `num_updates` is complete."""
+  # A checkpoint appears under its name once it is complete.
   last = pathlib.Path(workdir) / 'checkpoints' / str(num_updates)
   if not num_updates or not last.is_dir():
     raise errors.WorkdirError(
