@@ -193,7 +193,6 @@ def grouped(x: QTensor, w: QTensor, bias: jax.Array | None,
   #   x [B, h, w, I] -> tap -> [n, B h w, size] -+
   #                                              +-> [n, B h w, O] -> sum over n
   #   w [kh, kw, I, O] -> tap -> [n, size, O] ---+   times both scales
-  #
   size = _common_group(x, w)
   inputs, weights = (_in_groups(tensor, carrier, size) for tensor in (x, w))
   total = None

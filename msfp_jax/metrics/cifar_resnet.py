@@ -36,6 +36,7 @@ def load(path: str | os.PathLike) -> tuple[int, Params]:
   """
   tensors = {name.removeprefix('module.'): tensor for name, tensor in
              classifier_files.open_tensors(path).items()}
+  # The depth is not stored: 'layer1.0.', 'layer1.1.', ... tell it.
   blocks = len({name.split('.')[1] for name in tensors
                 if name.startswith('layer1.')}) or 1
   depth = 6 * blocks + 2
@@ -93,4 +94,5 @@ def _convolve(layer, x, stride=1):
   return layer['bias'] + jax.lax.conv_general_dilated(
       x, layer['kernel'], (stride, stride), [(1, 1), (1, 1)],
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      # A distance must not depend on the device that it is measured on.
       precision=jax.lax.Precision.HIGHEST)

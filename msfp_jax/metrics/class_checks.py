@@ -8,6 +8,7 @@ import numpy as np
 
 
 def _checked(name: str, probabilities: np.ndarray) -> np.ndarray:
+  # Logits have the same shape and give a number too, a wrong one.
   p = np.asarray(probabilities, np.float64)
   if p.ndim != 2 or not p.shape[0] or p.shape[1] < 2:
     raise ValueError(f'{name}: probabilities must be [N, K] with N > 0 and '
@@ -55,6 +56,7 @@ def class_balance(probabilities: np.ndarray) -> float:
     ValueError: not probabilities `[N, K]`.
   """
   p = _checked('class_balance', probabilities).mean(axis=0)
+  # A class that never occurs adds 0, the limit of p log p.
   present = p[p > 0]
   entropy = -(present * np.log(present)).sum()
   return float(np.clip(entropy / np.log(len(p)), 0.0, 1.0))

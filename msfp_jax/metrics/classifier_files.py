@@ -47,6 +47,8 @@ def read_state(path: str | os.PathLike, tensors: Mapping[str, LazyTensor],
     ValueError: other tensors or shapes, all of which are listed, or values
       that are not finite.
   """
+  # All of them at once: a wrong file is recognized by its list, a damaged one
+  # too.
   problems = [f'missing {name} {shape}' for name, shape in shapes.items()
               if name not in tensors]
   for name, tensor in tensors.items():

@@ -21,7 +21,7 @@ _BYTES_A_NUMBER = 20  # of the outputs: float32, and float64 twice
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """What was seen of a set of images; None is what nobody asked for.
+  """Statistics of a set of images; None for those that nobody asked for.
 
   Attributes:
     images: the set itself.

@@ -1,4 +1,4 @@
-"""What metrics are computed from, and the names they ask for it by."""
+"""Evidence that metrics are computed from, and the names to ask for it by."""
 
 from collections.abc import Callable, Collection
 import dataclasses
@@ -16,7 +16,7 @@ NAMES = frozenset([
 
 
 class Evidence:
-  """What is known when one set of images is measured.
+  """Observations of one set of images, and of those it is compared with.
 
   Attributes:
     own: of the images that are measured.
@@ -37,6 +37,8 @@ class Evidence:
       function: of its arguments alone.
       *args: the same objects where the result is to be the same.
     """
+    # By identity: arrays cannot be hashed, and to compare them would cost as
+    # much as to compute.
     key = (function, *map(id, args))
     if key not in self._results:
       # The arguments are kept, so that no other object gets their id.
@@ -53,6 +55,8 @@ def at_hand(brings: Collection[str], reference: stats_file.Reference,
     reference: of the data; with vectors, those of every set are kept.
     first: whether the images are the full-precision model's own.
   """
+  # A metric on vectors needs them of both sides: where the reference has none,
+  # none of the images' are kept either.
   of_data = {name for name in _OF_REFERENCES
              if getattr(reference, name) is not None}
   of_set = {'images', *brings, *(of_data & {'vectors'})}

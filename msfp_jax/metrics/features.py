@@ -92,6 +92,7 @@ class FeatureNetwork:
     self.provenance = {'features': name, 'image_shape': list(image_shape),
                        **(provenance or {})}
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
+    # What the network brings is read off its outputs, without running it.
     shapes = jax.eval_shape(apply, params, images)
     self.dim = shapes.features.shape[1]
     self.brings = _brings(name, shapes, uses_of_logits)
@@ -215,6 +216,7 @@ def _inception(image_shape: tuple[int, int, int], weights: str,
   path = inception_weights.find(weights)
   return FeatureNetwork(
       'inception', image_shape, apply, inception_weights.load(path),
+      # 299 x 299 pixels each, whatever the images were.
       batch_size=16 if jax.default_backend() == 'cpu' else 256,
       uses_of_logits=['class_score'],
       provenance={'preprocessing': preprocessing,
@@ -248,6 +250,7 @@ def _apply_random(params: dict, images: jax.Array) -> Outputs:
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         precision=jax.lax.Precision.HIGHEST)
     x = jax.nn.leaky_relu(x, 0.2)
+    # Deviations as well: a mean does not tell stripes from grey.
     pooled += [x.mean(axis=(1, 2)), x.std(axis=(1, 2))]
   return Outputs(jnp.concatenate(pooled, axis=-1))
 
@@ -267,6 +270,7 @@ class Network:
   from_file: bool = False
 
 
+# Makers, not networks: an entry costs nothing until it is asked for.
 NETWORKS = {
     'cifar_resnet': Network(
         _cifar_resnet, 'the 64 pooled features of a ResNet for CIFAR-10 in '

@@ -55,6 +55,8 @@ class GaussianStats:
     Raises:
       ValueError: not `[N, D]`, another D than before, NaN or infinity.
     """
+    # Checked in full before anything is added: a batch counts wholly or not at
+    # all.
     x = vectors.checked(features)
     if not len(x):
       return
@@ -81,6 +83,7 @@ class GaussianStats:
     """The unbiased covariance, float64 `[D, D]`; ValueError below 2 samples."""
     self._need(2)
     n = self.num_samples
+    # sum (x - s)(x - s)^T less n (m - s)(m - s)^T, for the shift s.
     return (self._outer - np.outer(self._sum, self._sum) / n) / (n - 1)
 
   def _need(self, count: int) -> None:
@@ -144,4 +147,5 @@ def frechet_distance(a: Stats, b: Stats) -> float:
   difference = mean_a - mean_b
   distance = (
       difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace)
+  # Equal sets may come out slightly below 0.
   return max(float(distance), 0.0)

@@ -1,4 +1,4 @@
-"""What the columns of results mean, as a table for README."""
+"""Tables for README: the columns of results and the feature networks."""
 
 from msfp_jax.base import markdown
 from msfp_jax.metrics import features
@@ -9,6 +9,7 @@ from msfp_jax.metrics import registry
 def columns() -> str:
   """Every column, in Markdown."""
   rows = []
+  # Read off the registry: a new metric is in the table without more ado.
   for name, column in (registry.METRICS | registry.FACTS).items():
     source = getattr(column, 'source', '')
     meaning = column.meaning + (f' ({source})' if source else '')

@@ -86,6 +86,7 @@ class InceptionScore:
       raise ValueError(f'inception score: {self._seen} of {len(self._split)} '
                        'images have come')
     q = self._sums / self._counts[:, None]
+    # A class that no image shows adds 0, the limit of q log q.
     log_q = np.log(q, out=np.zeros_like(q), where=q > 0)
     scores = np.exp(self._entropies / self._counts - (q * log_q).sum(axis=1))
     return Score(float(scores.mean()), float(scores.std()))
@@ -95,6 +96,8 @@ def _assign(count: int) -> np.ndarray:
   """Assigns every image to a split, int64 `[N]`."""
   ends = np.arange(NUM_SPLITS + 1) * count // NUM_SPLITS
   split = np.empty(count, np.int64)
+  # The permutation is torch-fidelity's: place i of the shuffled set is image
+  # permutation[i], and splits are consecutive places.
   split[np.random.RandomState(_SEED).permutation(count)] = np.repeat(
       np.arange(NUM_SPLITS), np.diff(ends))
   return split

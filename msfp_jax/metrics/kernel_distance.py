@@ -72,6 +72,7 @@ def of_subsets(a: np.ndarray, b: np.ndarray, subsets: int = 100,
   rng = np.random.RandomState(_SEED)
   found = []
   for _ in range(subsets):
+    # The order of these draws is torch-fidelity's; another gives other subsets.
     rows = [rng.choice(len(x), size, replace=False) for x in (a, b)]
     found.append(_distance(a[rows[0]], b[rows[1]]))
   return Distance(float(np.mean(found)), float(np.std(found)))
@@ -85,6 +86,7 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def _mean_of_others(x: np.ndarray) -> float:
   """The mean kernel value of two different vectors of a set."""
+  # The diagonal is left out: with it, the estimate would be biased upwards.
   itself = ((np.einsum('nd,nd->n', x, x) / x.shape[1] + 1) ** 3).sum()
   return (_kernel_sum(x, x) - itself) / (len(x) * (len(x) - 1))
 

@@ -1,4 +1,4 @@
-"""What a metric is called on the features it is measured on.
+"""Names of metrics, which tell the features that they are measured on.
 
 A distance on one network's features says nothing about one on another's, so
 that the network's name stands in the metric's: `fd_digits`, `fd_random`.

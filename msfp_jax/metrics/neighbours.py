@@ -45,6 +45,12 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = K
   reach_generated, reach_real = _reach(generated, k), _reach(real, k)
   precise = np.zeros(len(generated), bool)
   recalled = np.zeros(len(real), bool)
+  #                   real, a block of columns
+  #   generated,    +-------------+   any in a row: that image lies in some
+  #   a block of    | distances   |   real ball; any in a column: that real
+  #   rows          +-------------+   image lies in some generated ball
+  #
+  # One matrix of distances serves both; only a block of it is ever held.
   for rows in _blocks(len(generated)):
     for columns in _blocks(len(real)):
       distances = _distances(generated[rows], real[columns])

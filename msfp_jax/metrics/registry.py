@@ -113,6 +113,8 @@ _SPLITS = {'is_splitting': inception_score.SPLITTING}
 
 # Name -> metric, in the order of the results. Kinds in braces are named after
 # the features, see `naming.column`.
+# An entry on the features' vectors, on a classifier, on pairs of images: all
+# the same to the scorer, which asks only whether `needs` are at hand.
 METRICS: dict[str, Metric] = {
     '{fd}': Metric(
         needs=('own.pool', 'reference.pool'), better=LOW, least=2,

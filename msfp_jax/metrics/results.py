@@ -35,6 +35,7 @@ def table(results: Mapping[str, Any]) -> Table:
   """
   known = registry.columns(results)
   rows = results['rows']
+  # In the order of first appearance: rows may have different metrics.
   names = dict.fromkeys(key for row in rows for key in row if key != 'name')
   columns = {name: known.get(name, _UNKNOWN) for name in names}
   return Table(

@@ -62,6 +62,7 @@ class Scorer:
         if name not in self._network.provenance}}
     if self._reference.vectors is not None:
       found['reference']['vectors'] = len(self._reference.vectors)
+    # Of all that later calls compute, the first one's metrics included.
     for metric in self._computed(first=False).values():
       found |= metric.settings
     return found
@@ -91,6 +92,7 @@ class Scorer:
       value = metric.compute(evidence)
       if value is not None:
         found[naming.column(name, self._network.provenance)] = value
+    # The first call's images are full precision's, by the contract above.
     self._full = self._full or seen
     return found
 

@@ -39,6 +39,7 @@ def decibels(a: np.ndarray, b: np.ndarray, peak: float = 255.0,
     cap: the ratio of equal images is infinite; they count as this, so that
       means stay finite. Floats that differ by roundings alone reach 140 dB.
   """
+  # Image by image: float64 copies of a whole chunk would be large.
   error = np.array([np.mean(np.square(x.astype(np.float64) - y))
                     for x, y in zip(a, b, strict=True)])
   floor = peak**2 / 10 ** (cap / 10)
@@ -95,6 +96,8 @@ def _blur(x: jax.Array) -> jax.Array:
   places = np.arange(_SIDE) - _SIDE // 2
   window = np.exp(-places**2 / (2 * _SIGMA**2))
   window = np.float32(window / window.sum())
+  # A Gaussian is a product of its axes: two windows of 11 in place of one of
+  # 121.
   for shape in ((-1, 1, 1, 1), (1, -1, 1, 1)):
     x = jax.lax.conv_general_dilated(
         x, window.reshape(shape), (1, 1), 'VALID',

@@ -86,6 +86,7 @@ def save(path: str | os.PathLike, reference: Reference) -> None:
     OSError: the file cannot be written; one already there is kept.
   """
   pool, spatial, provenance, vectors = reference
+  # mu and sigma are what other tools look for; they ignore the rest.
   arrays = {'mu': pool.mean, 'sigma': pool.cov,
             'provenance': np.array(json.dumps(dict(provenance)))}
   if pool.num_samples is not None:

@@ -45,6 +45,8 @@ def checked_pair(name: str, a: np.ndarray, b: np.ndarray, least: int
     raise ValueError(f'{name}: needs at least {least} samples on each side, '
                      f'got {len(a)} and {len(b)}')
   for side, x in (('first', a), ('second', b)):
+    # Distances between such sets are defined, and mean nothing: a model that
+    # makes one image for any noise is broken.
     if (x == x[0]).all():
       raise ValueError(f'{name}: all samples of the {side} set have the same '
                        'features; check that its images differ')

@@ -47,7 +47,6 @@ class PackedModel:
   #
   #   simulate --> float32 levels --packed()--> codes --save--> file
   #                `eps_fn`                     `eps_fn`
-  #
   model: nn.Module
   params: Any
   layers: dict[str, QLayer]

@@ -87,7 +87,6 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
   #   carry   x_T --> model --> eps --> advance --> x' --> model --> ...
   #                     |
   #   outputs           +--> every layer's input --> _gather --> row of [S, ...]
-  #
   noise, *condition = batch
   # Steps fold in 0 to S - 1 for their samples, so S is free for the sampler's
   # noise; were they the same key, sampled places would go with the noise.

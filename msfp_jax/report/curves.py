@@ -37,6 +37,8 @@ def read(path: pathlib.Path) -> Curves:
     return {}
   found = {}
   with open(path, encoding='utf-8') as file:
+    # Line by line, as a training may still write: its last line may be half
+    # there.
     for line in file:
       try:
         row = json.loads(line)
@@ -82,6 +84,7 @@ def grouped(curves: Curves) -> dict[str, Curves]:
                   if re.fullmatch(pattern, short)), short)
     if short != _HIDDEN:
       found.setdefault(title, {})[name] = curve
+  # Known drawings in their order, then others as the log has them.
   order = [*_DRAWINGS, *found]
   return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 

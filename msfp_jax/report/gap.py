@@ -41,6 +41,11 @@ def along_trajectory(
   """
 
   def body(position, step):
+    #   teacher's x_t --+--> teacher: eps --> x_{t-1} --> goes on
+    #                   |                        \
+    #                   |                         difference: `step`
+    #                   |                        /
+    #                   +--> student: eps' -> x'_{t-1}    (ends here)
     t = jnp.full(position.x.shape[:1], step['t'])
     eps = [predict(position.x, t, step['index'])
            for predict in (teacher, student)]

@@ -25,6 +25,7 @@ def labelled(rows: Mapping[str, np.ndarray], height: int = 48) -> np.ndarray:
     raise ValueError('no rows to draw')
   font = ImageFont.load_default(size=16)
   first = next(iter(rows.values()))
+  # Whole, so that every pixel of a small image is a square of one size.
   factor = max(round(height / first.shape[1]), 1)
   tall, wide = first.shape[1] * factor, first.shape[2] * factor
   left = max(round(font.getlength(name)) for name in rows) + 2 * _MARGIN
@@ -36,6 +37,7 @@ def labelled(rows: Mapping[str, np.ndarray], height: int = 48) -> np.ndarray:
     top = i * (tall + 2)
     draw.text((_MARGIN, top + tall // 2), name, 'black', font, anchor='lm')
     for j, image in enumerate(images):
+      # Grey becomes three equal channels.
       pixels = np.broadcast_to(image, (*image.shape[:2], 3))
       picture = Image.fromarray(np.ascontiguousarray(pixels)).resize(
           (wide, tall), Image.NEAREST)

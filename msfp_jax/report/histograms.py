@@ -45,6 +45,7 @@ class Grid:
 
 def grid_of(quantizer: Static, values: np.ndarray) -> Grid:
   """The grid of a per-tensor quantizer, and its error on `values`."""
+  # In float64, for the drawing; the error below is of the quantizer itself.
   levels = quantizer.fmt.levels() * float(quantizer.scale)
   if quantizer.zero_point is not None:
     levels = levels + float(quantizer.zero_point)
@@ -112,6 +113,8 @@ def _figure(id: str, name: str, layer: spec_lib.LayerSpec,
   grids = [grid_of(layer.act, values)]
   if layer.kind == 'AAL':
     signed = fit_lib.SIGNED.search(values, layer.act.bits)
+    # What the layer would have without an unsigned format: the paper's
+    # comparison.
     grids.append(grid_of(signed.quantizer(), values))
   costs = ' and of '.join(
       f'{grid.name} ({use}; MSE {numbers.significant(grid.mse)}; '

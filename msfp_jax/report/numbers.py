@@ -12,6 +12,8 @@ def significant(value: float, digits: int = 3) -> str:
   """
   if value == 0 or not math.isfinite(value):
     return f'{value:g}'
+  # Of the rounded value: 9.999 with three digits is 10.0, a digit less behind
+  # the point.
   exponent = math.floor(math.log10(abs(float(f'{value:.{digits - 1}e}'))))
   if exponent < -3 or exponent > 8:
     mantissa = f'{value / 10.0**exponent:.{digits - 1}f}'

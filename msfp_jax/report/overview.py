@@ -60,6 +60,7 @@ def _outcome(source: Source) -> str:
     return ''
   metrics = {name: column for name, column in registry.columns(
       source.results).items() if isinstance(column, registry.Metric)}
+  # The first of the row's own: rows begin with the distance to the data.
   metric = next((key for key in row if key in full and key in metrics), None)
   distance = '' if metric is None else (
       f'{metric} {metrics[metric].format(row[metric])} '

@@ -66,10 +66,13 @@ def title(source: Source) -> str:
 def render(heading: str, sections: list[Section]) -> str:
   """Renders the page with everything inline; what sections hold is escaped."""
   # A name that a template misspells is an error, not an empty string.
+  # Escaped everywhere: names of layers and commands come from elsewhere.
   environment = jinja2.Environment(
       loader=jinja2.PackageLoader('msfp_jax.report', 'templates'),
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
       lstrip_blocks=True)
+  # Style and script stand in the page, which so needs no other file and no
+  # network.
   folder = importlib.resources.files('msfp_jax.report') / 'templates'
   return environment.get_template('page.html').render(
       title=heading, sections=sections,

@@ -42,6 +42,8 @@ def explained(column: registry.Column) -> str:
 def best(rows: list[Mapping[str, Any]], name: str, column: registry.Column
          ) -> float | None:
   """The best value of quantized rows; None where there is no contest."""
+  # Full precision would win nearly everything: it is what the others are
+  # measured by, and takes no part.
   values = [row[name] for row in rows if name in row and _quantized(row)]
   return column.best(values) if len(values) > 1 else None
 
@@ -52,6 +54,7 @@ def _quantized(row: Mapping[str, Any]) -> bool:
 
 def sizes(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """The bytes of each row, as text and as a share of the largest."""
+  # Bars are drawn relative to the longest, whichever row that is.
   largest = max(row['bytes'] for row in rows)
   full = next((row['bytes'] for row in rows if not _quantized(row)), None)
   return [{'name': row['name'], 'bytes': f'{row["bytes"]:,}',

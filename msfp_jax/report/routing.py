@@ -20,6 +20,7 @@ _HATCHES = ('', '////', '....', '----')
 def choices_of(source: Source) -> dict[str, np.ndarray]:
   """The bank of every step, int `[S]`, by layer that has several."""
   deployed = source.deployed
+  # One bank is no choice, and a row of one colour.
   return {name: np.asarray(choice) for name, choice in deployed.choices.items()
           if deployed.layers[name].num_banks > 1}
 
@@ -37,6 +38,7 @@ def section(source: Source) -> section_lib.Section | None:
     return None
   t = source.experiment.plan.timesteps
   table = np.stack(list(choices.values()))
+  # Differs anywhere from its first step.
   changing = int((table != table[:, :1]).any(axis=1).sum())
   text = (
       f'The timestep-aware router picks one LoRA bank a layer at every step. '
@@ -95,6 +97,7 @@ def _shares(t: np.ndarray, choices: Mapping[str, np.ndarray]
 
 def _map(t: np.ndarray, choices: Mapping[str, np.ndarray], changing: int
          ) -> section_lib.Figure:
+  # Rows get lower where there are many: the map stays on a screen or so.
   pitch = min(10.0, _MAX_HEIGHT / len(choices))
   banks = 1 + max(int(choice.max()) for choice in choices.values())
 
@@ -135,6 +138,10 @@ def _group(layer: str) -> str:
 def _outline(choices: Mapping[str, np.ndarray], bank: int
              ) -> path_lib.Path | None:
   """Outlines a bank by rectangles over the steps of each row that use it."""
+  #   choices of a row   0 0 0 1 1 0     bank 0:  [0, 3) and [5, 6)
+  #
+  # One path of rectangles a bank: a rectangle for each cell would be thousands
+  # of elements in the page.
   boxes = []
   for row, choice in enumerate(choices.values()):
     start = 0

@@ -22,6 +22,7 @@ _PIXELATED = 64  # images up to this side are shown with hard pixels
 
 def count_shown(num_images: int, height: int, width: int) -> int:
   """The number of images of a method on the page: a square, at least 1."""
+  # All pictures are embedded in the page, which should stay a few megabytes.
   allowed = min(num_images, _MAX_IMAGES, _MAX_PIXELS // (height * width))
   return max(math.isqrt(max(allowed, 1))**2, 1)
 
@@ -30,6 +31,7 @@ def data_uri(image: np.ndarray) -> str:
   """Encodes uint8 `[H, W, C]`, C = 1 or 3, as a PNG inside an address."""
   image = pictures_lib.check_pixels('report', image, 'HWC')
   buffer = io.BytesIO()
+  # Pillow takes grey without its axis of channels.
   Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
       buffer, format='PNG', optimize=True)
   return 'data:image/png;base64,' + base64.b64encode(
@@ -40,6 +42,8 @@ def section(source: Source) -> Section | None:
   if not source.pictures:
     return None
   height, width = next(iter(source.pictures.values())).shape[1:3]
+  # The same number and places for all methods: they are compared image by
+  # image.
   count = count_shown(
       min(map(len, source.pictures.values())), height, width)
   rows = {row['name']: row for row in source.results['rows']}

@@ -18,7 +18,7 @@ from msfp_jax.quant.fit import Seen
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What a report needs to know of the experiment behind it.
+  """The part of an experiment that its report reads.
 
   Attributes:
     config: all its fields, as plain values.
@@ -45,6 +45,7 @@ class Experiment:
   key: jax.Array
   draw_condition: conditions.Draw = conditions.none
 
+  # Called late: to gather may mean to run the sampler.
   @property
   def activations(self) -> Mapping[str, Seen]:
     return self.gather()

@@ -39,6 +39,8 @@ def search(activations: Mapping[str, Seen], bits: int
                                    len(activations))
   for i, (name, seen) in enumerate(activations.items(), 1):
     size = len(seen.values)
+    # Spread over all of them: values lie in the order of the timesteps, and the
+    # first ones are of the noisiest alone.
     places = np.linspace(0, size - 1, min(size, _MAX_VALUES)).astype(int)
     found[name] = {
         strategy: candidates.search(seen.values[places], bits).mse
@@ -53,6 +55,7 @@ def section(source: Source) -> section_lib.Section | None:
                if layer.kind == 'AAL' and not layer.act.is_full}
   if not quantized:
     return None
+  # At the fewest bits, where formats differ most.
   bits = min(layer.act.bits for layer in quantized.values())
   activations = source.experiment.activations
   errors = search({name: activations[name] for name, layer in quantized.items()
@@ -87,6 +90,7 @@ def section(source: Source) -> section_lib.Section | None:
 
 def _parts(names: list[str]) -> list[list[str]]:
   count = -(-len(names) // _ROWS)
+  # Parts of nearly one size, none with a single layer left over.
   return [list(part) for part in np.array_split(names, count)]
 
 

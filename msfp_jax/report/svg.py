@@ -69,6 +69,9 @@ def draw(id: str, height: float, label: str, paint: Callable[[Figure], None]
     figure.savefig(
         buffer, format='svg', transparent=True,
         metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
+  # Matplotlib's file is of a document of its own; what follows makes it an
+  # element of a page: without namespaces, metadata and fixed colours, with ids
+  # of its own.
   root = ElementTree.fromstring(buffer.getvalue())
   _strip(root)
   _rename_ids(root, id)
@@ -105,6 +108,8 @@ def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
   """Numbers the ids that something refers to, and drops the others."""
   # ids are referred to as '#id' and 'url(#id)', in any attribute.
   text = ' '.join(value for e in root.iter() for value in e.attrib.values())
+  # In order of first use: equal drawings get equal ids, whatever Matplotlib
+  # counted.
   used = dict.fromkeys(re.findall(r'#([\w-]+)', text))
   new = {old: f'{prefix}-{i}' for i, old in enumerate(used)}
   refer = lambda m: '#' + new[m[1]]

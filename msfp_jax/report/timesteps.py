@@ -19,6 +19,8 @@ def measure(experiment: section_lib.Experiment,
             deployed: packed_lib.PackedModel) -> gap.Gaps:
   """The gaps of a model on one batch of noise of its own, float64 `[S]`."""
   count = min(experiment.batch_size, _MAX_IMAGES)
+  # No batch of samples has this number, so these images are others than the
+  # table's.
   key = jax.random.fold_in(experiment.key, 2**31 - 1)
 
   # Weights are arguments: constants would be folded at compile time.
@@ -54,6 +56,7 @@ def section(source: Source) -> section_lib.Section | None:
   if not any(layer.quantized for layer in layers):
     return None
   experiment = source.experiment
+  # A run without factors still shows what they would have been.
   variant = experiment.gamma
   if variant == 'none':
     variant = 'sampler'
@@ -72,6 +75,8 @@ def section(source: Source) -> section_lib.Section | None:
       f'each drawing. gamma_t, the {variant!r} denoising factor, weights with '
       'the factor itself, scaled to mean 1.')
   drawn = [
+      # Three views: what the plain loss sees, what the weighted one sees, and
+      # both in their own units.
       _shape('timesteps-plain', t, 'MSE of the noise', found.eps, found.step),
       _shape('timesteps-gamma', t, 'MSE times gamma_t', gamma * found.eps,
              found.step),
@@ -132,6 +137,7 @@ def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
     axes = _axes(figure, t)
     for i, (name, colour) in enumerate(zip(
         series, (svg.BLUE, svg.GREEN, svg.ORANGE), strict=True)):
+      # A logarithmic axis has no place for 0: the line is broken there.
       values = np.where(series[name] > 0, series[name], np.nan)
       dash, marker = _line(i)
       axes.plot(t, values, color=colour, linestyle=dash, label=name,

@@ -44,10 +44,13 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         self._directory,
+        # Written before training goes on: an asynchronous write could still be
+        # under way when a signal ends the process.
         options=ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, enable_async_checkpointing=False))
 
   def __enter__(self):
+    # Python lets the main thread alone set signal handlers.
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         self._handlers[number] = signal.signal(number, self._request_stop)
@@ -106,6 +109,7 @@ class Checkpointer:
         ocp.utils.to_shape_dtype_struct,
         {'state': abstract, 'crc32': np.zeros((), np.uint32)})
     damaged = []
+    # From the newest on; `keep` of 2 is what makes a second try possible.
     for step in reversed(self.steps):
       try:
         saved = self._manager.restore(

@@ -122,6 +122,7 @@ def optimizer(settings: FinetuneSettings) -> optax.GradientTransformation:
        'router': adamw(settings.router_learning_rate),
        'ranges': adamw(settings.range_learning_rate),
        'biases': adamw(settings.range_learning_rate)},
+      # By name of the part: {'banks': every leaf -> 'banks', ...}.
       lambda tree: {name: jax.tree.map(lambda _, name=name: name, part)
                     for name, part in tree.items()})
 

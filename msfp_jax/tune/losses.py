@@ -47,6 +47,8 @@ def denoising_factors(schedule: diffusion.NoiseSchedule,
       # That function takes ascending timesteps; plans go down.
       alphas = bar / ddim.previous_alphas_cumprod(schedule, t[::-1])[::-1]
     gamma = ddpm.denoising_factors(alphas, bar)
+  # A common factor would cancel in Adam's update; with mean 1 losses of
+  # different gammas can be read side by side.
   return gamma / gamma.mean()
 
 

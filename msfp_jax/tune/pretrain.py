@@ -123,6 +123,8 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
 
   def loss_fn(params, x, noise, t, key):
     x_t = diffusion.add_noise(schedule, x, noise, t)
+    # Cast inside of the loss: gradients come back in float32, to float32
+    # parameters.
     params, x_t = jax.tree.map(lambda v: v.astype(dtype), (params, x_t))
     eps = model.apply({'params': params}, x_t, t, train=True,
                       rngs={'dropout': key})
@@ -196,6 +198,7 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
 
   def next_step(state: PretrainState):
     nonlocal batches
+    # Opened at the first step, which knows where a resumed run stands.
     if batches is None:
       batches = stack.enter_context(contextlib.closing(
           stream.batches(images, batch_size, seed, int(state.step))))
@@ -208,6 +211,7 @@ def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
                start_key: jax.Array, step_key: jax.Array
                ) -> Callable[[Any], jax.Array]:
   """params -> 64 samples, uint8; the noise is the same at every call."""
+  # Once, so that pictures of different steps show the same samples growing.
   noise = jax.random.normal(start_key, (64, *model.sample_shape))
 
   @jax.jit

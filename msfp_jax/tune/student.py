@@ -19,6 +19,19 @@ from msfp_jax.quant.quantize import check_layers
 from msfp_jax.quant.quantize import make_layer
 from msfp_jax.tune import talora
 
+# A prediction at timestep t, with W of one layer and its banks A_i B_i:
+#
+#   t --> router --> scores of h banks --> one-hot r
+#                                            |
+#   W (or Q_w(W)) + sum_i r_i A_i B_i  <-----+
+#        |
+#        v
+#   Latent(kernel, quantizer) --> kernels.run --> eps --> loss
+#        ^
+#        ranges: learned offsets of scales and zero points
+#
+# `quantized` does the same for each bank by itself, and `choices` asks the
+# router beforehand: what is deployed computes what was trained.
 FULL_WEIGHTS = 'full'
 DEQUANTIZED_WEIGHTS = 'dequantized'
 
@@ -56,6 +69,7 @@ class Student:
     kernels = interception.leaves(self.params, 'kernel')
     for name, layer in self.spec.layers.items():
       if layer.around is not None:
+        # First: banks and quantizers both work on what the product sees.
         kernels[name] = layer.around.residual(kernels[name])
       if name in self.banked and self.base == DEQUANTIZED_WEIGHTS:
         kernels[name] = layer.weight.fake_quant(kernels[name], axis=-2)
@@ -71,6 +85,8 @@ class Student:
       `talora.Router`, `with_ranges`; biases are offsets {layer: `[out]`}.
     """
     kernels = interception.leaves(self.params, 'kernel')
+    # Banks and router from keys of their own: with one bank there is no router,
+    # and the banks start all the same.
     banks = talora.init_banks(
         jax.random.fold_in(key, 0), {name: kernels[name]
                                      for name in self.banked}, num_banks, rank)
@@ -80,8 +96,12 @@ class Student:
           jax.random.fold_in(key, 1), jnp.zeros(()))['params']
     ranges = {'act': {}, 'weight': {}}
     for name, layer in self.spec.layers.items():
+      # Quantizers without offsets (those that follow the data) have nothing to
+      # learn.
       if learn_act_ranges and (offsets := layer.act.offsets()):
         ranges['act'][name] = offsets
+      # Without banks the weights stand still, at the scales that calibration
+      # found for them.
       if learn_weight_scales and name in self.banked and (
           offsets := layer.weight.offsets()):
         ranges['weight'][name] = offsets
@@ -108,6 +128,7 @@ class Student:
       eps like x, and the chosen banks, int32 `[len(banked)]`.
     """
     if self.router is None:
+      # One bank, always on: plain LoRA.
       gates = jnp.ones((len(self.banked), 1))
     else:
       logits = self.router.apply({'params': trainable['router']}, t)
@@ -116,11 +137,14 @@ class Student:
     updates = talora.bank_updates(
         trainable['banks'], dict(zip(self.banked, gates, strict=True)))
     kernels = self.base_kernels
+    # Before quantization, in full precision: at inference there is then no
+    # branch to compute, only another set of codes.
     kernels |= talora.merge(kernels, updates)
     params = self._biased(trainable['biases'])
     biases = interception.leaves(params, 'bias')
     layers = {}
     for name, layer in spec.layers.items():
+      # All layers, those in full precision too: gradients flow by one path.
       latent = Latent(kernels[name], layer.weight)
       made = QLayer(latent, layer.act, biases.get(name),
                     layer.around or Around())
@@ -140,6 +164,7 @@ class Student:
       {layer: h sets of weights, one where the layer has no banks}.
     """
     spec = with_ranges(self.spec, trainable['ranges'])
+    # Before minutes of quantizing, and with the names in question.
     check_layers(spec, interception.leaves(self.params, 'kernel'))
     kernels = self.base_kernels
     sets = talora.merge(kernels, talora.bank_updates(trainable['banks']))

@@ -134,6 +134,8 @@ def plan_choices(router: Router, params: Any, timesteps: Any) -> jax.Array:
     params: its parameters.
     timesteps: `[S]`.
   """
+  # One step at a time in the formula, as in training; vmap makes it one
+  # program.
   logits = jax.vmap(lambda t: router.apply({'params': params}, t))(
       jnp.asarray(timesteps, jnp.float32))
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
