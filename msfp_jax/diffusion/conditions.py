@@ -1,4 +1,4 @@
-"""What conditional models are asked for, drawn at random."""
+"""Random conditions, such as labels, for the samples of conditional models."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ Draw = Callable[[jax.Array, int], tuple[jax.Array, ...]]
 
 
 def none(key: jax.Array, number: int) -> tuple[jax.Array, ...]:
-  """Of an unconditional model."""
+  """Draws for an unconditional model: no conditions."""
   del key, number
   return ()
 

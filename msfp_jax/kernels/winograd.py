@@ -88,10 +88,6 @@ def splits(values: np.ndarray, lowest: float, highest: float) -> int:
   # the largest transformed input there, times the sum of the weights'
   # magnitudes. Halves of the channels have about half of that, and are added up
   # in int32.
-  # Sums over channels are in float32, one at each of the 36 positions: at most
-  # the largest transformed input there, times the sum of the weights'
-  # magnitudes. Halves of the channels have about half of that, and are added up
-  # in int32.
   *banks, _, _, channels, outputs = positions.shape
   reach = _reach(lowest, highest)
   for count in (1, 2, 4, 8):

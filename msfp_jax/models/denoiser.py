@@ -1,4 +1,4 @@
-"""What a run needs to know of a model, whatever its family."""
+"""Denoiser: the interface through which runs use models of any family."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -42,7 +42,7 @@ class Denoiser(Protocol):
 
   @property
   def conditions(self) -> tuple[Condition, ...]:
-    """What it takes after x and t, in the order of its arguments."""
+    """The model's inputs after x and t, in the order of its arguments."""
 
   def to_dict(self) -> dict[str, Any]:
     """Its configuration, JSON-able."""
