@@ -91,7 +91,7 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
   # nothing that XLA could decode ahead of time.
   if implementation in KERNELS.values():
     return work(layer, x)
-  # Here, where all layers pass: what is between two of them is then the same
+  # Here, where all others pass: what is between two layers is then the same
   # program whatever they run by, and rounded alike. And weights are decoded
   # where they are used, not all of them before a sampler's loop.
   return compiler.apart(lambda x, layer: work(layer, x), x, layer)
