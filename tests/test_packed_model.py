@@ -366,10 +366,11 @@ def around_by_hand(x, w, around, weight, act):
 
 
 class One(nn.Module):
+  window: tuple[int, int] = (3, 3)
 
   @nn.compact
   def __call__(self, x, t):
-    return nn.Conv(x.shape[-1], (3, 3), name='conv')(x)
+    return nn.Conv(x.shape[-1], self.window, name='conv')(x)
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -406,14 +407,15 @@ def test_what_stands_around_a_product(packed):
 @pytest.mark.parametrize('weight', [
     Block(FPFormat.parse('UE1M3'), shared='channel'),
     Block(FPFormat.parse('UE1M3'), group=2)])
-def test_pixels_and_channels_of_equal_values(act, weight):
+@pytest.mark.parametrize('window', [(1, 1), (3, 3)])
+def test_pixels_and_channels_of_equal_values(act, weight, window):
   """Nothing is divided by a range of 0: zeros stay zeros, and ones ones."""
-  kernel = noise((3, 3, 4, 4)).at[..., 1].set(0).at[..., 2].set(1)
+  kernel = noise((*window, 4, 4)).at[..., 1].set(0).at[..., 2].set(1)
   x = noise((2, 5, 6, 4)).at[:, :3].set(0).at[1].set(1)
   spec = spec_lib.QuantSpec('mine', {
       'conv': spec_lib.LayerSpec('', '', weight, act)})
   model = packed_lib.pack(
-      One(), {'conv': {'kernel': kernel, 'bias': jnp.zeros(4)}}, spec,
+      One(window), {'conv': {'kernel': kernel, 'bias': jnp.zeros(4)}}, spec,
       tiny.PLAN)
   found = model.eps_fn(x, jnp.zeros(2), 0)
   w = weight.quantize(kernel, axis=-2).dequantize()
@@ -422,4 +424,5 @@ def test_pixels_and_channels_of_equal_values(act, weight):
   np.testing.assert_array_equal(found[0, :2], 0)
   np.testing.assert_array_equal(found[..., 1], 0)
   # A scale in e4m3 has 3 bits behind its first.
-  np.testing.assert_allclose(found[1, 1:-1, 1:-1, 2], 36, rtol=2**-4)
+  np.testing.assert_allclose(found[1, 1:-1, 1:-1, 2], 4 * np.prod(window),
+                             rtol=2**-4)
