@@ -15,7 +15,7 @@ import unet_oracle
 from msfp_jax import diffusion
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.interception import list_layers
@@ -144,7 +144,7 @@ def by_hand(params):
       Static(
           FPFormat.parse('UE3M1'), jnp.float32(0.15), jnp.float32(-0.4))]
   found = {}
-  for i, (name, kernel) in enumerate(layers_lib.leaves(
+  for i, (name, kernel) in enumerate(interception.leaves(
       params, 'kernel').items()):
     largest = np.abs(kernel).max(
         tuple(range(kernel.ndim - 1)), keepdims=True)

@@ -27,7 +27,7 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import grid
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import generate
-from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import sample_store
 from msfp_jax.run import workdir as workdir_lib
@@ -147,7 +147,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
                      'on all devices of its machine')
   fields = workdir_lib.prepare(config, workdir)
   experiment = experiment_lib.load(config, workdir)
-  rows_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
+  methods_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
   _check(cfg)
   folder = pathlib.Path(workdir) / 'eval'
   scorer = _claim_and_score(
@@ -156,8 +156,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     raise ValueError(
         f'config.eval.num_samples={cfg.num_samples}: features '
         f'{cfg.features!r} need at least {scorer.least_samples} images')
-  names = [rows_lib.FULL_PRECISION] + [
-      name for name in cfg.rows if name != rows_lib.FULL_PRECISION]
+  names = [methods_lib.FULL_PRECISION] + [
+      name for name in cfg.rows if name != methods_lib.FULL_PRECISION]
   results = results_head(config, experiment.plan)
   results |= {**scorer.provenance, 'rows': []}
   shown = {}
@@ -172,10 +172,10 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
   files.write_json(f'{workdir}/results.json', results)
   if cfg.report:
-    if name == rows_lib.PACKED or last is None:
+    if name == methods_lib.PACKED or last is None:
       # Details are those of the simulation: the last row that is one.
-      name = [n for n in names if n != rows_lib.PACKED][-1]
-      last = rows_lib.make_row(experiment, name, workdir)
+      name = [n for n in names if n != methods_lib.PACKED][-1]
+      last = methods_lib.make_row(experiment, name, workdir)
     report.write(
         workdir, experiment=_reported(experiment, cfg.batch_size, fields),
         results=results, pictures=shown, row=last.name, deployed=last.deployed,
@@ -259,7 +259,7 @@ def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
 def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                   workdir: str, name: str, samples: sample_store.SampleStore,
                   scorer: scorer_lib.Scorer
-                  ) -> tuple[dict[str, Any], rows_lib.Row | None]:
+                  ) -> tuple[dict[str, Any], methods_lib.Row | None]:
   """The row of results.json; draws what is missing of the samples.
 
   A finished row keeps its metrics and the samples that are shown. All of the
@@ -271,7 +271,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
   if path.is_file():
     return json.loads(path.read_text()), None
-  row = rows_lib.make_row(experiment, name, workdir)
+  row = methods_lib.make_row(experiment, name, workdir)
   fill(experiment, cfg, row.deployed, samples, f'sample {name}')
   try:
     found = scorer.score(samples)
@@ -286,7 +286,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   content = {'name': name, 'weight_bits': row.weight_bits,
              'act_bits': row.act_bits, **found,
              'bytes': row.deployed.stored_bytes}
-  if name != rows_lib.FULL_PRECISION:
+  if name != methods_lib.FULL_PRECISION:
     files.write_json(path, content)
     samples.keep_first(cfg.pictures)
   return content, row
