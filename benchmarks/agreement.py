@@ -29,7 +29,7 @@ from msfp_jax.metrics import similarity
 from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished train.py.')
@@ -71,8 +71,8 @@ def main(unused_argv: Sequence[str]) -> None:
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=config.data.path or config.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))
-  models = [rows_lib.make_row(experiment, name, str(workdir)).deployed
-            for name in (rows_lib.TUNED, rows_lib.PACKED)]
+  models = [methods_lib.make_row(experiment, name, str(workdir)).deployed
+            for name in (methods_lib.TUNED, methods_lib.PACKED)]
   rows = []
   print('| seed | mean PSNR, dB | lowest | below 40 dB | of all images | '
         'distance, simulated | packed |\n' + '|---' * 7 + '|')

@@ -30,7 +30,7 @@ from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
-from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import numbers as numbers_lib
 from msfp_jax.run import cli
 
 TOPOLOGIES = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
@@ -39,7 +39,7 @@ LIBTPU_ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
     'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-WEIGHTS = formats_lib.formats_of_width(4, signed=True)
+WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
 # x and channels of the result, as in Stable Diffusion's U-Net.
 MATMULS = (((4096, 320), 320), ((4096, 320), 1280), ((1024, 640), 640),
            ((512, 1280), 1280), ((512, 5120), 1280))

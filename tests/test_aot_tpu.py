@@ -14,12 +14,12 @@ from benchmarks import tpu_cost
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
-from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import numbers as numbers_lib
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 pytest.importorskip('libtpu', reason='libtpu compiles for TPUs')
 
-WEIGHTS = formats_lib.formats_of_width(4, signed=True)
+WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
 CHIPS = tuple(tpu_cost.TOPOLOGIES)
 NATIVE = [(chip, carrier) for chip in CHIPS
           for carrier in blocks_lib.CHIPS[chip].carriers]

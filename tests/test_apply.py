@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msfp_jax.kernels import apply as apply_lib
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import QLayer
@@ -90,12 +90,12 @@ ACTS = [
 
 def quantize(params, act):
   """Returns {layer: packed}, and the parameters with quantized kernels."""
-  weights = layers_lib.leaves(params, 'kernel')
-  biases = layers_lib.leaves(params, 'bias')
+  weights = interception.leaves(params, 'kernel')
+  biases = interception.leaves(params, 'bias')
   packed = {name: kernel_cases.prepared(QLayer(
       weight_of(kernel).quantize(kernel, axis=-2).packed(), act,
       biases.get(name))) for name, kernel in weights.items()}
-  return packed, layers_lib.replace(params, 'kernel', {
+  return packed, interception.replace(params, 'kernel', {
       name: weight_of(kernel).fake_quant(kernel, axis=-2)
       for name, kernel in weights.items()})
 

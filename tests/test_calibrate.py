@@ -129,7 +129,7 @@ def widths(spec):
 
 
 @pytest.mark.parametrize('name, eight', [
-    ('all-4', {'conv_in', 'conv_out', 'temb'}),
+    ('ends-8', {'conv_in', 'conv_out', 'temb'}),
     ('skip-8', {'conv_in', 'conv_out', 'temb', 'shortcut', 'downsample',
                 'upsample'})])
 def test_exceptions_reach_the_listed_roles_and_no_other(name, eight):
@@ -256,7 +256,7 @@ def test_what_recipes_need(own, needs):
 
 @pytest.mark.parametrize('options, message', [
     ({'recipe': 'fp5'}, "recipe 'fp5'.*msfp"),
-    ({'exceptions': 'some-4'}, "'some-4'.*all-4.*skip-8"),
+    ({'exceptions': 'some-4'}, "'some-4'.*ends-8.*skip-8"),
     ({'exceptions': {'attention': 8}}, r"\['attention'\].*body"),
     ({'roles': {'in': 'conv_in'}}, 'no rule covers layer'),
     ({'bits': 2}, '2 bits'),

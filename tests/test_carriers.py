@@ -10,14 +10,14 @@ import pytest
 
 from msfp_jax.kernels import carriers
 from msfp_jax.quant import layout as layout_lib
-from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import numbers as numbers_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 
 FORMATS = [fmt for bits in range(3, 9) for signed in (False, True)
-           for fmt in formats_lib.formats_of_width(bits, signed)]
-FOUR_BITS = (*formats_lib.formats_of_width(4, True),
-             *formats_lib.formats_of_width(4, False))
+           for fmt in numbers_lib.formats_of_width(bits, signed)]
+FOUR_BITS = (*numbers_lib.formats_of_width(4, True),
+             *numbers_lib.formats_of_width(4, False))
 NUMPY = {'int8': np.int8, 'fp8': ml_dtypes.float8_e4m3fn,
          'bf16': ml_dtypes.bfloat16, 'f32': np.float32}
 each_carrier = pytest.mark.parametrize('carrier', NUMPY)

@@ -16,10 +16,10 @@ import pytest
 
 from msfp_jax import kernels
 from msfp_jax.quant import geometry as geometry_lib
-from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import numbers as numbers_lib
 
-WEIGHTS = formats_lib.formats_of_width(4, signed=True)
-ACTS = WEIGHTS + formats_lib.formats_of_width(4, signed=False)
+WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
+ACTS = WEIGHTS + numbers_lib.formats_of_width(4, signed=False)
 
 
 @pytest.mark.parametrize('weight', WEIGHTS, ids=str)
@@ -47,8 +47,8 @@ def test_every_pair_of_a_width_is_as_good_as_float32(bits):
   1.6e-4. Unsigned weights on a grid that is not uniform have no offset beyond
   255 steps; no recipe makes them.
   """
-  formats = (*formats_lib.formats_of_width(bits, signed=True),
-             *formats_lib.formats_of_width(bits, signed=False))
+  formats = (*numbers_lib.formats_of_width(bits, signed=True),
+             *numbers_lib.formats_of_width(bits, signed=False))
   for weight, act in itertools.product(formats, repeat=2):
     options = {'zero': None if weight.signed else -1.5}
     if not act.signed:

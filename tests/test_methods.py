@@ -37,7 +37,7 @@ class Fake:
   params = Net().init(jax.random.key(0), X, T)['params']
   plan = diffusion.ddim_plan(diffusion.make_schedule(
       'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02), 2)
-  quant = experiment_lib.QuantSettings('msfp', 4, 4, 'all-4')
+  quant = experiment_lib.QuantSettings('msfp', 4, 4, 'ends-8')
   finetune = types.SimpleNamespace(num_updates=3)
 
   def __init__(self):

@@ -13,11 +13,11 @@ from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant import layout as layout_lib
-from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import numbers as numbers_lib
 from msfp_jax.quant.numbers import FPFormat
 
-WEIGHTS = formats_lib.formats_of_width(4, signed=True)
-ACTS = WEIGHTS + formats_lib.formats_of_width(4, signed=False)
+WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
+ACTS = WEIGHTS + numbers_lib.formats_of_width(4, signed=False)
 CARRIERS = ('int8', 'bf16', 'fp8')
 E2M1 = FPFormat.parse('E2M1')
 

@@ -22,7 +22,7 @@ from msfp_jax.convert import native
 from msfp_jax.models.guided import Guided
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
-from msfp_jax.packed import file as export
+from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import roles as roles_lib
@@ -56,7 +56,7 @@ def of_toy():
 @pytest.fixture
 def saved(tmp_path):
   path = tmp_path / 'packed.safetensors'
-  export.save(path, of_unet(), command='python train.py')
+  packed_file.save(path, of_unet(), command='python train.py')
   return path
 
 
@@ -77,12 +77,12 @@ def assert_equal(actual, expected):
 
 
 def test_there_and_back(saved):
-  assert_equal(export.load(saved), of_unet())
+  assert_equal(packed_file.load(saved), of_unet())
 
 
 def test_banks_other_bits_and_full_precision_come_back(tmp_path):
-  export.save(tmp_path / 'toy', of_toy())
-  loaded = export.load(tmp_path / 'toy', model=toy.Toy())
+  packed_file.save(tmp_path / 'toy', of_toy())
+  loaded = packed_file.load(tmp_path / 'toy', model=toy.Toy())
   assert_equal(loaded, of_toy())
   assert {name: layer.weight and str(layer.weight.fmt)
           for name, layer in loaded.layers.items()} == {
@@ -102,8 +102,8 @@ def test_8_bits_come_back(tmp_path):
       wide, weight=wide.weight.replace(fmt=FPFormat.parse('E3M4')),
       act=wide.act.replace(fmt=FPFormat.parse('UE4M4')))
   model = packed_lib.pack(tiny.UNET, params, spec, tiny.PLAN)
-  export.save(tmp_path / 'model', model)
-  loaded = export.load(tmp_path / 'model')
+  packed_file.save(tmp_path / 'model', model)
+  loaded = packed_file.load(tmp_path / 'model')
   assert_equal(loaded, model)
   assert loaded.layers[BODY].weight.data.shape[-2] == 8  # a byte each
 
@@ -118,12 +118,13 @@ def test_a_guided_model_and_a_multistep_sampler_come_back(tmp_path):
   assert plan.multistep is not None
   model = packed_lib.pack(
       Guided(unet, 1.5, 3), params, tiny.by_hand(params), plan)
-  export.save(tmp_path / 'model', model)
-  assert_equal(export.load(tmp_path / 'model'), model)
+  packed_file.save(tmp_path / 'model', model)
+  assert_equal(packed_file.load(tmp_path / 'model'), model)
 
 
 def test_equal_models_are_equal_files(saved, tmp_path):
-  export.save(tmp_path / 'again', export.load(saved), command='python train.py')
+  packed_file.save(tmp_path / 'again', packed_file.load(saved),
+                   command='python train.py')
   assert (tmp_path / 'again').read_bytes() == saved.read_bytes()
 
 
@@ -182,7 +183,7 @@ def of_shapes(config):
 def test_bits_of_a_weight_and_bank(tmp_path, config, limit):
   """The bits of a file, everything counted: header, scales, normalizations."""
   path = tmp_path / 'model'
-  export.save(path, of_shapes(config), command=(
+  packed_file.save(path, of_shapes(config), command=(
       'python train.py --config=configs/digits.py:demo --workdir=runs/demo'))
   weights = sum(np.prod(shape) for shape in tiny.layers(config).values())
   assert 4 < 8 * path.stat().st_size / (2 * weights) <= limit
@@ -305,7 +306,7 @@ CHANGES = {
 def test_what_does_not_fit_is_named(saved, tensors, header, parts):
   rewrite(saved, *(change or (lambda _: None) for change in (tensors, header)))
   with pytest.raises(ValueError) as error:
-    export.load(saved)
+    packed_file.load(saved)
   for part in [str(saved), *parts]:
     assert part in str(error.value), error.value
 
@@ -314,12 +315,12 @@ def test_what_does_not_fit_is_named(saved, tensors, header, parts):
 def test_a_truncated_file(saved, size):
   saved.write_bytes(saved.read_bytes()[:size])
   with pytest.raises(ValueError, match='is no safetensors file'):
-    export.load(saved)
+    packed_file.load(saved)
 
 
 def test_no_file(tmp_path):
   with pytest.raises(FileNotFoundError, match='no packed model at .*nowhere'):
-    export.load(tmp_path / 'nowhere')
+    packed_file.load(tmp_path / 'nowhere')
 
 
 @pytest.mark.parametrize('table, part', [
@@ -327,27 +328,27 @@ def test_no_file(tmp_path):
     (np.zeros((1, 3), np.uint8), r'choices is uint8 \(1, 3\)'),
     (np.zeros((1, 2), np.int32), 'choices is int32')])
 def test_banks_that_do_not_exist(tmp_path, table, part):
-  export.save(tmp_path / 'toy', of_toy())
+  packed_file.save(tmp_path / 'toy', of_toy())
   rewrite(tmp_path / 'toy', changed('choices', table))
   with pytest.raises(ValueError, match=part):
-    export.load(tmp_path / 'toy', model=toy.Toy())
+    packed_file.load(tmp_path / 'toy', model=toy.Toy())
 
 
 def test_a_model_of_ones_own_must_be_passed(tmp_path):
-  export.save(tmp_path / 'toy', of_toy())
+  packed_file.save(tmp_path / 'toy', of_toy())
   with pytest.raises(ValueError, match=r'load\(path, model='):
-    export.load(tmp_path / 'toy')
+    packed_file.load(tmp_path / 'toy')
 
 
 def test_an_unknown_implementation(saved):
   with pytest.raises(ValueError, match="'cuda': must be one of"):
-    export.load(saved, implementation='cuda')
+    packed_file.load(saved, implementation='cuda')
 
 
 def test_a_format_that_the_kernels_lack(tmp_path):
   """A kernel asked for by name says why not; nothing else runs in silence."""
-  export.save(tmp_path / 'toy', of_toy())
-  loaded = export.load(
+  packed_file.save(tmp_path / 'toy', of_toy())
+  loaded = packed_file.load(
       tmp_path / 'toy', model=toy.Toy(), implementation='mosaic_tpu')
   with pytest.raises(ValueError, match=(
       "layer conv_out: implementation 'mosaic_tpu': .*E1M1")):
@@ -380,7 +381,7 @@ class Hopper(layout_lib.Layout):
         model, choices={BODY: np.array([0, 256])}), '257 banks')])
 def test_what_cannot_be_saved_writes_nothing(tmp_path, change, part):
   with pytest.raises(ValueError, match=part):
-    export.save(tmp_path / 'model', change(of_unet()))
+    packed_file.save(tmp_path / 'model', change(of_unet()))
   assert not list(tmp_path.iterdir())
 
 
@@ -461,8 +462,8 @@ def test_weights_come_back_bit_for_bit_in_the_bytes_stated(
   """Codes, scales and biases; bytes by hand, and by the file's tensors."""
   model = of_weights(weight)
   path = tmp_path / 'model'
-  export.save(path, model)
-  loaded = export.load(path, model=Odd())
+  packed_file.save(path, model)
+  loaded = packed_file.load(path, model=Odd())
   assert_equal(loaded, model)
   for name, layer in model.layers.items():
     ours, theirs = loaded.layers[name].weight, layer.weight
@@ -491,8 +492,8 @@ def test_channels_of_zeros_come_back(tmp_path, weight):
       'kernel': jnp.ones((4, 3)).at[:, 1].set(0), 'bias': jnp.zeros(3)}}
   spec = spec_lib.QuantSpec('mine', {'dense': layer_of(weight)})
   packed = packed_lib.pack(model, params, spec, tiny.PLAN)
-  export.save(tmp_path / 'model', packed)
-  loaded = export.load(tmp_path / 'model', model=model)
+  packed_file.save(tmp_path / 'model', packed)
+  loaded = packed_file.load(tmp_path / 'model', model=model)
   assert_equal(loaded, packed)
   values = loaded.layers['dense'].weight.dequantize()[0]
   np.testing.assert_array_equal(values[:, 1], 0)
@@ -519,11 +520,11 @@ PART_CHANGES = {
                          ids=PART_CHANGES)
 def test_scales_of_groups_are_looked_at(tmp_path, tensor, factor, part):
   path = tmp_path / 'model'
-  export.save(path, of_weights(lambda _: Block(int_format(5), group=2)))
+  packed_file.save(path, of_weights(lambda _: Block(int_format(5), group=2)))
   rewrite(path, lambda tensors: tensors.update(
       {tensor: np.float32(tensors[tensor] * factor)}))
   with pytest.raises(ValueError, match=part):
-    export.load(path, model=Odd())
+    packed_file.load(path, model=Odd())
 
 
 def test_shifts_take_three_bits_each(tmp_path):
@@ -537,8 +538,8 @@ def test_shifts_take_three_bits_each(tmp_path):
       'dense': layer.replace(weight=weight)})
   before = of_weights(lambda _: Block(signed(4), group=2)).stored_bytes
   assert model.stored_bytes - before == -(-3 * 20 // 8)
-  export.save(tmp_path / 'model', model)
-  loaded = export.load(tmp_path / 'model', model=Odd())
+  packed_file.save(tmp_path / 'model', model)
+  loaded = packed_file.load(tmp_path / 'model', model=Odd())
   assert_equal(loaded, model)
   np.testing.assert_array_equal(loaded.layers['dense'].weight.shift, shift)
   with safetensors.safe_open(tmp_path / 'model', 'np') as opened:
@@ -569,8 +570,8 @@ INPUTS = {
 @pytest.mark.parametrize('act', INPUTS.values(), ids=INPUTS)
 def test_inputs_and_what_stands_around_come_back(tmp_path, act):
   model = of_weights(per_channel(signed(4)), around_of, act=act)
-  export.save(tmp_path / 'model', model)
-  loaded = export.load(tmp_path / 'model', model=Odd())
+  packed_file.save(tmp_path / 'model', model)
+  loaded = packed_file.load(tmp_path / 'model', model=Odd())
   assert_equal(loaded, model)
   x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 4, 5)),
                   jnp.float32)
@@ -615,12 +616,12 @@ AROUND_CHANGES = {
                          ids=AROUND_CHANGES)
 def test_what_does_not_fit_around_is_named(tmp_path, tensors, header, part):
   path = tmp_path / 'model'
-  export.save(path, of_weights(
+  packed_file.save(path, of_weights(
       lambda _: Block(signed(6), group=2), lambda shape: around_of(
           shape).replace(rotation=0)))
   rewrite(path, *(change or (lambda _: None) for change in (tensors, header)))
   with pytest.raises(ValueError, match=part):
-    export.load(path, model=Odd())
+    packed_file.load(path, model=Odd())
 
 
 # Files that version 1 wrote, as of commit efd5608, and what it computed.
@@ -648,7 +649,7 @@ def assert_weight(layer, expected):
 
 def test_a_file_of_version_1_samples_as_its_simulation_did():
   """E2M1, INT in 8 bits, and a layer in full precision."""
-  packed = export.load(GOLDEN / 'packed_1.safetensors')
+  packed = packed_file.load(GOLDEN / 'packed_1.safetensors')
   assert packed.model == UNet(SMALL)
   assert packed.layers['conv_out'].weight is None
   for name in ('mid.block_1.conv1', 'temb.dense.0'):
@@ -661,7 +662,8 @@ def test_a_file_of_version_1_samples_as_its_simulation_did():
 
 def test_banks_and_3_bits_of_version_1():
   """A byte for two codes of 3 bits, as files had them then."""
-  packed = export.load(GOLDEN / 'packed_1_banks.safetensors', model=toy.Toy())
+  packed = packed_file.load(
+      GOLDEN / 'packed_1_banks.safetensors', model=toy.Toy())
   for name in ('conv_in', 'conv_out'):
     assert_weight(packed.layers[name], version_1()[f'banks weight {name}'])
   np.testing.assert_array_equal(packed.choices['conv_in'], [0, 1])
@@ -673,12 +675,13 @@ def test_banks_and_3_bits_of_version_1():
 
 
 def test_a_file_of_version_1_saved_again_is_of_version_2(tmp_path):
-  packed = export.load(GOLDEN / 'packed_1_banks.safetensors', model=toy.Toy())
-  export.save(tmp_path / 'again', packed)
+  packed = packed_file.load(
+      GOLDEN / 'packed_1_banks.safetensors', model=toy.Toy())
+  packed_file.save(tmp_path / 'again', packed)
   with safetensors.safe_open(tmp_path / 'again', 'np') as opened:
     assert opened.metadata()['format'] == 'msfp-jax/packed/2'
     assert opened.get_tensor('conv_out.codes').shape == (14,)  # 36 x 3 bits
-  assert_equal(export.load(tmp_path / 'again', model=toy.Toy()), packed)
+  assert_equal(packed_file.load(tmp_path / 'again', model=toy.Toy()), packed)
 
 
 def test_a_spec_of_version_1_packs_to_what_version_1_packed():
@@ -688,7 +691,7 @@ def test_a_spec_of_version_1_packs_to_what_version_1_packed():
   spec = spec_lib.QuantSpec.load(GOLDEN / 'spec_1.json')
   plan = diffusion.ddim_plan(tiny.SCHEDULE, 2)
   packed = packed_lib.pack(UNet(SMALL), params, spec, plan)
-  written = export.load(GOLDEN / 'packed_1.safetensors')
+  written = packed_file.load(GOLDEN / 'packed_1.safetensors')
   for name, layer in written.layers.items():
     tiny.assert_trees_equal(packed.layers[name], layer)
   expected = version_1()['samples']

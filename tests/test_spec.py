@@ -90,7 +90,7 @@ def test_json_can_be_read_by_people():
   assert (content['format'], content['recipe']) == ('msfp-jax/spec/2', 'msfp')
   rows = content['layers']
   assert [row['layer'] for row in rows] == list(example().layers)
-  assert rows[0]['role'] == 'conv_in' and rows[0]['class'] == 'NAL'
+  assert rows[0]['role'] == 'conv_in' and rows[0]['kind'] == 'NAL'
   assert rows[0]['weight']['fmt'] == 'E4M3'
   assert rows[0]['weight']['scale']['shape'] == [1, 1, 1, 5]
   assert len(rows[0]['weight']['scale']['values']) == 5
@@ -140,7 +140,7 @@ def damaged(change):
     damaged(lambda c: c.pop('recipe')),
     damaged(lambda c: c.update(layers=None)),
     damaged(lambda c: c['layers'].append('conv')),
-    damaged(lambda c: c['layers'][0].pop('class')),
+    damaged(lambda c: c['layers'][0].pop('kind')),
     damaged(lambda c: c['layers'][0].update(act='E2M1')),
     damaged(lambda c: c['layers'][0]['act'].update(fmt='FP4')),
     damaged(lambda c: c['layers'][0]['act'].update(fmt=None)),

@@ -13,7 +13,7 @@ from configs import common
 from msfp_jax.diffusion import sampling
 from msfp_jax.kernels.apply import QuantizedModel
 from msfp_jax.packed import model as packed_lib
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantize import quantize
 from msfp_jax.quant.quantizers import Full
@@ -115,7 +115,7 @@ def test_step_0_is_plain_msfp_bit_for_bit(options):
   deployed = packed_lib.deploy(
       setup.student, setup.start().trainable, tiny.PLAN)
   weights = quantize(tiny.params(tiny.NET), setup.student.spec)
-  for name, kernel in layers_lib.leaves(weights, 'kernel').items():
+  for name, kernel in interception.leaves(weights, 'kernel').items():
     banks = deployed.layers[name].weight
     for i in range(deployed.layers[name].num_banks):
       np.testing.assert_array_equal(

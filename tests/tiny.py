@@ -15,7 +15,7 @@ import unet_oracle
 from msfp_jax import diffusion
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.interception import list_layers
@@ -102,7 +102,7 @@ def activations(model):
 @functools.cache
 def spec(model, recipe='msfp', bits=4):
   """Calibrates a model; the last (and the UNet's first) layers have 8 bits."""
-  options = {'exceptions': 'all-4'}
+  options = {'exceptions': 'ends-8'}
   if model is NET:
     options = {'exceptions': {'out': 8}, 'roles': NET_ROLES}
   return calibrate(model, params(model), recipe=recipe, bits=bits,
@@ -144,7 +144,7 @@ def by_hand(params):
       Static(
           FPFormat.parse('UE3M1'), jnp.float32(0.15), jnp.float32(-0.4))]
   found = {}
-  for i, (name, kernel) in enumerate(layers_lib.leaves(
+  for i, (name, kernel) in enumerate(interception.leaves(
       params, 'kernel').items()):
     largest = np.abs(kernel).max(
         tuple(range(kernel.ndim - 1)), keepdims=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from configs import common
 from msfp_jax import diffusion
 from msfp_jax.packed import model as packed_lib
-from msfp_jax.quant import interception as layers_lib
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantize import make_layer
@@ -63,7 +63,7 @@ def spec():
 
 def sets():
   """{layer: its weights before they are quantized, `[h, ...]`}."""
-  kernels = layers_lib.leaves(params(), 'kernel')
+  kernels = interception.leaves(params(), 'kernel')
   weights = {name: kernel[None] for name, kernel in kernels.items()}
   first = kernels['conv_in']
   return weights | {'conv_in': jnp.stack([first, -first])}
@@ -76,7 +76,7 @@ def deployed(given=None):
     given: parameters whose biases the model has; those of `params` if None.
   """
   given = params() if given is None else given
-  biases = layers_lib.leaves(given, 'bias')
+  biases = interception.leaves(given, 'bias')
   layers = {}
   for name, row in spec().layers.items():
     weight = None if row.weight.is_full else row.weight.quantize_banks(

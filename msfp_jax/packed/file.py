@@ -38,7 +38,7 @@ from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 from msfp_jax.models import registry
 from msfp_jax.packed import header as header_lib
-from msfp_jax.packed import layers as layers_lib
+from msfp_jax.packed import layers as stored
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.packed import reader as reader_lib
 from msfp_jax.quant import layout as layout_lib
@@ -80,8 +80,8 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   channels = [np.zeros(0, np.float32)]
   for name, layer in own.items():
     _check_layout(name, layer)
-    tensors |= layers_lib.tensors_of(name, layer)
-    channels += layers_lib.channels_of(layer)
+    tensors |= stored.tensors_of(name, layer)
+    channels += stored.channels_of(layer)
   vectors, rest = _flatten(model.params)
   channels += vectors.values()
   tensors[_CHANNELS] = np.concatenate(channels)
@@ -227,7 +227,7 @@ def _read_layers(
   """The layers, and what else is in `channels`."""
   # Codes first: their shapes tell how many output channels a layer has, and so
   # where its part of `channels` ends.
-  codes = {row[0]: layers_lib.read_codes(row, reader, first) for row in rows}
+  codes = {row[0]: stored.read_codes(row, reader, first) for row in rows}
   sizes = [codes[row[0]].shape[-1] * len(row[3]) for row in rows]
   sizes += vectors.values()
   known = len(reader.problems)
@@ -239,7 +239,7 @@ def _read_layers(
     reader.problems.append(f'{_CHANNELS} holds values that are not finite')
   pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
   layers = {
-      row[0]: layers_lib.read_layer(
+      row[0]: stored.read_layer(
           row, codes[row[0]], channels.reshape(len(row[3]), -1), reader,
           is_read)
       for row, channels in zip(rows, pieces[:len(rows)], strict=True)}

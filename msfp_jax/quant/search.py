@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.quant import functional
-from msfp_jax.quant import numbers as formats_lib
+from msfp_jax.quant import numbers as numbers_lib
 from msfp_jax.quant import quantizers
 
 # How the error is had from prefix sums: levels q0 < q1 < .. of a grid, sorted
@@ -55,7 +55,7 @@ class SearchResult:
     mse: mean squared error over the whole tensor, float64.
   """
 
-  fmt: formats_lib.FPFormat
+  fmt: numbers_lib.FPFormat
   scale: np.ndarray
   zero_point: np.ndarray | None
   mse: float
@@ -71,7 +71,7 @@ class SearchResult:
     return quantizers.Static(self.fmt, scale, zero_point)
 
 
-def search(x: np.ndarray, formats: Sequence[formats_lib.FPFormat], *,
+def search(x: np.ndarray, formats: Sequence[numbers_lib.FPFormat], *,
            channel_axis: int | None = None,
            zero_points: np.ndarray | str | None = None) -> SearchResult:
   """Minimises the mean squared error over formats, scales and zero points.
@@ -129,7 +129,7 @@ def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _level_table(formats: tuple[formats_lib.FPFormat, ...]) -> np.ndarray:
+def _level_table(formats: tuple[numbers_lib.FPFormat, ...]) -> np.ndarray:
   """The levels of all formats, ascending to 1, float64 `[F, K]`."""
   grids = [fmt.levels() / fmt.max for fmt in formats]
   width = max(len(grid) for grid in grids)

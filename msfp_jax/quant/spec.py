@@ -101,7 +101,7 @@ class QuantSpec:
 
 
 def _layer_to_dict(layer: LayerSpec) -> dict[str, Any]:
-  row = {'role': layer.role, 'class': layer.kind,
+  row = {'role': layer.role, 'kind': layer.kind,
          'act': serialize.quantizer_to_dict(layer.act),
          'stats': dict(layer.stats)}
   if layer.around is not None:
@@ -113,7 +113,7 @@ def _layer_to_dict(layer: LayerSpec) -> dict[str, Any]:
 def _layer_from_dict(row: dict[str, Any]) -> LayerSpec:
   around = row.get('around')
   return LayerSpec(
-      row['role'], row['class'],
+      row['role'], row['kind'],
       serialize.quantizer_from_dict(row['weight']),
       serialize.quantizer_from_dict(row['act']),
       None if around is None else serialize.around_from_dict(around),

@@ -16,7 +16,7 @@ COLUMNS = (
     ('#', 'place in the order of execution'),
     ('layer', 'name of the layer'),
     ('role', 'what the layer is; exceptions from the bits go by it'),
-    ('class', 'AAL: its input follows SiLU or the like; NAL: any other'),
+    ('kind', 'AAL: its input follows SiLU or the like; NAL: any other'),
     ('input', 'number format of the input; U is unsigned'),
     ('scale', 'of the input; the largest level is scale times the format\'s '
      'maximum'),
@@ -84,5 +84,5 @@ def section(source: Source) -> Section | None:
       'columns': COLUMNS,
       'rows': [[_cell(value) for value in row] for row in rows(layers)],
       'kinds': sorted({layer.kind for layer in layers.values()}),
-      'kind_column': [name for name, _ in COLUMNS].index('class'),
+      'kind_column': [name for name, _ in COLUMNS].index('kind'),
       'median_gain': numbers.ratio(float(np.median(gains))) if gains else ''})

@@ -27,7 +27,7 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import grid
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import generate
-from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import sample_store
 from msfp_jax.run import workdir as workdir_lib
@@ -164,7 +164,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   # claim last, which may delete an earlier evaluation's samples.
   fields = workdir_lib.prepare(config, workdir)
   experiment = experiment_lib.load(config, workdir)
-  rows_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
+  methods_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
   _check(cfg)
   folder = pathlib.Path(workdir) / 'eval'
   scorer = _claim_and_score(
@@ -175,8 +175,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
         f'{cfg.features!r} need at least {scorer.least_samples} images')
   # First, asked for or not: the scorer compares all later rows with these
   # images.
-  names = [rows_lib.FULL_PRECISION] + [
-      name for name in cfg.rows if name != rows_lib.FULL_PRECISION]
+  names = [methods_lib.FULL_PRECISION] + [
+      name for name in cfg.rows if name != methods_lib.FULL_PRECISION]
   results = results_head(config, experiment.plan)
   results |= {**scorer.provenance, 'rows': []}
   shown = {}
@@ -193,10 +193,10 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   if cfg.report:
     # Also where the last row was done by an earlier run, which kept its metrics
     # only.
-    if name == rows_lib.PACKED or last is None:
+    if name == methods_lib.PACKED or last is None:
       # Details are those of the simulation: the last row that is one.
-      name = [n for n in names if n != rows_lib.PACKED][-1]
-      last = rows_lib.make_row(experiment, name, workdir)
+      name = [n for n in names if n != methods_lib.PACKED][-1]
+      last = methods_lib.make_row(experiment, name, workdir)
     report.write(
         workdir, experiment=_reported(experiment, cfg.batch_size, fields),
         results=results, pictures=shown, row=last.name, deployed=last.deployed,
@@ -286,7 +286,7 @@ def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
 def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                   workdir: str, name: str, samples: sample_store.SampleStore,
                   scorer: scorer_lib.Scorer
-                  ) -> tuple[dict[str, Any], rows_lib.Row | None]:
+                  ) -> tuple[dict[str, Any], methods_lib.Row | None]:
   """The row of results.json; draws what is missing of the samples.
 
   A finished row keeps its metrics and the samples that are shown. All of the
@@ -299,7 +299,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
   if path.is_file():
     return json.loads(path.read_text()), None
-  row = rows_lib.make_row(experiment, name, workdir)
+  row = methods_lib.make_row(experiment, name, workdir)
   fill(experiment, cfg, row.deployed, samples, f'sample {name}')
   try:
     found = scorer.score(samples)
@@ -316,7 +316,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
              'bytes': row.deployed.stored_bytes}
   # Full precision is scored anew by every run, from all its stored images: the
   # scorer has to have seen them.
-  if name != rows_lib.FULL_PRECISION:
+  if name != methods_lib.FULL_PRECISION:
     files.write_json(path, content)
     samples.keep_first(cfg.pictures)
   return content, row

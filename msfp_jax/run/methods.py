@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 
-from msfp_jax.packed import file as export
+from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
@@ -67,7 +67,7 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   if name == PACKED:
     workdir_lib.check_packed(workdir)
     return Row(name, cfg.weight_bits, cfg.act_bits,
-               export.load(f'{workdir}/{workdir_lib.PACKED_FILE}'))
+               packed_file.load(f'{workdir}/{workdir_lib.PACKED_FILE}'))
   recipe, _, bits = name.partition(':')
   weight_bits, act_bits = (recipes.parse_bits(bits) if bits
                            else (cfg.weight_bits, cfg.act_bits))

@@ -28,7 +28,7 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.run import methods as rows_lib
+from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
@@ -99,7 +99,7 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=base.data.path or base.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))
-  full = rows_lib.full_precision(experiment)
+  full = methods_lib.full_precision(experiment)
   # The scorer's first images: all others are compared with these.
   images = evaluate.draw(experiment, cfg, full.deployed, f'seed {seed}, fp')
   reference = _measure(scorer, full.deployed, images, full.weight_bits,
