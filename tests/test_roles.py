@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import tiny
 
+from configs import common
 from msfp_jax.quant import roles
 
 REAL = pytest.mark.parametrize(
@@ -106,3 +107,10 @@ def test_the_lists_of_exceptions_by_the_layers_shapes(config):
       roles.EXCEPTIONS[name]))
   assert with_exceptions(config, short) == {8: ends}
   assert with_exceptions(config, long) == {8: ends | around}
+
+
+def test_a_former_name_is_its_list():
+  """Commands of before the renaming still work; 8-bit layers were in it."""
+  assert roles.exceptions_of('all-4') == roles.exceptions_of('ends-8')
+  config = common.apply_variant(common.get_config(), 'skip-8,all-4', {})
+  assert config.quant.exceptions == 'ends-8'
