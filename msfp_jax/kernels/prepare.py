@@ -54,18 +54,6 @@ def _per_output(weight):
       weight.scale.shape[:-1]) <= {1}
 
 
-def _static_scale(quantizer):
-  """(fmt, scale, zero point or None) of an input with one scale; else None."""
-  # By what it makes of an input, not by its class: any quantizer that has one
-  # scale will do. The probe's shape is of no account to these.
-  probe = jax.eval_shape(
-      lambda quantizer, x: quantizer.at(0).quantize(x), quantizer,
-      jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32))
-  if probe.scale.ndim or not hasattr(quantizer, 'scale'):
-    return None
-  return quantizer.fmt, quantizer.scale, quantizer.zero_point
-
-
 def _has_zero(layer):
   """Whether the input may have a zero beside its scale, as carried."""
   probe = jax.eval_shape(
@@ -79,7 +67,7 @@ def _has_zero(layer):
 
 def _reach(quantizer):
   """Lowest and highest v of an input, as carried in float32."""
-  fmt, scale, zero_point = _static_scale(quantizer)
+  fmt, scale, zero_point = quantizer.one_scale()
   carried = carriers.carry(fmt, 'f32')
   offset = np.asarray(carried.offset(
       np.asarray(scale), None if zero_point is None
@@ -90,7 +78,7 @@ def _reach(quantizer):
 
 
 def _has_winograd(layer, values):
-  static = _static_scale(layer.input)
+  static = layer.input.one_scale()
   if static is None:
     return False
   carried = carriers.carry(layer.weight.numbers, 'f32')

@@ -209,8 +209,9 @@ def grouped(x: QTensor, w: QTensor, bias: jax.Array | None,
 def _common_group(x, w):
   """Channels over which neither side's scale changes."""
   sizes = [tensor.group for tensor in (x, w)
-           if jnp.ndim(tensor.scale) >= -tensor.axis
-           and tensor.scale.shape[tensor.axis] > 1]
+           if any(part is not None and jnp.ndim(part) >= -tensor.axis
+                  and part.shape[tensor.axis] > 1
+                  for part in (tensor.scale, tensor.zero_point))]
   # 16 of the input and 24 of the weights: groups of 8 lie inside of both. No
   # group on either side: only taps are apart.
   return math.gcd(*sizes) if sizes else x.length

@@ -32,7 +32,8 @@ from msfp_jax.quant.quantizers import Static
 SCALE, ZERO_POINT, BIAS = 's', 'z', 'b'
 # Types that tensors of a file are viewed as, beside float32.
 TYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (
-    ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16)}
+    ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16,
+    np.float16)}
 
 
 def dumps(content: Any) -> str:

@@ -54,6 +54,15 @@ class PackedModel:
   plan: diffusion.SamplerPlan
   implementation: str | None = None
 
+  def __post_init__(self):
+    # JAX takes the last entry for an index beyond it, and says nothing.
+    for name, layer in self.layers.items():
+      if layer.input.num_steps not in (None, self.plan.num_steps):
+        raise ValueError(
+            f'layer {name}: its input has a quantizer for each of '
+            f'{layer.input.num_steps} steps, and the plan has '
+            f'{self.plan.num_steps}: calibrate with this plan')
+
   @property
   def arrays(self) -> Any:
     """All arrays, as one pytree: the argument of jitted samplers."""

@@ -99,19 +99,15 @@ class Around:
                       jnp.float32(self.up), precision='highest')
 
   def seen(self, seen: fit_lib.Seen) -> fit_lib.Seen:
-    """Turns observations of the layer's input into those of x'.
+    """Observations of x', of those of the layer's input; None if not known.
 
-    Raises:
-      ValueError: the input is moved, and no whole vectors of it were kept.
+    Where the input is moved, that is what whole vectors of it tell.
     """
     # A branch alone leaves the input as it is.
     if not self.moves_input:
       return seen
     if seen.rows is None:
-      if seen.values is None:
-        return seen
-      raise ValueError('smoothing and rotation need whole vectors of the '
-                       f'input: the recipe must name {fit_lib.ROWS!r}')
+      return fit_lib.Seen()
     # Values at random places cannot be smoothed or rotated: each needs its
     # channel, and its neighbours. Extremes are then of the sample alone.
     rows = np.asarray(self.input(seen.rows))

@@ -9,10 +9,12 @@ from typing import Any
 from absl import logging
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax.base import progress as progress_lib
+from msfp_jax.quant import batches as batches_lib
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant import observe
@@ -125,8 +127,13 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
 
 def _look(model, params, recipe, batches, plan, kernels, key):
   """{layer: what was seen of its input}; runs the sampler if it must."""
-  # Layers are found by their kernels: not even a trace of the model is needed.
+  # Layers are found by their kernels: the model need not run. Where there is
+  # something to trace it on, what cannot be quantized is refused by its name.
   if not recipe.needs:
+    if batches is not None:
+      noise, *condition = batches_lib.check_batches(batches)[0]
+      interception.list_layers(
+          model, params, noise, jnp.zeros(len(noise)), *condition)
     return {name: Seen() for name in kernels}
   if batches is None or plan is None:
     raise ValueError(
@@ -158,8 +165,10 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     stats |= {'act_min': seen.minimum, 'act_max': seen.maximum}
   around = None
   if recipe.around is not None and bits < FULL_BITS:
-    around = recipe.around(seen, kernel, functools.partial(
-        _quantized, recipe.weight, bits))
+    around = fit_lib.as_arrays(recipe.around(
+        seen, kernel, functools.partial(_quantized, recipe.weight, bits)))
+    if flaws := around.flaws(kernel.shape[-2]):
+      raise ValueError('around the product, ' + ', '.join(flaws))
     # Both fits below see what the product will see.
     kernel = np.asarray(around.residual(kernel))
     seen = around.seen(seen)
@@ -176,6 +185,9 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
       stats['act_signed_mse'] = signed.search(seen.values, act_bits).mse
   weight = fit_lib.fit(
       recipe.weight, Seen.of_weights(kernel), bits, axis=-2)
+  if around is not None and weight.quantizer.is_full:
+    raise ValueError('the weights stay in full precision, with which nothing '
+                     'can stand around the product: leave `around` out')
   if bits < FULL_BITS and weight.mse is not None:
     stats['weight_mse'] = weight.mse
   return spec_lib.LayerSpec(
@@ -185,7 +197,8 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
 def _quantized(of, bits, kernel):
   """A kernel after its own fit: what a search for what is around looks at."""
   quantizer = of(Seen.of_weights(kernel), bits, -2).quantizer
-  return np.asarray(quantizer.quantize(kernel, axis=-2).dequantize())
+  return (kernel if quantizer.is_full else
+          np.asarray(quantizer.quantize(kernel, axis=-2).dequantize()))
 
 
 def summary(spec: spec_lib.QuantSpec) -> str:

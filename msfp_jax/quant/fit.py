@@ -7,9 +7,10 @@ more; one that needs nothing asks for no run of the model.
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.quant import numbers
@@ -157,7 +158,7 @@ class Dynamic(Fit):
     quantizer, mse = self.make(bits), None
     # Of an input only single values were seen, out of their groups: no error of
     # a block of neighbours follows from these.
-    if axis == -2 and seen.values is not None:
+    if axis == -2 and seen.values is not None and not quantizer.is_full:
       mse = error_of(quantizer, seen.values, axis)
     return Fitted(quantizer, mse)
 
@@ -171,7 +172,29 @@ def error_of(quantizer: Quantizer, x: np.ndarray, axis: int) -> float:
 
 
 def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
-  """The quantizer of a tensor; `Full` at 32 bits."""
+  """The quantizer of a tensor; `Full` at 32 bits.
+
+  Raises:
+    ValueError: what the fit needs to see is not there.
+  """
   if bits == FULL_BITS:
     return Fitted(Full(), 0.0)
-  return of(seen, bits, axis)
+  absent = sorted(
+      need for need in of.needs
+      if getattr(seen, 'minimum' if need == EXTREMES else need) is None)
+  # Of weights only the values are there to see.
+  if absent and axis == -1:
+    raise ValueError(
+        f'{type(of).__name__} needs to see {absent} of the input, which was '
+        f'not gathered, or is not known of it as smoothed and rotated: with '
+        f'{ROWS!r} among the needs of `around` all but {GRAM!r} is')
+  found = of(seen, bits, axis)
+  return found._replace(quantizer=as_arrays(found.quantizer))
+
+
+def as_arrays(tree: Any) -> Any:
+  """A pytree whose leaves are arrays of JAX's types, as files hold them.
+
+  Fits compute in NumPy: their scales may be Python numbers, or float64.
+  """
+  return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tree)

@@ -45,6 +45,9 @@ def intercept(visit: Visit):
 
   def interceptor(next_fun, args, kwargs, context):
     module = context.module
+    if type(module) in refusals.WEIGHT_CHANGES:
+      raise ValueError(refusals.changed(
+          layer_name(module.layer_instance), 'kernel'))
     if (context.method_name != '__call__'
         or type(module) not in refusals.LAYER_TYPES):
       return next_fun(*args, **kwargs)

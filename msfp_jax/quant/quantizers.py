@@ -71,7 +71,12 @@ class Quantizer:
     # One at a time: a scale from the data must not look at another bank's
     # weights.
     tensors = [self.quantize(kernel, axis=-2) for kernel in kernels]
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *tensors)
+    # With all axes, so that a set's one scale is not taken for one that all
+    # sets share.
+    whole = lambda part: jnp.reshape(
+        part, (1,) * (kernels.ndim - 1 - jnp.ndim(part)) + jnp.shape(part))
+    return jax.tree.map(lambda *parts: jnp.stack([*map(whole, parts)]),
+                        *tensors)
 
   def offsets(self) -> dict[str, jax.Array]:
     """Trainable parameters, all zero; empty where there is nothing to train."""
@@ -84,10 +89,29 @@ class Quantizer:
                        f'{sorted(offsets)}')
     return self
 
+  @property
+  def num_steps(self) -> int | None:
+    """The sampler's steps that it has a state for; None: they do not differ.
+
+    A quantizer that differs by step defines this and `at`.
+    """
+    return None
+
   def at(self, step: Any) -> 'Quantizer':
     """The quantizer at a step of the sampler, where they differ by step."""
     del step
     return self
+
+  def one_scale(self) -> tuple[FPFormat, Any, Any | None] | None:
+    """(format, scale, zero point) of all that it quantizes, at any step.
+
+    None where these depend on the data, or differ within a tensor.
+    """
+    return None
+
+  def flaws(self) -> list[str]:
+    """What of it no tensor can have; for what comes from files."""
+    return []
 
   def describe(self) -> dict[str, str]:
     """For people: 'format', 'scale' and 'zero_point', those that it has."""
@@ -199,6 +223,10 @@ class Static(Quantizer):
       zero_point = zero_point + self.scale * offsets['zero_point']
     return self.replace(scale=scale, zero_point=zero_point)
 
+  @property
+  def num_steps(self):
+    return len(self.scale) if self.by_step else None
+
   def at(self, step):
     # By step, arrays are [S, ...]; `step` may be traced, as in a sampler's
     # scan.
@@ -206,6 +234,15 @@ class Static(Quantizer):
       return self
     pick = lambda part: None if part is None else jnp.asarray(part)[step]
     return Static(self.fmt, pick(self.scale), pick(self.zero_point))
+
+  def one_scale(self):
+    if np.ndim(self.scale) > self.by_step:
+      return None
+    return self.fmt, self.scale, self.zero_point
+
+  def flaws(self):
+    return [] if (np.asarray(self.scale) > 0).all() else [
+        'a scale that is not positive']
 
   def describe(self):
     shown = {'format': str(self.fmt), 'scale': _range_of(self.scale)}

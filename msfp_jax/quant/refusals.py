@@ -10,6 +10,10 @@ import jax
 import numpy as np
 
 LAYER_TYPES = (nn.Conv, nn.Dense)
+# What changes the weights of a layer just before it computes. They are known by
+# type because packed models hold no parameters by which `check_weights` could
+# see it.
+WEIGHT_CHANGES = (nn.WeightNorm, nn.SpectralNorm)
 # Their weights of two and more dimensions are no products.
 _NO_PRODUCT = (nn.BatchNorm, nn.Embed, nn.GroupNorm, nn.InstanceNorm,
                nn.LayerNorm, nn.RMSNorm)
@@ -69,8 +73,12 @@ def check_weights(name: str, path: Sequence[str],
           'these layers out, each under a name of its own')
     # Identity: an array that is equal today may be computed from the parameter.
     if weight is not params[kind]:
-      raise ValueError(
-          f'layer {name} computes with another {kind} than its parameter '
+      raise ValueError(changed(name, kind))
+
+
+def changed(name: str, kind: str) -> str:
+  """Why a layer whose parameters are changed on the way is refused."""
+  return (f'layer {name} computes with another {kind} than its parameter '
           '(nn.WeightNorm, nn.SpectralNorm and nn.map_variables do so): fold '
           'the change into the parameter, and leave it out of the model')
 

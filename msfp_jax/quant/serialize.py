@@ -23,7 +23,7 @@ BUILT_IN = (Full, Static, Block)
 # Longer arrays are written as base64: numbers as text take thrice the room.
 _READABLE = 4096
 _DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (
-    np.float32, ml_dtypes.bfloat16, np.float16, np.int32)}
+    np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.uint8)}
 
 
 def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
@@ -47,17 +47,16 @@ def quantizer_from_dict(row: dict[str, Any]) -> Quantizer:
         f'a quantizer of kind {kind!r}, which is none of '
         f'{sorted(Quantizer.KINDS)}: import the module that defines it')
   cls = Quantizer.KINDS[kind]
-  known = {field.name: field for field in dataclasses.fields(cls)}
-  if odd := sorted(set(fields) - set(known)):
+  types = _types_of(cls)
+  if odd := sorted(set(fields) - set(types)):
     raise ValueError(f'fields {odd}, which quantizers of kind {kind} lack')
-  made = cls(**{name: _field_from_json(kind, known[name], value)
+  made = cls(**{name: _field_from_json(kind, name, types[name], value)
                 for name, value in fields.items()})
   for name, value in fields_of(made).items():
     if isinstance(value, jax.Array) and not np.isfinite(value).all():
       raise ValueError(f'{name} of a quantizer of kind {kind} is not finite')
-  scale = getattr(made, 'scale', None)
-  if scale is not None and not (np.asarray(scale) > 0).all():
-    raise ValueError(f'a scale of kind {kind} is not positive')
+  if flaws := made.flaws():
+    raise ValueError(f'a quantizer of kind {kind} with {", ".join(flaws)}')
   return made
 
 
@@ -82,8 +81,14 @@ def around_from_dict(row: dict[str, Any]) -> Around:
 
 
 def array_to_json(array: Any) -> dict[str, Any]:
-  """{'shape', 'dtype' if not float32, 'values' or 'base64'}."""
+  """{'shape', 'dtype' if not float32, 'values' or 'base64'}.
+
+  Raises:
+    ValueError: a type that could not be read back.
+  """
   array = np.asarray(array)
+  if array.dtype not in _DTYPES.values():
+    raise ValueError(f'an array of {array.dtype}: must be of {sorted(_DTYPES)}')
   row: dict[str, Any] = {'shape': list(array.shape)}
   if array.dtype != np.float32:
     row['dtype'] = array.dtype.name
@@ -120,19 +125,34 @@ def _to_json(value: Any) -> Any:
   return value
 
 
-def _field_from_json(kind: str, field: dataclasses.Field, value: Any) -> Any:
+def _types_of(cls: type) -> dict[str, Any]:
+  """{field: its type}; as written where a name of it is not to be found."""
+  try:
+    hints = typing.get_type_hints(cls)
+  except NameError:
+    hints = {}
+  return {field.name: hints.get(field.name, field.type)
+          for field in dataclasses.fields(cls)}
+
+
+def _field_from_json(kind: str, name: str, annotation: Any, value: Any) -> Any:
   """The value of a field; ValueError if it is none of the field's types."""
   # 'FPFormat | None' -> (FPFormat, None's type); a class alone has no
   # arguments.
-  types = typing.get_args(field.type) or (field.type,)
+  types = typing.get_args(annotation) or (annotation,)
   if FPFormat in types:
     return FPFormat.parse(value)
-  made = value
+  made = _as_tuple(value)
   if isinstance(value, dict):
     made = (jnp.float32(value['value']) if 'value' in value
             else array_from_json(value))
   # Of annotations, those that are classes; text and generics say too little.
   known = tuple(one for one in types if isinstance(one, type))
   if len(known) == len(types) and not isinstance(made, known):
-    raise ValueError(f'{field.name}={value!r} of a quantizer of kind {kind}')
+    raise ValueError(f'{name}={value!r} of a quantizer of kind {kind}')
   return made
+
+
+def _as_tuple(value: Any) -> Any:
+  """Lists, for which JSON takes tuples, as tuples: fields are hashable."""
+  return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
