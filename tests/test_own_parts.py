@@ -208,3 +208,33 @@ def test_weight_norm_is_refused_though_calibration_runs_no_model(monkeypatch):
     packed.eps_fn(noise, jnp.zeros(1), 0)
   with pytest.raises(ValueError, match='odd computes with another kernel'):
     msfp.calibrate(Normed(), params, batches=[noise], **options)
+
+
+@pytest.mark.parametrize('shape', [(), (1, 1), (1, 4)])
+def test_kernels_refuse_weights_with_one_scale(shape):
+  """They read one a channel; what they would read of one is another number."""
+  weight = Static(E2M1, jnp.full(shape, 0.25)).quantize_banks(
+      KERNEL[None, 0, 0, :, :1] * np.ones(4, np.float32))
+  layer = QLayer(weight.packed(), Static(E2M1, jnp.float32(0.5))).at(0)
+  for chip in ('mosaic_tpu', 'mosaic_gpu'):
+    reason = kernels.why_not(chip, layer, (5, 8)) or ''
+    assert ('a scale for each output channel' in reason) == (shape != (1, 4))
+
+
+@pytest.mark.parametrize('options', [
+    {'bits': 4.0}, {'bits': '4'}, {'bits': None},
+    {'exceptions': {'any': 2}}])
+def test_widths_that_are_none(options, monkeypatch):
+  monkeypatch.setitem(
+      msfp.RECIPES, 'dynamic', msfp.Recipe(DYNAMIC, DYNAMIC, DYNAMIC))
+  with pytest.raises(ValueError, match='bits: must be 3 to 8 bits, or 32'):
+    msfp.calibrate(toy.Toy(), toy.params(), recipe='dynamic',
+                   roles={'any': '.*'}, **options)
+
+
+def test_weights_are_quantized_once():
+  qparams = msfp.quantize(toy.params(), toy.spec())
+  with pytest.raises(ValueError, match='conv_.* are quantized already'):
+    msfp.quantize(qparams, toy.spec())
+  with pytest.raises(ValueError, match='conv_.* are quantized already'):
+    msfp.pack(toy.Toy(), qparams, toy.spec(), toy.plan())

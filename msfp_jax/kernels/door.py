@@ -311,6 +311,9 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
       return (f'it reads weights of 4 bits, and those of this layer are '
               f'{weight.fmt}, stored as {weight.layout.name}')
     return f'the weights are laid out for {weight.layout.name}'
+  if weight.layout == layout_lib.NIBBLES and not weight.scales_outputs:
+    return ('it takes a scale for each output channel of the weights, and '
+            f'those of this layer are of shape {jnp.shape(weight.scale)}')
   tensor = _input_of(layer, shape)
   if tensor.scale.ndim or not product.is_separable(tensor, weight, geometry):
     return ('it takes one scale for the input and one for each output channel, '

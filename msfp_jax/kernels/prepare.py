@@ -94,4 +94,5 @@ def _is_for_kernels(layer):
   weight = layer.weight
   return (weight.layout == layout_lib.NIBBLES and not layer.input.is_full
           and weight.zero_point is None and weight.fmt.signed
-          and weight.fmt.bits == 4 and _per_output(weight))
+          and weight.fmt.bits == 4 and _per_output(weight)
+          and weight.scales_outputs)

@@ -87,11 +87,11 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   # What can be refused is refused first: the sampler may run for minutes.
   of = recipes.get(recipe)
   act_bits = bits if act_bits is None else act_bits
-  for width in (bits, act_bits):
-    recipes.check_bits(width)
   if exceptions is None:
     exceptions = 'ends-8' if roles is None else {}
   exceptions = roles_lib.exceptions_of(exceptions, roles)
+  for width in (bits, act_bits, *exceptions.values()):
+    recipes.check_bits(width)
   params = interception.parameters(params)
   # On the host once, where the searches read them from several threads.
   kernels = jax.device_get(interception.leaves(params, 'kernel'))

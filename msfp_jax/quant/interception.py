@@ -17,6 +17,7 @@ import numpy as np
 
 from msfp_jax.quant import refusals
 from msfp_jax.quant import taps
+from msfp_jax.quant.qtensor import QTensor
 
 _trace_numbers = itertools.count()
 
@@ -280,6 +281,10 @@ def check_finite(kernels: Mapping[str, jax.Array]) -> None:
   Kernels that are being traced are not looked at.
   """
   for name, kernel in kernels.items():
+    if isinstance(kernel, QTensor):
+      raise ValueError(f'the weights of layer {name} are quantized already, '
+                       'and a second time would move them: pass the '
+                       "model's own parameters")
     if not isinstance(kernel, jax.core.Tracer):
       if bad := np.count_nonzero(~np.isfinite(kernel)):
         raise ValueError(f'layer {name}: {bad} of {np.size(kernel)} values '

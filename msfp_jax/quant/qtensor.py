@@ -89,6 +89,11 @@ class QTensor:
     return self.layout != layout_lib.LEVELS
 
   @property
+  def scales_outputs(self) -> bool:
+    """Whether scales have the last axis of `data`: of weights, the outputs."""
+    return jnp.shape(self.scale)[-1:] == jnp.shape(self.data)[-1:]
+
+  @property
   def size(self) -> int:
     """How many elements there are, all banks counted."""
     return self.layout.size(self.data, self.length)

@@ -86,7 +86,7 @@ def parse_bits(text: str) -> tuple[int, int]:
 def check_bits(bits: int) -> None:
   """Raises ValueError unless a tensor can be quantized to `bits` bits."""
   if not _is_width(bits):
-    raise ValueError(f'{bits} bits: must be {_WIDTHS}')
+    raise ValueError(f'{bits!r} bits: must be {_WIDTHS}')
 
 
 _WIDTHS = (f'{numbers.MIN_BITS} to {numbers.MAX_BITS} bits, or {FULL_BITS} for '
@@ -94,4 +94,5 @@ _WIDTHS = (f'{numbers.MIN_BITS} to {numbers.MAX_BITS} bits, or {FULL_BITS} for '
 
 
 def _is_width(bits: int) -> bool:
-  return numbers.MIN_BITS <= bits <= numbers.MAX_BITS or bits == FULL_BITS
+  return isinstance(bits, int) and (
+      numbers.MIN_BITS <= bits <= numbers.MAX_BITS or bits == FULL_BITS)
