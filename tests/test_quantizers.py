@@ -1,5 +1,6 @@
 """Quantizers: where scales come from, what training moves, what is refused."""
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import kernel_cases
@@ -183,3 +184,49 @@ def test_what_files_and_people_are_told():
   assert static.describe() == {
       'format': 'UE2M2', 'scale': '0.25 to 0.5', 'zero_point': '-1'}
   assert Quantizer.KINDS['Block'] is Block
+
+
+@flax.struct.dataclass
+class Learned(Quantizer):
+  """A quantizer of one's own that is trained, with the inherited gradient."""
+
+  fmt: FPFormat = flax.struct.field(pytree_node=False)
+  scale: jax.Array
+  zero_point: jax.Array | None = None
+
+  @property
+  def bits(self):
+    return self.fmt.bits
+
+  def quantize(self, x, axis=-1):
+    return Static(self.fmt, self.scale, self.zero_point).quantize(x, axis)
+
+  def offsets(self):
+    return {'shift': jnp.zeros_like(self.scale)}
+
+  def moved(self, offsets):
+    return self.replace(scale=self.scale + offsets['shift'])
+
+
+@pytest.mark.parametrize('fmt, zero', [('E2M1', None), ('UE2M2', -0.5)])
+def test_parameters_of_ones_own_get_the_gradient_of_a_static_scale(fmt, zero):
+  """That of x inside the range too; beyond it, it stays 1."""
+  fmt = FPFormat.parse(fmt)
+  x = jnp.linspace(-2.3, 4.0, 201)
+  scale = jnp.float32(0.3)
+  zero = None if zero is None else jnp.float32(zero)
+
+  def loss(cls, x, scale, zero):
+    return jnp.sin(cls(fmt, scale, zero).fake_quant(x)).sum()
+
+  at = (0, 1) if zero is None else (0, 1, 2)
+  own, static = (jax.grad(
+      lambda *a, cls=cls: loss(cls, *a), at)(x, scale, zero)
+                 for cls in (Learned, Static))
+  u = (x - (0 if zero is None else zero)) / scale
+  inside = np.asarray((u >= fmt.lowest) & (u <= fmt.max))
+  np.testing.assert_allclose(own[0][inside], static[0][inside], rtol=1e-6)
+  assert (np.abs(own[0][~inside]) > 0).all() and not static[0][~inside].any()
+  for mine, theirs in zip(own[1:], static[1:], strict=True):
+    assert abs(float(theirs)) > 0.1
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4)

@@ -97,7 +97,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   kernels = jax.device_get(interception.leaves(params, 'kernel'))
   interception.check_finite(kernels)
   if activations is None:
-    activations = _look(model, params, of, batches, plan, kernels, key)
+    activations = _look(
+        model, params, of, (bits, act_bits), batches, plan, kernels, key)
   if odd := set(activations) ^ set(kernels):
     raise ValueError(f'activations do not fit the parameters: {sorted(odd)} '
                      'are in one of them only; collect on this model')
@@ -125,11 +126,11 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   return found
 
 
-def _look(model, params, recipe, batches, plan, kernels, key):
+def _look(model, params, recipe, widths, batches, plan, kernels, key):
   """{layer: what was seen of its input}; runs the sampler if it must."""
   # Layers are found by their kernels: the model need not run. Where there is
   # something to trace it on, what cannot be quantized is refused by its name.
-  if not recipe.needs:
+  if not recipe.needs_at(*widths) and (batches is None or not recipe.needs):
     if batches is not None:
       noise, *condition = batches_lib.check_batches(batches)[0]
       interception.list_layers(

@@ -10,6 +10,7 @@ take it as it is.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import flax.struct
@@ -61,10 +62,21 @@ class Quantizer:
   def fake_quant(self, x: jax.Array, axis: int = -1) -> jax.Array:
     """dequantize(quantize(x)), in x's dtype, with a straight-through gradient.
 
-    The gradient is 1 everywhere: a quantizer whose scale follows the data
-    saturates nowhere. `Static` has that of `functional.fake_quant`.
+    With u = (x - zero point) / scale and q its level, the gradient is 1 for x:
+    a quantizer whose scale follows the data saturates nowhere. That of a
+    quantizer's own parameters goes through scale and zero point, as in
+    `functional.fake_quant`: q - u and 0 inside the range, q and 1 outside.
+    What scale and zero point owe to x is left out.
     """
-    return _pass_through(x, self.quantize(x, axis).dequantize().astype(x.dtype))
+    tensor = self.quantize(jax.lax.stop_gradient(x), axis)
+    zero = 0.0 if tensor.zero_point is None else tensor.spread(
+        jnp.asarray(tensor.zero_point, jnp.float32))
+    numbers = tensor.numbers
+    back = _straight_through(
+        (numbers.lowest, numbers.max), x, tensor.dequantize(),
+        jax.lax.stop_gradient(tensor.levels()),
+        tensor.spread(tensor.scales()), zero)
+    return back.astype(x.dtype)
 
   def quantize_banks(self, kernels: jax.Array) -> QTensor:
     """Weights `[h, *window, I, O]`, each of h sets by itself."""
@@ -118,15 +130,24 @@ class Quantizer:
     return {'format': type(self).__name__}
 
 
-@jax.custom_jvp
-def _pass_through(x, quantized):
-  """quantized, with the gradient of x."""
-  del x
-  return quantized
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _straight_through(ends, x, back, levels, scale, zero):
+  """back, with the gradient that `Quantizer.fake_quant` tells."""
+  del ends, x, levels, scale, zero
+  return back
 
 
-# A rule of its own, as x + stop_gradient(quantized - x) would round the value.
-_pass_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+# A rule of its own, as x + stop_gradient(back - x) would round the value.
+@_straight_through.defjvp
+def _tangent(ends, primals, tangents):
+  x, back, levels, scale, zero = primals
+  dx, _, _, dscale, dzero = tangents
+  # A scale of 0 is that of a group of zeros, whose levels are 0 as well.
+  u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(scale > 0, scale, 1.0)
+  outside = (u < ends[0]) | (u > ends[1])
+  by_scale = levels - jnp.where(outside, 0.0, u)
+  moved = by_scale * dscale + jnp.where(outside, 1.0, 0.0) * dzero
+  return back, (jnp.asarray(dx, jnp.float32) + moved).astype(back.dtype)
 
 
 @flax.struct.dataclass

@@ -39,10 +39,16 @@ class Recipe:
   @property
   def needs(self) -> Collection[str]:
     """What calibration has to gather; if empty, the model does not run."""
-    parts = [self.nal, self.aal, *([self.around] if self.around else ())]
+    return self.needs_at(numbers.MIN_BITS, numbers.MIN_BITS)
+
+  def needs_at(self, bits: int, act_bits: int) -> Collection[str]:
+    """Likewise, with weights and inputs of these bits; 32 is full precision."""
+    parts = [self.around] if self.around and bits < FULL_BITS else []
+    if act_bits < FULL_BITS:
+      parts += [self.nal, self.aal]
     found = {need for part in parts for need in part.needs}
     # Extremes tell AALs from NALs, which matters only where these differ.
-    if self.nal != self.aal:
+    if act_bits < FULL_BITS and self.nal != self.aal:
       found.add(fit_lib.EXTREMES)
     return found
 
