@@ -145,12 +145,15 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   tensors, metadata = source_lib.read_safetensors(file)
   first = _check_format(file, metadata.get('format'))
   reader = reader_lib.Reader(tensors)
+  if model is None and metadata.get('model') == header_lib.dumps({}):
+    raise ValueError(f'{file} does not describe its model, which is none of '
+                     'this package: pass load(path, model=...)')
   try:
     header = {key: json.loads(metadata[key]) for key in
               ('model', 'layers', 'others', 'vectors', 'plan')}
     built = model
     if model is None:
-      built = header_lib.model_from_dict(header['model'])
+      built = registry.from_dict(header['model'])
     plan = diffusion.SamplerPlan.from_dict(header['plan'])
     others = {name: QLayer(None, header_lib.input_from_row(row))
               for name, row in header['others'].items()}

@@ -3,11 +3,9 @@
 import json
 from typing import Any
 
-import flax.linen as nn
 import ml_dtypes
 import numpy as np
 
-from msfp_jax.models import registry
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import serialize
 from msfp_jax.quant.numbers import FPFormat
@@ -160,15 +158,3 @@ def weight_from_row(row: list[Any], data: np.ndarray,
       group=more.get('group', 0), shift_group=more.get('shift_group', 0),
       layout=stored_layout(FPFormat.parse(row[1])),
       wide=None if wide is None else FPFormat.parse(wide))
-
-
-def model_from_dict(row: dict[str, Any]) -> nn.Module:
-  """The model that `registry.to_dict` described.
-
-  Raises:
-    ValueError: the row is empty, or describes no model of this package.
-  """
-  if not row:
-    raise ValueError('the file does not describe its model: pass '
-                     'load(path, model=...)')
-  return registry.from_dict(row)
