@@ -69,7 +69,9 @@ EVERYWHERE = ('images with zero points', 'tokens with zero points',
 
 
 @pytest.mark.parametrize('name, geometry', [
-    (name, geometry) for name in PAIRS for geometry in GEOMETRIES
+    pytest.param(name, geometry, marks=(
+        () if geometry in ('dense', '3x3, borders') else pytest.mark.slow))
+    for name in PAIRS for geometry in GEOMETRIES
     if name in EVERYWHERE or geometry in ('dense', '3x3, borders')])
 def test_every_kind_of_scale(name, geometry):
   """Every way is within 1e-6 of float64; packed is not packed, bit for bit."""
