@@ -184,6 +184,16 @@ def _carry_fp8(fmt: FPFormat) -> Carried | None:
   return carried if (exact == carried.values()).all() else None
 
 
+def cancels(weight: QTensor) -> bool:
+  """Whether zero points of weights stay outside of the sum, and cost digits.
+
+  Those of formats beyond 255 steps, which have no offset. In float32 such
+  weights are multiplied as they are; a carrier of fewer bits cannot.
+  """
+  return (weight.zero_point is not None
+          and carry(weight.numbers, 'f32').highest_offset == 0)
+
+
 def magnitude(fmt: FPFormat) -> int:
   """The largest |v| in steps, with the offset of integer carriers taken off."""
   carried = carry(fmt, 'f32')

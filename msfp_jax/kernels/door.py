@@ -147,6 +147,8 @@ def _run_xla(layer, x, geometry, implementation, carrier, plain):
         geometry is not None and geometry.groups != 1):
       return product.dequantized(tensor, weight, layer.bias, geometry, plain)
     return product.grouped(tensor, weight, layer.bias, geometry, carrier)
+  if carrier == 'f32' and carriers.cancels(weight):
+    return product.dequantized(tensor, weight, layer.bias, geometry, plain)
   return product.separable(
       *product.operands(tensor, weight, geometry, carrier), layer.bias,
       geometry, multiply, _sums_of(layer, carrier))
