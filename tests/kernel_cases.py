@@ -109,7 +109,7 @@ class Case:
     self.assert_close(expected)
     assert outputs
     is_exact = functools.partial(
-        carriers.is_exact, layer.weight.fmt, layer.input.fmt, self.length)
+        kernel_oracle.is_exact, layer.weight.fmt, layer.input.fmt, self.length)
     bound = 2.0**-24 * (2 * self.length + 8) * self.span
     for carrier, actual in outputs.items():
       if (is_exact(carrier) and is_exact('f32')

@@ -5,7 +5,9 @@ import itertools
 import ml_dtypes
 import numpy as np
 
+from msfp_jax.kernels import carriers
 from msfp_jax.quant.block import Block
+from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Static
 
 
@@ -108,3 +110,20 @@ def conv(x, w, strides, padding, dilation, groups=1):
         for i, d, n, s in zip(tap, dilation, size, strides, strict=True)])]
     y = y + np.einsum('...gi,igo->...go', part, w[tap])
   return y.reshape(*y.shape[:-2], -1)
+
+
+def is_exact(weight: FPFormat, act: FPFormat, length: int,
+             carrier: str) -> bool:
+  """Whether sums of `length` products are exact in any order.
+
+  Args:
+    weight: format of the weights.
+    act: of the inputs.
+    length: of the contraction.
+    carrier: a key of DTYPES; fp8 is summed with fewer bits by Hopper's tensor
+      cores and never counts as exact.
+  """
+  if carrier == 'fp8':
+    return False
+  bound = carriers.EXACT_INT32 if carrier == 'int8' else carriers.EXACT_FLOAT32
+  return length * carriers.magnitude(weight) * carriers.magnitude(act) <= bound

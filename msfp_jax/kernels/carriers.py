@@ -200,20 +200,3 @@ def magnitude(fmt: FPFormat) -> int:
   ends = [np.abs(carried.values(offset)).max() for offset in (
       carried.lowest_offset, carried.highest_offset)]
   return int(max(ends) * (carried.unit / fmt.step))
-
-
-def is_exact(weight: FPFormat, act: FPFormat, length: int,
-             carrier: str) -> bool:
-  """Whether sums of `length` products are exact in any order.
-
-  Args:
-    weight: format of the weights.
-    act: of the inputs.
-    length: of the contraction.
-    carrier: a key of DTYPES; fp8 is summed with fewer bits by Hopper's tensor
-      cores and never counts as exact.
-  """
-  if carrier == 'fp8':
-    return False
-  bound = EXACT_INT32 if carrier == 'int8' else EXACT_FLOAT32
-  return length * magnitude(weight) * magnitude(act) <= bound
