@@ -55,6 +55,7 @@ def test_convs_of_any_dimension():
   assert list_of(model, X[None])['other'] == (3, 4, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config, count', [
     (tiny.CIFAR10, 113), (tiny.CELEBA64, 134)], ids=['cifar10', 'celeba64'])
 def test_the_real_unets(config, count):

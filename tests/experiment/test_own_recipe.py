@@ -91,7 +91,7 @@ OWN = {
 
 
 @pytest.fixture(scope='module', params=[
-    'half_steps', pytest.param('rank_2', marks=pytest.mark.slow)])
+    pytest.param(name, marks=pytest.mark.slow) for name in OWN])
 def run(request, tmp_path_factory, npz):
   """(name, config, workdir) of ten updates and an evaluation."""
   name = request.param
