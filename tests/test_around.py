@@ -109,9 +109,10 @@ def test_the_input_is_smoothed_before_it_is_rotated():
 def test_quantizers_are_fitted_to_what_the_product_sees():
   around = Around(smooth=np.exp(draw(1, WIDTH)), rotation=8)
   rows = draw(4, 50, WIDTH)
+  taps = draw(5, 80, 2 * WIDTH)  # of a window of 2
   seen = around.seen(fit_lib.Seen(
       values=rows.ravel(), rows=rows, minimum=-9.0, maximum=9.0,
-      gram=np.eye(WIDTH)))
+      gram=taps.T @ taps))
   matrix = linalg.block_diag(*[linalg.hadamard(8) / np.sqrt(8)] * 3)
   expected = (rows / around.smooth) @ matrix
   np.testing.assert_allclose(seen.rows, expected, rtol=1e-5, atol=1e-5)
@@ -121,7 +122,9 @@ def test_quantizers_are_fitted_to_what_the_product_sees():
       (seen.minimum, seen.maximum), (expected.min(), expected.max()), rtol=1e-5)
   np.testing.assert_allclose(
       seen.channel_maxima, np.abs(expected).max(0), rtol=1e-5)
-  assert seen.gram is None
+  moved = (taps.reshape(80, 2, WIDTH) / around.smooth) @ matrix
+  moved = moved.reshape(80, -1)
+  np.testing.assert_allclose(seen.gram, moved.T @ moved, rtol=1e-4, atol=1e-4)
   # Without whole vectors nothing is known of the moved input.
   assert around.seen(fit_lib.Seen(
       values=rows.ravel(), minimum=-9.0, maximum=9.0)) == fit_lib.Seen()

@@ -76,8 +76,8 @@ class Smooth(FindAround):
   def __init__(self, *needs):
     self.needs = ('channel_maxima', *needs)
 
-  def __call__(self, seen, kernel, quantize):
-    return Around(smooth=np.float64(seen.channel_maxima))
+  def __call__(self, trial):
+    return Around(smooth=np.float64(trial.seen.channel_maxima))
 
 
 def seen_of(*needs):

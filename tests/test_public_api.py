@@ -157,8 +157,10 @@ class Everything(FindAround):
 
   needs = (fit.CHANNEL_MAXIMA, fit.ROWS)
 
-  def __call__(self, seen, kernel, quantize):
-    smooth = jnp.asarray(np.sqrt(seen.channel_maxima + 1e-3), jnp.float32)
+  def __call__(self, trial):
+    kernel = trial.kernel
+    smooth = jnp.asarray(
+        np.sqrt(trial.seen.channel_maxima + 1e-3), jnp.float32)
     channels = kernel.shape[-2]
     around = Around(smooth, rotation=channels & -channels)
     moved = np.asarray(around.moved(kernel))

@@ -170,7 +170,9 @@ def test_each_step_has_its_own():
     ({'shared': 'row', 'group': 0}, "shared='row': must be one of"),
     ({'group': 0}, "group=0 and shared='group'"),
     ({'shared': 'token', 'group': 8}, "group=8 and shared='token'"),
-    ({'group': 8, 'scale_type': 'bf16'}, "scale_type='bf16': must be one of")])
+    ({'group': 8, 'scale_type': 'f16'}, "scale_type='f16': must be one of"),
+    ({'group': 8, 'rule': 'up'}, "rule='up': must be one of"),
+    ({'group': 8, 'zero_point': -1.0}, 'zero_point=-1.0 of E2M1')])
 def test_blocks_that_there_are_not(options, message):
   with pytest.raises(ValueError, match=message):
     Block(E2M1, **options)

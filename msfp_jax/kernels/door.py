@@ -134,7 +134,20 @@ def _run(layer, x, geometry, implementation, carrier, plain):
 
 
 def _run_xla(layer, x, geometry, implementation, carrier, plain):
-  tensor, weight = layer.input.quantize(x, axis=-1), layer.weight
+  # An input with two scales is a sum of two, and so is its product.
+  first, *others = layer.input.quantize(x, axis=-1).halves()
+  multiply = functools.partial(
+      _run_tensor, geometry=geometry, implementation=implementation,
+      carrier=carrier, plain=plain)
+  out = multiply(layer, first)
+  for other in others:
+    out = carriers.add(multiply(layer.replace(bias=None), other), out)
+  return out
+
+
+def _run_tensor(layer, tensor, geometry, implementation, carrier, plain):
+  """The product of an input with one scale for both signs, by XLA."""
+  weight = layer.weight
   multiply = functools.partial(
       _multiply, geometry=geometry, carrier=carrier, plain=plain)
   # Scales that stay in the sum, by one of two ways. `grouped` sums each group
@@ -317,6 +330,8 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
     return ('it takes a scale for each output channel of the weights, and '
             f'those of this layer are of shape {jnp.shape(weight.scale)}')
   tensor = _input_of(layer, shape)
+  if tensor.negative is not None:
+    return 'it takes one scale for all inputs, not one for each sign'
   if tensor.scale.ndim or not product.is_separable(tensor, weight, geometry):
     return ('it takes one scale for the input and one for each output channel, '
             f'not scales of {tensor.scale.shape} and {weight.scale.shape}')

@@ -106,15 +106,75 @@ class Around:
     # A branch alone leaves the input as it is.
     if not self.moves_input:
       return seen
+    gram = None if seen.gram is None else self._gram(seen.gram)
     if seen.rows is None:
-      return fit_lib.Seen()
+      return fit_lib.Seen(gram=gram)
     # Values at random places cannot be smoothed or rotated: each needs its
     # channel, and its neighbours. Extremes are then of the sample alone.
     rows = np.asarray(self.input(seen.rows))
     return dataclasses.replace(
         seen, values=rows.ravel(), rows=rows, minimum=float(rows.min()),
         maximum=float(rows.max()), channel_maxima=np.abs(rows).max(0),
-        gram=None)
+        gram=gram)
+
+  def _gram(self, gram: np.ndarray) -> np.ndarray:
+    """The Gram matrix `[K, K]` of x' from that of x, float64."""
+    # x' = x M, so M^T G M. A window's taps are all moved alike.
+    gram = np.asarray(gram, np.float64)
+    if self.smooth is not None:
+      smooth = np.asarray(self.smooth, np.float64)
+      smooth = np.tile(smooth, len(gram) // len(smooth))
+      gram = gram / smooth / smooth[:, None]
+    if self.rotation:
+      matrix = np.float64(hadamard(jnp.eye(self.rotation), self.rotation))
+      number = len(gram) // self.rotation
+      blocks = gram.reshape((number, self.rotation) * 2)
+      gram = np.einsum('aibj,ik,jl->akbl', blocks, matrix, matrix,
+                       optimize=True).reshape(gram.shape)
+    return gram
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """What a layer would lose with this or that around its product.
+
+  Attributes:
+    seen: of the layer's input, at least what the finder's `needs` names.
+    kernel: W, `[*window, I, O]`.
+    weights: a candidate for W' -> what is left of it once quantized.
+    inputs: observations of x' -> their rows, quantized.
+  """
+
+  seen: fit_lib.Seen
+  kernel: np.ndarray
+  weights: Callable[[np.ndarray], np.ndarray]
+  inputs: Callable[[fit_lib.Seen], np.ndarray]
+
+  def error(self, around: Around) -> float:
+    """Sum over the rows that were seen of the output's squared error.
+
+    Every tap of a window by itself, as what was seen are vectors of channels:
+    of a larger window it is the error without what its taps have in common.
+    """
+    w = np.asarray(around.residual(self.kernel), np.float32)
+    quantized = self.weights(w).astype(np.float32)
+    if around.down is not None:
+      # The branch takes x' in full precision.
+      w = np.asarray(around.moved(self.kernel), np.float32)
+    seen = around.seen(self.seen)
+    rows = np.asarray(seen.rows, np.float32)
+    loss = self.inputs(seen).astype(np.float32) @ _flat(quantized)
+    loss -= rows @ _flat(w)
+    if around.down is not None:
+      loss += rows @ _flat(np.asarray(around.low_rank()))
+    return float(np.sum(np.square(loss), dtype=np.float64))
+
+
+def _flat(kernel: np.ndarray) -> np.ndarray:
+  """`[*window, I, O]` -> `[I, window O]`: what a row is multiplied with."""
+  inner, outer = kernel.shape[-2:]
+  taps = kernel.reshape(-1, inner, outer)
+  return taps.swapaxes(0, 1).reshape(inner, -1)
 
 
 class FindAround:
@@ -122,16 +182,38 @@ class FindAround:
 
   needs: Collection[str] = ()
 
-  def __call__(self, seen: fit_lib.Seen, kernel: np.ndarray,
-               quantize: Callable[[np.ndarray], np.ndarray]) -> Around:
-    """Finds smoothing, rotation and branch for one layer.
-
-    Args:
-      seen: of the input, at least what `needs` names.
-      kernel: W, `[*window, I, O]`.
-      quantize: a candidate for W' -> what is left of it once quantized.
-    """
+  def __call__(self, trial: Trial) -> Around:
+    """Finds smoothing, rotation and branch for one layer."""
     raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation(FindAround):
+  """Hadamard rotation of blocks of neighbouring channels (HQ-DM).
+
+  It spreads what a channel holds over its block, so that inputs become
+  symmetric and nearly normal: tails like SiLU's, for which MSFP has unsigned
+  formats, are then gone.
+
+  Attributes:
+    size: of a block; where it does not divide the channels, the largest power
+      of two that does.
+    only_if_better: whether layers whose output has the smaller error without
+      stay as they are.
+  """
+
+  size: int = 32
+  only_if_better: bool = False
+  needs = (fit_lib.ROWS,)
+
+  def __call__(self, trial):
+    channels = trial.kernel.shape[-2]
+    # The lowest bit that is set is the largest power of two that divides.
+    size = min(self.size, channels & -channels)
+    rotated = Around(rotation=size if size > 1 else 0)
+    if self.only_if_better and trial.error(rotated) >= trial.error(Around()):
+      return Around()
+    return rotated
 
 
 def hadamard(x: jax.Array, size: int) -> jax.Array:

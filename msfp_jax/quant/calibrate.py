@@ -14,6 +14,7 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax.base import progress as progress_lib
+from msfp_jax.quant import around as around_lib
 from msfp_jax.quant import batches as batches_lib
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import interception
@@ -164,17 +165,18 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum)
             else spec_lib.NAL)
     stats |= {'act_min': seen.minimum, 'act_max': seen.maximum}
+  of_input = recipe.aal if kind == spec_lib.AAL else recipe.nal
   around = None
   if recipe.around is not None and bits < FULL_BITS:
-    around = fit_lib.as_arrays(recipe.around(
-        seen, kernel, functools.partial(_quantized, recipe.weight, bits)))
+    around = fit_lib.as_arrays(recipe.around(around_lib.Trial(
+        seen, kernel, functools.partial(_quantized, recipe.weight, bits),
+        functools.partial(_quantized_rows, of_input, act_bits))))
     if flaws := around.flaws(kernel.shape[-2]):
       raise ValueError('around the product, ' + ', '.join(flaws))
     # Both fits below see what the product will see.
     kernel = np.asarray(around.residual(kernel))
     seen = around.seen(seen)
-  act = fit_lib.fit(recipe.aal if kind == spec_lib.AAL else recipe.nal, seen,
-                    act_bits, axis=-1)
+  act = fit_lib.fit(of_input, seen, act_bits, axis=-1)
   if act_bits < FULL_BITS and act.mse is not None:
     stats['act_mse'] = act.mse
     # For the report, which tells what the class of a layer gained: the best
@@ -199,7 +201,14 @@ def _quantized(of, bits, kernel):
   """A kernel after its own fit: what a search for what is around looks at."""
   quantizer = of(Seen.of_weights(kernel), bits, -2).quantizer
   return (kernel if quantizer.is_full else
-          np.asarray(quantizer.quantize(kernel, axis=-2).dequantize()))
+          np.asarray(fit_lib.restored(quantizer, kernel, -2)))
+
+
+def _quantized_rows(of, bits, seen):
+  """Rows of an input after its fit, like `_quantized`."""
+  quantizer = fit_lib.fit(of, seen, bits, axis=-1).quantizer
+  return np.asarray(seen.rows if quantizer.is_full else
+                    fit_lib.restored(quantizer, seen.rows, -1))
 
 
 def summary(spec: spec_lib.QuantSpec) -> str:

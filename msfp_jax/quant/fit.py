@@ -4,7 +4,7 @@ A fit says what it needs to see (`needs`), and calibration gathers that and no
 more; one that needs nothing asks for no run of the model.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.quant import numbers
+from msfp_jax.quant import quantizers
 from msfp_jax.quant import search
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import FULL_BITS
@@ -119,6 +120,7 @@ class Candidates:
 
 SIGNED = Candidates(signed=True)
 UNSIGNED = Candidates(signed=False, zero_points='silu')
+UNSIGNED_RANGE = Candidates(signed=False, zero_points='range')
 INTEGER = Candidates(signed=False, zero_points='range', integer=True)
 
 
@@ -163,12 +165,40 @@ class Dynamic(Fit):
     return Fitted(quantizer, mse)
 
 
+@dataclasses.dataclass(frozen=True)
+class BestOf(Fit):
+  """Of quantizers that follow the data that of least mean squared error.
+
+  Attributes:
+    make: (bits, what was seen) -> the quantizers to try.
+  """
+
+  make: Callable[[int, Seen], Sequence[Quantizer]]
+  needs = (ROWS,)
+
+  def __call__(self, seen, bits, axis):
+    # Rows stand for one image, so that a scale of an image is that of a whole
+    # sample, as long as a row is a token of it.
+    x = seen.values if axis == -2 else seen.rows[None]
+    found = [Fitted(quantizer, error_of(quantizer, x, axis))
+             for quantizer in self.make(bits, seen)]
+    return min(found, key=lambda fitted: fitted.mse)
+
+
 def error_of(quantizer: Quantizer, x: np.ndarray, axis: int) -> float:
   """Mean squared error of a quantized tensor, in float64."""
   # In NumPy: squares and sums in float32 would be good for 7 digits, and an
   # error is compared with others that differ little.
-  back = jax.device_get(quantizer.quantize(x, axis).dequantize())
+  back = jax.device_get(restored(quantizer, x, axis))
   return float(np.mean((np.float64(back) - np.float64(x))**2))
+
+
+def restored(quantizer: Quantizer, x: jax.Array, axis: int) -> jax.Array:
+  """dequantize(quantize(x)); no gradient."""
+  return _dequantize(quantizers.quantize(quantizer, x, axis))
+
+
+_dequantize = jax.jit(lambda tensor: tensor.dequantize())
 
 
 def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
@@ -187,7 +217,7 @@ def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
     raise ValueError(
         f'{type(of).__name__} needs to see {absent} of the input, which was '
         f'not gathered, or is not known of it as smoothed and rotated: with '
-        f'{ROWS!r} among the needs of `around` all but {GRAM!r} is')
+        f'{ROWS!r} among the needs of `around` it is')
   found = of(seen, bits, axis)
   return found._replace(quantizer=as_arrays(found.quantizer))
 

@@ -4,6 +4,7 @@ With level() the value of a code in its number format, an element is
 
     x = outer * scale * level(code) * 2^shift + zero_point
 
+where a negative level's scale may be `negative` times that of a positive one.
 `scale`, `zero_point` and `shift` broadcast to the tensor, except along the
 axis of the contraction (-1 of inputs, -2 of weights), where each entry stands
 for a group of neighbours: `group` of them for scale and zero point,
@@ -56,6 +57,8 @@ class QTensor:
     zero_point: float32, or None.
     shift: uint8, or None.
     outer: float32, a second level of scales, one for the tensor; or None.
+    negative: float32 `[]`, the scale of negative levels over that of the
+      others; None where all have one.
     fmt: the numbers that codes stand for.
     length: elements along the contraction.
     axis: of the contraction, -1 or -2.
@@ -70,6 +73,7 @@ class QTensor:
   zero_point: jax.Array | None = None
   shift: jax.Array | None = None
   outer: jax.Array | None = None
+  negative: jax.Array | None = None
   fmt: FPFormat = _static(kw_only=True)
   length: int = _static(kw_only=True)
   axis: int = _static(default=-1)
@@ -108,7 +112,7 @@ class QTensor:
     # By the format's bits and not by data.nbytes: a simulation keeps levels in
     # float32, and has the size that its codes would have.
     bits = self.size * self.fmt.bits
-    for part in (self.scale, self.zero_point, self.outer):
+    for part in (self.scale, self.zero_point, self.outer, self.negative):
       if part is not None:
         bits += 8 * math.prod(part.shape) * np.dtype(part.dtype).itemsize
     if self.shift is not None:
@@ -135,6 +139,25 @@ class QTensor:
     scale = jnp.asarray(self.scale, jnp.float32)
     return scale if self.outer is None else scale * self.outer
 
+  def element_scales(self, levels: jax.Array) -> jax.Array:
+    """The scale of every one of `levels`, or what broadcasts to these."""
+    scales = self.spread(self.scales())
+    if self.negative is None:
+      return scales
+    return jnp.where(levels < 0, scales * self.negative, scales)
+
+  def halves(self) -> 'tuple[QTensor, ...]':
+    """Tensors with one scale for both signs, whose sum this one is."""
+    if self.negative is None:
+      return (self,)
+    levels = self.levels()
+    # An element is in one of them, and 0 in the other.
+    half = lambda levels, scale: self.replace(
+        data=levels, scale=scale, negative=None, shift=None, fmt=self.numbers,
+        wide=None, layout=layout_lib.LEVELS)
+    return (half(jnp.maximum(levels, 0.0), self.scale),
+            half(jnp.minimum(levels, 0.0), self.scale * self.negative))
+
   def spread(self, parts: jax.Array, group: int | None = None) -> jax.Array:
     """One entry a group -> one an element, along the contraction."""
     if jnp.ndim(parts) < -self.axis or parts.shape[self.axis] == 1:
@@ -147,7 +170,8 @@ class QTensor:
 
   def dequantize(self) -> jax.Array:
     """The elements themselves, float32."""
-    x = self.levels() * self.spread(self.scales())
+    levels = self.levels()
+    x = levels * self.element_scales(levels)
     if self.zero_point is None:
       return x
     return x + self.spread(jnp.asarray(self.zero_point, jnp.float32))

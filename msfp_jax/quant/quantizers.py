@@ -72,17 +72,17 @@ class Quantizer:
     zero = 0.0 if tensor.zero_point is None else tensor.spread(
         jnp.asarray(tensor.zero_point, jnp.float32))
     numbers = tensor.numbers
+    levels = jax.lax.stop_gradient(tensor.levels())
     back = _straight_through(
-        (numbers.lowest, numbers.max), x, tensor.dequantize(),
-        jax.lax.stop_gradient(tensor.levels()),
-        tensor.spread(tensor.scales()), zero)
+        (numbers.lowest, numbers.max), x, tensor.dequantize(), levels,
+        tensor.element_scales(levels), zero)
     return back.astype(x.dtype)
 
   def quantize_banks(self, kernels: jax.Array) -> QTensor:
     """Weights `[h, *window, I, O]`, each of h sets by itself."""
     # One at a time: a scale from the data must not look at another bank's
     # weights.
-    tensors = [self.quantize(kernel, axis=-2) for kernel in kernels]
+    tensors = [quantize(self, kernel, -2) for kernel in kernels]
     # With all axes, so that a set's one scale is not taken for one that all
     # sets share.
     whole = lambda part: jnp.reshape(
@@ -128,6 +128,16 @@ class Quantizer:
   def describe(self) -> dict[str, str]:
     """For people: 'format', 'scale' and 'zero_point', those that it has."""
     return {'format': type(self).__name__}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def quantize(quantizer: Quantizer, x: jax.Array, axis: int) -> QTensor:
+  """quantizer.quantize(x, axis), compiled as a whole.
+
+  Called by itself, every one of a block format's operations would be compiled
+  for every shape of weights.
+  """
+  return quantizer.quantize(x, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -9,14 +9,20 @@ from collections.abc import Collection
 import dataclasses
 import re
 
+from msfp_jax.quant import block_formats
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import numbers
 from msfp_jax.quant.around import FindAround
+from msfp_jax.quant.around import Rotation
+from msfp_jax.quant.dual_scale import FitDualScale
+from msfp_jax.quant.fit import BestOf
+from msfp_jax.quant.fit import Dynamic
 from msfp_jax.quant.fit import Fit
 from msfp_jax.quant.fit import INTEGER
 from msfp_jax.quant.fit import Searched
 from msfp_jax.quant.fit import SIGNED
 from msfp_jax.quant.fit import UNSIGNED
+from msfp_jax.quant.fit import UNSIGNED_RANGE
 from msfp_jax.quant.quantizers import FULL_BITS
 
 
@@ -53,15 +59,45 @@ class Recipe:
     return found
 
 
+def _same(fit: Fit, around: FindAround | None = None) -> Recipe:
+  """One fit for weights and all inputs."""
+  return Recipe(fit, fit, fit, around)
+
+
+_SIGNED = Searched((SIGNED,))
+_MSFP = Recipe(weight=_SIGNED, nal=_SIGNED, aal=Searched((SIGNED, UNSIGNED)))
+
+
+def _dynamic(shared: str, group: int = 0) -> dict[str, Recipe]:
+  """MSFP, and its signed half, with the scales of inputs from the data."""
+  signed = BestOf(block_formats.signed_candidates(shared, group))
+  mixup = BestOf(block_formats.mixup_candidates(shared, group))
+  return {f'msfp_{shared}': Recipe(_SIGNED, signed, mixup),
+          f'signed_fp_{shared}': Recipe(_SIGNED, signed, signed)}
+
+
 # Anyone may add to it, from any module: configs name its keys.
 RECIPES = {
     # "Mixup-sign": signed for NALs, signed or unsigned for AALs.
-    'msfp': Recipe(weight=Searched((SIGNED,)), nal=Searched((SIGNED,)),
-                   aal=Searched((SIGNED, UNSIGNED))),
-    'signed_fp': Recipe(weight=Searched((SIGNED,)), nal=Searched((SIGNED,)),
-                        aal=Searched((SIGNED,))),
-    'int': Recipe(weight=Searched((INTEGER,)), nal=Searched((INTEGER,)),
-                  aal=Searched((INTEGER,))),
+    'msfp': _MSFP,
+    'signed_fp': _same(_SIGNED),
+    'int': _same(Searched((INTEGER,))),
+    # The same with scales from the data.
+    **_dynamic('image'), **_dynamic('token'), **_dynamic('group', 32),
+    # Block formats; all from the data, so that nothing has to be seen.
+    'nvfp4': _same(Dynamic(block_formats.nvfp4)),
+    'mxfp4': _same(Dynamic(block_formats.mxfp4)),
+    'int4_group': _same(Dynamic(block_formats.int_group)),
+    'int4_minmax': _same(Dynamic(block_formats.int_minmax)),
+    # What others do about inputs that follow SiLU, and about weights.
+    'dual_scale': dataclasses.replace(_MSFP, aal=FitDualScale()),
+    'hadamard': _same(_SIGNED, Rotation()),
+    'msfp_hadamard': dataclasses.replace(
+        _MSFP, around=Rotation(only_if_better=True)),
+    'unsigned_weights': dataclasses.replace(
+        _MSFP, weight=BestOf(block_formats.unsigned_minmax)),
+    'mixup_weights': dataclasses.replace(
+        _MSFP, weight=Searched((SIGNED, INTEGER, UNSIGNED_RANGE))),
 }
 
 

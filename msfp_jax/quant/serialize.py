@@ -12,6 +12,7 @@ import numpy as np
 
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.block import Block
+from msfp_jax.quant.dual_scale import DualScale
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import fields_of
 from msfp_jax.quant.quantizers import Full
@@ -19,7 +20,7 @@ from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
 
 # Imported, so that Quantizer.KINDS knows them when a file names them.
-BUILT_IN = (Full, Static, Block)
+BUILT_IN = (Full, Static, Block, DualScale)
 # Longer arrays are written as base64: numbers as text take thrice the room.
 _READABLE = 4096
 _DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (
@@ -118,6 +119,8 @@ def array_from_json(row: dict[str, Any]) -> jax.Array:
 def _to_json(value: Any) -> Any:
   if isinstance(value, FPFormat):
     return str(value)
+  if isinstance(value, Quantizer):
+    return quantizer_to_dict(value)
   if isinstance(value, jax.Array | np.ndarray | np.generic):
     if np.ndim(value) == 0 and value.dtype == np.float32:
       return {'value': float(str(np.float32(value)))}
@@ -143,7 +146,9 @@ def _field_from_json(kind: str, name: str, annotation: Any, value: Any) -> Any:
   if FPFormat in types:
     return FPFormat.parse(value)
   made = _as_tuple(value)
-  if isinstance(value, dict):
+  if isinstance(value, dict) and 'kind' in value:
+    made = quantizer_from_dict(value)
+  elif isinstance(value, dict):
     made = (jnp.float32(value['value']) if 'value' in value
             else array_from_json(value))
   # Of annotations, those that are classes; text and generics say too little.

@@ -63,8 +63,8 @@ class HalfSteps(Quantizer):
 class Rank2(FindAround):
   """The two largest singular vectors of the weights, in bfloat16."""
 
-  def __call__(self, seen, kernel, quantize):
-    del seen, quantize
+  def __call__(self, trial):
+    kernel = trial.kernel
     rows = kernel.reshape(-1, kernel.shape[-1])
     u, s, v = np.linalg.svd(rows, full_matrices=False)
     down = (u[:, :2] * s[:2]).reshape(*kernel.shape[:-1], -1)
