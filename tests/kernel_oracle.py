@@ -34,7 +34,11 @@ def block(x, quantizer, axis):
              for a, b in zip(low, high, strict=True)]
     low = [None] * len(groups)
   else:
-    reach = [b - a for a, b in zip(low, high, strict=True)]
+    if quantizer.zero_point is not None:
+      low = [np.full_like(a, quantizer.zero_point) for a in low]
+    elif quantizer.scale_type == 'bf16':
+      low = [a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in low]
+    reach = [np.maximum(b - a, 0) for a, b in zip(low, high, strict=True)]
   scales = block_scales(reach, quantizer)
   return np.concatenate([
       fake_quant(group - (0 if zero is None else zero), fmt, scale) + (
@@ -49,6 +53,8 @@ def block_scales(reach, quantizer):
     top = np.floor(np.log2(fmt.max))
     return [np.exp2(np.floor(np.log2(np.float64(r))) - top) for r in reach]
   scales = [np.float64(np.float32(r / np.float32(fmt.max))) for r in reach]
+  if kept == 'bf16':
+    return [np.float64(s.astype(ml_dtypes.bfloat16)) for s in scales]
   if kept == 'f32':
     return scales if fmt.signed else [snapped(scale) for scale in scales]
   outer = 1.0
@@ -67,7 +73,8 @@ def snapped(scale):
 def fake_quant(x, fmt, scale, zero_point=None):
   """Quantizes to scale * nearest level + zero_point; ties to the even code."""
   zero = 0.0 if zero_point is None else np.float64(zero_point)
-  u = (np.float64(x) - zero) / np.float64(scale)
+  # A scale of 0 is that of a group without any reach.
+  u = (np.float64(x) - zero) / np.where(scale == 0, 1.0, np.float64(scale))
   values = fmt.values()
   codes = np.argsort(values, kind='stable')
   # +0 stands for -0 too.

@@ -28,7 +28,9 @@ BLOCKS = {
     'zero points of tokens': Block(FPFormat.parse('UE1M3'), 'token'),
     'MXFP4': Block(E2M1, group=32, scale_type='e8m0'),
     'MXFP8': Block(FPFormat.parse('E4M3'), group=32, scale_type='e8m0'),
-    'e4m3': Block(E2M1, group=16, scale_type='e4m3'), 'NVFP4': NVFP4}
+    'e4m3': Block(E2M1, group=16, scale_type='e4m3'), 'NVFP4': NVFP4,
+    'bf16': Block(UE2M2, group=8, scale_type='bf16'),
+    'one zero point': Block(UE2M2, group=8, zero_point=-0.25)}
 SIDES = {'inputs': (X, -1), 'weights': (W, -2)}
 
 
@@ -77,12 +79,12 @@ def test_two_levels_reach_the_largest_scale():
   assert np.shape(tensor.outer) == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize('quantizer', BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize('name', sorted(BLOCKS.keys() - {'one zero point'}))
 @pytest.mark.parametrize('value', [0.0, 1e-42, -3.0])
-def test_groups_of_one_value(quantizer, value):
+def test_groups_of_one_value(name, value):
   """A group of zeros or subnormals is 0; one of any other value nearly it."""
   x = np.full((2, 40), value, np.float32)
-  found = np.asarray(quantizer.quantize(x).dequantize())
+  found = np.asarray(BLOCKS[name].quantize(x).dequantize())
   assert np.isfinite(found).all()
   # e8m0 cuts off up to a quarter of the largest: 7.9 becomes 6.
   np.testing.assert_allclose(found, x, rtol=0.25 + 1e-6, atol=1e-37)
