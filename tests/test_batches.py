@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msfp_jax.models.denoiser import Condition
 from msfp_jax.quant import batches as batches_lib
 
 NOISE = np.random.default_rng(0).normal(size=(2, 4, 4, 1)).astype(np.float32)
@@ -60,3 +61,25 @@ def test_what_is_no_batches(given, message):
 def test_noise_is_named_in_its_error():
   with pytest.raises(ValueError, match='^noise is int32: a sampler starts'):
     batches_lib.check_noise(NOISE.astype(np.int32))
+
+
+class Labelled:
+  """A model of this package, of what it says of itself."""
+  sample_shape = (8, 8, 3)
+  conditions = (Condition('labels', classes=10),)
+
+
+@pytest.mark.parametrize('shape, condition, message', [
+    ((8, 8, 3), (LABELS,), r'\(8, 8, 3\): for one image write noise\[None\]'),
+    ((2, 8, 8, 1), (LABELS,), r'denoises \[B, 8, 8, 3\]'),
+    ((2, 8, 3, 1, 1), (LABELS,), r'denoises \[B, 8, 8, 3\]'),
+    ((2, 8, 8, 3), (), r"0 conditions beside the noise.*\['labels'\]"),
+    ((2, 8, 8, 3), (LABELS, LABELS), '2 conditions beside the noise')])
+def test_inputs_that_the_model_does_not_take(shape, condition, message):
+  with pytest.raises(ValueError, match=message):
+    batches_lib.check_inputs(Labelled(), jnp.zeros(shape), condition)
+
+
+def test_inputs_of_other_sizes_and_of_other_models_pass():
+  batches_lib.check_inputs(Labelled(), jnp.zeros((2, 16, 24, 3)), (LABELS,))
+  batches_lib.check_inputs(object(), jnp.zeros((2, 7)), ())

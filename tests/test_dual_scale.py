@@ -13,8 +13,8 @@ from msfp_jax.quant import serialize
 from msfp_jax.quant.dual_scale import DualScale
 from msfp_jax.quant.dual_scale import FitDualScale
 from msfp_jax.quant.fit import Seen
-from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.numbers import formats_of_width
+from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.quantizers import Static
 

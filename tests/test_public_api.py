@@ -14,6 +14,7 @@ from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import fit
+from msfp_jax.quant import interception
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import FindAround
 
@@ -97,6 +98,43 @@ def test_noise_that_no_sampler_starts_from(setting, noise, part):
     msfp.pack(MODEL, params, spec, plan).sample(noise(good))
   with pytest.raises(ValueError, match=part):
     msfp.calibrate(MODEL, params, batches=[noise(good)], plan=plan)
+
+
+def test_arguments_of_another_kind_get_a_sentence(setting, tmp_path):
+  params, plan, noise, spec = setting
+  made = msfp.pack(MODEL, params, spec, plan)
+  for call, message in (
+      (lambda: msfp.calibrate(MODEL, params, batches=noise, plan='ddim'),
+       "plan is 'ddim': it must be what msfp.make_plan"),
+      (lambda: msfp.pack(MODEL, params, spec, None),
+       'plan is None: it must be what msfp.make_plan'),
+      (lambda: msfp.pack(MODEL, params, None, plan),
+       'spec is None: it must be what msfp.calibrate'),
+      (lambda: msfp.save(tmp_path / 'a', 'x'),
+       "model is 'x': it must be what msfp.pack"),
+      (lambda: msfp.load(None), 'path is None: it must be'),
+      (lambda: msfp.load([1]), 'path is a list: it must be')):
+    with pytest.raises(TypeError, match=message):
+      call()
+  for inputs, message in (
+      ((noise[0],), r'write noise\[None\]'),
+      ((jnp.concatenate([noise] * 3, -1),), r'denoises \[B, 8, 8, 1\]'),
+      ((noise, jnp.zeros(2)), '1 conditions beside the noise.*none')):
+    with pytest.raises(ValueError, match=message):
+      made.sample(*inputs)
+  assert not list(tmp_path.iterdir())
+
+
+def test_models_of_this_package_are_traced_without_batches(
+    setting, monkeypatch):
+  """What cannot be quantized is refused before anything is written."""
+  params, _, _, _ = setting
+  traced = []
+  known = interception.list_layers
+  monkeypatch.setattr(interception, 'list_layers', lambda *inputs: (
+      traced.append(inputs), known(*inputs))[1])
+  msfp.calibrate(MODEL, params, recipe='nvfp4')
+  assert [inputs[2].shape for inputs in traced] == [(1, 8, 8, 1)]
 
 
 def test_a_spec_survives_its_file(setting, tmp_path):

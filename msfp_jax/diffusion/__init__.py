@@ -2,6 +2,7 @@
 
 import inspect
 
+from msfp_jax.base import arguments
 from msfp_jax.diffusion.ddim import ddim_plan
 from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddpm import ddpm_plan
@@ -15,15 +16,21 @@ from msfp_jax.diffusion.schedules import make_schedule
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
 __all__ = [
-    'NoiseSchedule', 'SamplerPlan', 'add_noise', 'ddim_plan', 'ddim_timesteps',
-    'ddpm_plan', 'dpm_solver_plan', 'make_plan', 'make_schedule', 'plms_plan',
-    'sample', 'trajectory',
+    'NoiseSchedule', 'SamplerPlan', 'add_noise', 'check_plan', 'ddim_plan',
+    'ddim_timesteps', 'ddpm_plan', 'dpm_solver_plan', 'make_plan',
+    'make_schedule', 'plms_plan', 'sample', 'trajectory',
 ]
 
 _PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan, 'dpm_solver': dpm_solver_plan,
           'plms': plms_plan}
 # Values of options that change nothing where a sampler does not have them.
 _NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim'}
+
+
+def check_plan(plan: SamplerPlan) -> None:
+  """Raises TypeError unless it is what `make_plan` returns."""
+  arguments.check_type('plan', plan, SamplerPlan,
+                       "msfp.make_plan(schedule, 'ddim', num_steps=20)")
 
 
 def make_plan(schedule: NoiseSchedule, name: str, **options) -> SamplerPlan:

@@ -34,6 +34,7 @@ import flax.linen as nn
 import numpy as np
 
 from msfp_jax import diffusion
+from msfp_jax.base import arguments
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 from msfp_jax.models import registry
@@ -72,6 +73,8 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     ValueError: a model that is not packed, layers laid out for a kernel, names
       that cannot be told apart in the file, or too many banks.
   """
+  arguments.check_type('model', model, packed_lib.PackedModel,
+                       'msfp.pack(...) or msfp.load(...)')
   # Those without weights of their own have only an input quantizer, for
   # `others`; their kernels and biases are among the parameters.
   own = {name: layer for name, layer in model.layers.items()
@@ -137,6 +140,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     ValueError: another format or version, a damaged or incomplete file, or
       tensors that are missing, unexpected or misshapen: all are listed.
   """
+  arguments.check_type('path', path, (str, os.PathLike), 'pathlib.Path(...)')
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f'no packed model at {file}')

@@ -14,6 +14,7 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax import kernels
+from msfp_jax.base import arguments
 from msfp_jax.kernels.apply import apply
 from msfp_jax.quant import batches
 from msfp_jax.quant import interception
@@ -140,6 +141,7 @@ class PackedModel:
       Samples like noise, nominally in [-1, 1].
     """
     noise = batches.check_noise(noise)
+    batches.check_inputs(self.model, noise, condition)
     return self._draw(self.arrays, noise, condition, key)
 
   @functools.cached_property
@@ -186,6 +188,8 @@ def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
 def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
              plan: diffusion.SamplerPlan) -> PackedModel:
   """Simulates what `pack` makes: levels in float32 in place of codes."""
+  arguments.check_type('spec', spec, spec_lib.QuantSpec, 'msfp.calibrate(...)')
+  diffusion.check_plan(plan)
   params = interception.parameters(params)
   interception.check_finite(interception.leaves(params, 'kernel'))
   return deploy(*student_lib.untrained(model, params, spec), plan)

@@ -1,6 +1,6 @@
 """Checks the noise, and batches of it, that samplers start from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,37 @@ def check_noise(noise: Any, name: str = 'noise') -> jax.Array:
     raise ValueError(f'{name} has shape {noise.shape}: it must be '
                      '[B, H, W, C], with at least one image')
   return jnp.asarray(noise, jnp.float32)
+
+
+def check_inputs(model: Any, noise: jax.Array, condition: Sequence[Any]
+                 ) -> None:
+  """Refuses inputs that a model of this package does not take.
+
+  Of other models nothing is known: JAX says what it does not take.
+
+  Args:
+    model: with `sample_shape` and `conditions`, or any other.
+    noise: as `check_noise` returned it.
+    condition: what else is given to the model.
+
+  Raises:
+    ValueError: other axes or channels, or other conditions than the model's.
+  """
+  shape = getattr(model, 'sample_shape', None)
+  if shape is None:
+    return
+  if noise.ndim == len(shape):
+    raise ValueError(f'noise has shape {noise.shape}: for one image write '
+                     'noise[None]')
+  if noise.ndim != len(shape) + 1 or noise.shape[-1] != shape[-1]:
+    raise ValueError(
+        f'noise has shape {noise.shape}: this model denoises [B, '
+        f'{", ".join(map(str, shape))}], of which only B, height and width '
+        'may differ')
+  names = [part.name for part in model.conditions]
+  if len(condition) != len(names):
+    raise ValueError(f'{len(condition)} conditions beside the noise: this '
+                     f'model takes {names or "none"}')
 
 
 def _is_array(value: Any) -> bool:

@@ -53,7 +53,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   """Finds a quantizer for every Conv and Dense of a model.
 
   A recipe whose fits need to see nothing takes no batches, and the model does
-  not run.
+  not run. (One that is not of this package is then refused, if it must be,
+  when it first runs.)
 
   Args:
     model: predicts the noise, model(x, t, *condition).
@@ -93,6 +94,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   exceptions = roles_lib.exceptions_of(exceptions, roles)
   for width in (bits, act_bits, *exceptions.values()):
     recipes.check_bits(width)
+  if plan is not None:
+    diffusion.check_plan(plan)
   params = interception.parameters(params)
   # On the host once, where the searches read them from several threads.
   kernels = jax.device_get(interception.leaves(params, 'kernel'))
@@ -130,10 +133,12 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
 def _look(model, params, recipe, widths, batches, plan, kernels, key):
   """{layer: what was seen of its input}; runs the sampler if it must."""
   # Layers are found by their kernels: the model need not run. Where there is
-  # something to trace it on, what cannot be quantized is refused by its name.
+  # something to trace it on, what cannot be quantized is refused by its name;
+  # of other models without batches, when they first run.
   if not recipe.needs_at(*widths) and (batches is None or not recipe.needs):
-    if batches is not None:
-      noise, *condition = batches_lib.check_batches(batches)[0]
+    inputs = _inputs_of(model, batches)
+    if inputs is not None:
+      noise, *condition = inputs
       interception.list_layers(
           model, params, noise, jnp.zeros(len(noise)), *condition)
     return {name: Seen() for name in kernels}
@@ -144,6 +149,20 @@ def _look(model, params, recipe, widths, batches, plan, kernels, key):
   return observe.collect(
       model, params, plan, batches, needs=recipe.needs,
       key=jax.random.key(0) if key is None else key)
+
+
+def _inputs_of(model, batches):
+  """What to trace a model on; None where nothing is known of its inputs."""
+  if batches is not None:
+    noise, *condition = batches_lib.check_batches(batches)[0]
+    batches_lib.check_inputs(model, noise, condition)
+    return noise, *condition
+  shape = getattr(model, 'sample_shape', None)
+  if shape is None:
+    return None
+  return (jnp.zeros((1, *shape)), *[
+      jnp.zeros(part.abstract(1).shape, part.abstract(1).dtype)
+      for part in model.conditions])
 
 
 def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,

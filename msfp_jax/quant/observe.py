@@ -56,6 +56,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   # that holds for all steps must have seen all.
   count = -(-samples_per_layer // (plan.num_steps * len(batches)))
   noise, *condition = batches[0]
+  batches_lib.check_inputs(model, noise, condition)
   # By shapes alone, in milliseconds: what is refused is refused before XLA
   # compiles a sampler.
   names = interception.list_layers(

@@ -57,8 +57,10 @@ def exceptions_of(name: str | Mapping[str, int],
   if isinstance(name, str):
     name = FORMER_NAMES.get(name, name)
     if name not in EXCEPTIONS:
+      former = ', '.join(f'{new} was {old}' for old, new
+                         in FORMER_NAMES.items())
       raise ValueError(f'exceptions {name!r}: must be a dict or one of '
-                       f'{sorted(EXCEPTIONS)}')
+                       f'{sorted(EXCEPTIONS)} ({former})')
     name = EXCEPTIONS[name]
   known = ROLES if roles is None else roles
   if unknown := set(name) - set(known):
