@@ -10,6 +10,7 @@ import runpy
 import pytest
 
 import msfp_jax as msfp
+from msfp_jax.quant import recipes
 from msfp_jax.quant import roles
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -258,6 +259,14 @@ def test_lists_of_exceptions_have_their_present_names(doc):
   for line in read(doc).splitlines():
     if any(name in line for name in roles.FORMER_NAMES):
       assert 'former' in line
+
+
+def test_every_recipe_has_its_row():
+  """Those of the package; other tests add their own while they run."""
+  table = read('docs/recipes.md')
+  rows = re.findall(r'^\| (`.*?`) \|', table, flags=re.M)
+  named = set(re.findall(r'`(\w+)`', ' '.join(rows)))
+  assert named == set(recipes.RECIPES)
 
 
 def test_the_map_has_every_room():
