@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import machine
 from msfp_jax import kernels
 from msfp_jax.kernels import apply as apply_lib
-from msfp_jax.kernels import door
+from msfp_jax.kernels import choice
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant.qlayer import QLayer
@@ -55,7 +55,7 @@ class Case:
 
   def fell_back(self) -> str:
     """Why the device's kernel does not take the layer; '' if it does."""
-    kernel = door.KERNELS.get(jax.default_backend())
+    kernel = choice.KERNELS.get(jax.default_backend())
     if kernel is None:
       return ''
     try:
@@ -123,8 +123,8 @@ def measure(case: Case, roofline: machine.Roofline, count: int
   weights = sum(a.nbytes for a in jax.tree.leaves(case.params))
   stored = sum(a.nbytes for a in jax.tree.leaves(case.layer))
   reason = case.fell_back()
-  kernel = door.KERNELS.get(jax.default_backend(), 'xla')
-  carrier = door.pick_carrier(
+  kernel = choice.KERNELS.get(jax.default_backend(), 'xla')
+  carrier = choice.pick_carrier(
       case.layer, case.x, 'xla' if reason else kernel)
   floors = {
       'float32': roofline.seconds(case.flop, case.bytes(weights, 4), 'f32'),

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
 from msfp_jax.quant.numbers import FPFormat
@@ -93,6 +95,28 @@ def test_conv(build, carrier, stride, mapped):
       ((320, 3, 3, 160), jnp.uint8), ((320,), jnp.float32),
       ((size, size, 320) if mapped else (320,), jnp.float32))
   check(said, carrier, 256)
+
+
+@pytest.mark.parametrize('mapped', [False, True])
+@pytest.mark.parametrize('carrier', MULTIPLY)
+@pytest.mark.parametrize('rows', [256, 64])
+def test_unsigned_weights_and_scales_by_row(build, carrier, rows, mapped):
+  """With all of the epilogue, which needs registers of its own."""
+
+  def conv(x, codes, scale, shift, *terms):
+    return mosaic_gpu.conv(
+        x, codes, scale, shift, fmt=FPFormat.parse('UE3M1'),
+        out_dtype=jnp.bfloat16, strides=(1, 1), padding=((1, 1), (1, 1)),
+        blocks=blocks_lib.Blocks(rows, 64, 4), rows=Rows(*terms[:4]),
+        columns=Columns(*terms[4:]))
+
+  column = ((320,), jnp.float32)
+  said = build(
+      conv, ((8, 64, 64, 320), carriers.DTYPES[carrier][0]),
+      ((320, 3, 3, 160), jnp.uint8), column,
+      ((64, 64, 320), jnp.float32) if mapped else column,
+      *[((8, 64, 64), jnp.float32)] * 4, *[column] * 3)
+  check(said, carrier, rows)
 
 
 def test_odd_shapes(build):

@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks import tpu_cost
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant import numbers as numbers_lib
@@ -20,6 +22,9 @@ pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 pytest.importorskip('libtpu', reason='libtpu compiles for TPUs')
 
 WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
+# All that int8 holds.
+UNSIGNED = [fmt for fmt in numbers_lib.formats_of_width(4, signed=False)
+            if carriers.carry(fmt, 'int8')]
 CHIPS = tuple(tpu_cost.TOPOLOGIES)
 NATIVE = [(chip, carrier) for chip in CHIPS
           for carrier in blocks_lib.CHIPS[chip].carriers]
@@ -97,6 +102,36 @@ def test_matmul_compiles(compile_for, chip, carrier, m, k, n):
 @pytest.mark.parametrize('case', CONVS)
 def test_conv_compiles(compile_for, chip, carrier, case):
   _compile_conv(compile_for, chip, carrier, WEIGHTS[1], case, jnp.bfloat16)
+
+
+def _all_terms(rows, n):
+  """Shapes of an epilogue of which nothing is absent."""
+  return (*[(rows, jnp.float32)] * 4, *[((n,), jnp.float32)] * 3)
+
+
+@pytest.mark.parametrize('chip,carrier', NATIVE)
+@pytest.mark.parametrize('fmt', UNSIGNED, ids=str)
+def test_unsigned_weights_and_scales_by_row_compile(
+    compile_for, chip, carrier, fmt):
+  """With all of the epilogue, in blocks as large as they become."""
+
+  def matmul(x, codes, scale, shift, *terms):
+    return mosaic_tpu.matmul(
+        x, codes, scale, shift, fmt=fmt, out_dtype=jnp.bfloat16,
+        rows=Rows(*terms[:4]), columns=Columns(*terms[4:]))
+
+  def conv(x, codes, scale, shift, *terms):
+    return mosaic_tpu.conv(
+        x, codes, scale, shift, fmt=fmt, out_dtype=jnp.bfloat16,
+        strides=(1, 1), padding=((1, 1), (1, 1)), rows=Rows(*terms[:4]),
+        columns=Columns(*terms[4:]))
+
+  dtype, row = carriers.DTYPES[carrier][0], ((640,), jnp.float32)
+  compile_for(chip, matmul, ((4096, 1280), dtype), ((640, 640), jnp.uint8),
+              row, row, *_all_terms((4096,), 640))
+  compile_for(chip, conv, ((2, 32, 31, 320), dtype),
+              ((3, 3, 160, 640), jnp.uint8), row,
+              ((32, 31, 640), jnp.float32), *_all_terms((2, 32, 31), 640))
 
 
 @pytest.mark.parametrize('chip,carrier', [

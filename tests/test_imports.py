@@ -35,7 +35,7 @@ FRAMEWORKS = {'torch', 'torchvision', 'tensorflow'}
 DRAWING = {'matplotlib', 'jinja2'}
 
 # The one file that knows which kernels there are, each in a folder beside it.
-DOOR = 'kernels/door.py'
+DOOR = 'kernels/choice.py'
 CHIPS = sorted(path.parent.name
                for path in (PACKAGE / 'kernels').glob('*/__init__.py'))
 # Not inside of words, such as outputs.

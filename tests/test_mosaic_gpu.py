@@ -19,12 +19,15 @@ from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 
-FORMATS = ('E1M2', 'E2M1', 'E3M0')
+FORMATS = ('E1M2', 'E2M1', 'E3M0', 'UE1M3', 'UE2M2', 'UE3M1', 'UE4M0')
 DTYPES = {'int8': np.int8, 'fp8': ml_dtypes.float8_e4m3fn}
 # In steps of the format, as float4 and textbooks have them.
 MAGNITUDES = {
     'E1M2': [0, 1, 2, 3, 4, 5, 6, 7], 'E2M1': [0, 1, 2, 3, 4, 6, 8, 12],
-    'E3M0': [0, 1, 2, 4, 8, 16, 32, 64]}
+    'E3M0': [0, 1, 2, 4, 8, 16, 32, 64], 'UE1M3': range(16),
+    'UE2M2': [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28],
+    'UE3M1': [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192],
+    'UE4M0': [0, *(2**n for n in range(15))]}
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
@@ -32,6 +35,8 @@ interpreted = pytest.mark.skipif(
 
 
 def integers(codes, fmt):
+  if fmt.startswith('U'):
+    return np.array(MAGNITUDES[fmt])[codes]
   sign = np.where(codes & 8, -1, 1)
   return sign * np.array(MAGNITUDES[fmt])[codes & 7]
 
@@ -63,17 +68,23 @@ def lower(function, *shapes):
         lowering_platforms=('cuda',)).as_text()
 
 
-@pytest.mark.parametrize('carrier', DTYPES)
-@pytest.mark.parametrize('fmt', FORMATS)
+@pytest.mark.parametrize('fmt, carrier', [
+    *((fmt, 'int8') for fmt in FORMATS if fmt != 'UE4M0'),
+    *((fmt, 'fp8') for fmt in FORMATS)])
 def test_every_byte_decodes(fmt, carrier):
   """Every pair of codes in a byte decodes, in each of a word's 4 bytes."""
   codes = np.arange(256, dtype=np.uint8)
   codes = np.stack([codes & 15, codes >> 4], -1)  # [256, 2]
   codes = np.concatenate([np.roll(codes, i, axis=0) for i in range(64)], 1)
-  packed = decode_lib.prepare(layout_lib.pack_halves(codes.T), 128)
-  got = decode_lib.decode_array(packed, FPFormat.parse(fmt), carrier)
+  own = FPFormat.parse(fmt)
+  packed = decode_lib.prepare(
+      layout_lib.pack_halves(codes.T), 128, own.signed)
+  got = decode_lib.decode_array(packed, own, carrier)
   assert got.dtype == DTYPES[carrier]
-  np.testing.assert_array_equal(got.astype(np.float64), integers(codes, fmt))
+  unit, base = (of(own, carrier) for of in (
+      mosaic_gpu.weight_unit, mosaic_gpu.weight_base))
+  np.testing.assert_array_equal(
+      got.astype(np.float64), (integers(codes, fmt) - base) * unit)
 
 
 def test_permute_is_that_of_ptx():
@@ -89,9 +100,9 @@ def test_permute_is_that_of_ptx():
 @pytest.mark.parametrize('fmt', FORMATS)
 def test_no_level_is_a_subnormal_of_fp8(fmt):
   """No level is a subnormal of fp8, which a device may flush to 0."""
-  levels = np.abs(integers(np.arange(16), fmt))
+  unit = mosaic_gpu.weight_unit(FPFormat.parse(fmt), 'fp8')
+  levels = np.abs(integers(np.arange(16), fmt)) * unit
   least = ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).smallest_normal
-  assert mosaic_gpu.weight_unit(FPFormat.parse(fmt), 'fp8') == 1.0
   assert levels[levels > 0].min() >= least
 
 
@@ -180,7 +191,8 @@ def test_why_not():
   why = functools.partial(mosaic_gpu.why_not, 'matmul')
   assert why(x, codes, fmt=e2m1) is None
   for reason, changes in {
-      'UE2M2': {'fmt': FPFormat.parse('UE2M2')},
+      'UE4M0': {'fmt': FPFormat.parse('UE4M0')},
+      'E3M2': {'fmt': FPFormat.parse('E3M2')},
       'x is bfloat16': {'x': jax.ShapeDtypeStruct((16, 256), jnp.bfloat16)},
       'see mosaic_gpu.prepare': {'codes': jax.ShapeDtypeStruct(
           (128, 64), jnp.uint8)},

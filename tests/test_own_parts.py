@@ -12,7 +12,7 @@ import toy
 
 import msfp_jax as msfp
 from msfp_jax import kernels
-from msfp_jax.kernels import door
+from msfp_jax.kernels import choice
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import calibrate as calibrate_lib
 from msfp_jax.quant import serialize
@@ -218,7 +218,7 @@ def test_kernels_refuse_weights_with_one_scale(shape):
       KERNEL[None, 0, 0, :, :1] * np.ones(4, np.float32))
   layer = QLayer(weight.packed(), Static(E2M1, jnp.float32(0.5))).at(0)
   for chip in ('mosaic_tpu', 'mosaic_gpu'):
-    reason = door.why_not(chip, layer, (5, 8)) or ''
+    reason = choice.why_not(chip, layer, (5, 8)) or ''
     assert ('a scale for each output channel' in reason) == (shape != (1, 4))
 
 

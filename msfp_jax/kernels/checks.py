@@ -12,12 +12,17 @@ _RANK = {'matmul': 2, 'conv': 4}
 _OUT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 
 
-def format_of_weights(fmt: FPFormat, device: str) -> str | None:
-  """Why weights of a format are refused: both decode signed 4 bits alone."""
-  if fmt.signed and fmt.bits == 4:
-    return None
-  return (f'weights in {fmt}: the {device} kernels decode signed formats of 4 '
-          f'bits; use the XLA implementation')
+def format_of_weights(fmt: FPFormat, carrier: str, device: str) -> str | None:
+  """Why weights of a format are refused: both decode 4 bits to 8 alone."""
+  if fmt.bits != 4:
+    return (f'weights in {fmt}: the {device} kernels decode formats of 4 bits; '
+            f'use the XLA implementation')
+  # UE4M0, whose levels reach 2^14 steps. In bfloat16, too, they are decoded
+  # by way of int8.
+  if carrier != 'fp8' and carriers.carry(fmt, 'int8') is None:
+    return (f'weights in {fmt}: the {device} kernels decode to int8, which does '
+            f'not hold them; use the XLA implementation')
+  return None
 
 
 def out_dtype(dtype) -> str | None:

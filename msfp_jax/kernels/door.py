@@ -14,38 +14,26 @@ None picks the kernels where the device has them and they take the operation,
 and XLA elsewhere. The input is quantized outside of the kernels, so that XLA
 can fuse it with the activation function or normalization before it.
 
-This is the one module that knows the chips' kernels. A chip is a folder, named
-in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
-`weight_unit`, `lay_out` and `LAYOUT`.
+Which of them takes what is asked of `choice`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
-import importlib
-import types
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import choice
 from msfp_jax.kernels import compiler
+from msfp_jax.kernels import epilogue
 from msfp_jax.kernels import product
 from msfp_jax.kernels import training
 from msfp_jax.kernels import winograd
-from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.geometry import Geometry
 from msfp_jax.quant.qlayer import Latent
 from msfp_jax.quant.qlayer import QLayer
-from msfp_jax.quant.qtensor import QTensor
-
-# Back end -> the implementation by kernels of its own.
-KERNELS = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
-IMPLEMENTATIONS = ('reference', 'xla', *KERNELS.values())
-# Carriers of XLA, of which the first that holds both formats is taken; those
-# of a chip's kernels are elsewhere those of XLA too.
-_CARRIERS = {'cpu': ('f32',)}
 
 
 def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
@@ -58,7 +46,7 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
     layer: with one set of weights, `[*window, I / groups, O]` or `[I, O]`.
     x: float `[B, *spatial, I]` or `[..., I]`.
     geometry: of a convolution; None for a dense layer.
-    implementation: one of IMPLEMENTATIONS; None picks.
+    implementation: one of `choice.IMPLEMENTATIONS`; None picks.
     carrier: a key of `carriers.DTYPES`; None picks.
     conv_general_dilated: for products in float32, in place of XLA's.
 
@@ -80,16 +68,17 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
         lambda layer, x: _run(layer, x, geometry, 'reference', 'f32', plain),
         plain, layer, x)
   if implementation is None:
-    implementation = pick(layer, x.shape, geometry, carrier)
-  if reason := why_not(implementation, layer, x.shape, geometry, carrier):
+    implementation = choice.pick(layer, x.shape, geometry, carrier)
+  if reason := choice.why_not(
+      implementation, layer, x.shape, geometry, carrier):
     raise ValueError(f'implementation {implementation!r}: {reason}')
-  carrier = carrier or pick_carrier(layer, x.shape, implementation)
+  carrier = carrier or choice.pick_carrier(layer, x.shape, implementation)
   work = functools.partial(_run, geometry=geometry,
                            implementation=implementation, carrier=carrier,
                            plain=plain)
   # A chip's kernel decodes the weights itself, a block at a time: there is
   # nothing that XLA could decode ahead of time.
-  if implementation in KERNELS.values():
+  if implementation in choice.KERNELS.values():
     return work(layer, x)
   # Here, where all others pass: what is between two layers is then the same
   # program whatever they run by, and rounded alike. And weights are decoded
@@ -121,7 +110,7 @@ def _run(layer, x, geometry, implementation, carrier, plain):
     # The input has no levels: nothing exact to gain.
     out = plain(jnp.asarray(seen, jnp.float32), layer.weight.dequantize())
     out = out if layer.bias is None else out + layer.bias
-  elif implementation in KERNELS.values():
+  elif implementation in choice.KERNELS.values():
     out = _run_kernel(layer, seen, geometry, implementation, carrier)
   elif _winograd_takes(layer, seen.shape, geometry, implementation, carrier):
     out = _run_winograd(layer, seen, geometry)
@@ -211,164 +200,18 @@ def _run_winograd(layer, x, geometry):
 
 
 def _run_kernel(layer, x, geometry, implementation, carrier):
-  ops, weight = _ops_of(implementation), layer.weight
+  ops, weight = choice.ops_of(implementation), layer.weight
   fmt, v = weight.fmt, carriers.operand(
       layer.input.quantize(x, axis=-1), carrier)
-  # In place of the weights a shape: the epilogue looks at their scale alone,
-  # unless it has to sum them.
-  bare = carriers.Operand(
-      jax.ShapeDtypeStruct((*weight.data.shape[:-2], weight.length,
-                            weight.scale.shape[-1]), jnp.float32),
-      weight.scales().reshape(-1) * carriers.carry(fmt, carrier).unit, None)
-  sums = _sums_of(layer, carrier)
-  if v.zero is not None and sums is None:
-    bare = bare._replace(v=carriers.operand(weight, carrier).v)
-  scale, shift = product.epilogue(v, bare, layer.bias, geometry, sums)
-  # The kernels' weights are in units of their own.
-  unit = carriers.carry(fmt, carrier).unit
-  scale = scale * (fmt.step / unit / ops.weight_unit(fmt, carrier))
-  codes = ops.lay_out(weight).data
-  options = {'fmt': fmt, 'out_dtype': x.dtype}
+  end = epilogue.make(
+      v, weight, layer.bias, geometry, carrier, _sums_of(layer, carrier),
+      ops.weight_unit(fmt, carrier), ops.weight_base(fmt, carrier))
+  codes, options = ops.lay_out(weight).data, {
+      'fmt': fmt, 'out_dtype': x.dtype, 'columns': end.columns}
   if geometry is None:
-    out = ops.matmul(v.v.reshape(-1, v.v.shape[-1]), codes, scale, shift,
-                     **options)
+    rows = jax.tree.map(lambda part: part.reshape(-1), end.rows)
+    out = ops.matmul(v.v.reshape(-1, v.v.shape[-1]), codes, end.scale,
+                     end.shift, rows=rows, **options)
     return out.reshape(*x.shape[:-1], -1)
-  return ops.conv(v.v, codes, scale, shift, strides=geometry.strides,
-                  padding=geometry.padding, **options)
-
-
-def pick(layer: QLayer, shape: Sequence[int],
-         geometry: Geometry | None = None, carrier: str | None = None) -> str:
-  """The implementation that None stands for; arguments as for `why_not`."""
-  if not layer.weight.is_packed:
-    # A simulation, not packed: scales in the sum are cheaper by 'xla', which
-    # has `dequantized` (see `_run_xla`).
-    separable = layer.input.is_full or product.is_separable(
-        _input_of(layer, shape), layer.weight, geometry)
-    return 'reference' if separable else 'xla'
-  kernel = KERNELS.get(jax.default_backend())
-  if kernel and why_not(kernel, layer, shape, geometry, carrier) is None:
-    return kernel
-  return 'xla'
-
-
-def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
-                 ) -> str:
-  """The carrier of an implementation on the default device."""
-  if implementation == 'reference' or layer.input.is_full:
-    return 'f32'
-  # A chip's kernels may be asked for on another device, to be interpreted: they
-  # have their own chip's carriers there.
-  backend = {name: key for key, name in KERNELS.items()}.get(
-      implementation, jax.default_backend())
-  choices = _CARRIERS.get(backend)
-  if choices is None:
-    known = KERNELS.get(backend)
-    choices = _ops_of(known).carriers_of(
-        jax.devices()[0].device_kind) if known else ('f32',)
-  return next((name for name in choices if _carries(layer, shape, name)), 'f32')
-
-
-def _input_of(layer, shape):
-  """The quantized input's structure and shapes."""
-  return jax.eval_shape(
-      lambda layer, x: layer.input.quantize(layer.around.input(x), axis=-1),
-      layer, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
-
-
-def _carries(layer, shape, carrier):
-  if layer.input.is_full:
-    return carrier == 'f32'
-  formats = (layer.weight.numbers, _input_of(layer, shape).numbers)
-  return None not in [carriers.carry(fmt, carrier) for fmt in formats]
-
-
-def why_not(implementation: str, layer: QLayer, shape: Sequence[int],
-            geometry: Geometry | None = None, carrier: str | None = None
-            ) -> str | None:
-  """Why an implementation does not take an operation; None if it does.
-
-  Args:
-    implementation: one of IMPLEMENTATIONS.
-    layer: with one set of weights.
-    shape: of the input.
-    geometry: of a convolution; None for a dense layer.
-    carrier: None for the one that would be picked.
-
-  Raises:
-    ValueError: there is no such implementation.
-  """
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'implementation {implementation!r}: must be None or one '
-                     f'of {IMPLEMENTATIONS}')
-  if carrier and not _carries(layer, shape, carrier):
-    full = layer.input.is_full
-    inputs = 'full precision' if full else _input_of(layer, shape).numbers
-    return (f'{carrier} does not hold weights in {layer.weight.numbers} and '
-            f'inputs in {inputs}; choose another carrier, such as '
-            f'{"f32" if full else "bf16"}')
-  if implementation not in KERNELS.values():
-    return None
-  return _why_no_kernel(implementation, shape, layer, geometry, carrier)
-
-
-def _why_no_kernel(implementation, shape, layer, geometry, carrier):
-  weight = layer.weight
-  if layer.input.is_full:
-    return 'it multiplies quantized inputs, and those of this layer are not'
-  if weight.zero_point is not None:
-    return 'its weights have no zero point, and those of this layer have'
-  if weight.shift is not None:
-    return 'its weights have no shifts, and those of this layer have'
-  ops = _ops_of(implementation)
-  if not isinstance(weight.layout, (layout_lib.Nibbles, ops.LAYOUT)):
-    if weight.layout in (layout_lib.BYTES, layout_lib.LEVELS):
-      return (f'it reads weights of 4 bits, and those of this layer are '
-              f'{weight.fmt}, stored as {weight.layout.name}')
-    return f'the weights are laid out for {weight.layout.name}'
-  if weight.layout == layout_lib.NIBBLES and not weight.scales_outputs:
-    return ('it takes a scale for each output channel of the weights, and '
-            f'those of this layer are of shape {jnp.shape(weight.scale)}')
-  tensor = _input_of(layer, shape)
-  if tensor.negative is not None:
-    return 'it takes one scale for all inputs, not one for each sign'
-  if tensor.scale.ndim or not product.is_separable(tensor, weight, geometry):
-    return ('it takes one scale for the input and one for each output channel, '
-            f'not scales of {tensor.scale.shape} and {weight.scale.shape}')
-  if geometry is not None and (
-      geometry.groups != 1 or set(geometry.dilation) != {1}
-      or len(geometry.strides) != 2):
-    return (f'it takes 2-D convolutions without groups and dilation, not '
-            f'{geometry}')
-  carrier = carrier or pick_carrier(layer, shape, implementation)
-  # Shapes alone: the question is asked for every layer, the weights are laid
-  # out for those that are taken.
-  codes = jax.eval_shape(ops.lay_out, weight).data
-  if geometry is None:
-    op, rows, more = 'matmul', (int(np.prod(shape[:-1])), shape[-1]), {}
-  else:
-    op, rows = 'conv', tuple(shape)
-    more = {'strides': geometry.strides, 'padding': geometry.padding}
-  x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])
-  return ops.why_not(op, x, codes, fmt=weight.fmt, **more)
-
-
-def _ops_of(implementation: str) -> types.ModuleType:
-  """The operations of a chip's kernels."""
-  # Here, so that neither back end's library loads before it is asked for.
-  return importlib.import_module(f'msfp_jax.kernels.{implementation}.ops')
-
-
-def lay_out(weight: QTensor, implementation: str | None) -> QTensor:
-  """Packed weights as the kernels of an implementation read them.
-
-  Args:
-    weight: packed, with an axis of banks; such that the kernels take it.
-    implementation: None for the one that is picked.
-  """
-  kernel = implementation or KERNELS.get(jax.default_backend())
-  if kernel not in KERNELS.values():
-    return weight
-  ops = _ops_of(kernel)
-  banks = [ops.lay_out(weight.bank(i)) for i in range(len(weight.data))]
-  return banks[0].replace(data=np.stack([bank.data for bank in banks]))
+  return ops.conv(v.v, codes, end.scale, end.shift, rows=end.rows,
+                  strides=geometry.strides, padding=geometry.padding, **options)

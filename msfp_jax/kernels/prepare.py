@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import door
+from msfp_jax.kernels import choice
 from msfp_jax.kernels import winograd
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.qlayer import Prepared
@@ -45,7 +45,7 @@ def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
         prepared = prepared.replace(parts=winograd.splits(
             values, *_reach(layer.input)))
   if _is_for_kernels(layer):
-    weight = door.lay_out(weight, implementation)
+    weight = choice.lay_out(weight, implementation)
   return layer.replace(weight=weight, prepared=prepared)
 
 
@@ -90,9 +90,8 @@ def _has_winograd(layer, values):
 
 
 def _is_for_kernels(layer):
-  """Whether kernels that read signed weights of 4 bits take the layer."""
+  """Whether kernels that read weights of 4 bits take the layer."""
   weight = layer.weight
   return (weight.layout == layout_lib.NIBBLES and not layer.input.is_full
-          and weight.zero_point is None and weight.fmt.signed
           and weight.fmt.bits == 4 and _per_output(weight)
           and weight.scales_outputs)

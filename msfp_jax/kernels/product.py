@@ -55,7 +55,7 @@ def is_separable(x: QTensor, w: QTensor, geometry: Geometry | None) -> bool:
     w: `[*window, I, O]`, one set.
     geometry: of a convolution; None for a dense layer.
   """
-  window = jnp.shape(w.data)[:-2]
+  window = w.window
   inner = slice(-1, None)  # of an input, the axes that must be of size 1
   if geometry is not None and not geometry.is_pointwise(window):
     inner = slice(1, None)
@@ -90,12 +90,12 @@ def operands(x: QTensor, w: QTensor, geometry: Geometry | None, carrier: str
   """Both sides in a carrier, for `separable`: scales of the outputs' shape."""
   strides = () if geometry is None else geometry.strides
   x, w = carriers.operand(x, carrier), carriers.operand(w, carrier)
-  return (x._replace(scale=_at_outputs(x.scale, strides),
-                     zero=_at_outputs(x.zero, strides)),
+  return (x._replace(scale=_at_strides(x.scale, strides),
+                     zero=_at_strides(x.zero, strides)),
           w._replace(scale=_by_output(w.scale), zero=_by_output(w.zero)))
 
 
-def _at_outputs(part, strides):
+def _at_strides(part, strides):
   """A scale of an input where a pointwise window stops."""
   if part is None or jnp.ndim(part) < 2 or not strides:
     return part
@@ -104,6 +104,23 @@ def _at_outputs(part, strides):
   return part[(slice(None), *[
       step if size > 1 else slice(None)
       for step, size in zip(steps, sizes, strict=True)])]
+
+
+def at_outputs(part: jax.Array, geometry: Geometry | None,
+               shape: Sequence[int], window: Sequence[int]) -> jax.Array:
+  """A scale of an input `[]` or `[..., 1]` by output, `[B, *spatial']`.
+
+  Args:
+    part: of a token, a pixel (if the window is pointwise) or an image.
+    geometry: of a convolution; None for a dense layer.
+    shape: of the input.
+    window: of the weights.
+  """
+  size = shape[:-1]
+  if geometry is not None:
+    part = _at_strides(part, geometry.strides)
+    size = (shape[0], *geometry.size(shape[1:-1], window))
+  return jnp.broadcast_to(part[..., 0] if jnp.ndim(part) else part, size)
 
 
 def _by_output(part):
@@ -154,24 +171,38 @@ def sums_inside(tap_sums: jax.Array, geometry: Geometry | None,
 def zero_of_weights(x: Operand, w: Operand, geometry: Geometry | None
                     ) -> jax.Array:
   """z_w (s_x sum v_x + z_x K), `[B, *spatial', O]`."""
-  v = x.v.astype(jnp.float32)
+  total, count = totals(x.v, geometry, w.v.shape[:-2])
+  total = total * x.scale
+  if x.zero is not None:
+    total = add(count * x.zero, total)
+  return jnp.repeat(total, w.v.shape[-1] // total.shape[-1], axis=-1) * w.zero
+
+
+def totals(v: jax.Array, geometry: Geometry | None, window: Sequence[int]
+           ) -> tuple[jax.Array, jax.Array]:
+  """What an output sees of the input: sum of v_x, and K, how many they are.
+
+  Args:
+    v: `[B, *spatial, I]` or `[..., I]`.
+    geometry: of a convolution; None for a dense layer.
+    window: of the weights.
+
+  Returns:
+    `[B, *spatial', groups]`, and what broadcasts to it; float32.
+  """
+  v = v.astype(jnp.float32)
   groups = 1 if geometry is None else geometry.groups
   v = v.reshape(*v.shape[:-1], groups, -1)
   size, v = v.shape[-1], v.sum(-1)
   count = jnp.full((*((1,) * (v.ndim - 1)), 1), size, jnp.float32)
-  if geometry is not None:
-    window = w.v.shape[:-2]
-    # The weights' zero multiplies the sum over the window of x: a box filter.
-    box = lambda a, g: geometry.conv(
-        a, jnp.ones((*window, 1, g), jnp.float32), groups=g,
-        precision=lax.Precision.HIGHEST)
-    count = box(jnp.broadcast_to(count, (1, *v.shape[1:-1], 1)), 1)
-    v = box(v, groups)
-  total = v * x.scale
-  if x.zero is not None:
-    total = add(count * x.zero, total)
-  outputs = w.v.shape[-1]
-  return jnp.repeat(total, outputs // groups, axis=-1) * w.zero
+  if geometry is None:
+    return v, count
+  # The sum over the window of x: a box filter.
+  box = lambda a, g: geometry.conv(
+      a, jnp.ones((*window, 1, g), jnp.float32), groups=g,
+      precision=lax.Precision.HIGHEST)
+  return box(v, groups), box(
+      jnp.broadcast_to(count, (1, *v.shape[1:-1], 1)), 1)
 
 
 def grouped(x: QTensor, w: QTensor, bias: jax.Array | None,

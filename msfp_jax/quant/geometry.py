@@ -38,6 +38,14 @@ class Geometry(NamedTuple):
     """Whether every output sees one place of the input."""
     return set(window) <= {1} and self.groups == 1 and not self.padded
 
+  def size(self, spatial: Sequence[int], window: Sequence[int]
+           ) -> tuple[int, ...]:
+    """spatial', the size of the result."""
+    return tuple(
+        (n + sum(p) - (k - 1) * d - 1) // s + 1 for n, p, k, d, s in zip(
+            spatial, self.padding, window, self.dilation, self.strides,
+            strict=True))
+
   def conv(self, x: jax.Array, w: jax.Array, groups: int | None = None,
            function: Callable[..., jax.Array] = lax.conv_general_dilated,
            **options: Any) -> jax.Array:

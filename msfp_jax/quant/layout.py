@@ -36,6 +36,10 @@ class Layout:
     # which products keep exact until the very end.
     return functional.decode(self.codes(data, fmt, length), fmt, np.float32(1))
 
+  def window(self, data: Any) -> tuple[int, ...]:
+    """Of weights of one set, the window, `()` of a dense layer's."""
+    return tuple(data.shape[:-2])
+
   def size(self, data: Any, length: int) -> int:
     """How many elements there are."""
     del length

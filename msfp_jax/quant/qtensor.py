@@ -98,6 +98,11 @@ class QTensor:
     return jnp.shape(self.scale)[-1:] == jnp.shape(self.data)[-1:]
 
   @property
+  def window(self) -> tuple[int, ...]:
+    """Of weights of one set, the window, `()` of a dense layer's."""
+    return self.layout.window(self.data)
+
+  @property
   def size(self) -> int:
     """How many elements there are, all banks counted."""
     return self.layout.size(self.data, self.length)

@@ -11,6 +11,10 @@ operations for 8 codes, whatever the format and the 8-bit carrier.
 
 That needs negative levels below 0 and the others not, as bytes: -0, whose int8
 is 0, is stored as +0.
+
+Codes abcd of unsigned formats are stored as d|abc: two that differ in d alone
+need bytes of the same sign. Most have none. UE3M1 in int8 is stored less 128,
+and of its 16 levels 0 to 192 the last two, 128 and 192, are then not negative.
 """
 
 from collections.abc import Callable
@@ -39,21 +43,29 @@ class Ops(NamedTuple):
   constant: Callable[[int], Any]
 
 
+def weight_base(fmt: FPFormat, carrier: str) -> int:
+  """Steps that the kernels take off every level: 0, or what int8 asks for."""
+  return 128 if carrier == 'int8' and fmt.max / fmt.step > 127 else 0
+
+
 def tables(fmt: FPFormat, carrier: str) -> tuple[int, int, int, int]:
   """The two tables of 8 bytes as words: first 0-3, 4-7, second 0-3, 4-7.
 
   Args:
-    fmt: a signed format of 4 bits.
+    fmt: a format of 4 bits.
     carrier: 'int8' or 'fp8'.
   """
   carried = carriers.carry(fmt, carrier)
-  levels = carried.values().astype(carried.dtype).view(np.uint8)  # of each code
-  code = np.arange(8) << 1 & 8 | np.arange(8) & 3  # of table byte sbc: s0bc
-  first, second = levels[code], levels[code | 4]
+  levels = carried.values(weight_base(fmt, carrier)).astype(
+      carried.dtype).view(np.uint8)  # of each code
+  # Of table byte sbc code s0bc, and s1bc in the other table; of abc abc0, abc1.
+  code, other = (np.arange(8) << 1 & 8 | np.arange(8) & 3, 4) if (
+      fmt.signed) else (np.arange(8) << 1, 1)
+  first, second = levels[code], levels[code | other]
   # No byte of the first table has its sign bit set, so that looking up a nibble
   # of the second one there gives 0x00. The converse gives 0xff for negative
-  # codes, which completes the complement taken here.
-  first = np.where(code & 8, ~first & 0x7f, first)
+  # levels, which completes the complement taken here.
+  first = np.where(second & 0x80, ~first & 0x7f, first)
   return tuple(map(int, np.concatenate([first, second]).view('<u4')))
 
 
@@ -117,15 +129,16 @@ def decode_array(packed, fmt: FPFormat, carrier: str):
   return jax.lax.bitcast_convert_type(levels, dtype)
 
 
-def prepare(codes, length: int):
+def prepare(codes, length: int, signed: bool = True):
   """Lays canonical packed weights out as the kernels read them.
 
   Done once, when a model is loaded.
 
   Args:
     codes: uint8 `[..., ceil(K / 2), N]` of `layout.pack_halves`, NumPy or
-      JAX, of a signed format of 4 bits.
+      JAX, of a format of 4 bits.
     length: K.
+    signed: whether the format is.
 
   Returns:
     uint8 `[N', ..., K' / 2]`, N' and K' the next multiples of 64; padded with
@@ -136,8 +149,12 @@ def prepare(codes, length: int):
   codes = xp.pad(codes, [
       (0, -codes.shape[0] % CHANNELS), *[(0, 0)] * (codes.ndim - 2),
       (0, -length % DEPTH)])
-  codes = xp.where(codes == 8, 0, codes)  # -0
-  nibbles = (codes & 3 | (codes & 4) << 1 | (codes & 8) >> 1).astype(np.uint8)
+  if signed:
+    codes = xp.where(codes == 8, 0, codes)  # -0
+    nibbles = codes & 3 | (codes & 4) << 1 | (codes & 8) >> 1
+  else:
+    nibbles = codes >> 1 | (codes & 1) << 3
+  nibbles = nibbles.astype(np.uint8)
   # Lane l of 4 holds codes 4l..4l+3 of either half of its group in one word.
   nibbles = nibbles.reshape(*codes.shape[:-1], -1, 2, 4, 2, 2)
   nibbles = xp.moveaxis(nibbles, -4, -3)

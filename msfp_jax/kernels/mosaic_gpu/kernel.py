@@ -25,6 +25,8 @@ from jaxlib.mlir.dialects import llvm
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import epilogue
+from msfp_jax.kernels.epilogue import Epilogue
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu.blocks import Blocks
@@ -129,17 +131,18 @@ def _tiled(width: int, dtype) -> tuple:
           plgpu.SwizzleTransform(swizzle))
 
 
-def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
-            taps: Taps, out_dtype, blocks: Blocks, multiprocessors: int,
+def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
+            rows: int, taps: Taps, out_dtype, blocks: Blocks, multiprocessors: int,
             interpret=None) -> jax.Array:
   """Runs the kernel.
 
   Args:
     x: `[R, C]` in the carrier, R a multiple of 8, C one of blocks.depth.
     codes: uint8 `[N, height * C / 2]` of `prepare`, N a multiple of 64.
-    scale: float32 `[N']`, N' the next multiple of 128; None for the plain sums.
-    shift: float32 `[N']`, or `[N', period + blocks.rows]`: added to row m of y
-      is its column m modulo the period. None goes with scale.
+    end: None for the plain sums. Scale and columns `[N']`, N' the next multiple
+      of 128; rows `[M']`, M' the next multiple of blocks.rows; shift `[N']`, or
+      `[N', period + blocks.rows]`, which has for row m of y column m modulo the
+      period.
     rows: M, the rows of y, a multiple of 8.
     taps: the rows of x that each sums over.
     out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
@@ -167,8 +170,7 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
     decode = functools.partial(
         decode_lib.decode_array, fmt=fmt, carrier=carrier)
 
-  def kernel(w_gmem, x_gmem, scale_gmem, shift_gmem, y_gmem, y_smem,
-             levels_smem=None):
+  def kernel(w_gmem, x_gmem, end_gmem, y_gmem, y_smem, levels_smem=None):
     warpgroup = lax.axis_index('warpgroup')
     mine = pl.ds(warpgroup * WARPGROUP_CHANNELS, WARPGROUP_CHANNELS)
 
@@ -213,27 +215,36 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
       column = channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
       columns = pl.ds(column, WARPGROUP_CHANNELS)
       # acc is y^T: channels are its first axis.
-      wide = lambda per_channel: lax.broadcast_in_dim(
-          per_channel, (WARPGROUP_CHANNELS, stored), (0,))
       load = lambda ref, layout: plgpu.load(
           ref, *_INDEX, layout=layout, optimized=False)
-      if scale_gmem is not None:
-        per_channel = plgpu.Layout.WGMMA.reduce(1)
-        scales = wide(load(scale_gmem.at[columns], per_channel))
-        if len(shift_gmem.shape) == 1:
-          shifts = wide(load(shift_gmem.at[columns], per_channel))
+
+      def spread(ref, places, axis):
+        """Loads a vector along one axis of y^T, and repeats it along both."""
+        vector = load(ref.at[places], plgpu.Layout.WGMMA.reduce(1 - axis))
+        return lax.broadcast_in_dim(
+            vector, (WARPGROUP_CHANNELS, stored), (axis,))
+
+      if end_gmem is not None:
+        by_channel = functools.partial(spread, places=columns, axis=0)
+        scales = by_channel(end_gmem.scale)
+        if len(end_gmem.shift.shape) == 1:
+          shifts = by_channel(end_gmem.shift)
+        terms = jax.tree.map(by_channel, end_gmem.columns)
       # The block before may still be on its way out of either slot.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       for i in range(tile // stored):
         y = acc[:, i * stored:(i + 1) * stored]
-        if scale_gmem is not None:
-          if len(shift_gmem.shape) == 2:
+        if end_gmem is not None:
+          if len(end_gmem.shift.shape) == 2:
             # The map goes on for a tile beyond its end (see `ops._product`).
-            period = shift_gmem.shape[1] - tile
+            period = end_gmem.shift.shape[1] - tile
             at = lax.rem(row, period) + i * stored
-            shifts = load(shift_gmem.at[columns, pl.ds(at, stored)],
+            shifts = load(end_gmem.shift.at[columns, pl.ds(at, stored)],
                           plgpu.Layout.WGMMA)
-          y = y.astype(jnp.float32) * scales + shifts
+          by_row = functools.partial(
+              spread, places=pl.ds(row + i * stored, stored), axis=1)
+          y = epilogue.finish(
+              y, scales, shifts, jax.tree.map(by_row, end_gmem.rows), terms)
         y = plgpu.layout_cast(
             y.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         # One copy may be on its way, from the other slot.
@@ -272,7 +283,7 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
           def _(acc):
             evaluate(acc)
             store(acc[...], channel, row * tile,
-                  (share,) if scale_gmem is None else ())
+                  (share,) if end_gmem is None else ())
 
         pipeline(multiply, compute, channel, row * tile, share * steps)(
             w_gmem, x_gmem, allocations=allocations)
@@ -280,7 +291,7 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   shape = (rows, channels)
-  if scale is None:
+  if end is None:
     shape = (blocks.split, *shape)
   scratch = [plgpu.SMEM(
       (2, 2, stored, WARPGROUP_CHANNELS), out_dtype,
@@ -298,4 +309,4 @@ def product(x, codes, scale, shift, *, fmt: FPFormat, carrier: str, rows: int,
       compiler_params=plgpu.CompilerParams(
           lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
       scratch_types=scratch, **options)
-  return call(codes, x, scale, shift)
+  return call(codes, x, end)

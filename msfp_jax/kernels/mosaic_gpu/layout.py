@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.kernels import carriers
 from msfp_jax.kernels.mosaic_gpu import decode
 from msfp_jax.quant import functional
 from msfp_jax.quant import layout as layout_lib
@@ -24,13 +25,18 @@ class Hopper(layout_lib.Layout):
   outputs: int = 0
 
   def levels(self, data: jax.Array, fmt: FPFormat, length: int) -> jax.Array:
-    levels = decode.decode_array(data, fmt, 'int8')
+    # fp8 holds all formats of 4 bits.
+    levels = decode.decode_array(data, fmt, 'fp8')
     levels = jnp.moveaxis(levels, 0, -1)[..., :length, :self.outputs]
-    return levels.astype(jnp.float32) * np.float32(fmt.step)
+    return levels.astype(jnp.float32) * np.float32(
+        carriers.carry(fmt, 'fp8').unit)
 
   def codes(self, data: jax.Array, fmt: FPFormat, length: int) -> jax.Array:
     return functional.encode(self.levels(data, fmt, length), fmt,
                              np.float32(1))
+
+  def window(self, data):
+    return tuple(data.shape[1:-1])
 
   def size(self, data, length):
     padded = -(-self.outputs // decode.CHANNELS) * decode.CHANNELS
@@ -42,10 +48,10 @@ def lay_out(weight: QTensor) -> QTensor:
   """Weights of one set in this layout; those that are in it stay.
 
   Args:
-    weight: in `layout.NIBBLES`, of a signed format of 4 bits.
+    weight: in `layout.NIBBLES`, of a format of 4 bits.
   """
   if isinstance(weight.layout, Hopper):
     return weight
-  data = decode.prepare(weight.data, weight.length)
+  data = decode.prepare(weight.data, weight.length, weight.fmt.signed)
   return dataclasses.replace(
       weight, data=data, layout=Hopper(weight.data.shape[-1]))

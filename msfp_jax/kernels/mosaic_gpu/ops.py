@@ -19,6 +19,10 @@ import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import checks
+from msfp_jax.kernels import epilogue
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Epilogue
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
@@ -31,7 +35,7 @@ _INTERPRETED_SINCE = (0, 11)  # the first jax whose interpreter runs the kernel
 # TMA reads tiles of 8 rows.
 _ROWS = 8
 
-prepare = decode_lib.prepare
+prepare, weight_base = decode_lib.prepare, decode_lib.weight_base
 lay_out = layout_lib.lay_out
 LAYOUT = layout_lib.Hopper
 
@@ -45,22 +49,25 @@ def carriers_of(device_kind: str) -> tuple[str, ...]:
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
   """The unit of the kernels' weights: what they have for level step(fmt).
 
-  1 for all signed formats of 4 bits in int8 and in fp8: scale stays as it is.
+  1 for all formats of 4 bits but UE4M0 in int8 and in fp8.
   """
   return carriers.step(fmt) / carriers.carry(fmt, carrier).unit
 
 
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
+           rows: Rows = epilogue.NO_ROWS,
+           columns: Columns = epilogue.NO_COLUMNS,
            blocks: blocks_lib.Blocks | None = None, interpret=False):
-  """(x @ weights) * scale + shift.
+  """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
   Args:
     x: `[M, K]`, levels in the carrier: int8 or float8_e4m3fn.
     codes: uint8 `[N', K' / 2]`, from `prepare`.
     scale: float32 `[N]`.
     shift: float32 `[N]`.
-    fmt: of the weights, signed, of 4 bits.
+    fmt: of the weights, of 4 bits.
     out_dtype: float32 or bfloat16.
+    rows, columns: of the epilogue, `[M]` and `[N]`.
     blocks: how to cut the work; else as `blocks.choose` says.
     interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
       has no register operands: decoding is the same bit expression in JAX.
@@ -77,15 +84,16 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
          interpret=interpret)
   # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
   # level 0.
-  rows = x.shape[0]
-  row_length = 2 * codes.shape[1]
-  x = jnp.pad(x, ((0, -rows % _ROWS), (0, row_length - x.shape[1])))
-  y = _product(x, codes, scale, shift, x.shape[0], kernel_lib.Taps(), fmt,
-               out_dtype, blocks, interpret)
-  return y[:rows]
+  length, row_length = x.shape[0], 2 * codes.shape[1]
+  x = jnp.pad(x, ((0, -length % _ROWS), (0, row_length - x.shape[1])))
+  y = _product(x, codes, Epilogue(scale, shift, rows, columns), x.shape[0],
+               kernel_lib.Taps(), fmt, out_dtype, blocks, interpret)
+  return y[:length]
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
+         rows: Rows = epilogue.NO_ROWS,
+         columns: Columns = epilogue.NO_COLUMNS,
          blocks: blocks_lib.Blocks | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -94,9 +102,10 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     codes: uint8 `[N', kh, kw, C' / 2]`, from `prepare`.
     scale: float32 `[N]`.
     shift: float32 `[N]`, or `[H', W', N]` for every image.
-    fmt: of the weights, signed, of 4 bits.
+    fmt: of the weights, of 4 bits.
     strides: down and to the right.
     padding: zeros ((above, below), (left, right)).
+    rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
     out_dtype, blocks, interpret: as for `matmul`.
 
   Returns:
@@ -117,17 +126,21 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   x, height = _lay_out(x, window, strides, padding, size)
   batch, image, pitch, row_length = x.shape
   x = x.reshape(-1, row_length)
-  rows = x.shape[0]
-  x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
+  length = x.shape[0]
+  x = jnp.pad(x, ((0, -length % _ROWS), (0, 0)))
+  # All by as many rows of y as an image of x has, those that are cut off too.
+  around = (0, image - size[0]), (0, pitch - size[1])
   if shift.ndim == 3:
-    # The same map for every image, in as many rows as its x has.
-    shift = jnp.pad(shift, ((0, image - size[0]), (0, pitch - size[1]), (0, 0)))
-    shift = shift.reshape(image * pitch, -1)
-  y = _product(x, codes.reshape(codes.shape[0], -1), scale, shift, x.shape[0],
+    # The same map for every image.
+    shift = jnp.pad(shift, (*around, (0, 0))).reshape(image * pitch, -1)
+  rows = jax.tree.map(
+      lambda part: jnp.pad(part, ((0, 0), *around)).reshape(-1), rows)
+  y = _product(x, codes.reshape(codes.shape[0], -1),
+               Epilogue(scale, shift, rows, columns), x.shape[0],
                kernel_lib.Taps(height, pitch), fmt, out_dtype, blocks,
                interpret)
   # Below and beside each image lie pixels whose windows left it.
-  y = y[:rows].reshape(batch, image, pitch, -1)
+  y = y[:length].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
 
 
@@ -182,36 +195,49 @@ def _lay_out(x, window, strides, padding, size):
   return x, 1
 
 
-def _product(x, codes, scale, shift, rows, taps, fmt, out_dtype, blocks,
-             interpret):
+def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret):
   """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
-  channels = scale.shape[0]
+  channels = end.scale.shape[0]
   carrier = CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
     blocks = blocks_lib.choose(
-        rows, channels, x.shape[1], taps.height, out_dtype, shift.ndim == 1)
+        length, channels, x.shape[1], taps.height, out_dtype,
+        end.shift.ndim == 1)
   call = functools.partial(
-      kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=rows,
+      kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=length,
       taps=taps, blocks=blocks,
       multiprocessors=blocks_lib.multiprocessors(),
       interpret=plgpu.InterpretGPUParams() if interpret else None)
   if blocks.split > 1:
     # Exact in int32, whatever the order, so that nothing depends on the split.
-    sums = call(None, None, out_dtype=carriers.DTYPES[carrier][1]).sum(0)
-    y = sums[:, :channels].astype(jnp.float32) * scale + shift
+    sums = call(None, out_dtype=carriers.DTYPES[carrier][1]).sum(0)
+    by_row = jax.tree.map(lambda part: jnp.pad(
+        part, (0, length - part.shape[0]))[:, None], end.rows)
+    y = epilogue.finish(sums[:, :channels], *end[:2], by_row, end.columns)
     return y.astype(out_dtype)
-  # Scales are loaded for whole blocks of channels: loads, unlike TMA, do not
-  # end where the array does.
-  beyond = (0, -channels % blocks_lib.CHANNELS)
+  y = call(_whole_blocks(end, length, blocks.rows, carrier),
+           out_dtype=out_dtype)
+  return y[:, :channels]
+
+
+def _whole_blocks(end, length, tile, carrier):
+  """The epilogue for whole blocks: loads do not end where an array does."""
+  beyond = (0, -end.scale.shape[0] % blocks_lib.CHANNELS)
+  shift = end.shift
   if shift.ndim == 2:
     # Tiles of rows run on from the end of the map to its beginning.
     period = shift.shape[0]
-    shift = shift[np.arange(period + blocks.rows) % period].T
-    shift = jnp.pad(shift, (beyond, (0, 0)))
-  else:
-    shift = jnp.pad(shift, beyond)
-  y = call(jnp.pad(scale, beyond), shift, out_dtype=out_dtype)
-  return y[:, :channels]
+    shift = shift[np.arange(period + tile) % period].T
+  whole = lambda part: jnp.pad(part, [beyond] + [(0, 0)] * (part.ndim - 1))
+  rows, columns = end.rows, jax.tree.map(whole, end.columns)
+  rows = jax.tree.map(lambda part: jnp.pad(
+      part, (0, -(-length // tile) * tile - part.shape[0])), rows)
+  if rows.total is not None:
+    # In the type of the sums, that the kernel has nothing to convert.
+    exact = carriers.DTYPES[carrier][1]
+    rows = rows._replace(total=rows.total.astype(exact))
+    columns = columns._replace(offset=columns.offset.astype(exact))
+  return Epilogue(whole(end.scale), whole(shift), rows, columns)
 
 
 def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
@@ -252,12 +278,13 @@ def _why_not_device(interpret):
 
 
 def _why_not_types(x, codes, fmt, out_dtype):
-  if reason := checks.format_of_weights(fmt, 'GPU'):
-    return reason
   if np.dtype(x.dtype) not in CARRIERS:
     return (f'x is {x.dtype}: the GPU kernels multiply int8 and '
             f'float8_e4m3fn; carry the activations in one of these, or use '
             f'the XLA implementation')
+  if reason := checks.format_of_weights(
+      fmt, CARRIERS[np.dtype(x.dtype)], 'GPU'):
+    return reason
   if codes.dtype != jnp.uint8:
     return f'codes are {codes.dtype}, not uint8; see mosaic_gpu.prepare'
   return checks.out_dtype(out_dtype)

@@ -6,6 +6,8 @@ import math
 import jax
 
 _MIB = 2**20
+# Bytes of a row of the epilogue (see terms.py), 128 lanes of 32 bits, twice.
+_TERMS = 2 * 4 * 128
 # All sizes below follow from a register's: 8 sublanes x 128 lanes of 32 bits.
 # Of 8-bit values it holds [32, 128]. The last axis of an array is padded to 128
 # in vector memory, whatever a kernel does; the one before is cut at multiples
@@ -109,7 +111,7 @@ class Matmul:
     out = self.rows * columns
     # Of an element of y: 4 bytes of the sum so far, 4 of the product that is
     # added to it, and two buffers of the result.
-    return (2 * x + 2 * self.half * columns + decoded
+    return (2 * x + 2 * self.half * columns + decoded + self.rows * _TERMS
             + out * (8 + 2 * out_itemsize))
 
 
@@ -183,7 +185,7 @@ class Conv:
             + window[0] * taps * columns * itemsize
             + self.patch_rows(window, strides) * _round_up(self.width, 32)
             * taps * itemsize
-            + pixels * columns * (16 + 2 * out_itemsize))
+            + pixels * (columns * (16 + 2 * out_itemsize) + _TERMS))
 
 
 def conv(out_size, window, strides, half: int, n: int, itemsize: int,

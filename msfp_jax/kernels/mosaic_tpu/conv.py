@@ -17,8 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import epilogue
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_tpu import terms as terms_lib
 from msfp_jax.quant.numbers import FPFormat
 
 # A 3x3 window at stride 1, for the pixels (i, j) of `rows` rows of an image; a,
@@ -45,7 +49,7 @@ def output_size(size: tuple[int, int], window: tuple[int, int], strides,
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
-         cut: blocks_lib.Conv, interpret):
+         rows: Rows, columns: Columns, cut: blocks_lib.Conv, interpret):
   """`mosaic_tpu.ops.conv`, without its checks, cut as `cut` says."""
   batch, channels = x.shape[0], codes.shape[3]
   window = codes.shape[:2]
@@ -58,11 +62,17 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   shift = _map_rows(shift, (height, cut.width))
   pixels, depth = cut.rows * cut.width, x.shape[-1]
   read = cut.rows + (window[0] - 1) // strides[0]
+  terms = terms_lib.Terms.of(rows, columns)
+  rows = jax.tree.map(lambda part: _fill(part[..., None], (
+      height, cut.width)).reshape(batch, -1), rows)
+  by_column = lambda n: pl.BlockSpec(
+      (n, cut.columns), lambda j, b, r, t: (0, j))
   shift_rows = pixels if shift.shape[0] > 1 else 1
   taps = window[1] * cut.lanes
   element = pl.Element
   kernel = functools.partial(
-      _kernel, fmt=fmt, carrier=carrier, strides=strides, width=cut.width)
+      _kernel, fmt=fmt, carrier=carrier, strides=strides, width=cut.width,
+      terms=terms)
   y = pl.pallas_call(
       kernel,
       out_shape=jax.ShapeDtypeStruct(
@@ -82,9 +92,11 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
               (1, window[1], depth // 2, cut.columns),
               lambda j, b, r, t: (jnp.where(
                   (b == 0) & (r == 0), t, window[0] - 1), 0, 0, j)),
-          pl.BlockSpec((1, cut.columns), lambda j, b, r, t: (0, j)),
+          by_column(1),
           pl.BlockSpec((shift_rows, cut.columns), lambda j, b, r, t: (
-              r if shift_rows > 1 else 0, j))],
+              r if shift_rows > 1 else 0, j)),
+          *terms.specs(lambda n: pl.BlockSpec(
+              (1, pixels, n), lambda j, b, r, t: (b, r, 0)), by_column)],
       out_specs=pl.BlockSpec(
           (1, pixels, cut.columns), lambda j, b, r, t: (b, r, j)),
       scratch_shapes=[
@@ -96,7 +108,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
           dimension_semantics=('parallel', *['arbitrary'] * 3),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'conv_{fmt}_{carrier}',
-  )(x, codes, scale.reshape(1, -1), shift)
+  )(x, codes, scale.reshape(1, -1), shift, *terms.arrays(rows, columns))
   y = y.reshape(batch, height, cut.width, channels)
   return y[:, :out_size[0], :out_size[1]]
 
@@ -126,13 +138,18 @@ def _map_rows(shift, size):
   """Lays a shift `[N]` or `[H', W', N]` out as `[1 or height * width, N]`."""
   if shift.ndim == 1:
     return shift.reshape(1, -1)
+  return _fill(shift, size).reshape(-1, shift.shape[-1])
+
+
+def _fill(maps, size):
+  """Maps `[..., H', W', C]` with zeros up to a size."""
   # For the rows and columns that are computed in vain and cut off.
-  extra = [(0, s - n) for s, n in zip(size, shift.shape, strict=False)]
-  return jnp.pad(shift, [*extra, (0, 0)]).reshape(-1, shift.shape[-1])
+  extra = [(0, s - n) for s, n in zip(size, maps.shape[-3:-1], strict=True)]
+  return jnp.pad(maps, [*[(0, 0)] * (maps.ndim - 3), *extra, (0, 0)])
 
 
-def _kernel(x, codes, scale, shift, out, weights, patches, sums, *, fmt,
-            carrier, strides, width):
+def _kernel(x, codes, scale, shift, *refs, fmt, carrier, strides, width, terms):
+  *more, out, weights, patches, sums = refs
   first = (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
   t, last = pl.program_id(3), weights.shape[0] - 1
 
@@ -162,8 +179,8 @@ def _kernel(x, codes, scale, shift, out, weights, patches, sums, *, fmt,
 
   @pl.when(t == last)
   def _():
-    out[0] = (total.astype(jnp.float32) * scale[...] + shift[...]).astype(
-        out.dtype)
+    out[0] = epilogue.finish(
+        total, scale[...], shift[...], *terms.read(*more)).astype(out.dtype)
 
 
 def _place_weights(codes, weights, t, fmt, carrier):

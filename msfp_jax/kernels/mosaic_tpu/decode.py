@@ -15,9 +15,9 @@ import numpy as np
 
 from msfp_jax.quant.numbers import FPFormat
 
-# A code is sign|magnitude: s a b c. A packed byte is one code in each nibble,
-# `layout.pack_halves` having put rows of the first half of the contraction in
-# the low ones. Reading four rows of bytes as one row of words moves nothing:
+# A code is sign|magnitude: s a b c, or of an unsigned format a b c d. A packed
+# byte is one code in each nibble, `layout.pack_halves` having put rows of the
+# first half of the contraction in the low ones. Reading four rows of bytes as one row of words moves nothing:
 #
 #   packed, uint8 [4 r, n]    words, int32 [r, n]
 #     row 0   sabc sabc         bits  7..0
@@ -43,10 +43,18 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
   them the sums come out smaller: the caller divides scale by the unit.
 
   Args:
-    fmt: a signed format of 4 bits.
+    fmt: a format of 4 bits.
     carrier: 'int8', 'bf16' or 'fp8'.
   """
   return 2.0**-(6 + fmt.mantissa_bits) if carrier == 'fp8' else 1.0
+
+
+def weight_base(fmt: FPFormat, carrier: str) -> int:
+  """Steps that the kernels take off every level: 0, or what int8 asks for.
+
+  UE3M1's levels, 0 to 192 steps, are int8 less 128, which is one bit flipped.
+  """
+  return 128 if carrier != 'fp8' and fmt.max / fmt.step > 127 else 0
 
 
 def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
@@ -54,17 +62,17 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
 
   Args:
     packed: uint8 `[rows, n]`, rows a multiple of 4.
-    fmt: a signed format of 4 bits.
+    fmt: a format of 4 bits.
     carrier: 'int8', 'bf16' or 'fp8'.
 
   Returns:
     Two arrays of the carrier's dtype, each of the shape of `packed`: the
-    levels divided by step(fmt), times `weight_unit`.
+    levels divided by step(fmt), less `weight_base`, times `weight_unit`.
   """
   words = pltpu.bitcast(packed, jnp.int32)
   if carrier == 'fp8':
     return tuple(pltpu.bitcast(word, jnp.float8_e4m3fn)
-                 for word in _fp8(words, fmt.mantissa_bits))
+                 for word in _fp8(words, fmt))
   # Integers first, also for bf16, which holds them: shifted into its fields, as
   # for fp8, codes would be near 2^-126, and some would be its subnormals.
   integers = tuple(pltpu.bitcast(_int8(word, fmt), jnp.int8)
@@ -74,8 +82,12 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
   return tuple(integer.astype(jnp.bfloat16) for integer in integers)
 
 
-def _fp8(words, mantissa_bits: int):
+def _fp8(words, fmt: FPFormat):
   """Shifts sign, exponent and mantissa to their places in e4m3."""
+  mantissa_bits = fmt.mantissa_bits
+  if not fmt.signed:
+    return tuple((word & _each(15)) << (3 - mantissa_bits)
+                 for word in (words, _right(words, 4)))
   # e4m3 is s eeee mmm. Exponent and mantissa of a code are neighbours, as they
   # are there, so that one shift places both; subnormals stay subnormals.
   low = ((words & _each(8)) << 4) | (
@@ -87,6 +99,8 @@ def _fp8(words, mantissa_bits: int):
 
 def _int8(words, fmt: FPFormat):
   """Decodes each byte's low nibble to its level in steps, two's complement."""
+  if not fmt.signed:
+    return {1: _ue1m3, 2: _ue2m2, 3: _ue3m1}[fmt.exponent_bits](words)
   # Magnitudes take 7 bits (E3M0's reach 64), so that no step carries into the
   # next byte.
   magnitude = {1: _e1m2, 2: _e2m1, 3: _e3m0}[fmt.exponent_bits](words)
@@ -122,6 +136,31 @@ def _e3m0(words):
   moving = power & ((third << 4) - third)
   power += (moving << 4) - moving
   return _right(power, 1) & _each(0x7F)
+
+
+def _ue1m3(words):
+  return words & _each(15)
+
+
+def _ue2m2(words):
+  """Levels 0 .. 7, 8 10 12 14, 16 20 24 28: the code, plus what it lacks."""
+  eight = _right(words, 3) & _each(1)  # 1 from code 8 on
+  twelve = _right(words, 2) & eight
+  # With m the lowest two bits, m more from code 8 on, and 4 + 2 m from 12 on.
+  more, most = (words & (one + (one << 1)) for one in (eight, twelve))
+  return (words & _each(15)) + more + (twelve << 2) + (most << 1)
+
+
+def _ue3m1(words):
+  """Levels 0 1, 2 3, 4 6, 8 12 .. 128 192, less 128."""
+  # The exponent is a code of E3M0: its power p is 0 1 2 4 .. 64. A level is
+  # 2 p, and with the mantissa bit p more, which is 1 where p is 0.
+  power, odd = _e3m0(_right(words, 1)), words & _each(1)
+  higher = _right(words, 1) | _right(words, 2) | _right(words, 3)
+  # 255 in a byte for every 1: the borrow of each is paid by its neighbour.
+  mask = (odd << 8) - odd
+  levels = (power << 1) + (power & mask) + (odd & ~higher)
+  return levels ^ _each(0x80)
 
 
 def _each(byte: int) -> np.int32:

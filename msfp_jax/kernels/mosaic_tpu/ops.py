@@ -18,14 +18,18 @@ import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import checks
+from msfp_jax.kernels import epilogue
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import conv as mosaic_tpu_conv
 from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_tpu import terms as terms_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 
-weight_unit = decode_lib.weight_unit
+weight_unit, weight_base = decode_lib.weight_unit, decode_lib.weight_base
 LAYOUT = layout_lib.Nibbles
 
 
@@ -60,16 +64,19 @@ def lay_out(weight: QTensor) -> QTensor:
 
 
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
+           rows: Rows = epilogue.NO_ROWS,
+           columns: Columns = epilogue.NO_COLUMNS,
            blocks: tuple[int, int, int] | None = None, interpret=False):
-  """(x @ weights) * scale + shift.
+  """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
   Args:
     x: `[M, K]`, levels in the carrier: int8, bfloat16 or float8_e4m3fn.
     codes: uint8 `[ceil(K / 2), N]`, from `layout.pack_halves`.
     scale: float32 `[N]`; where the carrier is fp8, divided by `weight_unit`.
     shift: float32 `[N]`.
-    fmt: of the weights, signed, of 4 bits.
+    fmt: of the weights, of 4 bits.
     out_dtype: float32 or bfloat16.
+    rows, columns: of the epilogue, `[M]` and `[N]`.
     blocks: rows, columns, and the most packed rows of a step; else those of
       `blocks.MATMUL`.
     interpret: as in `pl.pallas_call`.
@@ -84,46 +91,52 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
   (m, _), n = x.shape, codes.shape[1]
   cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation())
   x, codes = decode_lib.pad_halves(x, codes, cut.half * cut.steps)
-  rows, columns, half, steps = cut.rows, cut.columns, cut.half, cut.steps
+  height, width, half, steps = cut.rows, cut.columns, cut.half, cut.steps
   # With packed rows k of the low and high nibbles come channels k and k + K/2
   # of x. If a step has all of K, that is x as it is, and one product; else x is
   # passed twice, and its two views are `steps` blocks apart.
   if steps == 1:
-    x_specs = [pl.BlockSpec((rows, 2 * half), lambda j, i, k: (i, 0))]
+    x_specs = [pl.BlockSpec((height, 2 * half), lambda j, i, k: (i, 0))]
   else:
     x_specs = [
-        pl.BlockSpec((rows, half), lambda j, i, k: (i, k)),
-        pl.BlockSpec((rows, half), lambda j, i, k: (i, steps + k))]
-  row_spec = pl.BlockSpec((1, columns), lambda j, i, k: (0, j))
+        pl.BlockSpec((height, half), lambda j, i, k: (i, k)),
+        pl.BlockSpec((height, half), lambda j, i, k: (i, steps + k))]
+  more = terms_lib.Terms.of(rows, columns)
+  by_column = lambda n: pl.BlockSpec((n, width), lambda j, i, k: (0, j))
   carrier = decode_lib.CARRIERS[x.dtype]
   sums = carriers.DTYPES[carrier][1]
   return pl.pallas_call(
-      functools.partial(_matmul_kernel, fmt=fmt, carrier=carrier, steps=steps),
+      functools.partial(_matmul_kernel, fmt=fmt, carrier=carrier, steps=steps,
+                        terms=more),
       out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
-      grid=(pl.cdiv(n, columns), pl.cdiv(m, rows), steps),
+      grid=(pl.cdiv(n, width), pl.cdiv(m, height), steps),
       in_specs=[
           *x_specs,
           # Fetched for the first rows only. Pallas fetches a block when its
           # index differs from the step before; afterwards it stays at the last
           # one, so that codes leave HBM once, however many rows x has.
-          pl.BlockSpec((half, columns), lambda j, i, k: (
+          pl.BlockSpec((half, width), lambda j, i, k: (
               jnp.where(i == 0, k, steps - 1), j)),
-          row_spec, row_spec],
-      out_specs=pl.BlockSpec((rows, columns), lambda j, i, k: (i, j)),
+          by_column(1), by_column(1),
+          *more.specs(lambda n: pl.BlockSpec(
+              (height, n), lambda j, i, k: (i, 0)), by_column)],
+      out_specs=pl.BlockSpec((height, width), lambda j, i, k: (i, j)),
       scratch_shapes=[
-          pltpu.VMEM((steps, 2 * half, columns), x.dtype),
-          pltpu.VMEM((rows, columns), sums)],
+          pltpu.VMEM((steps, 2 * half, width), x.dtype),
+          pltpu.VMEM((height, width), sums)],
       compiler_params=pltpu.CompilerParams(
           # Only j may be shared out between cores: rows after the first read
           # what those left in scratch memory, and so do the parts of a sum.
           dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'matmul_{fmt}_{carrier}',
-  )(*[x] * len(x_specs), codes, scale.reshape(1, -1), shift.reshape(1, -1))
+  )(*[x] * len(x_specs), codes, scale.reshape(1, -1), shift.reshape(1, -1),
+    *more.arrays(rows, columns))
 
 
-def _matmul_kernel(*refs, fmt, carrier, steps):
-  *x_refs, codes, scale, shift, out, weights, sums = refs
+def _matmul_kernel(*refs, fmt, carrier, steps, terms):
+  x_refs, refs = refs[:min(steps, 2)], refs[min(steps, 2):]
+  codes, scale, shift, *more, out, weights, sums = refs
   k = pl.program_id(2)
 
   @pl.when(pl.program_id(1) == 0)
@@ -145,11 +158,13 @@ def _matmul_kernel(*refs, fmt, carrier, steps):
   # The index of y's block is the same for all k: it leaves for HBM once.
   @pl.when(k == steps - 1)
   def _():
-    out[...] = (total.astype(jnp.float32) * scale[...] + shift[...]).astype(
-        out.dtype)
+    out[...] = epilogue.finish(
+        total, scale[...], shift[...], *terms.read(*more)).astype(out.dtype)
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
+         rows: Rows = epilogue.NO_ROWS,
+         columns: Columns = epilogue.NO_COLUMNS,
          blocks: tuple[int, int] | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -158,10 +173,11 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     codes: uint8 `[kh, kw, ceil(C / 2), N]`, from `layout.pack_halves`.
     scale: float32 `[N]`; where the carrier is fp8, divided by `weight_unit`.
     shift: float32 `[N]`, or `[H', W', N]` for every image.
-    fmt: of the weights, signed, of 4 bits.
+    fmt: of the weights, of 4 bits.
     strides: down and to the right.
     padding: zeros ((above, below), (left, right)).
     out_dtype: float32 or bfloat16.
+    rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
     blocks: output pixels and channels of a step; else those of `blocks.CONV`.
     interpret: as in `pl.pallas_call`.
 
@@ -179,11 +195,12 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   if _is_matmul(codes, padding) and shift.ndim == 1:
     x = x[:, ::strides[0], ::strides[1]]
     y = matmul(x.reshape(-1, x.shape[-1]), codes[0, 0], scale, shift, fmt=fmt,
-               out_dtype=out_dtype, interpret=interpret)
+               out_dtype=out_dtype, interpret=interpret, columns=columns,
+               rows=jax.tree.map(lambda part: part.reshape(-1), rows))
     return y.reshape(*x.shape[:3], -1)
   return mosaic_tpu_conv.conv(
       x, codes, scale, shift, fmt=fmt, strides=strides, padding=padding,
-      out_dtype=out_dtype, interpret=interpret,
+      out_dtype=out_dtype, rows=rows, columns=columns, interpret=interpret,
       cut=_cut_conv(x, codes, strides, padding, out_dtype, blocks,
                     blocks_lib.generation()))
 
@@ -215,16 +232,16 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
 
 
 def _why_not_types(x, codes, fmt, out_dtype, chip):
-  if reason := checks.format_of_weights(fmt, 'TPU'):
-    return reason
   if np.dtype(x.dtype) not in decode_lib.CARRIERS:
     return (f'x is {x.dtype}: the TPU kernels multiply int8, float8_e4m3fn '
             f'and bfloat16; see carriers.DTYPES')
+  carrier = decode_lib.CARRIERS[np.dtype(x.dtype)]
+  if reason := checks.format_of_weights(fmt, carrier, 'TPU'):
+    return reason
   if codes.dtype != jnp.uint8:
     return f'codes are {codes.dtype}, not uint8; see layout.pack_halves'
   if reason := checks.out_dtype(out_dtype):
     return reason
-  carrier = decode_lib.CARRIERS[np.dtype(x.dtype)]
   if chip and carrier not in blocks_lib.CHIPS[chip].carriers:
     return (f'TPU {chip} does not multiply {carrier}; carry activations in '
             f'{" or ".join(blocks_lib.CHIPS[chip].carriers)}')

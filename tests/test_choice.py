@@ -11,7 +11,7 @@ from kernel_cases import SOME
 import numpy as np
 import pytest
 
-from msfp_jax.kernels import door
+from msfp_jax.kernels import choice
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
@@ -22,7 +22,7 @@ E2M1 = FPFormat.parse('E2M1')
 
 
 def pick(case, layer=None):
-  return door.pick(case.packed if layer is None else layer, case.x.shape,
+  return choice.pick(case.packed if layer is None else layer, case.x.shape,
                    case.resolved)
 
 
@@ -31,8 +31,8 @@ def test_levels_are_simulated_and_codes_are_run():
   assert pick(case, case.layer) == 'reference'
   if jax.default_backend() == 'cpu':
     assert pick(case) == 'xla'
-    assert door.pick_carrier(case.packed, case.x.shape, 'xla') == 'f32'
-  assert door.pick_carrier(case.packed, case.x.shape, 'reference') == 'f32'
+    assert choice.pick_carrier(case.packed, case.x.shape, 'xla') == 'f32'
+  assert choice.pick_carrier(case.packed, case.x.shape, 'reference') == 'f32'
 
 
 def test_scales_inside_of_sums_run_alike_packed_or_not():
@@ -47,7 +47,7 @@ def test_scales_inside_of_sums_run_alike_packed_or_not():
     ('E2M1', 'int8'), ('UE3M1', 'int8'), ('UE4M0', 'bf16')])
 def test_carriers_of_kernels(implementation, act, carrier):
   case = Case((5, 37), (37, 6), 'E2M1', act)
-  assert door.pick_carrier(
+  assert choice.pick_carrier(
       case.packed, case.x.shape, implementation) == carrier
 
 
@@ -57,7 +57,7 @@ def test_kernels_take_what_they_are_made_for(implementation, kind):
   """Signed 4 bits and one scale are taken, as packed and as prepared."""
   case = SOME[kind]('E2M1', 'UE3M1', act_zero=0.2)
   for layer in (case.packed, prepared(case.packed, implementation)):
-    assert door.why_not(
+    assert choice.why_not(
         implementation, layer, case.x.shape, case.resolved) is None
 
 

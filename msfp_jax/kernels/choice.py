@@ -1,0 +1,172 @@
+"""Which implementation takes a layer: what each can do, and picks.
+
+- 'reference': float32 and plain products (see `product`).
+- 'xla': everywhere.
+- a chip's kernels, for packed weights of 4 bits; what they take is in
+  docs/kernels.md, and `why_not` says it of a layer.
+
+None picks the kernels where the device has them and they take the operation,
+and XLA elsewhere.
+
+This is the one module that knows the chips' kernels. A chip is a folder, named
+in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
+`weight_unit`, `weight_base`, `lay_out` and `LAYOUT`.
+"""
+
+from collections.abc import Sequence
+import importlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import carriers
+from msfp_jax.kernels import product
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant.geometry import Geometry
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.qtensor import QTensor
+
+# Back end -> the implementation by kernels of its own.
+KERNELS = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
+IMPLEMENTATIONS = ('reference', 'xla', *KERNELS.values())
+# Carriers of XLA, of which the first that holds both formats is taken; those
+# of a chip's kernels are elsewhere those of XLA too.
+_CARRIERS = {'cpu': ('f32',)}
+
+
+def pick(layer: QLayer, shape: Sequence[int],
+         geometry: Geometry | None = None, carrier: str | None = None) -> str:
+  """The implementation that None stands for; arguments as for `why_not`."""
+  if not layer.weight.is_packed:
+    # A simulation, not packed: scales in the sum are cheaper by 'xla', which
+    # has `dequantized` (see `_run_xla`).
+    separable = layer.input.is_full or product.is_separable(
+        input_of(layer, shape), layer.weight, geometry)
+    return 'reference' if separable else 'xla'
+  kernel = KERNELS.get(jax.default_backend())
+  if kernel and why_not(kernel, layer, shape, geometry, carrier) is None:
+    return kernel
+  return 'xla'
+
+
+def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
+                 ) -> str:
+  """The carrier of an implementation on the default device."""
+  if implementation == 'reference' or layer.input.is_full:
+    return 'f32'
+  # A chip's kernels may be asked for on another device, to be interpreted: they
+  # have their own chip's carriers there.
+  backend = {name: key for key, name in KERNELS.items()}.get(
+      implementation, jax.default_backend())
+  choices = _CARRIERS.get(backend)
+  if choices is None:
+    known = KERNELS.get(backend)
+    choices = ops_of(known).carriers_of(
+        jax.devices()[0].device_kind) if known else ('f32',)
+  return next((name for name in choices if _carries(layer, shape, name)), 'f32')
+
+
+def input_of(layer, shape):
+  """The quantized input's structure and shapes."""
+  return jax.eval_shape(
+      lambda layer, x: layer.input.quantize(layer.around.input(x), axis=-1),
+      layer, jax.ShapeDtypeStruct(tuple(shape), jnp.float32))
+
+
+def _carries(layer, shape, carrier):
+  if layer.input.is_full:
+    return carrier == 'f32'
+  formats = (layer.weight.numbers, input_of(layer, shape).numbers)
+  return None not in [carriers.carry(fmt, carrier) for fmt in formats]
+
+
+def why_not(implementation: str, layer: QLayer, shape: Sequence[int],
+            geometry: Geometry | None = None, carrier: str | None = None
+            ) -> str | None:
+  """Why an implementation does not take an operation; None if it does.
+
+  Args:
+    implementation: one of IMPLEMENTATIONS.
+    layer: with one set of weights.
+    shape: of the input.
+    geometry: of a convolution; None for a dense layer.
+    carrier: None for the one that would be picked.
+
+  Raises:
+    ValueError: there is no such implementation.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'implementation {implementation!r}: must be None or one '
+                     f'of {IMPLEMENTATIONS}')
+  if carrier and not _carries(layer, shape, carrier):
+    full = layer.input.is_full
+    inputs = 'full precision' if full else input_of(layer, shape).numbers
+    return (f'{carrier} does not hold weights in {layer.weight.numbers} and '
+            f'inputs in {inputs}; choose another carrier, such as '
+            f'{"f32" if full else "bf16"}')
+  if implementation not in KERNELS.values():
+    return None
+  return _why_no_kernel(implementation, shape, layer, geometry, carrier)
+
+
+def _why_no_kernel(implementation, shape, layer, geometry, carrier):
+  weight = layer.weight
+  if layer.input.is_full:
+    return 'it multiplies quantized inputs, and those of this layer are not'
+  if weight.shift is not None:
+    return 'its weights have no shifts, and those of this layer have'
+  ops = ops_of(implementation)
+  if not isinstance(weight.layout, (layout_lib.Nibbles, ops.LAYOUT)):
+    if weight.layout in (layout_lib.BYTES, layout_lib.LEVELS):
+      return (f'it reads weights of 4 bits, and those of this layer are '
+              f'{weight.fmt}, stored as {weight.layout.name}')
+    return f'the weights are laid out for {weight.layout.name}'
+  if weight.layout == layout_lib.NIBBLES and not weight.scales_outputs:
+    return ('it takes a scale for each output channel of the weights, and '
+            f'those of this layer are of shape {jnp.shape(weight.scale)}')
+  tensor = input_of(layer, shape)
+  if tensor.negative is not None:
+    return 'it takes one scale for all inputs, not one for each sign'
+  if not product.is_separable(tensor, weight, geometry):
+    return ('it scales whole sums: by output channel, and by image, or token '
+            'and pixel under a window of 1; not by scales of '
+            f'{tensor.scale.shape} and {weight.scale.shape}')
+  if geometry is not None and (
+      geometry.groups != 1 or set(geometry.dilation) != {1}
+      or len(geometry.strides) != 2):
+    return (f'it takes 2-D convolutions without groups and dilation, not '
+            f'{geometry}')
+  carrier = carrier or pick_carrier(layer, shape, implementation)
+  # Shapes alone: the question is asked for every layer, the weights are laid
+  # out for those that are taken.
+  codes = jax.eval_shape(ops.lay_out, weight).data
+  if geometry is None:
+    op, rows, more = 'matmul', (int(np.prod(shape[:-1])), shape[-1]), {}
+  else:
+    op, rows = 'conv', tuple(shape)
+    more = {'strides': geometry.strides, 'padding': geometry.padding}
+  x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])
+  return ops.why_not(op, x, codes, fmt=weight.fmt, **more)
+
+
+def ops_of(implementation: str) -> types.ModuleType:
+  """The operations of a chip's kernels."""
+  # Here, so that neither back end's library loads before it is asked for.
+  return importlib.import_module(f'msfp_jax.kernels.{implementation}.ops')
+
+
+def lay_out(weight: QTensor, implementation: str | None) -> QTensor:
+  """Packed weights as the kernels of an implementation read them.
+
+  Args:
+    weight: packed, with an axis of banks; such that the kernels take it.
+    implementation: None for the one that is picked.
+  """
+  kernel = implementation or KERNELS.get(jax.default_backend())
+  if kernel not in KERNELS.values():
+    return weight
+  ops = ops_of(kernel)
+  banks = [ops.lay_out(weight.bank(i)) for i in range(len(weight.data))]
+  return banks[0].replace(data=np.stack([bank.data for bank in banks]))
