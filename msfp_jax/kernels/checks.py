@@ -20,8 +20,8 @@ def format_of_weights(fmt: FPFormat, carrier: str, device: str) -> str | None:
   # UE4M0, whose levels reach 2^14 steps. In bfloat16, too, they are decoded
   # by way of int8.
   if carrier != 'fp8' and carriers.carry(fmt, 'int8') is None:
-    return (f'weights in {fmt}: the {device} kernels decode to int8, which does '
-            f'not hold them; use the XLA implementation')
+    return (f'weights in {fmt}: the {device} kernels decode to int8, which '
+            f'does not hold them; use the XLA implementation')
   return None
 
 

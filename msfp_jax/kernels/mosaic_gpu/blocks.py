@@ -47,9 +47,16 @@ class Blocks:
   split: int = 1
 
 
-def stored_rows(rows: int, out_dtype) -> int:
-  """The number of rows of y that the epilogue stores at a time."""
-  return math.gcd(rows, _STORED_BYTES // jnp.dtype(out_dtype).itemsize)
+def stored_rows(rows: int, out_dtype, by_row: bool = False) -> int:
+  """The number of rows of y that the epilogue stores at a time.
+
+  Args:
+    rows: of a block.
+    out_dtype: of y.
+    by_row: whether the epilogue has terms by row, which take registers.
+  """
+  stored = math.gcd(rows, _STORED_BYTES // jnp.dtype(out_dtype).itemsize)
+  return max(stored // 2, 8) if by_row else stored
 
 
 def most_stages(rows: int, depth: int, out_dtype) -> int:

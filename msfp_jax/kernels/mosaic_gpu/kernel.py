@@ -132,8 +132,8 @@ def _tiled(width: int, dtype) -> tuple:
 
 
 def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
-            rows: int, taps: Taps, out_dtype, blocks: Blocks, multiprocessors: int,
-            interpret=None) -> jax.Array:
+            rows: int, taps: Taps, out_dtype, blocks: Blocks,
+            multiprocessors: int, interpret=None) -> jax.Array:
   """Runs the kernel.
 
   Args:
@@ -160,7 +160,9 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
   per_tap = x.shape[1] // depth
   steps = taps.height * per_tap // blocks.split
   tiles = pl.cdiv(channels, CHANNELS), pl.cdiv(rows, tile)
-  stored = blocks_lib.stored_rows(tile, out_dtype)
+  stored = blocks_lib.stored_rows(
+      tile, out_dtype, by_row=end is not None and any(
+          part is not None for part in end.rows))
   x_tile = _tiled(depth, x.dtype)
   w_tile = _tiled(depth // 2, codes.dtype)
   part = x_tile[0].tiling[1]  # a swizzled tile of x; of depth 256 a half

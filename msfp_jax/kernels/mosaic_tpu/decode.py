@@ -17,7 +17,8 @@ from msfp_jax.quant.numbers import FPFormat
 
 # A code is sign|magnitude: s a b c, or of an unsigned format a b c d. A packed
 # byte is one code in each nibble, `layout.pack_halves` having put rows of the
-# first half of the contraction in the low ones. Reading four rows of bytes as one row of words moves nothing:
+# first half of the contraction in the low ones. Reading four rows of bytes as
+# one row of words moves nothing:
 #
 #   packed, uint8 [4 r, n]    words, int32 [r, n]
 #     row 0   sabc sabc         bits  7..0
