@@ -8,6 +8,7 @@ import numpy as np
 
 from msfp_jax import kernels
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import product
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import QLayer
@@ -135,6 +136,13 @@ def prepared(layer, implementation=None):
   weight = layer.weight.replace(data=np.asarray(layer.weight.data)[None])
   return kernels.prepare(
       layer.replace(weight=weight), implementation).at(0)
+
+
+def quantized_with_totals(x):
+  """An activation's codes in int8, and their sums by row."""
+  static = Static(FPFormat.parse('E2M1'), np.float32(0.3))
+  v = carriers.operand(static.quantize(jax.nn.silu(x), axis=-1), 'int8').v
+  return v, product.totals(v, None, ())[0]
 
 
 def conv_case(x_shape, w_shape, *formats, strides=1, padding=0, dilation=1,

@@ -10,6 +10,7 @@ import re
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
+from kernel_cases import quantized_with_totals
 import numpy as np
 import pytest
 
@@ -117,6 +118,15 @@ def test_unsigned_weights_and_scales_by_row(build, carrier, rows, mapped):
       ((64, 64, 320), jnp.float32) if mapped else column,
       *[((8, 64, 64), jnp.float32)] * 4, *[column] * 3)
   check(said, carrier, rows)
+
+
+def test_rows_are_summed_where_they_are_quantized(hopper):
+  """The input's row sums come out of the fusion that writes its codes."""
+  text = jax.jit(quantized_with_totals).trace(jax.ShapeDtypeStruct(
+      (4096, 1280), jnp.bfloat16, sharding=hopper)).lower(
+          lowering_platforms=('cuda',)).compile().as_text()
+  assert re.findall(r'= (\S.*) fusion\(', text[text.index('ENTRY'):]) == [
+      '(f32[4096]{0}, s8[4096,1280]{1,0})']
 
 
 def test_odd_shapes(build):

@@ -5,9 +5,11 @@ lets pass: instructions that a generation lacks, too much vector memory.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
+from kernel_cases import quantized_with_totals
 import pytest
 
 from benchmarks import tpu_cost
@@ -132,6 +134,15 @@ def test_unsigned_weights_and_scales_by_row_compile(
   compile_for(chip, conv, ((2, 32, 31, 320), dtype),
               ((3, 3, 160, 640), jnp.uint8), row,
               ((32, 31, 640), jnp.float32), *_all_terms((2, 32, 31), 640))
+
+
+@pytest.mark.parametrize('chip', CHIPS)
+def test_rows_are_summed_where_they_are_quantized(compile_for, chip):
+  """The input's row sums come out of the fusion that writes its codes."""
+  text = compile_for(chip, quantized_with_totals, (
+      (4096, 1280), jnp.bfloat16)).as_text()
+  fused, = re.findall(r'= (\S.*) fusion\(', text[text.index('ENTRY'):])
+  assert 'f32[4096]' in fused and 's8[4096,1280]' in fused
 
 
 @pytest.mark.parametrize('chip,carrier', [

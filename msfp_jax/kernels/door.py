@@ -8,7 +8,7 @@ multiplies it with the weights by one of these implementations:
 - 'xla': everywhere; weights are decoded to the carrier, which XLA's own
   products take. On CPUs wide 3x3 convolutions are by `winograd`.
 - 'mosaic_tpu', 'mosaic_gpu': Pallas kernels that decode packed weights on the
-  chip, for signed 4-bit weights.
+  chip.
 
 None picks the kernels where the device has them and they take the operation,
 and XLA elsewhere. The input is quantized outside of the kernels, so that XLA
