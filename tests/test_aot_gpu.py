@@ -120,6 +120,26 @@ def test_unsigned_weights_and_scales_by_row(build, carrier, rows, mapped):
   check(said, carrier, rows)
 
 
+@pytest.mark.parametrize('carrier', MULTIPLY)
+@pytest.mark.parametrize('rows', [128, 64, 8])
+def test_groups_of_weights(build, carrier, rows):
+  """Sums that are scaled by group and those of a group fit the registers."""
+
+  def conv(x, codes, scale, shift, groups, *terms):
+    return mosaic_gpu.conv(
+        x, codes, scale, shift, fmt=E2M1, out_dtype=jnp.bfloat16,
+        strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups, group=64,
+        blocks=blocks_lib.Blocks(rows, 64, 4), rows=Rows(*terms[:2]),
+        columns=Columns(*terms[2:]))
+
+  column = ((320,), jnp.float32)
+  said = build(
+      conv, ((8, 64, 64, 320), carriers.DTYPES[carrier][0]),
+      ((320, 3, 3, 160), jnp.uint8), column, ((64, 64, 320), jnp.float32),
+      ((3, 3, 5, 320), jnp.float32), *[((8, 64, 64), jnp.float32)] * 2, column)
+  check(said, carrier, rows)
+
+
 def test_rows_are_summed_where_they_are_quantized(hopper):
   """The input's row sums come out of the fusion that writes its codes."""
   text = jax.jit(quantized_with_totals).trace(jax.ShapeDtypeStruct(

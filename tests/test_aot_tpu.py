@@ -137,6 +137,31 @@ def test_unsigned_weights_and_scales_by_row_compile(
 
 
 @pytest.mark.parametrize('chip', CHIPS)
+@pytest.mark.parametrize('group', [16, 32])
+def test_scales_of_groups_compile(compile_for, chip, group):
+  """In one step of K, in several, and under a window."""
+
+  def matmul(x, codes, scale, shift, groups):
+    return mosaic_tpu.matmul(
+        x, codes, scale, shift, fmt=WEIGHTS[1], out_dtype=jnp.bfloat16,
+        groups=groups, group=group)
+
+  def conv(x, codes, scale, shift, groups):
+    return mosaic_tpu.conv(
+        x, codes, scale, shift, fmt=WEIGHTS[1], out_dtype=jnp.bfloat16,
+        strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups, group=group)
+
+  row = ((640,), jnp.float32)
+  for k in (320, 5120):
+    compile_for(chip, matmul, ((4096, k), jnp.bfloat16),
+                ((k // 2, 640), jnp.uint8), row, row,
+                ((k // group, 640), jnp.float32))
+  compile_for(chip, conv, ((2, 32, 32, 320), jnp.bfloat16),
+              ((3, 3, 160, 640), jnp.uint8), row, row,
+              ((3, 3, 320 // group, 640), jnp.float32))
+
+
+@pytest.mark.parametrize('chip', CHIPS)
 def test_rows_are_summed_where_they_are_quantized(compile_for, chip):
   """The input's row sums come out of the fusion that writes its codes."""
   text = compile_for(chip, quantized_with_totals, (

@@ -89,13 +89,17 @@ REFUSED = {
     'far levels': (SOME['dense']('UE4M0', 'E2M1'), 'weights in UE4M0|x is bf'),
     'pixels under a window': (
         SOME['conv']('E2M1', 'E2M1', inputs=Block(E2M1, 'token')),
-        r'scales whole sums.* not by scales of \(1, 5, 6, 1\)'),
+        r'not scales of \(1, 5, 6, 1\)'),
     'groups of inputs': (
         SOME['dense']('E2M1', 'E2M1', inputs=Block(E2M1, group=4)),
-        r'scales whole sums.* not by scales of \(5, 2\)'),
+        r'not scales of \(5, 2\)'),
     'groups of weights': (
         SOME['dense']('E2M1', 'E2M1', weights=Block(E2M1, group=4)),
-        r'scales whole sums.* not by scales of \(\) and \(2, 6\)'),
+        'sums 64 products and more at a time|no room for the digits of float'),
+    'zeros of groups': (
+        SOME['dense']('UE2M2', 'E2M1', weights=Block(
+            FPFormat.parse('UE2M2'), group=4)),
+        r'zero points of weights by output channel, not of shape \(2, 6\)'),
     'groups of channels': (
         conv_case((1, 5, 6, 4), (3, 3, 2, 4), 'E2M1', 'E2M1', groups=2),
         'without groups and dilation'),
@@ -163,3 +167,15 @@ def test_unknown_names():
     case.run(implementation='nonsense')
   with pytest.raises(ValueError, match="carrier 'nonsense': must be one of"):
     case.run(carrier='nonsense')
+
+
+def test_tpus_read_halves_in_whole_groups():
+  """Groups of 16 of 48 inputs end inside of a half."""
+  nvfp4 = Block(E2M1, 'group', 16, 'e4m3')
+  case = Case((5, 48), (48, 6), 'E2M1', 'E2M1', weights=nvfp4)
+  with pytest.raises(ValueError, match='two halves of the inputs, 24 each'):
+    case.run(implementation='mosaic_tpu')
+  case = Case((5, 64), (64, 6), 'E2M1', 'E2M1', weights=nvfp4)
+  assert choice.pick_carrier(case.packed, (5, 64), 'mosaic_tpu') == 'bf16'
+  with pytest.raises(ValueError, match='multiplied in bfloat16; carry'):
+    case.run(implementation='mosaic_tpu', carrier='int8')

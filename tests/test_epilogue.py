@@ -5,6 +5,7 @@ scales and zeros of a token, pixel or image, and weights with zero points.
 """
 
 import functools
+import itertools
 
 import jax
 from kernel_cases import Case
@@ -16,14 +17,13 @@ from msfp_jax.kernels import choice
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 
-KERNELS = [
-    'mosaic_tpu', pytest.param('mosaic_gpu', marks=pytest.mark.skipif(
-        jax.__version_info__ < (0, 11),
-        reason='the interpreter of GPUs is complete since jax 0.11'))]
+INTERPRETED = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason='the interpreter of GPUs is complete since jax 0.11')
 
 
-def block(fmt, shared):
-  return Block(FPFormat.parse(fmt), shared)
+def block(fmt, *options):
+  return Block(FPFormat.parse(fmt), *options)
 
 
 # A dense layer of 3 x 5 tokens, convolutions of 2 images.
@@ -48,30 +48,58 @@ CASES = {
         'UE1M3', 'UE2M2', zero=-1.0, inputs=block('UE2M2', 'image')),
     'zeros of both, by token': dense(
         'UE2M2', 'UE3M1', zero=-1.0, inputs=block('UE3M1', 'token')),
+    'groups of weights': Case(
+        (9, 130), (130, 9), 'E2M1', 'UE2M2', act_zero=-0.3, weights=block(
+            'E1M2', 'group', 64)),
+    'groups of weights, by token': Case(
+        (2, 3, 4, 128), (128, 9), 'E2M1', 'UE2M2',
+        inputs=block('UE2M2', 'token'), weights=block('E2M1', 'group', 128)),
+    'groups of weights, window': conv_case(
+        (2, 5, 6, 70), (3, 3, 70, 9), 'E2M1', 'UE2M2', padding=1, act_zero=-0.3,
+        weights=block('E1M2', 'group', 64)),
+    'NVFP4 weights': Case(
+        (9, 192), (192, 9), 'E2M1', 'UE2M2', act_zero=-0.3, weights=block(
+            'E2M1', 'group', 16, 'e4m3', True)),
+    'MXFP4 weights, window': conv_case(
+        (2, 5, 6, 64), (3, 3, 64, 9), 'E2M1', 'E2M1', padding=1,
+        inputs=block('UE2M2', 'image'),
+        weights=block('E2M1', 'group', 32, 'e8m0')),
     'far levels': dense('UE4M0', 'E2M1', zero=-1.0),
 }
 
 
 # Each part of the epilogue once; the rest are slow.
 QUICK = ('scales and zeros of tokens', 'scales of pixels, by 2',
-         'zeros of both, by image')
+         'zeros of both, by image', 'groups of weights, by token',
+         'NVFP4 weights')
+CARRIERS = {'mosaic_tpu': ('int8', 'bf16', 'fp8'),
+            'mosaic_gpu': ('int8', 'fp8')}
 
 
-@pytest.mark.parametrize('implementation', KERNELS)
-@pytest.mark.parametrize('name, carrier', [
-    pytest.param(name, carrier, marks=[] if (
-        carrier == 'int8' and name in QUICK) else pytest.mark.slow)
-    for name in CASES for carrier in ('int8', 'bf16', 'fp8')
-    if carrier == 'fp8' or name != 'far levels'])
-def test_layers(monkeypatch, name, carrier, implementation):
+def chip_cases():
+  """(name, implementation, carrier) that are taken."""
+  for name, chip in itertools.product(CASES, CARRIERS):
+    taken = CARRIERS[chip]
+    if 'FP4' in name:
+      taken = {'mosaic_tpu': ('bf16',), 'mosaic_gpu': ()}[chip]
+    elif 'groups' in name:
+      taken = {'mosaic_tpu': (), 'mosaic_gpu': taken}[chip]
+    elif name == 'far levels':
+      taken = ('fp8',)
+    for carrier in taken:
+      marks = [] if name in QUICK and carrier == taken[0] else [
+          pytest.mark.slow]
+      if chip == 'mosaic_gpu':
+        marks.append(INTERPRETED)
+      yield pytest.param(name, chip, carrier, marks=marks)
+
+
+@pytest.mark.parametrize('name, implementation, carrier', list(chip_cases()))
+def test_layers(monkeypatch, name, implementation, carrier):
   ops, case = choice.ops_of(implementation), CASES[name]
   for op in ('matmul', 'conv'):
     monkeypatch.setattr(ops, op, functools.partial(
         getattr(ops, op), interpret=True))
-  if carrier == 'bf16' and implementation == 'mosaic_gpu':
-    with pytest.raises(ValueError, match='x is bfloat16'):
-      case.run(implementation=implementation, carrier=carrier)
-    return
   # fp8 has no offsets: zero points of both sides cost it a digit.
   case.assert_close(
       case.run(prepared(case.packed, implementation), carrier=carrier,

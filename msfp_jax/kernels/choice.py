@@ -10,7 +10,8 @@ and XLA elsewhere.
 
 This is the one module that knows the chips' kernels. A chip is a folder, named
 in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
-`weight_unit`, `weight_base`, `lay_out` and `LAYOUT`.
+`weight_unit`, `weight_base`, `why_not_groups`, `CARRIERS_OF_GROUPS`, `lay_out`
+and `LAYOUT`.
 """
 
 from collections.abc import Sequence
@@ -65,6 +66,10 @@ def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
     known = KERNELS.get(backend)
     choices = ops_of(known).carriers_of(
         jax.devices()[0].device_kind) if known else ('f32',)
+  if implementation in KERNELS.values() and not product.weights_leave(
+      layer.weight):
+    choices = [name for name in choices
+               if name in ops_of(implementation).CARRIERS_OF_GROUPS]
   return next((name for name in choices if _carries(layer, shape, name)), 'f32')
 
 
@@ -129,10 +134,15 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   tensor = input_of(layer, shape)
   if tensor.negative is not None:
     return 'it takes one scale for all inputs, not one for each sign'
-  if not product.is_separable(tensor, weight, geometry):
-    return ('it scales whole sums: by output channel, and by image, or token '
-            'and pixel under a window of 1; not by scales of '
-            f'{tensor.scale.shape} and {weight.scale.shape}')
+  if not product.input_leaves(tensor, weight.window, geometry):
+    return ('it takes inputs with scales by image, or under a window of 1 by '
+            f'pixel and token, not scales of {tensor.scale.shape}')
+  grouped = not product.weights_leave(weight)
+  if grouped and weight.zero_point is not None:
+    return ('it takes zero points of weights by output channel, not of shape '
+            f'{weight.zero_point.shape}')
+  if grouped and (reason := ops.why_not_groups(weight)):
+    return reason
   if geometry is not None and (
       geometry.groups != 1 or set(geometry.dilation) != {1}
       or len(geometry.strides) != 2):
@@ -147,6 +157,7 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   else:
     op, rows = 'conv', tuple(shape)
     more = {'strides': geometry.strides, 'padding': geometry.padding}
+  more['group'] = weight.group if grouped else 0
   x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])
   return ops.why_not(op, x, codes, fmt=weight.fmt, **more)
 

@@ -208,6 +208,9 @@ def _run_kernel(layer, x, geometry, implementation, carrier):
       ops.weight_unit(fmt, carrier), ops.weight_base(fmt, carrier))
   codes, options = ops.lay_out(weight).data, {
       'fmt': fmt, 'out_dtype': x.dtype, 'columns': end.columns}
+  if not product.weights_leave(weight):
+    options |= {'groups': jnp.asarray(weight.scale, jnp.float32),
+                'group': weight.group}
   if geometry is None:
     rows = jax.tree.map(lambda part: part.reshape(-1), end.rows)
     out = ops.matmul(v.v.reshape(-1, v.v.shape[-1]), codes, end.scale,

@@ -99,7 +99,8 @@ def make(x: Operand, w: QTensor, bias: jax.Array | None,
 
   Args:
     x: `[B, *spatial, I]` or `[..., I]`.
-    w: `[*window, I, O]`, packed, with a scale for each output channel.
+    w: `[*window, I, O]`, packed, with a scale for each output channel; scales
+      of groups are the kernel's.
     bias: `[O]`, or None.
     geometry: of a convolution; None for a dense layer.
     carrier: of both.
@@ -109,8 +110,12 @@ def make(x: Operand, w: QTensor, bias: jax.Array | None,
   """
   window, outputs = w.window, w.scale.shape[-1]
   fmt, carried = w.fmt, carriers.carry(w.fmt, carrier)
-  whole = w.scales() * carried.unit
-  offset = carried.offset(w.scales(), w.zero_point)
+  # Scales of groups are inside of the sums; one before them all is not.
+  grouped = not product.weights_leave(w)
+  own = w.scales() if not grouped else jnp.float32(
+      1) if w.outer is None else w.outer
+  whole = own * carried.unit
+  offset = carried.offset(own, w.zero_point)
   zero = carriers.zero_of(carried, whole, w.zero_point, offset)
   by_output = lambda part: jnp.broadcast_to(
       jnp.reshape(part, -1), (outputs,))
@@ -129,7 +134,10 @@ def make(x: Operand, w: QTensor, bias: jax.Array | None,
   shift = jnp.zeros(outputs, jnp.float32) if bias is None else bias
   if x.zero is not None:
     if tap_sums is None:
-      tap_sums = carriers.operand(w, carrier).v.astype(jnp.float32).sum(-2)
+      v = carriers.operand(w, carrier).v.astype(jnp.float32)
+      if grouped:
+        v = v * w.spread(jnp.asarray(w.scale, jnp.float32))
+      tap_sums = v.sum(-2)
     inside = product.sums_inside(tap_sums, geometry, x.v.shape[1:-1])
     if jnp.size(x.zero) > 1:
       rows = rows._replace(shift=by_place(x.zero))

@@ -55,14 +55,25 @@ def is_separable(x: QTensor, w: QTensor, geometry: Geometry | None) -> bool:
     w: `[*window, I, O]`, one set.
     geometry: of a convolution; None for a dense layer.
   """
-  window = w.window
-  inner = slice(-1, None)  # of an input, the axes that must be of size 1
+  return input_leaves(x, w.window, geometry) and weights_leave(w)
+
+
+def input_leaves(x: QTensor, window: Sequence[int], geometry: Geometry | None
+                 ) -> bool:
+  """Whether the input's scales and zero points leave the sum."""
+  inner = slice(-1, None)  # the axes that must be of size 1
   if geometry is not None and not geometry.is_pointwise(window):
     inner = slice(1, None)
-  flat = lambda part, axes: part is None or set(jnp.shape(part)[axes]) <= {1}
-  return (all(flat(part, inner) for part in (x.scale, x.zero_point))
-          and all(flat(part, slice(None, -1)) for part in (
-              w.scale, w.zero_point)))
+  return all(_flat(part, inner) for part in (x.scale, x.zero_point))
+
+
+def weights_leave(w: QTensor) -> bool:
+  """Whether the weights' scales and zero points leave the sum."""
+  return all(_flat(part, slice(None, -1)) for part in (w.scale, w.zero_point))
+
+
+def _flat(part, axes):
+  return part is None or set(jnp.shape(part)[axes]) <= {1}
 
 
 def separable(x: Operand, w: Operand, bias: jax.Array | None,

@@ -20,6 +20,9 @@ ROWS = (8, 16, 32, 64, 96, 128, 192, 256)
 DEPTHS = (256, 192, 128, 64)
 SPLITS = (1, 2, 4, 8)
 _DEPTH, _FEW_ROWS_DEPTH, _FEW_ROWS = 128, 256, 64
+# A step's sums and all before them are both in registers where those are
+# scaled by group, and a step is one group.
+MOST_ROWS_OF_GROUPS, _DEPTH_OF_GROUPS = 128, 64
 _MAX_STAGES = 6
 _BARRIERS = 1024  # bytes, more than they take
 # The model's constants, in the time of one row of 128 channels over 128 codes
@@ -75,7 +78,7 @@ def multiprocessors() -> int:
 
 
 def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-               splittable: bool) -> Iterator[Blocks]:
+               splittable: bool, grouped: bool = False) -> Iterator[Blocks]:
   """The sensible blocks, one depth for each number of rows and split.
 
   Sums are split until there is a block for every multiprocessor.
@@ -87,19 +90,23 @@ def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
     taps: rows of x that go into a row of y.
     out_dtype: of y.
     splittable: whether sums may be split.
+    grouped: whether they are scaled by group.
   """
   for tile in ROWS:
     # A tile that is twice as high as y is worse than the one before.
     if tile > ROWS[0] and tile >= 2 * rows:
       break
+    if grouped and tile > MOST_ROWS_OF_GROUPS:
+      break
     most = _FEW_ROWS_DEPTH if tile <= _FEW_ROWS else _DEPTH
+    most = _DEPTH_OF_GROUPS if grouped else most
     depth = next(d for d in DEPTHS if d <= most and row_length % d == 0)
     steps = taps * row_length // depth
     # Splits end where they would make two blocks for every multiprocessor.
     whole = math.ceil(rows / tile) * math.ceil(channels / CHANNELS)
     for split in SPLITS:
       if split > 1 and (
-          not splittable or whole * split >= 2 * multiprocessors()):
+          not splittable or grouped or whole * split >= 2 * multiprocessors()):
         break
       if steps % split == 0:
         dtype = jnp.float32 if split > 1 else out_dtype
@@ -129,9 +136,10 @@ def cost(blocks: Blocks, rows: int, channels: int, length: int,
 
 
 def choose(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-           splittable: bool) -> Blocks:
+           splittable: bool, grouped: bool = False) -> Blocks:
   """The candidate of the least `cost` on the default device."""
   return min(
-      candidates(rows, channels, row_length, taps, out_dtype, splittable),
+      candidates(rows, channels, row_length, taps, out_dtype, splittable,
+                 grouped),
       key=lambda blocks: cost(blocks, rows, channels, taps * row_length,
                               multiprocessors()))

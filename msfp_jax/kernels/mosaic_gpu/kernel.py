@@ -131,8 +131,8 @@ def _tiled(width: int, dtype) -> tuple:
           plgpu.SwizzleTransform(swizzle))
 
 
-def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
-            rows: int, taps: Taps, out_dtype, blocks: Blocks,
+def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
+            carrier: str, rows: int, taps: Taps, out_dtype, blocks: Blocks,
             multiprocessors: int, interpret=None) -> jax.Array:
   """Runs the kernel.
 
@@ -143,6 +143,8 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
       of 128; rows `[M']`, M' the next multiple of blocks.rows; shift `[N']`, or
       `[N', period + blocks.rows]`, which has for row m of y column m modulo the
       period.
+    groups: float32 `[K / 64 * N']`, scales of the weights of each step, for
+      blocks of depth 64; or None.
     rows: M, the rows of y, a multiple of 8.
     taps: the rows of x that each sums over.
     out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
@@ -160,6 +162,7 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
   per_tap = x.shape[1] // depth
   steps = taps.height * per_tap // blocks.split
   tiles = pl.cdiv(channels, CHANNELS), pl.cdiv(rows, tile)
+  beyond = tiles[0] * CHANNELS  # N'
   stored = blocks_lib.stored_rows(
       tile, out_dtype, by_row=end is not None and any(
           part is not None for part in end.rows))
@@ -172,7 +175,8 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
     decode = functools.partial(
         decode_lib.decode_array, fmt=fmt, carrier=carrier)
 
-  def kernel(w_gmem, x_gmem, end_gmem, y_gmem, y_smem, levels_smem=None):
+  def kernel(w_gmem, x_gmem, end_gmem, groups_gmem, y_gmem, y_smem,
+             levels_smem=None):
     warpgroup = lax.axis_index('warpgroup')
     mine = pl.ds(warpgroup * WARPGROUP_CHANNELS, WARPGROUP_CHANNELS)
 
@@ -213,18 +217,35 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
       plgpu.wgmma_wait(0)
       return acc
 
-    def store(acc, channel, row, summed):
-      column = channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
-      columns = pl.ds(column, WARPGROUP_CHANNELS)
-      # acc is y^T: channels are its first axis.
-      load = lambda ref, layout: plgpu.load(
-          ref, *_INDEX, layout=layout, optimized=False)
+    def multiply_group(first_channel, first_step, indices, w_smem, x_smem,
+                       total):
+      # The sums of a step are those of a group: they are scaled as they leave
+      # the tensor cores, and added in float32.
+      def sums(acc):
+        multiply(indices, w_smem, x_smem, acc)
+        return acc[...]
 
-      def spread(ref, places, axis):
-        """Loads a vector along one axis of y^T, and repeats it along both."""
-        vector = load(ref.at[places], plgpu.Layout.WGMMA.reduce(1 - axis))
-        return lax.broadcast_in_dim(
-            vector, (WARPGROUP_CHANNELS, stored), (axis,))
+      values = pl.run_scoped(
+          sums, plgpu.ACC((WARPGROUP_CHANNELS, tile), acc_dtype))
+      scales = spread(
+          groups_gmem, pl.ds((first_step + indices[0]) * beyond + channels_of(
+              first_channel), WARPGROUP_CHANNELS), 0, tile)
+      return total + values.astype(jnp.float32) * scales
+
+    def channels_of(channel):
+      return channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
+
+    load = lambda ref, layout: plgpu.load(
+        ref, *_INDEX, layout=layout, optimized=False)
+
+    def spread(ref, places, axis, width=stored):
+      """Loads a vector along one axis of y^T, and repeats it along both."""
+      vector = load(ref.at[places], plgpu.Layout.WGMMA.reduce(1 - axis))
+      return lax.broadcast_in_dim(vector, (WARPGROUP_CHANNELS, width), (axis,))
+
+    def store(acc, channel, row, summed):
+      columns = pl.ds(channels_of(channel), WARPGROUP_CHANNELS)
+      # acc is y^T: channels are its first axis.
 
       if end_gmem is not None:
         by_channel = functools.partial(spread, places=columns, axis=0)
@@ -278,6 +299,12 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
         # Sums live in the computing warpgroups alone: 64 x T values are T / 2
         # registers of each of its 128 threads.
         def compute(evaluate):
+          if groups is not None:
+            total = evaluate(plgpu.layout_cast(
+                jnp.zeros((WARPGROUP_CHANNELS, tile), jnp.float32),
+                plgpu.Layout.WGMMA))
+            store(total, channel, row * tile, ())
+            return
 
           @functools.partial(
               pl.run_scoped,
@@ -287,7 +314,9 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
             store(acc[...], channel, row * tile,
                   (share,) if end_gmem is None else ())
 
-        pipeline(multiply, compute, channel, row * tile, share * steps)(
+        body = multiply if groups is None else functools.partial(
+            multiply_group, channel, share * steps)
+        pipeline(body, compute, channel, row * tile, share * steps)(
             w_gmem, x_gmem, allocations=allocations)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -311,4 +340,4 @@ def product(x, codes, end: Epilogue | None, *, fmt: FPFormat, carrier: str,
       compiler_params=plgpu.CompilerParams(
           lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
       scratch_types=scratch, **options)
-  return call(codes, x, end)
+  return call(codes, x, end, groups)

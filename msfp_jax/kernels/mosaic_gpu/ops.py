@@ -28,6 +28,7 @@ from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
 from msfp_jax.kernels.mosaic_gpu import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 
 CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
             for name in ('int8', 'fp8')}
@@ -38,6 +39,7 @@ _ROWS = 8
 prepare, weight_base = decode_lib.prepare, decode_lib.weight_base
 lay_out = layout_lib.lay_out
 LAYOUT = layout_lib.Hopper
+CARRIERS_OF_GROUPS = ('int8', 'fp8')
 
 
 def carriers_of(device_kind: str) -> tuple[str, ...]:
@@ -57,6 +59,7 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            rows: Rows = epilogue.NO_ROWS,
            columns: Columns = epilogue.NO_COLUMNS,
+           groups=None, group: int = 0,
            blocks: blocks_lib.Blocks | None = None, interpret=False):
   """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
@@ -68,6 +71,8 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     fmt: of the weights, of 4 bits.
     out_dtype: float32 or bfloat16.
     rows, columns: of the epilogue, `[M]` and `[N]`.
+    groups: float32 `[ceil(K / group), N]`, scales of the weights; or None.
+    group: how many along K share one of them, a multiple of 64.
     blocks: how to cut the work; else as `blocks.choose` says.
     interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
       has no register operands: decoding is the same bit expression in JAX.
@@ -81,19 +86,21 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     ValueError: with the words of `why_not`.
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         interpret=interpret)
+         group=group, interpret=interpret)
   # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
   # level 0.
   length, row_length = x.shape[0], 2 * codes.shape[1]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, row_length - x.shape[1])))
   y = _product(x, codes, Epilogue(scale, shift, rows, columns), x.shape[0],
-               kernel_lib.Taps(), fmt, out_dtype, blocks, interpret)
+               kernel_lib.Taps(), fmt, out_dtype, blocks, interpret,
+               _by_step(groups, group, row_length))
   return y[:length]
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          rows: Rows = epilogue.NO_ROWS,
          columns: Columns = epilogue.NO_COLUMNS,
+         groups=None, group: int = 0,
          blocks: blocks_lib.Blocks | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -106,6 +113,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     strides: down and to the right.
     padding: zeros ((above, below), (left, right)).
     rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
+    groups: float32 `[kh, kw, ceil(C / group), N]`, or None.
+    group: as for `matmul`.
     out_dtype, blocks, interpret: as for `matmul`.
 
   Returns:
@@ -116,7 +125,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   """
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, strides=strides,
-         padding=padding, blocks=blocks, interpret=interpret)
+         padding=padding, blocks=blocks, group=group, interpret=interpret)
   window = codes.shape[1:3]
   size = output_size(x.shape[1:3], window, strides, padding)
   x = jnp.pad(x, ((0, 0),) * 3 + ((0, 2 * codes.shape[3] - x.shape[3]),))
@@ -138,7 +147,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   y = _product(x, codes.reshape(codes.shape[0], -1),
                Epilogue(scale, shift, rows, columns), x.shape[0],
                kernel_lib.Taps(height, pitch), fmt, out_dtype, blocks,
-               interpret)
+               interpret, _by_step(groups, group, 2 * codes.shape[3]))
   # Below and beside each image lie pixels whose windows left it.
   y = y[:length].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
@@ -195,14 +204,25 @@ def _lay_out(x, window, strides, padding, size):
   return x, 1
 
 
-def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret):
+def _by_step(groups, group, row_length):
+  """Scales `[..., n, N]` of groups, one for each step of `DEPTH` codes."""
+  if groups is None:
+    return None
+  steps = row_length // decode_lib.DEPTH
+  groups = jnp.repeat(groups, group // decode_lib.DEPTH, axis=-2)
+  groups = groups[..., :steps, :]
+  return groups.reshape(-1, groups.shape[-1])
+
+
+def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret,
+             groups):
   """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = end.scale.shape[0]
   carrier = CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
     blocks = blocks_lib.choose(
         length, channels, x.shape[1], taps.height, out_dtype,
-        end.shift.ndim == 1)
+        end.shift.ndim == 1, groups is not None)
   call = functools.partial(
       kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=length,
       taps=taps, blocks=blocks,
@@ -215,12 +235,15 @@ def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret):
         part, (0, length - part.shape[0]))[:, None], end.rows)
     y = epilogue.finish(sums[:, :channels], *end[:2], by_row, end.columns)
     return y.astype(out_dtype)
-  y = call(_whole_blocks(end, length, blocks.rows, carrier),
-           out_dtype=out_dtype)
+  if groups is not None:
+    groups = jnp.pad(
+        groups, ((0, 0), (0, -channels % blocks_lib.CHANNELS))).reshape(-1)
+  y = call(_whole_blocks(end, length, blocks.rows, carrier, groups is not None),
+           groups, out_dtype=out_dtype)
   return y[:, :channels]
 
 
-def _whole_blocks(end, length, tile, carrier):
+def _whole_blocks(end, length, tile, carrier, grouped):
   """The epilogue for whole blocks: loads do not end where an array does."""
   beyond = (0, -end.scale.shape[0] % blocks_lib.CHANNELS)
   shift = end.shift
@@ -234,14 +257,14 @@ def _whole_blocks(end, length, tile, carrier):
       part, (0, -(-length // tile) * tile - part.shape[0])), rows)
   if rows.total is not None:
     # In the type of the sums, that the kernel has nothing to convert.
-    exact = carriers.DTYPES[carrier][1]
+    exact = jnp.float32 if grouped else carriers.DTYPES[carrier][1]
     rows = rows._replace(total=rows.total.astype(exact))
     columns = columns._replace(offset=columns.offset.astype(exact))
   return Epilogue(whole(end.scale), whole(shift), rows, columns)
 
 
 def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
-            strides=(1, 1), padding=((0, 0), (0, 0)),
+            strides=(1, 1), padding=((0, 0), (0, 0)), group: int = 0,
             blocks: blocks_lib.Blocks | None = None,
             interpret=False) -> str | None:
   """Why the kernels do not take an operation; None if they do.
@@ -249,7 +272,8 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
   Args:
     op: 'matmul' or 'conv'.
     x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, blocks, interpret: as for the operation.
+    fmt, out_dtype, strides, padding, group, blocks, interpret: as for the
+      operation.
 
   Returns:
     The reason and the way out, for an error message. Where the default device
@@ -259,7 +283,17 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
           or _why_not_types(x, codes, fmt, out_dtype)
           or _why_not_shapes(op, x, codes, strides, padding)
           or _why_not_sums(x, codes, fmt)
-          or _why_not_blocks(x, codes, strides, out_dtype, blocks))
+          or _why_not_blocks(x, codes, strides, out_dtype, blocks, group))
+
+
+def why_not_groups(weight: QTensor) -> str | None:
+  """Why weights with scales of groups are not taken; None if they are."""
+  # Sums of a group leave the tensor cores before they are scaled.
+  if weight.group % decode_lib.DEPTH:
+    return (f'it sums {decode_lib.DEPTH} products and more at a time, and '
+            f'scales of these weights change every {weight.group}; use the '
+            f'XLA implementation')
+  return None
 
 
 def _why_not_device(interpret):
@@ -311,9 +345,14 @@ def _why_not_sums(x, codes, fmt):
   return checks.sums(x, length, fmt)
 
 
-def _why_not_blocks(x, codes, strides, out_dtype, blocks):
+def _why_not_blocks(x, codes, strides, out_dtype, blocks, group):
   if blocks is None:
     return None
+  if group and (blocks.depth != decode_lib.DEPTH or blocks.split > 1
+                or blocks.rows > blocks_lib.MOST_ROWS_OF_GROUPS):
+    return (f'{blocks}: scales of groups ask for a depth of '
+            f'{decode_lib.DEPTH}, no split, and at most '
+            f'{blocks_lib.MOST_ROWS_OF_GROUPS} rows')
   # As `_lay_out` will cut K: into rows of the window, where they are walked.
   window = codes.shape[1:-1]
   taps = window[0] if window and tuple(strides) == (1, 1) else 1

@@ -49,7 +49,8 @@ def output_size(size: tuple[int, int], window: tuple[int, int], strides,
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
-         rows: Rows, columns: Columns, cut: blocks_lib.Conv, interpret):
+         rows: Rows, columns: Columns, groups, group: int,
+         cut: blocks_lib.Conv, interpret):
   """`mosaic_tpu.ops.conv`, without its checks, cut as `cut` says."""
   batch, channels = x.shape[0], codes.shape[3]
   window = codes.shape[:2]
@@ -67,12 +68,19 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
       height, cut.width)).reshape(batch, -1), rows)
   by_column = lambda n: pl.BlockSpec(
       (n, cut.columns), lambda j, b, r, t: (0, j))
+  scaling, scaling_specs = [], []
+  if groups is not None:
+    scaling = [decode_lib.halves(groups, depth // 2 // group)]
+    scaling_specs = [pl.BlockSpec(
+        (1, window[1], 2, depth // 2 // group, cut.columns),
+        lambda j, b, r, t: (jnp.where(
+            (b == 0) & (r == 0), t, window[0] - 1), 0, 0, 0, j))]
   shift_rows = pixels if shift.shape[0] > 1 else 1
   taps = window[1] * cut.lanes
   element = pl.Element
   kernel = functools.partial(
       _kernel, fmt=fmt, carrier=carrier, strides=strides, width=cut.width,
-      terms=terms)
+      terms=terms, group=group)
   y = pl.pallas_call(
       kernel,
       out_shape=jax.ShapeDtypeStruct(
@@ -92,7 +100,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
               (1, window[1], depth // 2, cut.columns),
               lambda j, b, r, t: (jnp.where(
                   (b == 0) & (r == 0), t, window[0] - 1), 0, 0, j)),
-          by_column(1),
+          *scaling_specs, by_column(1),
           pl.BlockSpec((shift_rows, cut.columns), lambda j, b, r, t: (
               r if shift_rows > 1 else 0, j)),
           *terms.specs(lambda n: pl.BlockSpec(
@@ -108,7 +116,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
           dimension_semantics=('parallel', *['arbitrary'] * 3),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'conv_{fmt}_{carrier}',
-  )(x, codes, scale.reshape(1, -1), shift, *terms.arrays(rows, columns))
+  )(x, codes, *scaling, scale.reshape(1, -1), shift,
+    *terms.arrays(rows, columns))
   y = y.reshape(batch, height, cut.width, channels)
   return y[:, :out_size[0], :out_size[1]]
 
@@ -148,14 +157,16 @@ def _fill(maps, size):
   return jnp.pad(maps, [*[(0, 0)] * (maps.ndim - 3), *extra, (0, 0)])
 
 
-def _kernel(x, codes, scale, shift, *refs, fmt, carrier, strides, width, terms):
-  *more, out, weights, patches, sums = refs
+def _kernel(x, codes, *refs, fmt, carrier, strides, width, terms, group):
+  refs = list(refs)
+  groups = refs.pop(0) if group else None
+  scale, shift, *more, out, weights, patches, sums = refs
   first = (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
   t, last = pl.program_id(3), weights.shape[0] - 1
 
   @pl.when(first)
   def _():
-    _place_weights(codes, weights, t, fmt, carrier)
+    _place_weights(codes, weights, t, fmt, carrier, groups, group)
 
   columns, pixels = codes.shape[1], sums.shape[0]
   place = functools.partial(
@@ -183,12 +194,15 @@ def _kernel(x, codes, scale, shift, *refs, fmt, carrier, strides, width, terms):
         total, scale[...], shift[...], *terms.read(*more)).astype(out.dtype)
 
 
-def _place_weights(codes, weights, t, fmt, carrier):
+def _place_weights(codes, weights, t, fmt, carrier, groups, group):
   """Decodes row t of the window; a tap's channels fill whole registers."""
   _, columns, half, n = codes.shape
   lanes = weights.shape[1] // columns
   for j in range(columns):
-    for i, part in enumerate(decode_lib.decode(codes[0, j], fmt, carrier)):
+    parts = decode_lib.decode(codes[0, j], fmt, carrier)
+    if group:
+      parts = decode_lib.scaled(parts, groups[0, j], group)
+    for i, part in enumerate(parts):
       weights[t, pl.ds(j * lanes + i * half, half)] = part
     # The patches have zeros there, but times a NaN that lay here they are NaN.
     if lanes > 2 * half:

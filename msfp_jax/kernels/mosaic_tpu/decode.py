@@ -34,6 +34,8 @@ CARRIERS = {np.dtype(jnp.int8): 'int8', np.dtype(jnp.float8_e4m3fn): 'fp8',
             np.dtype(jnp.bfloat16): 'bf16'}
 # Rows of a register of bytes: halves of this many rows are joined for free.
 ROWS = 32
+# Halves of a register of bfloat16, which is [16, 128].
+LEAST_GROUP = 16
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
@@ -81,6 +83,29 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
   if carrier == 'int8':
     return integers
   return tuple(integer.astype(jnp.bfloat16) for integer in integers)
+
+
+def scaled(halves, groups, group: int):
+  """Weights in bfloat16 times their scales, inside a kernel.
+
+  Args:
+    halves: the two of `decode`, `[rows, n]`.
+    groups: float32 `[2, rows / group, n]`.
+    group: rows that share a scale.
+  """
+  # In float32, since not all chips multiply bfloat16 outside the matrix unit.
+  return tuple((
+      part.astype(jnp.float32) * jnp.broadcast_to(
+          groups[i][:, None], (groups.shape[1], group, groups.shape[2])
+      ).reshape(part.shape)).astype(part.dtype)
+               for i, part in enumerate(halves))
+
+
+def halves(groups, count: int):
+  """Scales `[..., n, N]` by half as `pad_halves` cuts, `[..., 2, count, N]`."""
+  groups = groups.reshape(*groups.shape[:-2], 2, -1, groups.shape[-1])
+  return jnp.pad(groups, [*[(0, 0)] * (groups.ndim - 2),
+                          (0, count - groups.shape[-2]), (0, 0)])
 
 
 def _fp8(words, fmt: FPFormat):

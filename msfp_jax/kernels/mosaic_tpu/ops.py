@@ -31,6 +31,9 @@ from msfp_jax.quant.qtensor import QTensor
 
 weight_unit, weight_base = decode_lib.weight_unit, decode_lib.weight_base
 LAYOUT = layout_lib.Nibbles
+CARRIERS_OF_GROUPS = ('bf16',)
+# Of at most 4 significant bits: times a level's 3 bfloat16 holds them.
+_SHORT_SCALES = (jnp.float8_e4m3fn, jnp.float8_e8m0fnu)
 
 
 def carriers_of(device_kind: str) -> tuple[str, ...]:
@@ -66,6 +69,7 @@ def lay_out(weight: QTensor) -> QTensor:
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            rows: Rows = epilogue.NO_ROWS,
            columns: Columns = epilogue.NO_COLUMNS,
+           groups=None, group: int = 0,
            blocks: tuple[int, int, int] | None = None, interpret=False):
   """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
@@ -77,6 +81,9 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     fmt: of the weights, of 4 bits.
     out_dtype: float32 or bfloat16.
     rows, columns: of the epilogue, `[M]` and `[N]`.
+    groups: float32 `[ceil(K / group), N]`, scales of the weights such that
+      bfloat16 holds a level times its scale; or None.
+    group: how many along K share one of them; halves of K are whole groups.
     blocks: rows, columns, and the most packed rows of a step; else those of
       `blocks.MATMUL`.
     interpret: as in `pl.pallas_call`.
@@ -87,9 +94,10 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
   Raises:
     ValueError: with the words of `why_not`.
   """
-  _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks)
+  _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
+         group=group)
   (m, _), n = x.shape, codes.shape[1]
-  cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation())
+  cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation(), group)
   x, codes = decode_lib.pad_halves(x, codes, cut.half * cut.steps)
   height, width, half, steps = cut.rows, cut.columns, cut.half, cut.steps
   # With packed rows k of the low and high nibbles come channels k and k + K/2
@@ -102,12 +110,20 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
         pl.BlockSpec((height, half), lambda j, i, k: (i, k)),
         pl.BlockSpec((height, half), lambda j, i, k: (i, steps + k))]
   more = terms_lib.Terms.of(rows, columns)
+  scaling, scaling_specs = [], []
+  if groups is not None:
+    # As codes are cut: halves of steps of groups.
+    scaling = [decode_lib.halves(groups, half * steps // group).reshape(
+        2, steps, -1, n)]
+    scaling_specs = [pl.BlockSpec(
+        (2, 1, half // group, width), lambda j, i, k: (
+            0, jnp.where(i == 0, k, steps - 1), 0, j))]
   by_column = lambda n: pl.BlockSpec((n, width), lambda j, i, k: (0, j))
   carrier = decode_lib.CARRIERS[x.dtype]
   sums = carriers.DTYPES[carrier][1]
   return pl.pallas_call(
       functools.partial(_matmul_kernel, fmt=fmt, carrier=carrier, steps=steps,
-                        terms=more),
+                        terms=more, group=group),
       out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
       grid=(pl.cdiv(n, width), pl.cdiv(m, height), steps),
       in_specs=[
@@ -117,7 +133,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
           # one, so that codes leave HBM once, however many rows x has.
           pl.BlockSpec((half, width), lambda j, i, k: (
               jnp.where(i == 0, k, steps - 1), j)),
-          by_column(1), by_column(1),
+          *scaling_specs, by_column(1), by_column(1),
           *more.specs(lambda n: pl.BlockSpec(
               (height, n), lambda j, i, k: (i, 0)), by_column)],
       out_specs=pl.BlockSpec((height, width), lambda j, i, k: (i, j)),
@@ -130,18 +146,22 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
           dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'matmul_{fmt}_{carrier}',
-  )(*[x] * len(x_specs), codes, scale.reshape(1, -1), shift.reshape(1, -1),
-    *more.arrays(rows, columns))
+  )(*[x] * len(x_specs), codes, *scaling, scale.reshape(1, -1),
+    shift.reshape(1, -1), *more.arrays(rows, columns))
 
 
-def _matmul_kernel(*refs, fmt, carrier, steps, terms):
-  x_refs, refs = refs[:min(steps, 2)], refs[min(steps, 2):]
-  codes, scale, shift, *more, out, weights, sums = refs
+def _matmul_kernel(*refs, fmt, carrier, steps, terms, group):
+  x_refs, (codes, *refs) = refs[:min(steps, 2)], refs[min(steps, 2):]
+  groups = refs.pop(0) if group else None
+  scale, shift, *more, out, weights, sums = refs
   k = pl.program_id(2)
 
   @pl.when(pl.program_id(1) == 0)
   def _():
-    weights[k] = jnp.concatenate(decode_lib.decode(codes[...], fmt, carrier))
+    parts = decode_lib.decode(codes[...], fmt, carrier)
+    if group:
+      parts = decode_lib.scaled(parts, groups[:, 0], group)
+    weights[k] = jnp.concatenate(parts)
 
   half = codes.shape[0]
   dot = functools.partial(lax.dot, preferred_element_type=sums.dtype)
@@ -165,6 +185,7 @@ def _matmul_kernel(*refs, fmt, carrier, steps, terms):
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          rows: Rows = epilogue.NO_ROWS,
          columns: Columns = epilogue.NO_COLUMNS,
+         groups=None, group: int = 0,
          blocks: tuple[int, int] | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -178,6 +199,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     padding: zeros ((above, below), (left, right)).
     out_dtype: float32 or bfloat16.
     rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
+    groups: float32 `[kh, kw, ceil(C / group), N]`, or None.
+    group: as for `matmul`.
     blocks: output pixels and channels of a step; else those of `blocks.CONV`.
     interpret: as in `pl.pallas_call`.
 
@@ -189,31 +212,33 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   """
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         strides=strides, padding=padding)
+         strides=strides, padding=padding, group=group)
   # A 1x1 window needs no patches: its pixels are rows of a product, at strides
   # every other one. Only a map of shifts is beyond `matmul`.
   if _is_matmul(codes, padding) and shift.ndim == 1:
     x = x[:, ::strides[0], ::strides[1]]
     y = matmul(x.reshape(-1, x.shape[-1]), codes[0, 0], scale, shift, fmt=fmt,
                out_dtype=out_dtype, interpret=interpret, columns=columns,
+               groups=None if groups is None else groups[0, 0], group=group,
                rows=jax.tree.map(lambda part: part.reshape(-1), rows))
     return y.reshape(*x.shape[:3], -1)
   return mosaic_tpu_conv.conv(
       x, codes, scale, shift, fmt=fmt, strides=strides, padding=padding,
-      out_dtype=out_dtype, rows=rows, columns=columns, interpret=interpret,
+      out_dtype=out_dtype, rows=rows, columns=columns, groups=groups,
+      group=group, interpret=interpret,
       cut=_cut_conv(x, codes, strides, padding, out_dtype, blocks,
-                    blocks_lib.generation()))
+                    blocks_lib.generation(), group))
 
 
 def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
-            strides=(1, 1), padding=((0, 0), (0, 0)), blocks=None,
+            strides=(1, 1), padding=((0, 0), (0, 0)), group=0, blocks=None,
             chip: str | None = None) -> str | None:
   """Why the kernels do not take an operation; None if they do.
 
   Args:
     op: 'matmul' or 'conv'.
     x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, blocks: as for the operation.
+    fmt, out_dtype, strides, padding, group, blocks: as for the operation.
     chip: a key of `blocks.CHIPS`; else that of the default device.
       Where this is no TPU, what no TPU does is left to the caller.
 
@@ -224,11 +249,30 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
   if chip is None and jax.default_backend() == 'tpu':
     return (f'{jax.devices()[0].device_kind} is none of the TPUs '
             f'{", ".join(blocks_lib.CHIPS)}; use the XLA implementation')
+  if group and x.dtype != jnp.bfloat16:
+    return (f'x is {x.dtype}: weights with scales of groups are multiplied in '
+            f'bfloat16; carry the activations in bf16')
   return (_why_not_types(x, codes, fmt, out_dtype, chip)
           or _why_not_shapes(op, x, codes, strides, padding)
           or _why_not_sums(x, codes, fmt)
           or _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks,
-                           chip))
+                           chip, group))
+
+
+def why_not_groups(weight: QTensor) -> str | None:
+  """Why weights with scales of groups are not taken; None if they are."""
+  # They are scaled as they are decoded, once for all rows of x. A sum for each
+  # group would fill a fraction of the matrix unit, 128 or 256 deep.
+  if weight.scale.dtype not in _SHORT_SCALES:
+    return (f'it multiplies weights by their scales of groups in bfloat16, '
+            f'which has no room for the digits of {weight.scale.dtype}; those '
+            f'of e4m3 and e8m0 fit')
+  half = weight.data.shape[-2]
+  if weight.group % decode_lib.LEAST_GROUP or half % weight.group:
+    return (f'it reads the two halves of the inputs, {half} each, in whole '
+            f'groups of {decode_lib.LEAST_GROUP}, 32 or more, not of '
+            f'{weight.group}; use the XLA implementation')
+  return None
 
 
 def _why_not_types(x, codes, fmt, out_dtype, chip):
@@ -269,15 +313,17 @@ def _why_not_sums(x, codes, fmt):
   return checks.sums(x, length, fmt)
 
 
-def _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks, chip):
+def _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks, chip,
+                  group):
   # A 1x1 convolution may run as either (its shift decides, which is not known
   # here), so that both must fit; blocks are then those of the convolution.
   cuts = []
   if op == 'conv':
-    cuts.append(_cut_conv(x, codes, strides, padding, out_dtype, blocks, chip))
+    cuts.append(_cut_conv(
+        x, codes, strides, padding, out_dtype, blocks, chip, group))
     blocks = None
   if op == 'matmul' or _is_matmul(codes, padding):
-    cuts.append(_cut(x, codes, out_dtype, blocks, chip))
+    cuts.append(_cut(x, codes, out_dtype, blocks, chip, group))
   if all(cuts):
     return None
   return (f'{op} of x {x.shape} and codes {codes.shape} needs more than '
@@ -289,19 +335,21 @@ def _is_matmul(codes, padding) -> bool:
   return codes.shape[:2] == (1, 1) and not np.any(padding)
 
 
-def _cut(x, codes, out_dtype, blocks, chip) -> blocks_lib.Matmul | None:
+def _cut(x, codes, out_dtype, blocks, chip,
+         group) -> blocks_lib.Matmul | None:
   return blocks_lib.matmul(
       math.prod(x.shape[:-1]), *codes.shape[-2:], np.dtype(x.dtype).itemsize,
-      np.dtype(out_dtype).itemsize, chip, blocks)
+      np.dtype(out_dtype).itemsize, chip, blocks, bool(group))
 
 
-def _cut_conv(x, codes, strides, padding, out_dtype, blocks,
-              chip) -> blocks_lib.Conv | None:
+def _cut_conv(x, codes, strides, padding, out_dtype, blocks, chip,
+              group) -> blocks_lib.Conv | None:
   size = mosaic_tpu_conv.output_size(
       x.shape[1:3], codes.shape[:2], strides, padding)
   return blocks_lib.conv(
       size, codes.shape[:2], strides, *codes.shape[2:],
-      np.dtype(x.dtype).itemsize, np.dtype(out_dtype).itemsize, chip, blocks)
+      np.dtype(x.dtype).itemsize, np.dtype(out_dtype).itemsize, chip, blocks,
+      bool(group))
 
 
 def _check(op, x, codes, **settings):
