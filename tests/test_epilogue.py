@@ -1,7 +1,8 @@
-"""Layers whose kernels scale and shift by row, against float64.
+"""Layers whose kernels scale by row or group, against float64.
 
 Through the door, with the chips' kernels in Pallas's interpreters: inputs with
-scales and zeros of a token, pixel or image, and weights with zero points.
+scales and zeros of a token, pixel or image, weights with zero points, and
+scales of groups.
 """
 
 import functools
@@ -34,6 +35,8 @@ CASES = {
     'scales of tokens': dense('E2M1', 'E2M1', inputs=block('E2M1', 'token')),
     'scales and zeros of tokens': dense(
         'E3M0', 'UE2M2', inputs=block('UE2M2', 'token')),
+    'scales of tokens, 8 bits': dense(
+        'E2M1', 'E1M6', inputs=block('E1M6', 'token')),
     'scales of pixels, by 2': pointwise(
         'E2M1', 'E1M2', inputs=block('E1M2', 'token'), strides=2),
     # Pixels beyond the border have no zero.
@@ -60,6 +63,14 @@ CASES = {
     'NVFP4 weights': Case(
         (9, 192), (192, 9), 'E2M1', 'UE2M2', act_zero=-0.3, weights=block(
             'E2M1', 'group', 16, 'e4m3', True)),
+    'NVFP4': Case(
+        (9, 160), (160, 9), 'E2M1', 'E2M1',
+        inputs=block('E2M1', 'group', 16, 'e4m3', True),
+        weights=block('E2M1', 'group', 16, 'e4m3', True)),
+    'MXFP4, window': conv_case(
+        (2, 5, 6, 64), (3, 3, 64, 9), 'E2M1', 'E2M1', padding=1,
+        inputs=block('E2M1', 'group', 32, 'e8m0'),
+        weights=block('E2M1', 'group', 32, 'e8m0')),
     'MXFP4 weights, window': conv_case(
         (2, 5, 6, 64), (3, 3, 64, 9), 'E2M1', 'E2M1', padding=1,
         inputs=block('UE2M2', 'image'),
@@ -71,7 +82,7 @@ CASES = {
 # Each part of the epilogue once; the rest are slow.
 QUICK = ('scales and zeros of tokens', 'scales of pixels, by 2',
          'zeros of both, by image', 'groups of weights, by token',
-         'NVFP4 weights')
+         'NVFP4')
 CARRIERS = {'mosaic_tpu': ('int8', 'bf16', 'fp8'),
             'mosaic_gpu': ('int8', 'fp8')}
 

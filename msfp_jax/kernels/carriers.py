@@ -123,6 +123,23 @@ def operand(tensor: QTensor, carrier: str) -> Operand:
   return Operand(v, scale, zero_of(carried, scale, tensor.zero_point, offset))
 
 
+def has_groups(tensor: QTensor) -> bool:
+  """Whether an input's scales change along the contraction."""
+  return jnp.shape(tensor.scale)[-1:] not in ((), (1,))
+
+
+def scaled_operand(tensor: QTensor, carrier: str) -> Operand:
+  """An input with scales of groups, times these: v need not be integers.
+
+  Args:
+    tensor: without zero point, and such that the carrier holds level x scale.
+    carrier: of them.
+  """
+  scales = tensor.spread(jnp.asarray(tensor.scale, jnp.float32))
+  return Operand((tensor.levels() * scales).astype(DTYPES[carrier][0]),
+                 jnp.float32(1) if tensor.outer is None else tensor.outer, None)
+
+
 def zero_of(carried: Carried, scale: jax.Array, zero_point: Any | None,
             offset: Any) -> jax.Array | None:
   """The part of a zero point that no offset took: zero_point + scale * offset.

@@ -10,8 +10,8 @@ and XLA elsewhere.
 
 This is the one module that knows the chips' kernels. A chip is a folder, named
 in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
-`weight_unit`, `weight_base`, `why_not_groups`, `CARRIERS_OF_GROUPS`, `lay_out`
-and `LAYOUT`.
+`weight_unit`, `weight_base`, `why_not_groups`, `why_not_input_groups`,
+`CARRIERS_OF_GROUPS`, `lay_out` and `LAYOUT`.
 """
 
 from collections.abc import Sequence
@@ -66,8 +66,9 @@ def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
     known = KERNELS.get(backend)
     choices = ops_of(known).carriers_of(
         jax.devices()[0].device_kind) if known else ('f32',)
-  if implementation in KERNELS.values() and not product.weights_leave(
-      layer.weight):
+  if implementation in KERNELS.values() and (
+      not product.weights_leave(layer.weight)
+      or carriers.has_groups(input_of(layer, shape))):
     choices = [name for name in choices
                if name in ops_of(implementation).CARRIERS_OF_GROUPS]
   return next((name for name in choices if _carries(layer, shape, name)), 'f32')
@@ -134,7 +135,10 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   tensor = input_of(layer, shape)
   if tensor.negative is not None:
     return 'it takes one scale for all inputs, not one for each sign'
-  if not product.input_leaves(tensor, weight.window, geometry):
+  groups = carriers.has_groups(tensor)
+  if groups and (reason := ops.why_not_input_groups(tensor)):
+    return reason
+  if not groups and not product.input_leaves(tensor, weight.window, geometry):
     return ('it takes inputs with scales by image, or under a window of 1 by '
             f'pixel and token, not scales of {tensor.scale.shape}')
   grouped = not product.weights_leave(weight)
@@ -149,6 +153,9 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
     return (f'it takes 2-D convolutions without groups and dilation, not '
             f'{geometry}')
   carrier = carrier or pick_carrier(layer, shape, implementation)
+  if groups and carrier not in ops.CARRIERS_OF_GROUPS:
+    return (f'it multiplies inputs with scales of groups in '
+            f'{" or ".join(ops.CARRIERS_OF_GROUPS)}, not in {carrier}')
   # Shapes alone: the question is asked for every layer, the weights are laid
   # out for those that are taken.
   codes = jax.eval_shape(ops.lay_out, weight).data

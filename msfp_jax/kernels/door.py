@@ -201,8 +201,9 @@ def _run_winograd(layer, x, geometry):
 
 def _run_kernel(layer, x, geometry, implementation, carrier):
   ops, weight = choice.ops_of(implementation), layer.weight
-  fmt, v = weight.fmt, carriers.operand(
-      layer.input.quantize(x, axis=-1), carrier)
+  fmt, tensor = weight.fmt, layer.input.quantize(x, axis=-1)
+  v = (carriers.scaled_operand if carriers.has_groups(tensor)
+       else carriers.operand)(tensor, carrier)
   end = epilogue.make(
       v, weight, layer.bias, geometry, carrier, _sums_of(layer, carrier),
       ops.weight_unit(fmt, carrier), ops.weight_base(fmt, carrier))

@@ -296,6 +296,13 @@ def why_not_groups(weight: QTensor) -> str | None:
   return None
 
 
+def why_not_input_groups(tensor: QTensor) -> str | None:
+  """Why inputs with scales of groups are not taken: none are."""
+  return ('it scales the sums of a group by the weights alone, and inputs of '
+          f'this layer have scales of {tensor.scale.shape}; use the XLA '
+          'implementation')
+
+
 def _why_not_device(interpret):
   if interpret:
     if jax.__version_info__ < _INTERPRETED_SINCE:

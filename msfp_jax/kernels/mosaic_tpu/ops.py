@@ -32,8 +32,11 @@ from msfp_jax.quant.qtensor import QTensor
 weight_unit, weight_base = decode_lib.weight_unit, decode_lib.weight_base
 LAYOUT = layout_lib.Nibbles
 CARRIERS_OF_GROUPS = ('bf16',)
-# Of at most 4 significant bits: times a level's 3 bfloat16 holds them.
-_SHORT_SCALES = (jnp.float8_e4m3fn, jnp.float8_e8m0fnu)
+# What they add to the significant bits of a level; a product has no more than
+# both its sides together.
+_SHORT_SCALES = {np.dtype(jnp.float8_e4m3fn): 4,
+                 np.dtype(jnp.float8_e8m0fnu): 0}
+_BF16_DIGITS = 8
 
 
 def carriers_of(device_kind: str) -> tuple[str, ...]:
@@ -263,7 +266,7 @@ def why_not_groups(weight: QTensor) -> str | None:
   """Why weights with scales of groups are not taken; None if they are."""
   # They are scaled as they are decoded, once for all rows of x. A sum for each
   # group would fill a fraction of the matrix unit, 128 or 256 deep.
-  if weight.scale.dtype not in _SHORT_SCALES:
+  if np.dtype(weight.scale.dtype) not in _SHORT_SCALES:
     return (f'it multiplies weights by their scales of groups in bfloat16, '
             f'which has no room for the digits of {weight.scale.dtype}; those '
             f'of e4m3 and e8m0 fit')
@@ -272,6 +275,18 @@ def why_not_groups(weight: QTensor) -> str | None:
     return (f'it reads the two halves of the inputs, {half} each, in whole '
             f'groups of {decode_lib.LEAST_GROUP}, 32 or more, not of '
             f'{weight.group}; use the XLA implementation')
+  return None
+
+
+def why_not_input_groups(tensor: QTensor) -> str | None:
+  """Why inputs with scales of groups are not taken; None if they are."""
+  # XLA multiplies them by their scales in the fusion that quantizes them.
+  digits = tensor.numbers.mantissa_bits + 1 + _SHORT_SCALES.get(
+      np.dtype(tensor.scale.dtype), _BF16_DIGITS)
+  if tensor.zero_point is not None or digits > _BF16_DIGITS:
+    return (f'it multiplies inputs by their scales of groups in bfloat16, '
+            f'which holds {tensor.numbers} times scales in e8m0 or e4m3 '
+            f'without zero points, not {tensor.scale.dtype}')
   return None
 
 
