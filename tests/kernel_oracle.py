@@ -90,6 +90,21 @@ def fake_quant(x, fmt, scale, zero_point=None):
   return np.where(up, grid[upper], grid[lower]) * np.float64(scale) + zero
 
 
+def epilogue(sums, scale, shift, rows, columns):
+  """Scales sums `[..., N]` by row and column, float64.
+
+  Args:
+    sums: of the kernel.
+    scale, shift: `[N]`, or what broadcasts to the sums.
+    rows: scale, shift, total and zero, `[...]`.
+    columns: bias, offset and zero, `[N]`.
+  """
+  by_row = [np.float64(part)[..., None] for part in rows]
+  bias, offset, zero = map(np.float64, columns)
+  return ((sums - by_row[2] * offset) * (by_row[0] * scale)
+          + by_row[1] * shift + bias + by_row[3] * zero)
+
+
 def conv(x, w, strides, padding, dilation, groups=1):
   """Convolves tap by tap; int64 stays int64.
 

@@ -95,6 +95,8 @@ def chip_cases():
       taken = {'mosaic_tpu': ('bf16',), 'mosaic_gpu': ()}[chip]
     elif 'groups' in name:
       taken = {'mosaic_tpu': (), 'mosaic_gpu': taken}[chip]
+    elif '8 bits' in name:
+      taken = [carrier for carrier in taken if carrier != 'fp8']
     elif name == 'far levels':
       taken = ('fp8',)
     for carrier in taken:

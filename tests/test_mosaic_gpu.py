@@ -9,10 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kernel_oracle
 import ml_dtypes
 import numpy as np
 import pytest
 
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
@@ -203,6 +206,8 @@ def test_why_not():
       'whole steps': {'blocks': blocks_lib.Blocks(64, 192, 2)},
       'stages fit': {'blocks': blocks_lib.Blocks(256, 128, 9)},
       'multiple of the split': {'blocks': blocks_lib.Blocks(16, 128, 2, 4)},
+      'ask for a depth of 64': {
+          'blocks': blocks_lib.Blocks(16, 128, 2), 'group': 64},
   }.items():
     asked = {'x': x, 'codes': codes, 'fmt': e2m1} | changes
     assert reason in why(**asked)
@@ -261,6 +266,28 @@ def test_matmul(fmt, carrier, shape, blocks, out_dtype):
   sums = x.astype(np.int64) @ integers(codes, fmt)
   np.testing.assert_array_equal(
       np.asarray(y), epilogue(sums, scale, shift, out_dtype))
+
+
+@interpreted
+@pytest.mark.parametrize('split', [1, 2])
+def test_rows_of_several_blocks(split):
+  """Each block of rows and columns has its own terms of the epilogue."""
+  rng = np.random.default_rng(4)
+  vector = lambda n: rng.integers(-9, 9, n).astype(np.float32)
+  x, codes = draw((70, 256), 'int8'), draw_codes((256, 192))
+  rows = [vector(70) for _ in Rows._fields]
+  columns = [vector(192) for _ in Columns._fields]
+  scale, shift = vector(192), vector(192)
+  y = mosaic_gpu.matmul(
+      jnp.asarray(x), decode_lib.prepare(layout_lib.pack_halves(codes), 256),
+      scale, shift, fmt=FPFormat.parse('E2M1'), out_dtype=jnp.float32,
+      blocks=blocks_lib.Blocks(32, 64, 2, split), interpret=True,
+      rows=Rows(*map(jnp.asarray, rows)),
+      columns=Columns(*map(jnp.asarray, columns)))
+  expected = kernel_oracle.epilogue(
+      x.astype(np.int64) @ integers(codes, 'E2M1'), scale, shift, rows, columns)
+  np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(
+      expected).max())
 
 
 def convolve(x, w, strides, padding):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant import layout as layout_lib
@@ -82,7 +84,9 @@ def _conv_oracle(x, w, strides, padding):
 
 
 @pytest.mark.parametrize('carrier', CARRIERS)
-@pytest.mark.parametrize('fmt', WEIGHTS, ids=str)
+@pytest.mark.parametrize('fmt', [
+    *SIGNED, *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in WEIGHTS
+               if not fmt.signed)], ids=str)
 def test_matmul_of_every_pair_of_formats(fmt, carrier):
   m, k, n = 40, 77, 50
   codes, packed = _draw((k, n))
@@ -118,6 +122,34 @@ def test_matmul_of_odd_shapes(m, k, n, blocks):
   y = _matmul(blocks=blocks)(x, packed, jnp.ones(n), jnp.zeros(n))
   np.testing.assert_array_equal(
       np.asarray(y, np.int64), values.astype(np.int64) @ _integers(E2M1)[codes])
+
+
+def test_rows_of_several_blocks():
+  """Each block of rows and columns has its own terms of the epilogue."""
+  rng = np.random.default_rng(4)
+  draw = lambda *shape: rng.integers(-9, 9, shape).astype(np.float32)
+  codes, packed = _draw((300, 130))
+  x, values = _x(E2M1, 'int8', (70, 300))
+  scale, shift = draw(130), draw(130)
+  rows = [draw(70) for _ in Rows._fields]
+  columns = [draw(130) for _ in Columns._fields]
+  y = _matmul(blocks=(32, 128, 128))(
+      x, packed, scale, shift, rows=Rows(*rows), columns=Columns(*columns))
+  expected = kernel_oracle.epilogue(
+      values @ _integers(E2M1)[codes], scale, shift, rows, columns)
+  np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(
+      expected).max())
+  codes, packed = _draw((3, 3, 16, 130))
+  x, values = _x(E2M1, 'int8', (2, 3, 8, 16))
+  rows = [draw(2, 3, 8) for _ in Rows._fields]
+  shift = draw(3, 8, 130)
+  y = _conv(blocks=(16, 128))(
+      x, packed, scale, shift, rows=Rows(*rows), columns=Columns(*columns))
+  expected = kernel_oracle.epilogue(_conv_oracle(
+      values, _integers(E2M1)[codes], (1, 1), ((1, 1), (1, 1))), scale, shift,
+                                    rows, columns)
+  np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(
+      expected).max())
 
 
 CONVS = {  # x, window, output channels, strides, padding, blocks
@@ -228,7 +260,7 @@ def _specs(carrier, k=100, n=50):
 
 @pytest.mark.parametrize('carrier', CARRIERS)
 def test_lowers_for_tpus(carrier):
-  for fmt in WEIGHTS:
+  for fmt in SIGNED:
     for op, specs in zip((
         _matmul(fmt, jnp.bfloat16, interpret=False),
         _conv(fmt=fmt, interpret=False)), _specs(carrier), strict=True):
