@@ -124,32 +124,29 @@ def test_matmul_of_odd_shapes(m, k, n, blocks):
       np.asarray(y, np.int64), values.astype(np.int64) @ _integers(E2M1)[codes])
 
 
-def test_rows_of_several_blocks():
+@pytest.mark.parametrize('op', [
+    'matmul', pytest.param('conv', marks=pytest.mark.slow)])
+def test_rows_of_several_blocks(op):
   """Each block of rows and columns has its own terms of the epilogue."""
   rng = np.random.default_rng(4)
   draw = lambda *shape: rng.integers(-9, 9, shape).astype(np.float32)
-  codes, packed = _draw((300, 130))
-  x, values = _x(E2M1, 'int8', (70, 300))
-  scale, shift = draw(130), draw(130)
-  rows = [draw(70) for _ in Rows._fields]
-  columns = [draw(130) for _ in Columns._fields]
-  y = _matmul(blocks=(32, 128, 128))(
-      x, packed, scale, shift, rows=Rows(*rows), columns=Columns(*columns))
-  expected = kernel_oracle.epilogue(
-      values @ _integers(E2M1)[codes], scale, shift, rows, columns)
-  np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(
-      expected).max())
-  codes, packed = _draw((3, 3, 16, 130))
-  x, values = _x(E2M1, 'int8', (2, 3, 8, 16))
-  rows = [draw(2, 3, 8) for _ in Rows._fields]
-  shift = draw(3, 8, 130)
-  y = _conv(blocks=(16, 128))(
-      x, packed, scale, shift, rows=Rows(*rows), columns=Columns(*columns))
-  expected = kernel_oracle.epilogue(_conv_oracle(
-      values, _integers(E2M1)[codes], (1, 1), ((1, 1), (1, 1))), scale, shift,
-                                    rows, columns)
-  np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(
-      expected).max())
+  if op == 'matmul':
+    codes, packed = _draw((300, 130))
+    x, values = _x(E2M1, 'int8', (70, 300))
+    sums = values @ _integers(E2M1)[codes]
+    run, shift = _matmul(blocks=(32, 128, 128)), draw(130)
+  else:
+    codes, packed = _draw((3, 3, 16, 130))
+    x, values = _x(E2M1, 'int8', (2, 3, 8, 16))
+    sums = _conv_oracle(
+        values, _integers(E2M1)[codes], (1, 1), ((1, 1), (1, 1)))
+    run, shift = _conv(blocks=(16, 128)), draw(3, 8, 130)
+  scale, columns = draw(130), [draw(130) for _ in Columns._fields]
+  rows = [draw(*sums.shape[:-1]) for _ in Rows._fields]
+  y = run(x, packed, scale, shift, rows=Rows(*rows), columns=Columns(*columns))
+  expected = kernel_oracle.epilogue(sums, scale, shift, rows, columns)
+  np.testing.assert_allclose(
+      y, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 CONVS = {  # x, window, output channels, strides, padding, blocks
