@@ -112,8 +112,13 @@ class Around:
     # Values at random places cannot be smoothed or rotated: each needs its
     # channel, and its neighbours. Extremes are then of the sample alone.
     rows = np.asarray(self.input(seen.rows))
+    minimum = float(rows.min())
+    if seen.minimum is not None and seen.minimum < 0 and not self.rotation:
+      # Signs outlast smoothing: where there were negative values, there are,
+      # though the sample has none.
+      minimum = min(minimum, seen.minimum / float(np.max(self.smooth)))
     return dataclasses.replace(
-        seen, values=rows.ravel(), rows=rows, minimum=float(rows.min()),
+        seen, values=rows.ravel(), rows=rows, minimum=minimum,
         maximum=float(rows.max()), channel_maxima=np.abs(rows).max(0),
         gram=gram)
 
@@ -143,12 +148,14 @@ class Trial:
     kernel: W, `[*window, I, O]`.
     weights: a candidate for W' -> what is left of it once quantized.
     inputs: observations of x' -> their rows, quantized.
+    bits: of the weights, 3 to 8.
   """
 
   seen: fit_lib.Seen
   kernel: np.ndarray
   weights: Callable[[np.ndarray], np.ndarray]
   inputs: Callable[[fit_lib.Seen], np.ndarray]
+  bits: int
 
   def error(self, around: Around) -> float:
     """Sum over the rows that were seen of the output's squared error.
@@ -156,18 +163,28 @@ class Trial:
     Every tap of a window by itself, as what was seen are vectors of channels:
     of a larger window it is the error without what its taps have in common.
     """
-    w = np.asarray(around.residual(self.kernel), np.float32)
-    quantized = self.weights(w).astype(np.float32)
-    if around.down is not None:
-      # The branch takes x' in full precision.
-      w = np.asarray(around.moved(self.kernel), np.float32)
+    return self.errors(around)(np.asarray(around.residual(self.kernel)))[0]
+
+  def errors(self, around: Around
+             ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """W' -> its error, and W' once quantized: for trying many branches.
+
+    Args:
+      around: whose smoothing and rotation they share. Their input is moved and
+        quantized once.
+    """
     seen = around.seen(self.seen)
     rows = np.asarray(seen.rows, np.float32)
-    loss = self.inputs(seen).astype(np.float32) @ _flat(quantized)
-    loss -= rows @ _flat(w)
-    if around.down is not None:
-      loss += rows @ _flat(np.asarray(around.low_rank()))
-    return float(np.sum(np.square(loss), dtype=np.float64))
+    both = np.concatenate([self.inputs(seen), rows], axis=1, dtype=np.float32)
+
+    def error(residual: np.ndarray) -> tuple[float, np.ndarray]:
+      residual = np.asarray(residual, np.float32)
+      quantized = self.weights(residual).astype(np.float32)
+      # Q(x') Q(W') - x' W', as one product: x' A B, which both the layer and
+      # its quantized form have, is left out.
+      loss = both @ np.concatenate([_flat(quantized), -_flat(residual)])
+      return float(np.sum(np.square(loss), dtype=np.float64)), quantized
+    return error
 
 
 def _flat(kernel: np.ndarray) -> np.ndarray:

@@ -189,7 +189,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   if recipe.around is not None and bits < FULL_BITS:
     around = fit_lib.as_arrays(recipe.around(around_lib.Trial(
         seen, kernel, functools.partial(_quantized, recipe.weight, bits),
-        functools.partial(_quantized_rows, of_input, act_bits))))
+        functools.partial(_quantized_rows, of_input, act_bits), bits)))
     if flaws := around.flaws(kernel.shape[-2]):
       raise ValueError('around the product, ' + ', '.join(flaws))
     # Both fits below see what the product will see.
@@ -218,7 +218,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
 
 def _quantized(of, bits, kernel):
   """A kernel after its own fit: what a search for what is around looks at."""
-  quantizer = of(Seen.of_weights(kernel), bits, -2).quantizer
+  quantizer = of.quantizer(Seen.of_weights(kernel), bits, -2)
   return (kernel if quantizer.is_full else
           np.asarray(fit_lib.restored(quantizer, kernel, -2)))
 

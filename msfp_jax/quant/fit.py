@@ -90,6 +90,10 @@ class Fit:
     """
     raise NotImplementedError
 
+  def quantizer(self, seen: Seen, bits: int, axis: int) -> Quantizer:
+    """Likewise without its error, where that would be work of its own."""
+    return self(seen, bits, axis).quantizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
@@ -155,6 +159,9 @@ class Dynamic(Fit):
   """
 
   make: Callable[[int], Quantizer]
+
+  def quantizer(self, seen, bits, axis):
+    return self.make(bits)
 
   def __call__(self, seen, bits, axis):
     quantizer, mse = self.make(bits), None

@@ -24,6 +24,8 @@ from msfp_jax.quant.fit import SIGNED
 from msfp_jax.quant.fit import UNSIGNED
 from msfp_jax.quant.fit import UNSIGNED_RANGE
 from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.quant.svdquant import IntegersBySign
+from msfp_jax.quant.svdquant import SVDQuant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,10 @@ RECIPES = {
     'mxfp4': _same(Dynamic(block_formats.mxfp4)),
     'int4_group': _same(Dynamic(block_formats.int_group)),
     'int4_minmax': _same(Dynamic(block_formats.int_minmax)),
+    # Smoothing and a branch of low rank before a block format.
+    'svdquant': Recipe(Dynamic(block_formats.int_group), IntegersBySign(),
+                       IntegersBySign(), SVDQuant()),
+    'svdquant_nvfp4': _same(Dynamic(block_formats.nvfp4), SVDQuant()),
     # What others do about inputs that follow SiLU, and about weights.
     'dual_scale': dataclasses.replace(_MSFP, aal=FitDualScale()),
     'hadamard': _same(_SIGNED, Rotation()),
