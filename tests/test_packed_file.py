@@ -446,6 +446,12 @@ WEIGHTS = {
                                  two_level=True), 8 * GROUPS + 2 * 32),
     'MXFP6': (6, lambda _: Block(signed(6), group=2, scale_type='e8m0'),
               8 * GROUPS),
+    'groups under bfloat16': (
+        4, lambda _: Block(signed(4), group=2, scale_type='bf16'),
+        16 * GROUPS),
+    'groups and zero points in bfloat16': (
+        5, lambda _: Block(int_format(5), group=2, scale_type='bf16'),
+        2 * 16 * GROUPS),
     'blocks with zero points': (
         5, lambda _: Block(int_format(5), group=2), 64 * GROUPS),
     'one scale': (5, lambda _: Static(signed(5), jnp.float32(0.3)), 2 * 32),

@@ -103,8 +103,12 @@ class Reader:
     if tensor is not None and len(tensor.shape) <= len(shape):
       # From the end, as arrays broadcast: any axis may be shared.
       last = shape[len(shape) - len(tensor.shape):]
+      stored = list(tensor.shape)
+      if stored and dtype in header_lib.TYPES:
+        # As bytes the last axis is longer.
+        stored[-1] //= header_lib.TYPES[dtype].itemsize
       shape = tuple(size if found == size else 1 for found, size in zip(
-          tensor.shape, last, strict=True))
+          stored, last, strict=True))
     return self.take_typed(name, dtype, shape)
 
   def rest(self, vectors: Mapping[str, np.ndarray]) -> Any:
