@@ -155,7 +155,7 @@ class Trial:
   kernel: np.ndarray
   weights: Callable[[np.ndarray], np.ndarray]
   inputs: Callable[[fit_lib.Seen], np.ndarray]
-  bits: int
+  bits: int = 4
 
   def error(self, around: Around) -> float:
     """Sum over the rows that were seen of the output's squared error.
