@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 
 from msfp_jax import diffusion
 from msfp_jax.base import progress as progress_lib
@@ -117,10 +118,13 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
 
-  # One search uses one core; threads also compile side by side.
+  # One search uses one core; threads also compile side by side. Products in
+  # NumPy would take all cores for each of them, and then wait for each other;
+  # sums over one core's parts are also the same on any number of cores.
   layers = {}
   progress = progress_lib.Progress(f'search {recipe}, layers', len(activations))
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with (threadpoolctl.threadpool_limits(1, 'blas'),
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool):
     for name, layer in zip(
         activations, pool.map(fit_one, activations), strict=True):
       layers[name] = layer
