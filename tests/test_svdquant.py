@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from scipy import linalg
@@ -97,7 +98,7 @@ def test_the_output_has_less_error_than_without(kind, svd):
   finder = SVDQuant(svd=svd)
   found = finder(one)
   assert found.down.shape == (*SHAPES[kind][:-1], found.up.shape[0])
-  assert found.down.dtype == found.up.dtype == np.float16
+  assert found.down.dtype == found.up.dtype == ml_dtypes.bfloat16
   others = {'plain': Around(), 'smoothed': found.replace(down=None, up=None),
             'branch': min(finder.branches(
                 one, Around(), found.up.shape[0]), key=lambda pair: pair[0])[1]}
