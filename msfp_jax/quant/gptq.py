@@ -11,6 +11,8 @@ another, and lets those that are still free make up for the error made so far.
 Scales and zero points stay as the quantizer has them; only levels differ.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.quant import functional
@@ -73,10 +75,8 @@ def round_weights(kernel: np.ndarray, quantizer: Quantizer, gram: np.ndarray,
   flat = lambda part: np.broadcast_to(
       np.asarray(part, np.float64), kernel.shape).reshape(-1, kernel.shape[-1])
   # Element by element, as scales of groups differ along the contraction.
-  scale, zero = flat(tensor.steps()), 0.0
-  if tensor.zero_point is not None:
-    zero = tensor.spread(np.asarray(tensor.zero_point, np.float32))
-  w = flat(kernel) - flat(zero)
+  steps, zero = _steps(tensor.replace(data=None))
+  scale, w = flat(steps), flat(kernel) - flat(zero)
   start = flat(tensor.data)
   levels = np.empty_like(start)
   for rows, columns in _parts(kernel.shape, gram):
@@ -118,6 +118,14 @@ def _parts(shape, gram):
   outputs = np.arange(shape[-1]).reshape(groups, -1)
   return [(inputs[:, group].ravel(), outputs[group])
           for group in range(groups)]
+
+
+@jax.jit  # by itself, each of its operations is compiled for every shape
+def _steps(tensor):
+  """What 1 in a level is worth, and the zero points, of every element."""
+  if tensor.zero_point is None:
+    return tensor.steps(), 0.0
+  return tensor.steps(), tensor.spread(jnp.float32(tensor.zero_point))
 
 
 def _better(w, gram, scale, start, fmt, damping):
