@@ -59,6 +59,11 @@ class Linear:
       apply=lambda variables, x, t, *labels: variables['params'] * x + sum(
           label[:, None] for label in labels))
 
+  arrays = property(lambda self: (self.params, {}))
+
+  def with_arrays(self, arrays):
+    return dataclasses.replace(self, params=arrays[0])
+
   def predict(self, trainable, x, t, *labels, step):
     prediction = self.model.apply({'params': trainable['a']}, x, t, *labels)
     return prediction + step, None

@@ -59,7 +59,8 @@ def test_full_precision_is_the_model_and_has_its_bytes():
 
 
 @pytest.mark.parametrize('name, asked', [
-    ('int', ('int', 4, 4)), ('msfp:w6a8', ('msfp', 6, 8))])
+    ('int', ('int', 4, 4)), ('msfp:w6a8', ('msfp', 6, 8)),
+    ('msfp+gptq:w4a8', ('msfp+gptq', 4, 8))])
 def test_a_recipe_may_carry_its_bits(name, asked):
   experiment = Fake()
   row = methods.make_row(experiment, name, '')
@@ -81,6 +82,7 @@ def test_rows_that_a_workdir_lacks(tmp_path, name):
     (('fp', 'nope'), "'nope'.*'tuned'.*signed_fp"),
     (('msfp:w4a9',), "'w4a9'.*3 to 8"),
     (('fp:w4a4',), "'fp:w4a4'"),
+    (('msfp+gptqq:w4a4',), r"'msfp\+gptqq:w4a4'.*gptq"),
     (('int', 'msfp', 'int'), r"\['int'\] more than once")])
 def test_rows_that_there_are_not(names, message):
   with pytest.raises(ValueError, match=message):
@@ -88,4 +90,5 @@ def test_rows_that_there_are_not(names, message):
 
 
 def test_rows_that_there_are():
-  methods.check_rows(('fp', 'int', 'signed_fp', 'msfp', 'msfp:w6a6'), '', 0)
+  methods.check_rows(('fp', 'int', 'signed_fp', 'msfp', 'msfp:w6a6',
+                      'msfp+gptq', 'nvfp4+gptq:w4a8'), '', 0)

@@ -119,26 +119,13 @@ class Block(Quantizer):
     scale, outer = self._scales(reach)
     if self.zero_point == 0:
       zero_point = None
-    tensor = self._with_levels(x, QTensor(
+    tensor = QTensor(
         x, scale, zero_point, None, outer, fmt=self.fmt, length=x.shape[axis],
-        axis=axis, group=self.group))
+        axis=axis, group=self.group).with_levels_of(x)
     if self.scale_type == 'e8m0' and self.rule == 'optimal':
-      return self._better(x, tensor, self._with_levels(x, tensor.replace(
-          scale=_half(scale))))
+      return self._better(
+          x, tensor, tensor.replace(scale=_half(scale)).with_levels_of(x))
     return tensor
-
-  def _with_levels(self, x, tensor):
-    """The tensor with the levels of x by its scales and zero points."""
-    zero = (0 if tensor.zero_point is None
-            else tensor.spread(tensor.zero_point.astype(jnp.float32)))
-    # A group of zeros, or one whose scale rounds to 0, has levels of 0.
-    # By the scales as they are stored, rounded to their type: the levels make
-    # up for what the rounding of the scale did.
-    divisor = tensor.spread(tensor.scales())
-    empty = divisor == 0
-    return tensor.replace(data=functional.nearest_level(
-        jnp.where(empty, 0.0, x - zero), self.fmt,
-        jnp.where(empty, 1.0, divisor)))
 
   def _better(self, x, one, other):
     """Of two tensors, group by group, that of the smaller squared error."""

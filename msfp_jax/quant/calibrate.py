@@ -18,10 +18,12 @@ from msfp_jax.base import progress as progress_lib
 from msfp_jax.quant import around as around_lib
 from msfp_jax.quant import batches as batches_lib
 from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import gptq
 from msfp_jax.quant import interception
 from msfp_jax.quant import observe
 from msfp_jax.quant import recipes
 from msfp_jax.quant import roles as roles_lib
+from msfp_jax.quant import rounded as rounded_lib
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.quantizers import FULL_BITS
@@ -60,7 +62,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   Args:
     model: predicts the noise, model(x, t, *condition).
     params: its parameters, finite.
-    recipe: a name in `recipes.RECIPES`, such as 'msfp', 'signed_fp', 'int'.
+    recipe: a name that `recipes.get` knows, such as 'msfp', 'signed_fp',
+      'int', 'msfp+gptq'.
     bits: of the weights; 3 to 8, or 32 for full precision.
     act_bits: of the activations; the weights' by default.
     batches: starting noise, arrays `[B, H, W, C]`; or tuples (see
@@ -86,6 +89,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   #                                around --> its input --> act quantizer
   #                                  ^  |
   #   kernel ------------------------+  +---> residual --> weight quantizer
+  #                                              |                |
+  #                          (an option) GPTQ <--+----------------+
   #
   # What can be refused is refused first: the sampler may run for minutes.
   of = recipes.get(recipe)
@@ -188,6 +193,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum)
             else spec_lib.NAL)
     stats |= {'act_min': seen.minimum, 'act_max': seen.maximum}
+  given = kernel
   of_input = recipe.aal if kind == spec_lib.AAL else recipe.nal
   around = None
   if recipe.around is not None and bits < FULL_BITS:
@@ -216,8 +222,35 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
                      'can stand around the product: leave `around` out')
   if bits < FULL_BITS and weight.mse is not None:
     stats['weight_mse'] = weight.mse
+  rounded = None
+  if recipe.rounding == recipes.GPTQ and not weight.quantizer.is_full:
+    rounded, errors = _rounded(kernel, weight.quantizer, seen.gram, given)
+    stats |= errors
   return spec_lib.LayerSpec(
-      role, kind, weight.quantizer, act.quantizer, around, stats)
+      role, kind, weight.quantizer, act.quantizer, around, stats, rounded)
+
+
+def _rounded(kernel, quantizer, gram, given):
+  """The weights by GPTQ, and what of their errors is known, for `stats`.
+
+  Args:
+    kernel: as the product sees it.
+    quantizer: of the weights.
+    gram: of the input that the product sees.
+    given: the kernel that the layer has.
+  """
+  if gram is None:
+    raise ValueError(
+        f'rounding={recipes.GPTQ!r} needs to see {fit_lib.GRAM!r} of the '
+        f'input, which was not gathered: collect with needs={fit_lib.GRAM!r}')
+  tensor = gptq.round_weights(kernel, quantizer, gram)
+  nearest = np.asarray(fit_lib.restored(quantizer, kernel, -2))
+  found = rounded_lib.Rounded.of(tensor, given)
+  weights = np.asarray(found.dequantize())
+  return found, {
+      'weight_mse': float(np.mean((np.float64(weights) - kernel)**2)),
+      'output_mse': gptq.output_error(kernel, weights, gram),
+      'nearest_output_mse': gptq.output_error(kernel, nearest, gram)}
 
 
 def _quantized(of, bits, kernel):

@@ -134,8 +134,12 @@ class QTensor:
     if self.shift is None:
       return levels
     # Exact: a power of two changes the exponent of a level, not its digits.
+    return levels * self._shift_factors()
+
+  def _shift_factors(self) -> jax.Array:
+    """2^shift of every element, float32."""
     factor = (1 << jnp.asarray(self.shift, jnp.int32)).astype(jnp.float32)
-    return levels * self.spread(factor, self.shift_group)
+    return self.spread(factor, self.shift_group)
 
   def scales(self) -> jax.Array:
     """Both levels of scales in one, float32, by group."""
@@ -143,6 +147,11 @@ class QTensor:
     # very number, so levels belong to the scale that is read back.
     scale = jnp.asarray(self.scale, jnp.float32)
     return scale if self.outer is None else scale * self.outer
+
+  def steps(self) -> jax.Array:
+    """What 1 in a code's level is worth, float32; broadcasts to the tensor."""
+    scales = self.spread(self.scales())
+    return scales if self.shift is None else scales * self._shift_factors()
 
   def element_scales(self, levels: jax.Array) -> jax.Array:
     """The scale of every one of `levels`, or what broadcasts to these."""
@@ -181,6 +190,19 @@ class QTensor:
       return x
     return x + self.spread(jnp.asarray(self.zero_point, jnp.float32))
 
+  def with_levels_of(self, x: jax.Array) -> 'QTensor':
+    """The tensor with the levels that are nearest to x, at the same scales."""
+    zero = (0 if self.zero_point is None
+            else self.spread(self.zero_point.astype(jnp.float32)))
+    # A group of zeros, or one whose scale rounds to 0, has levels of 0.
+    # By the scales as they are stored, rounded to their type: the levels make
+    # up for what the rounding of the scale did.
+    divisor = self.steps()
+    empty = divisor == 0
+    return self.replace(layout=layout_lib.LEVELS, data=functional.nearest_level(
+        jnp.where(empty, 0.0, x - zero), self.fmt,
+        jnp.where(empty, 1.0, divisor)))
+
   def bank(self, index: Any) -> 'QTensor':
     """One of h tensors; `index` may be traced."""
     # What has as many axes as the data has one of banks too, and is taken
@@ -211,6 +233,50 @@ class QTensor:
     if layout == layout_lib.NIBBLES:
       codes = layout_lib.pack_halves(codes)
     return dataclasses.replace(tensor, data=codes, layout=layout)
+
+  def unpacked(self) -> 'QTensor':
+    """The inverse of `packed`: as levels in float32, in NumPy."""
+    if not self.is_packed:
+      return self
+    codes = np.asarray(self.layout.codes(self.data, self.fmt, self.length))
+    # A table, as every shape that JAX decodes it compiles for.
+    values = np.float32(self.fmt.values())
+    return dataclasses.replace(
+        self, data=values[codes & (2**self.fmt.bits - 1)],
+        layout=layout_lib.LEVELS)
+
+  def flaws(self) -> list[str]:
+    """What of packed weights in NumPy no tensor can have; checks files.
+
+    Scales below 0 or not finite, parts of shapes that do not fit.
+    """
+    found = []
+    parts = {'scale': (self.scale, self.group), 'zero_point': (
+        self.zero_point, self.group), 'shift': (self.shift, self.shift_group),
+             'outer': (self.outer, 0)}
+    shape = (*self.data.shape[:-2], self.length, self.data.shape[-1])
+    rows = -(-self.length // 2) if self.fmt.bits <= 4 else self.length
+    if self.data.dtype != np.uint8 or self.data.shape[-2] != rows:
+      found.append(f'codes {self.data.dtype} {list(self.data.shape)} of '
+                   f'{self.length} inputs')
+    for name, (part, group) in parts.items():
+      if part is None:
+        continue
+      # As many entries along the contraction as there are groups.
+      whole = list(shape)
+      whole[-2] = -(-self.length // group) if group else 1
+      fits = part.ndim <= len(whole) and all(
+          size in (1, most) for size, most in zip(
+              part.shape[::-1], whole[::-1], strict=False))
+      if not fits:
+        found.append(f'{name} of shape {list(part.shape)}')
+      if not np.isfinite(np.float32(part)).all():
+        found.append(f'{name} that is not finite')
+      if name in ('scale', 'outer') and (np.float32(part) < 0).any():
+        found.append(f'{name} below 0')
+    if self.shift is not None and np.max(self.shift, initial=0) > 4:
+      found.append('shift above 4')
+    return found
 
 
 # Elements that are encoded at once: one compilation for a format.

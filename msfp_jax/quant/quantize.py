@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.qtensor import QTensor
+from msfp_jax.quant.rounded import check_digests
 
 
 def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
@@ -19,7 +21,8 @@ def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
 
   Raises:
     ValueError: the parameters hold a kernel that the spec does not name, or
-      the other way round, or one with NaN.
+      the other way round, or one with NaN, or another than it was rounded
+      from.
   """
   params = interception.parameters(params)
   kernels = interception.leaves(params, 'kernel')
@@ -32,9 +35,15 @@ def quantize(params: Any, spec: spec_lib.QuantSpec) -> Any:
 
 def quantize_kernel(kernel: jax.Array, layer: spec_lib.LayerSpec
                     ) -> QTensor | jax.Array:
-  """The weights of one layer, without what stands around its product."""
+  """The weights of one layer, without what stands around its product.
+
+  Where the spec holds them they are taken from there: `check_layers` tells
+  whether they are those of this kernel.
+  """
   if layer.weight.is_full:
     return kernel
+  if layer.rounded is not None:
+    return jax.tree.map(jnp.asarray, layer.rounded.weight.unpacked()).bank(0)
   if layer.around is not None:
     kernel = layer.around.residual(kernel)
   # As a single bank, by the function that serves several: both kinds of model
@@ -61,12 +70,17 @@ def make_layer(weight: Any, layer: spec_lib.LayerSpec,
   return QLayer(weight, layer.act, bias, layer.around or Around())
 
 
-def check_layers(spec: spec_lib.QuantSpec, names: Mapping[str, Any]) -> None:
-  """Raises ValueError unless the spec names exactly these layers."""
-  uncovered = sorted(set(names) - set(spec.layers))
-  absent = sorted(set(spec.layers) - set(names))
+def check_layers(spec: spec_lib.QuantSpec, kernels: Mapping[str, Any]) -> None:
+  """Raises ValueError unless the spec is of these layers, {name: kernel}.
+
+  A spec that holds weights must be of these very kernels.
+  """
+  uncovered = sorted(set(kernels) - set(spec.layers))
+  absent = sorted(set(spec.layers) - set(kernels))
   if uncovered or absent:
     raise ValueError(
         'the spec does not fit the model: layers that it does not cover: '
         f'{uncovered}; layers that the model lacks: {absent}; calibrate this '
         'model')
+  check_digests({name: layer.rounded for name, layer in spec.layers.items()},
+                kernels)

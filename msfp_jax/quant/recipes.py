@@ -3,6 +3,7 @@
     RECIPES['mine'] = Recipe(weight=..., nal=..., aal=...)
 
 makes a recipe that calibrates, trains, evaluates, packs, saves and reports.
+'mine+gptq' is then the same with its weights rounded by GPTQ.
 """
 
 from collections.abc import Collection
@@ -27,6 +28,10 @@ from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.quant.svdquant import IntegersBySign
 from msfp_jax.quant.svdquant import SVDQuant
 
+# How weights get to levels: each to its nearest, or so that outputs err least.
+NEAREST, GPTQ = 'nearest', 'gptq'
+ROUNDINGS = (NEAREST, GPTQ)
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -37,12 +42,19 @@ class Recipe:
     nal: of the inputs of normal activation layers.
     aal: of those that follow SiLU or the like.
     around: what stands around the product; None for nothing.
+    rounding: of weights, of ROUNDINGS; 'gptq' is `gptq.round_weights`.
   """
 
   weight: Fit
   nal: Fit
   aal: Fit
   around: FindAround | None = None
+  rounding: str = NEAREST
+
+  def __post_init__(self):
+    if self.rounding not in ROUNDINGS:
+      raise ValueError(
+          f'rounding={self.rounding!r}: must be one of {ROUNDINGS}')
 
   @property
   def needs(self) -> Collection[str]:
@@ -58,6 +70,8 @@ class Recipe:
     # Extremes tell AALs from NALs, which matters only where these differ.
     if act_bits < FULL_BITS and self.nal != self.aal:
       found.add(fit_lib.EXTREMES)
+    if bits < FULL_BITS and self.rounding == GPTQ:
+      found.add(fit_lib.GRAM)
     return found
 
 
@@ -108,14 +122,22 @@ RECIPES = {
 
 
 def get(name: str) -> Recipe:
-  """The recipe of a name.
+  """The recipe of a name: a key of RECIPES, or one with a rounding.
+
+  'msfp+gptq' is 'msfp' with weights rounded by GPTQ.
 
   Raises:
     ValueError: there is none; those there are are listed.
   """
-  if name not in RECIPES:
-    raise ValueError(f'recipe {name!r}: must be one of {sorted(RECIPES)}')
-  return RECIPES[name]
+  if name in RECIPES:
+    return RECIPES[name]
+  # From the right: a key of one's own may have a + in it.
+  base, _, rounding = name.rpartition('+')
+  if base not in RECIPES or rounding not in ROUNDINGS:
+    raise ValueError(
+        f'recipe {name!r}: must be one of {sorted(RECIPES)}, these also with a '
+        f"rounding of weights, of {ROUNDINGS}, as in 'msfp+gptq'")
+  return dataclasses.replace(RECIPES[base], rounding=rounding)
 
 
 def parse_bits(text: str) -> tuple[int, int]:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.dual_scale import DualScale
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantizers import fields_of
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
@@ -24,7 +26,12 @@ BUILT_IN = (Full, Static, Block, DualScale)
 # Longer arrays are written as base64: numbers as text take thrice the room.
 _READABLE = 4096
 _DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (
-    np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.uint8)}
+    np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.int8, np.uint8,
+    ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu)}
+# Arrays of packed weights; all but the first two may be absent. And what else
+# there is to know, with the value that is left out.
+_ARRAYS = ('data', 'scale', 'zero_point', 'shift', 'outer')
+_SIZES = {'length': None, 'group': 0, 'shift_group': 0}
 
 
 def quantizer_to_dict(quantizer: Quantizer) -> dict[str, Any]:
@@ -79,6 +86,33 @@ def around_from_dict(row: dict[str, Any]) -> Around:
   if flaws := around.flaws():
     raise ValueError('around a layer, ' + ', '.join(flaws))
   return around
+
+
+def weights_to_dict(weight: QTensor) -> dict[str, Any]:
+  """Packed weights; what is absent or 0 left out."""
+  row = {'fmt': str(weight.fmt)}
+  if weight.wide is not None:
+    row['wide'] = str(weight.wide)
+  row |= {name: value for name, usual in _SIZES.items()
+          if (value := getattr(weight, name)) != usual}
+  return row | {name: array_to_json(part) for name in _ARRAYS
+                if (part := getattr(weight, name)) is not None}
+
+
+def weights_from_dict(row: dict[str, Any]) -> QTensor:
+  """The inverse, in NumPy. Raises ValueError for what no weights can be."""
+  sizes = _SIZES | {name: row[name] for name in _SIZES if name in row}
+  parts = {name: np.asarray(array_from_json(row[name]))
+           for name in _ARRAYS if name in row}
+  wide = FPFormat.parse(row['wide']) if 'wide' in row else None
+  fmt = FPFormat.parse(row['fmt'])
+  layout = layout_lib.packed_layout(fmt)
+  if odd := sorted(set(row) - {'fmt', 'wide', *_SIZES, *_ARRAYS}):
+    raise ValueError(f'fields {odd}, which weights lack')
+  weight = QTensor(**parts, **sizes, fmt=fmt, wide=wide, axis=-2, layout=layout)
+  if flaws := weight.flaws():
+    raise ValueError('weights with ' + ', '.join(flaws))
+  return weight
 
 
 def array_to_json(array: Any) -> dict[str, Any]:

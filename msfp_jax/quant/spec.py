@@ -16,6 +16,7 @@ from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
+from msfp_jax.quant.rounded import Rounded
 
 _FAMILY = 'msfp-jax/spec/'
 _FORMAT, _FIRST_FORMAT = _FAMILY + '2', _FAMILY + '1'
@@ -33,7 +34,11 @@ class LayerSpec:
     act: the quantizer of its input.
     around: what stands around the product; None for nothing.
     stats: measured at calibration, for people: 'act_min', 'act_max',
-      'act_mse', 'act_signed_mse' (best signed), 'weight_mse'.
+      'act_mse', 'act_signed_mse' (best signed), 'weight_mse'; where GPTQ
+      rounded the weights also 'output_mse' and 'nearest_output_mse', of the
+      output by these weights and by the nearest levels.
+    rounded: the weights themselves, where their levels are others than the
+      nearest; None where they follow from `weight`.
   """
 
   role: str
@@ -42,6 +47,7 @@ class LayerSpec:
   act: Quantizer = Full()
   around: Around | None = None
   stats: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  rounded: Rounded | None = None
 
   @property
   def quantized(self) -> bool:
@@ -107,17 +113,26 @@ def _layer_to_dict(layer: LayerSpec) -> dict[str, Any]:
   if layer.around is not None:
     row['around'] = serialize.around_to_dict(layer.around)
   # The weights last: their arrays are the longest part of a line.
-  return row | {'weight': serialize.quantizer_to_dict(layer.weight)}
+  row['weight'] = serialize.quantizer_to_dict(layer.weight)
+  if layer.rounded is not None:
+    row['rounded'] = {
+        'of': layer.rounded.digest,
+        **serialize.weights_to_dict(layer.rounded.weight)}
+  return row
 
 
 def _layer_from_dict(row: dict[str, Any]) -> LayerSpec:
-  around = row.get('around')
+  around, rounded = row.get('around'), row.get('rounded')
+  if rounded is not None:
+    rounded = Rounded(serialize.weights_from_dict(
+        {key: value for key, value in rounded.items() if key != 'of'}),
+                      rounded['of'])
   return LayerSpec(
       row['role'], row['kind'],
       serialize.quantizer_from_dict(row['weight']),
       serialize.quantizer_from_dict(row['act']),
       None if around is None else serialize.around_from_dict(around),
-      row['stats'])
+      row['stats'], rounded)
 
 
 def _layer_from_first(row: dict[str, Any]) -> LayerSpec:

@@ -48,7 +48,7 @@ class QuantSettings:
   """Which quantizers calibration looks for.
 
   Attributes:
-    recipe: a key of `recipes.RECIPES`.
+    recipe: a name that `recipes.get` knows.
     weight_bits: of the layers that are no exception.
     act_bits: likewise, of their inputs.
     exceptions: a key of `roles.EXCEPTIONS`.

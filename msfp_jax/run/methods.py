@@ -96,10 +96,13 @@ def check_rows(names: Sequence[str], workdir: str, num_updates: int) -> None:
       workdir_lib.check_trained(workdir, num_updates)
     elif name == PACKED:
       workdir_lib.check_packed(workdir)
-    elif name != FULL_PRECISION and recipe not in recipes.RECIPES:
-      raise ValueError(
-          f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
-          f'{TUNED!r}, {PACKED!r} or one of {sorted(recipes.RECIPES)}, these '
-          "also with bits as in 'msfp:w6a6'")
-    elif colon:
-      recipes.parse_bits(bits)
+    elif name != FULL_PRECISION:
+      try:
+        recipes.get(recipe)
+      except ValueError as error:
+        raise ValueError(
+            f'config.eval.rows names {name!r}: must be {FULL_PRECISION!r}, '
+            f"{TUNED!r}, {PACKED!r} or a recipe, also with bits as in "
+            f"'msfp:w6a6'; {error}") from error
+      if colon:
+        recipes.parse_bits(bits)

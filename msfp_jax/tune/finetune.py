@@ -18,7 +18,9 @@ from msfp_jax.base import files
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import sampling
+from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.quantize import check_layers
 from msfp_jax.tune import loop
 from msfp_jax.tune import losses
 from msfp_jax.tune import student as student_lib
@@ -95,8 +97,9 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
     settings: how it will be trained.
 
   Raises:
-    ValueError: the spec quantizes no weight.
+    ValueError: the spec quantizes no weight, or is of another model.
   """
+  check_layers(spec, interception.leaves(params, 'kernel'))
   bits = {name: layer.weight.bits for name, layer in spec.layers.items()
           if not layer.weight.is_full}
   if not bits:
@@ -172,16 +175,17 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   # trajectory, and a batch costs one prediction of each.
   steps = plan.steps() | {'gamma': jnp.asarray(gamma, jnp.float32)}
 
-  def loss_fn(trainable, params, x, step, condition, eps_teacher):
-    eps, choices = dataclasses.replace(student, params=params).predict(
+  def loss_fn(trainable, arrays, x, step, condition, eps_teacher):
+    eps, choices = student.with_arrays(arrays).predict(
         trainable, x, step['t'], *condition, step=step['index'])
     loss = losses.dfa_loss(step['gamma'], eps_teacher, eps)
     return loss, (losses.dfa_loss(1.0, eps_teacher, eps), choices)
 
-  # The teacher's parameters are an argument: as constants they would be
-  # folded for a minute of compilation.
+  # The teacher's parameters, and weights that calibration rounded, are an
+  # argument: as constants they would be folded for a minute of compilation.
   @functools.partial(jax.jit, donate_argnums=0)
-  def update(state: FinetuneState, params: Any):
+  def update(state: FinetuneState, arrays: Any):
+    params, _ = arrays
     index = state.step % plan.num_steps
     step = jax.tree.map(lambda a: a[index], steps)
     run_key = jax.random.fold_in(key, state.step // plan.num_steps)
@@ -198,7 +202,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     eps_teacher = student.model.apply(
         {'params': params}, x, jnp.full(x.shape[:1], step['t']), *condition)
     (loss, (mse, choices)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.trainable, params, x, step, condition, eps_teacher)
+        state.trainable, arrays, x, step, condition, eps_teacher)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': mse, 't': step['t'],
@@ -215,7 +219,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
             plan, step, position, eps_teacher,
             jax.random.fold_in(run_key, 1))), scalars
 
-  return lambda state: update(state, student.params)
+  return lambda state: update(state, student.arrays)
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ from msfp_jax.quant.qlayer import Latent
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.quantize import check_layers
 from msfp_jax.quant.quantize import make_layer
+from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.tune import talora
 
 # A prediction at timestep t, with W of one layer and its banks A_i B_i:
@@ -64,6 +65,23 @@ class Student:
                        f'or {DEQUANTIZED_WEIGHTS!r}')
 
   @property
+  def arrays(self) -> Any:
+    """Its large arrays, as one pytree: an argument of jitted functions."""
+    return self.params, {
+        name: layer.rounded.weight for name, layer in self.spec.layers.items()
+        if layer.rounded is not None}
+
+  def with_arrays(self, arrays: Any) -> 'Student':
+    """The student with other `arrays`."""
+    params, weights = arrays
+    layers = {name: layer if layer.rounded is None else dataclasses.replace(
+        layer, rounded=dataclasses.replace(layer.rounded, weight=weights[name]))
+              for name, layer in self.spec.layers.items()}
+    return dataclasses.replace(
+        self, params=params,
+        spec=dataclasses.replace(self.spec, layers=layers))
+
+  @property
   def base_kernels(self) -> dict[str, jax.Array]:
     """{layer: the kernel that its banks are added to}, without its branch."""
     kernels = interception.leaves(self.params, 'kernel')
@@ -71,7 +89,11 @@ class Student:
       if layer.around is not None:
         # First: banks and quantizers both work on what the product sees.
         kernels[name] = layer.around.residual(kernels[name])
-      if name in self.banked and self.base == DEQUANTIZED_WEIGHTS:
+      if layer.rounded is not None:
+        # From the levels that calibration chose: W itself would be rounded to
+        # the nearest, whatever `base` says.
+        kernels[name] = layer.rounded.dequantize()
+      elif name in self.banked and self.base == DEQUANTIZED_WEIGHTS:
         kernels[name] = layer.weight.fake_quant(kernels[name], axis=-2)
     return kernels
 
@@ -145,7 +167,7 @@ class Student:
     layers = {}
     for name, layer in spec.layers.items():
       # All layers, those in full precision too: gradients flow by one path.
-      latent = Latent(kernels[name], layer.weight)
+      latent = Latent(kernels[name], self._quantizer(name, layer))
       made = QLayer(latent, layer.act, biases.get(name),
                     layer.around or Around())
       layers[name] = made.at(step)
@@ -173,8 +195,10 @@ class Student:
     layers = {}
     for name, layer in spec.layers.items():
       weight = None
-      if not layer.weight.is_full:
-        weight = layer.weight.quantize_banks(
+      if name not in sets and layer.rounded is not None:
+        weight = jax.tree.map(jnp.asarray, layer.rounded.weight.unpacked())
+      elif not layer.weight.is_full:
+        weight = self._quantizer(name, layer).quantize_banks(
             sets.get(name, kernels[name][None]))
       layers[name] = make_layer(weight, layer, biases.get(name))
     return params, layers
@@ -192,6 +216,11 @@ class Student:
       choices = talora.plan_choices(
           self.router, trainable['router'], timesteps)
     return dict(zip(self.banked, choices.T, strict=True))
+
+  def _quantizer(self, name: str, layer: spec_lib.LayerSpec) -> Quantizer:
+    """A layer's quantizer of weights; `layer` has its ranges as learned."""
+    rounded = self.spec.layers[name].rounded
+    return layer.weight if rounded is None else rounded.quantizer(layer.weight)
 
   def _biased(self, offsets: Mapping[str, jax.Array]) -> Any:
     """The parameters with offsets added to the biases."""
@@ -218,5 +247,8 @@ def with_ranges(spec: spec_lib.QuantSpec, ranges: Any) -> spec_lib.QuantSpec:
     changes = {
         side: getattr(layer, side).moved(ranges[side][name])
         for side in ('act', 'weight') if name in ranges[side]}
+    if 'weight' in changes:
+      # Rounded by the scales of before.
+      changes['rounded'] = None
     layers[name] = dataclasses.replace(layer, **changes)
   return dataclasses.replace(spec, layers=layers)
