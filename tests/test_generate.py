@@ -40,8 +40,8 @@ class Model:
 
 
 def generated(count=8, batch=4, model=None, **options):
-  return generate.generate(
-      model or Model(), PLAN, count, batch, SHAPE, KEY, **options)
+  drawer = generate.Drawer(model or Model(), PLAN, batch, SHAPE)
+  return generate.generate(drawer, count, KEY, **options)
 
 
 @pytest.fixture(scope='module')
@@ -73,8 +73,8 @@ def test_start_steps_and_labels_have_keys_of_their_own(classes):
     drawn.append(np.asarray(x))
     return x
 
-  for _ in generate.batches(Model(), PLAN, (0, 3), 2, SHAPE, KEY,
-                            draw_condition=draw, decode=decode):
+  drawer = generate.Drawer(Model(), PLAN, 2, SHAPE, draw)
+  for _ in generate.batches(drawer, (0, 3), KEY, decode=decode):
     pass
   for number, found in zip((0, 3), drawn, strict=True):
     key = jax.random.fold_in(KEY, number)

@@ -64,12 +64,12 @@ def draws(monkeypatch):
   """Replaces sampling and calibration; lists the names of what was drawn."""
   names = []
 
-  def generate(deployed, plan, count, batch_size, shape, key, name, **rest):
-    del deployed, plan, batch_size, rest
+  def generate(drawer, count, key, name, **rest):
+    del drawer, rest
     names.append(name)
     seed = [*np.asarray(jax.random.key_data(key)), zlib.crc32(name.encode())]
     return np.random.default_rng(seed).integers(
-        0, 256, (count, *shape), np.uint8)
+        0, 256, (count, 8, 8, 1), np.uint8)
 
   def calibrate(self):
     return spec_lib.QuantSpec(self.quant.recipe, dict.fromkeys(

@@ -218,7 +218,7 @@ def test_the_packed_model_is_a_row(copy, npz):
       npz, {'eval.rows': ('fp', 'tuned', 'packed')}), str(copy))
   _, tuned, packed = found['rows']
   metrics = {'weight_bits', 'act_bits', 'fd_random', 'fd_random_to_fp',
-             'psnr_to_fp'}
+             'psnr_to_fp', 'bits_per_weight', 'bits_per_act'}
   assert packed.keys() == tuned.keys() == metrics | {'name', 'bytes'}
   for key in metrics:
     assert packed[key] == tuned[key], key  # to the last digit
