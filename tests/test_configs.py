@@ -26,6 +26,7 @@ from msfp_jax.quant import recipes
 from msfp_jax.quant import roles
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment
+from msfp_jax.run import methods
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
@@ -94,9 +95,8 @@ def test_what_a_config_names_exists(module, variant):
     assert kind == 'cifar_resnet' and config.eval.features in module.__doc__
   elif kind != 'inception':  # whose weights are a download
     features.get(config.eval.features, (side, side, 1))
-  for row in config.eval.rows:
-    if row not in ('fp', 'tuned'):
-      recipes.get(row.partition(':')[0])
+  for name in methods.recipes_of(methods.expand(config.eval.rows)):
+    recipes.get(name)
 
 
 @pytest.mark.parametrize('variant, count', [

@@ -107,10 +107,12 @@ def test_an_image_that_is_decoded_to_infinity_is_refused():
     generated(decode=lambda x: x / 0.0)
 
 
-@pytest.mark.parametrize('count, batch', [(0, 4), (-1, 4), (4, 0)])
-def test_no_samples(count, batch):
-  with pytest.raises(ValueError, match=f'num_samples={count}, '
-                     f'batch_size={batch}: must be at least 1'):
+@pytest.mark.parametrize('count, batch, message', [
+    (0, 4, 'num_samples=0, batch_size=4: must be at least 1'),
+    (-1, 4, 'num_samples=-1, batch_size=4: must be at least 1'),
+    (4, 0, 'batch_size=0: must be')])
+def test_no_samples(count, batch, message):
+  with pytest.raises(ValueError, match=message):
     generated(count, batch)
 
 
