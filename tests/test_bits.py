@@ -18,7 +18,7 @@ from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 from msfp_jax.run import bits
 
-FMT = FPFormat.parse('E2M1')
+FMT, FULL = FPFormat.parse('E2M1'), Full()
 
 
 class Pair(nn.Module):
@@ -46,7 +46,7 @@ def model_of(conv, dense=None):
       'conv': conv, 'dense': dense or full}), PLAN)
 
 
-def layer(weight=Full(), act=Full(), around=None):
+def layer(weight=FULL, act=FULL, around=None):
   return spec_lib.LayerSpec('', '', weight, act, around)
 
 

@@ -156,3 +156,15 @@ def test_batches_are_split_over_all_devices(tmp_path):
     np.testing.assert_allclose(
         found['seen'], features.get('random', SHAPE).outputs(
             found['images']).features, rtol=1e-5, atol=1e-5)
+
+
+def test_seconds_are_those_of_a_typical_batch_without_compiling(monkeypatch):
+  """By a clock that tells 100 seconds for the first batch, then 2, 4, 90."""
+  spent = iter([0, 100, 200, 202, 300, 304, 400, 490, 500, 506])
+  monkeypatch.setattr(generate.time, 'perf_counter', lambda: next(spent))
+  drawer = generate.Drawer(Model(), PLAN, 4, SHAPE)
+  drawer(KEY)
+  assert drawer.seconds_per_image(KEY) == 4 / 4
+  # What is drawn for other ends counts as well.
+  drawer(KEY)
+  assert drawer.seconds_per_image(KEY) == (4 + 6) / 2 / 4

@@ -36,6 +36,7 @@ X = jax.random.normal(jax.random.key(0), (3, 4, 4, 4))
 PARAMS = jax.tree.map(
     lambda p: p + 0.1, MODEL.init(jax.random.key(1), X, X[:, 0, 0, 0])[
         'params'])
+FULL = Full()
 WEIGHT = Static(FPFormat.parse('E2M1'), jnp.full((1, 8), 0.2))
 ACT = Static(FPFormat.parse('E1M2'), jnp.float32(0.5))
 
@@ -50,7 +51,7 @@ def sqnr(first, last=None, **changes):
   return errors.sqnr(model)
 
 
-def layer(weight=Full(), act=Full(), around=None):
+def layer(weight=FULL, act=FULL, around=None):
   return spec_lib.LayerSpec('', '', weight, act, around)
 
 
@@ -139,7 +140,7 @@ def test_each_step_has_its_bank():
 def test_an_input_alone_in_a_layer_of_full_weights():
   x, _ = trajectory()
   w, b = (np.float64(PARAMS['first'][kind]) for kind in ('kernel', 'bias'))
-  found = sqnr(layer(Full(), ACT))
+  found = sqnr(layer(FULL, ACT))
   assert found['output'] == found['input'] == {'first': pytest.approx(
       decibels(x @ w + b, nearest(x, ACT) @ w + b), abs=0.01)}
   assert not found['weight']

@@ -27,8 +27,8 @@ from msfp_jax.report.section import Source
 
 # In the order of the page. Each makes a Section, or None without its data.
 SECTIONS = (
-    overview.section, results_table.section, samples.section,
-    heat_map.section, layers_table.section, histograms.section, strategies.section,
+    overview.section, results_table.section, heat_map.section, samples.section,
+    layers_table.section, histograms.section, strategies.section,
     timesteps.section, routing.section, curves.section)
 
 

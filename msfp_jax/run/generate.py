@@ -15,7 +15,7 @@ from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
 from msfp_jax.packed import model as packed_lib
 
-_REPEATS = 3  # of what is timed
+_TIMED = 3  # batches, at least, by which a model is timed
 
 
 class Drawer:
@@ -45,7 +45,7 @@ class Drawer:
     devices.check_batch('batch_size', batch_size)
     self.model, self.batch_size = model, batch_size
     self._more = plan, batch_size, shape, draw_condition
-    self._arrays = None
+    self._arrays, self._times = None, []
     sharding = devices.batch_sharding()
 
     def draw(arrays, key):
@@ -76,17 +76,21 @@ class Drawer:
     """
     if self._arrays is None:  # copied once, not with every batch
       self._arrays = devices.on_all(self.model.arrays)
-    return self._draw(self._arrays, key)
+    begin = time.perf_counter()
+    x = self._draw(self._arrays, key).block_until_ready()
+    self._times.append(time.perf_counter() - begin)
+    return x
 
   def seconds_per_image(self, key: jax.Array) -> float:
-    """The median over some batches, compiled and without a decoder."""
-    self(key).block_until_ready()
-    found = []
-    for _ in range(_REPEATS):
-      begin = time.perf_counter()
-      self(key).block_until_ready()
-      found.append(time.perf_counter() - begin)
-    return statistics.median(found) / self.batch_size
+    """The median over all batches so far, compiled and without a decoder.
+
+    Args:
+      key: of those that are drawn for it, where there were not enough.
+    """
+    # The first one holds the time to compile.
+    while len(self._times) <= _TIMED:
+      self(key)
+    return statistics.median(self._times[1:]) / self.batch_size
 
 
 def batches(draw: Drawer, numbers: Iterable[int], key: jax.Array,
