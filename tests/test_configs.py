@@ -250,6 +250,21 @@ def test_rows_of_a_study_share_model_data_and_noise():
           assert config[part] == base[part], (variant, part)
 
 
+def test_the_study_of_recipes_has_all_of_them():
+  """Each as it is: untuned, at 4 bits, under both lists of exceptions."""
+  groups = digits.STUDIES['recipes']['groups']
+  assert sorted(groups) == sorted(roles.EXCEPTIONS)
+  for group, rows in groups.items():
+    assert set(rows) >= set(recipes.RECIPES)
+    for label, variant in rows.items():
+      config = digits.get_config(variant)
+      assert config.quant.to_dict() == {
+          'recipe': label, 'weight_bits': 4, 'act_bits': 4,
+          'exceptions': group}
+      assert config.finetune.num_updates == 0
+      assert config.eval == digits.get_config('recipes').eval
+
+
 def test_the_docstrings_name_the_command():
   for module in MODULES:
     name = module.__name__.rpartition('.')[2]
