@@ -128,6 +128,8 @@ def get_config() -> ml_collections.ConfigDict:
       'log_every': 20,
   })
   config.eval = ml_collections.ConfigDict({
+      # 'fp', 'tuned', 'packed', recipes, such with bits ('msfp:w6a6'), or
+      # 'all' for every recipe there is.
       'rows': ('fp', 'int', 'signed_fp', 'msfp', 'tuned'),
       'num_samples': 2048,
       'batch_size': 256,
@@ -146,6 +148,12 @@ def get_config() -> ml_collections.ConfigDict:
       'keep': '',
       'pictures': 16,  # images a row in samples/methods.png
       'report': True,  # write report.html
+      # Images by which the error of every layer is measured: columns sqnr_...,
+      # and the report's picture of layers by methods; 0: without.
+      'layer_images': 0,
+      # Time the sampling of every row: columns seconds, seconds_packed. No two
+      # runs give the same.
+      'timing': False,
   })
   return config
 

@@ -15,6 +15,7 @@ with seed 0; SHA-256 of its file: see msfp_jax/assets/README.md.
 """
 
 from configs import common
+from msfp_jax.quant import recipes
 
 # Word of --config=configs/digits.py:WORD,WORD -> what it changes.
 VARIANTS = {
@@ -30,6 +31,9 @@ VARIANTS = {
     'dfa': {'finetune.gamma': 'sampler'},
     # Train the teacher that the package ships.
     'pretrain': {'stage': 'pretrain', 'pretrained': ''},
+    # Every recipe, by everything that is measured; needs no train.py.
+    'recipes': {'finetune.num_updates': 0, 'eval.rows': ('fp', 'all'),
+                'eval.layer_images': 16, 'eval.timing': True},
     # Minutes on a laptop.
     'demo': {'eval.num_samples': 512, 'finetune.num_updates': 600,
              'quant.exceptions': 'skip-8'},
@@ -57,6 +61,9 @@ _ROWS = {
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
     'MSFP W6A6 + TALoRA + DFA': 'msfp,w6a6,talora,dfa',
 }
+# What `recipes` compares: all that are registered.
+_RECIPES = tuple(recipes.RECIPES)
+VARIANTS |= {f'recipe={name}': {'quant.recipe': name} for name in _RECIPES}
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
     'as configured': {},
@@ -92,5 +99,16 @@ STUDIES = {
         'metrics': (*_METRICS, 'class_balance'),
         'groups': {'ends-8': {label: f'ends-8,choice={label}'
                              for label in _CHOICES}},
+    },
+    'recipes': {
+        'seeds': (0, 1, 2),
+        'metrics': (
+            'bits_per_weight', 'bits_per_act', 'bytes', 'sqnr_mean', 'sqnr_min',
+            'psnr_to_fp', 'ssim_to_fp', 'fd_digits_to_fp', 'fd_digits',
+            'label_agreement', 'seconds', 'seconds_packed'),
+        'base': 'recipes',
+        'groups': {group: {name: f'recipes,{group},recipe={name}'
+                           for name in _RECIPES}
+                   for group in ('ends-8', 'skip-8')},
     },
 }

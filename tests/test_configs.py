@@ -26,6 +26,7 @@ from msfp_jax.quant import recipes
 from msfp_jax.quant import roles
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment
+from msfp_jax.run import methods
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
@@ -94,9 +95,8 @@ def test_what_a_config_names_exists(module, variant):
     assert kind == 'cifar_resnet' and config.eval.features in module.__doc__
   elif kind != 'inception':  # whose weights are a download
     features.get(config.eval.features, (side, side, 1))
-  for row in config.eval.rows:
-    if row not in ('fp', 'tuned'):
-      recipes.get(row.partition(':')[0])
+  for name in methods.recipes_of(methods.expand(config.eval.rows)):
+    recipes.get(name)
 
 
 @pytest.mark.parametrize('variant, count', [
@@ -248,6 +248,21 @@ def test_rows_of_a_study_share_model_data_and_noise():
         for part in ('pretrained', 'data', 'model', 'schedule', 'sampler',
                      'calibrate'):
           assert config[part] == base[part], (variant, part)
+
+
+def test_the_study_of_recipes_has_all_of_them():
+  """Each as it is: untuned, at 4 bits, under both lists of exceptions."""
+  groups = digits.STUDIES['recipes']['groups']
+  assert sorted(groups) == sorted(roles.EXCEPTIONS)
+  for group, rows in groups.items():
+    assert set(rows) >= set(recipes.RECIPES)
+    for label, variant in rows.items():
+      config = digits.get_config(variant)
+      assert config.quant.to_dict() == {
+          'recipe': label, 'weight_bits': 4, 'act_bits': 4,
+          'exceptions': group}
+      assert config.finetune.num_updates == 0
+      assert config.eval == digits.get_config('recipes').eval
 
 
 def test_the_docstrings_name_the_command():

@@ -40,8 +40,8 @@ class Model:
 
 
 def generated(count=8, batch=4, model=None, **options):
-  return generate.generate(
-      model or Model(), PLAN, count, batch, SHAPE, KEY, **options)
+  drawer = generate.Drawer(model or Model(), PLAN, batch, SHAPE)
+  return generate.generate(drawer, count, KEY, **options)
 
 
 @pytest.fixture(scope='module')
@@ -73,8 +73,8 @@ def test_start_steps_and_labels_have_keys_of_their_own(classes):
     drawn.append(np.asarray(x))
     return x
 
-  for _ in generate.batches(Model(), PLAN, (0, 3), 2, SHAPE, KEY,
-                            draw_condition=draw, decode=decode):
+  drawer = generate.Drawer(Model(), PLAN, 2, SHAPE, draw)
+  for _ in generate.batches(drawer, (0, 3), KEY, decode=decode):
     pass
   for number, found in zip((0, 3), drawn, strict=True):
     key = jax.random.fold_in(KEY, number)
@@ -107,10 +107,12 @@ def test_an_image_that_is_decoded_to_infinity_is_refused():
     generated(decode=lambda x: x / 0.0)
 
 
-@pytest.mark.parametrize('count, batch', [(0, 4), (-1, 4), (4, 0)])
-def test_no_samples(count, batch):
-  with pytest.raises(ValueError, match=f'num_samples={count}, '
-                     f'batch_size={batch}: must be at least 1'):
+@pytest.mark.parametrize('count, batch, message', [
+    (0, 4, 'num_samples=0, batch_size=4: must be at least 1'),
+    (-1, 4, 'num_samples=-1, batch_size=4: must be at least 1'),
+    (4, 0, 'batch_size=0: must be')])
+def test_no_samples(count, batch, message):
+  with pytest.raises(ValueError, match=message):
     generated(count, batch)
 
 
@@ -154,3 +156,15 @@ def test_batches_are_split_over_all_devices(tmp_path):
     np.testing.assert_allclose(
         found['seen'], features.get('random', SHAPE).outputs(
             found['images']).features, rtol=1e-5, atol=1e-5)
+
+
+def test_seconds_are_those_of_a_typical_batch_without_compiling(monkeypatch):
+  """By a clock that tells 100 seconds for the first batch, then 2, 4, 90."""
+  spent = iter([0, 100, 200, 202, 300, 304, 400, 490, 500, 506])
+  monkeypatch.setattr(generate.time, 'perf_counter', lambda: next(spent))
+  drawer = generate.Drawer(Model(), PLAN, 4, SHAPE)
+  drawer(KEY)
+  assert drawer.seconds_per_image(KEY) == 4 / 4
+  # What is drawn for other ends counts as well.
+  drawer(KEY)
+  assert drawer.seconds_per_image(KEY) == (4 + 6) / 2 / 4

@@ -13,6 +13,7 @@ import pytest
 
 from msfp_jax import diffusion
 from msfp_jax.base import errors
+from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import methods
@@ -92,3 +93,20 @@ def test_rows_that_there_are_not(names, message):
 def test_rows_that_there_are():
   methods.check_rows(('fp', 'int', 'signed_fp', 'msfp', 'msfp:w6a6',
                       'msfp+gptq', 'nvfp4+gptq:w4a8'), '', 0)
+
+
+def test_all_stands_for_every_recipe_once():
+  every = tuple(recipes.RECIPES)
+  assert methods.expand(('fp', 'all', 'packed')) == ('fp', *every, 'packed')
+  found = methods.expand(('msfp', 'fp', 'all'))
+  assert found[:2] == ('msfp', 'fp') and len(found) == len(every) + 1
+  assert sorted(found) == sorted(('fp', *every))
+  assert methods.expand(('all:w6a8',)) == tuple(
+      f'{name}:w6a8' for name in every)
+  assert methods.expand(('fp', 'tall', 'alle')) == ('fp', 'tall', 'alle')
+  methods.check_rows(methods.expand(('all', 'all:w6a8')), '', 0)
+
+
+def test_the_recipes_among_rows():
+  assert methods.recipes_of(
+      ('fp', 'tuned', 'int', 'packed', 'msfp:w6a6')) == ['int', 'msfp']

@@ -39,7 +39,9 @@ def scorer_of(images, num_vectors=0):
 
 def test_the_columns_on_every_network_are_as_they_were():
   """Names that results.json has had; in the order of the results."""
-  facts = ['weight_bits', 'act_bits', 'bytes']
+  facts = ['weight_bits', 'act_bits', 'bytes', 'bits_per_weight',
+           'bits_per_act', 'sqnr_mean', 'sqnr_min', 'seconds',
+           'seconds_packed']
   usual = [
       'fid', 'sfid', 'kid', 'kid_std', 'precision', 'recall', 'is', 'is_std',
       'confidence', 'class_balance', 'fid_to_fp', 'sfid_to_fp', 'psnr_to_fp',
@@ -61,10 +63,11 @@ def test_the_columns_on_every_network_are_as_they_were():
 def test_which_end_of_a_column_is_good():
   columns = registry.columns(INCEPTION)
   assert {name for name in columns if columns[name].better == 'low'} == {
-      'fid', 'sfid', 'kid', 'fid_to_fp', 'sfid_to_fp', 'bytes'}
+      'fid', 'sfid', 'kid', 'fid_to_fp', 'sfid_to_fp', 'bytes',
+      'bits_per_weight', 'bits_per_act', 'seconds', 'seconds_packed'}
   assert {name for name in columns if columns[name].better == 'high'} == {
       'precision', 'recall', 'is', 'psnr_to_fp', 'ssim_to_fp',
-      'label_agreement'}
+      'label_agreement', 'sqnr_mean', 'sqnr_min'}
 
 
 def test_a_kind_is_named_after_the_features_wherever_it_stands():

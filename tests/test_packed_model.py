@@ -139,7 +139,7 @@ def test_samples_are_those_of_the_simulation_bit_for_bit():
 
 def test_images_are_generated_from_either():
   images = [generate.generate(
-      model, toy.plan(), 3, 2, toy.SHAPE, jax.random.key(2))
+      generate.Drawer(model, toy.plan(), 2, toy.SHAPE), 3, jax.random.key(2))
             for model in pair()]
   assert images[0].shape == (3, *toy.SHAPE)
   np.testing.assert_array_equal(images[0], images[1])

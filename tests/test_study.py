@@ -64,12 +64,12 @@ def draws(monkeypatch):
   """Replaces sampling and calibration; lists the names of what was drawn."""
   names = []
 
-  def generate(deployed, plan, count, batch_size, shape, key, name, **rest):
-    del deployed, plan, batch_size, rest
+  def generate(drawer, count, key, name, **rest):
+    del drawer, rest
     names.append(name)
     seed = [*np.asarray(jax.random.key_data(key)), zlib.crc32(name.encode())]
     return np.random.default_rng(seed).integers(
-        0, 256, (count, *shape), np.uint8)
+        0, 256, (count, 8, 8, 1), np.uint8)
 
   def calibrate(self):
     return spec_lib.QuantSpec(self.quant.recipe, dict.fromkeys(
@@ -77,6 +77,8 @@ def draws(monkeypatch):
         spec_lib.LayerSpec('', '')))
 
   monkeypatch.setattr(evaluate.generate, 'generate', generate)
+  monkeypatch.setattr(study.measure.bits, 'input_shapes',
+                      lambda *unused: {'conv_in': (1, 8, 8, 1)})
   monkeypatch.setattr(experiment_lib, 'collect', lambda *a, **k: {})
   monkeypatch.setattr(experiment_lib.Experiment, 'calibrate', calibrate)
   return names
@@ -192,6 +194,42 @@ def test_the_table_by_hand():
   assert study.table(found, ('fd', 'bytes')).splitlines() == [
       '**g**', '', '|  | fd | bytes | seeds |', '|---|---|---|---|',
       '| a | 3.00 ± 2.65 | 1,234 | 3 |', '| b | 2.50 |  | 1 |']
+
+
+def test_small_numbers_keep_three_digits():
+  found = {'g': {'a': {'s': [0.0123, 0.0125], 'n': [0.09]},
+                 'b': {'s': [0.2, 0.3], 'n': [0.0]}}}
+  lines = study.table(found, ('s', 'n')).splitlines()
+  assert lines[4:] == ['| a | 0.0124 ± 0.0001 | 0.0900 |',
+                       '| b | 0.25 ± 0.07 | 0.00 |']
+
+
+def test_layers_stay_out_of_the_table(tmp_path):
+  (tmp_path / '0/g').mkdir(parents=True)
+  (tmp_path / '0/g/a.json').write_text(json.dumps(
+      {'fd': 1.0, 'sqnr': {'output': {'conv': 9.0}}}))
+  rows = {'groups': {'g': {'a': ''}}}
+  assert study.collect(rows, (0,), str(tmp_path))['g']['a'] == {'fd': [1.0]}
+
+
+def test_a_base_sets_what_all_rows_share(tmp_path, text, draws, monkeypatch):
+  """And seconds are measured on the first seed alone."""
+  path = pathlib.Path(text.removesuffix(':small'))
+  path.write_text(path.read_text().replace(
+      "config.quant.recipe = variant or 'msfp'",
+      "config.eval.timing = 'timed' in variant").replace(
+          "'seeds'", "'base': 'timed', 'seeds'").replace(
+              "'signed': 'signed_fp'", "'signed': 'timed,signed'"))
+  monkeypatch.setattr(
+      study.evaluate.generate.Drawer, 'seconds_per_image', lambda *_: 0.5)
+  study.run(text, str(tmp_path / 'work'), rows=['signed'])
+  for seed, expected in ((0, 0.5), (1, None)):
+    for name in ('fp', 'signed'):
+      row = json.loads((tmp_path / f'work/{seed}/two/{name}.json').read_text())
+      assert row.get('seconds') == expected, (seed, name)
+  # Of another base a row is refused.
+  with pytest.raises(ValueError, match=r"row 'MSFP' .*\['eval.timing'\]"):
+    study.run(text, str(tmp_path / 'other'), rows=['MSFP'])
 
 
 @pytest.mark.parametrize('change, message', [

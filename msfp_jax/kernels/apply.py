@@ -46,7 +46,7 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
       # Its weights stay in full precision: the module's own product is right.
       return compute(layer.input.fake_quant(x))
     try:
-      return _run(module, x, layer, implementation)
+      return run_layer(module, x, layer, implementation)
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
 
@@ -57,9 +57,16 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
   return out
 
 
-def _run(module: nn.Module, x: jax.Array, layer: QLayer,
-         implementation: str | None) -> jax.Array:
-  """Computes an nn.Dense or nn.Conv from its quantized weights."""
+def run_layer(module: nn.Module, x: jax.Array, layer: QLayer,
+              implementation: str | None = None) -> jax.Array:
+  """Computes an nn.Dense or nn.Conv from its quantized weights.
+
+  Args:
+    module: of which it is; its own parameters are not used.
+    x: its input, `[..., I]`.
+    layer: with one set of weights.
+    implementation: see `kernels.door`; None picks.
+  """
   # The type that the module would return, by Flax's own rule.
   dtype = module.dtype or jnp.promote_types(x.dtype, module.param_dtype)
   # Quantized as it comes: rounded to fewer bits first, levels would differ.

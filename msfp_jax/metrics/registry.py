@@ -209,6 +209,25 @@ FACTS: dict[str, Column] = {
     'bytes': Column(
         better=LOW, meaning='size with weights packed at their bits; all '
         'banks, scales and zero points counted'),
+    'bits_per_weight': Column(
+        better=LOW, meaning='bits that the layers store for each of their '
+        'weights, exceptions, scales, zero points, shifts, branches and banks '
+        'counted'),
+    'bits_per_act': Column(
+        better=LOW, meaning='bits of each element of the layers\' inputs, for '
+        'one image, exceptions, scales, zero points and shifts counted'),
+    'sqnr_mean': Column(
+        better=HIGH, meaning='signal-to-quantization-noise ratio of a layer\'s '
+        'output in dB, each layer by itself on full precision\'s input, mean '
+        'over the layers'),
+    'sqnr_min': Column(
+        better=HIGH, meaning='the same of the worst layer'),
+    'seconds': Column(
+        better=LOW, meaning='time to sample one image, of a batch and on the '
+        'machine at hand; of quantized models simulated, with their weights as '
+        'float32 levels'),
+    'seconds_packed': Column(
+        better=LOW, meaning='the same with the weights as packed codes'),
 }
 
 

@@ -35,8 +35,11 @@ def table(results: Mapping[str, Any]) -> Table:
   """
   known = registry.columns(results)
   rows = results['rows']
-  # In the order of first appearance: rows may have different metrics.
-  names = dict.fromkeys(key for row in rows for key in row if key != 'name')
+  # In the order of first appearance: rows may have different metrics. What is
+  # of every layer is no number of the row.
+  names = dict.fromkeys(
+      key for row in rows for key, value in row.items()
+      if key != 'name' and not isinstance(value, Mapping))
   columns = {name: known.get(name, _UNKNOWN) for name in names}
   return Table(
       columns, [row['name'] for row in rows],

@@ -12,6 +12,7 @@ from msfp_jax.base import files
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.report import curves
+from msfp_jax.report import heat_map
 from msfp_jax.report import histograms
 from msfp_jax.report import layers_table
 from msfp_jax.report import overview
@@ -26,7 +27,7 @@ from msfp_jax.report.section import Source
 
 # In the order of the page. Each makes a Section, or None without its data.
 SECTIONS = (
-    overview.section, results_table.section, samples.section,
+    overview.section, results_table.section, heat_map.section, samples.section,
     layers_table.section, histograms.section, strategies.section,
     timesteps.section, routing.section, curves.section)
 

@@ -27,6 +27,7 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import grid
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import generate
+from msfp_jax.run import measure
 from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import sample_store
@@ -38,7 +39,7 @@ class EvalSettings:
   """Settings of an evaluation; configs/common.py has the usual ones.
 
   Attributes:
-    rows: what `methods.make_row` knows.
+    rows: what `methods.make_row` knows; 'all' for every recipe.
     num_samples: images of each.
     batch_size: images at once.
     features: the feature network, see `features.get`.
@@ -50,6 +51,8 @@ class EvalSettings:
       ''.
     pictures: images a row in samples/methods.png.
     report: whether report.html is written.
+    layer_images: by which every layer's error is measured; 0: none is.
+    timing: whether sampling is timed, which no other run repeats.
   """
 
   rows: Sequence[str]
@@ -63,6 +66,8 @@ class EvalSettings:
   keep: str
   pictures: int
   report: bool
+  layer_images: int
+  timing: bool
 
 
 # What an evaluation leaves while it runs, by which the next one goes on. A
@@ -77,34 +82,30 @@ class EvalSettings:
 #                msfp.row.json      a row that is done
 #
 # In the end results.json holds it all, and the folder is deleted.
-def draw(experiment: experiment_lib.Experiment, cfg: EvalSettings,
-         deployed: packed_lib.PackedModel, name: str) -> np.ndarray:
+def drawer(experiment: experiment_lib.Experiment, batch_size: int,
+           deployed: packed_lib.PackedModel) -> generate.Drawer:
+  """Draws samples of an experiment from one model."""
+  return generate.Drawer(
+      deployed, experiment.plan, batch_size, experiment.sample_shape,
+      experiment.draw_condition)
+
+
+def draw(experiment: experiment_lib.Experiment, num_samples: int,
+         drawer: generate.Drawer, name: str) -> np.ndarray:
   """Samples, all in memory; every model starts from the same noise."""
   return generate.generate(
-      deployed, experiment.plan, cfg.num_samples, name=name,
-      **_how_to_sample(experiment, cfg))
+      drawer, num_samples, experiment.key(experiment_lib.SAMPLES), name,
+      decode=experiment.decode)
 
 
-def _how_to_sample(experiment: experiment_lib.Experiment, cfg: EvalSettings
-                   ) -> dict[str, Any]:
-  """Arguments that `generate` and `batches` of generate.py share."""
-  return {'batch_size': cfg.batch_size,
-          'shape': experiment.sample_shape,
-          # The same key for every model: image i of all rows starts from one
-          # noise.
-          'key': experiment.key(experiment_lib.SAMPLES),
-          'draw_condition': experiment.draw_condition,
-          'decode': experiment.decode}
-
-
-def fill(experiment: experiment_lib.Experiment, cfg: EvalSettings,
-         deployed: packed_lib.PackedModel, samples: sample_store.SampleStore,
-         name: str) -> None:
+def fill(experiment: experiment_lib.Experiment, drawer: generate.Drawer,
+         samples: sample_store.SampleStore, name: str) -> None:
   """Draws those batches of samples that a store lacks."""
-  size, missing = cfg.batch_size, samples.missing
+  size, missing = drawer.batch_size, samples.missing
+  # The same key for every model: image i of all rows starts from one noise.
   batches = generate.batches(
-      deployed, experiment.plan, missing, name=name,
-      **_how_to_sample(experiment, cfg))
+      drawer, missing, experiment.key(experiment_lib.SAMPLES), name,
+      decode=experiment.decode)
   total = len(samples)
   # Progress counts what an earlier run drew.
   done = generate.num_batches(total, size) - len(missing)
@@ -157,6 +158,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     ValueError: a row, a reference or a form of files that there is not.
   """
   cfg = EvalSettings(**config.eval)
+  cfg = dataclasses.replace(cfg, rows=methods_lib.expand(cfg.rows))
   if jax.process_count() > 1:
     raise ValueError(f'{jax.process_count()} processes: eval.py runs in one, '
                      'on all devices of its machine')
@@ -166,6 +168,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   experiment = experiment_lib.load(config, workdir)
   methods_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
   _check(cfg)
+  experiment = experiment.looking_ahead(methods_lib.recipes_of(cfg.rows))
+  meter = measure.Meter(experiment, cfg.layer_images, cfg.timing)
   folder = pathlib.Path(workdir) / 'eval'
   scorer = _claim_and_score(
       experiment, cfg, (config.data.name, config.data.path), folder)
@@ -185,7 +189,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   for name in names:
     samples = _store(experiment, cfg, folder, name)
     content, last = _evaluate_row(
-        experiment, cfg, workdir, name, samples, scorer)
+        experiment, cfg, workdir, name, samples, scorer, meter)
     results['rows'].append(content)
     shown[name] = samples[:cfg.pictures]
   pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
@@ -261,6 +265,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'jax': jax.__version__}
   scores = {
       'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
+      'layer_images': cfg.layer_images, 'timing': cfg.timing,
       'network': network.provenance,
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
                    else [*source, *images.shape]}
@@ -285,7 +290,7 @@ def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
 
 def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                   workdir: str, name: str, samples: sample_store.SampleStore,
-                  scorer: scorer_lib.Scorer
+                  scorer: scorer_lib.Scorer, meter: measure.Meter
                   ) -> tuple[dict[str, Any], methods_lib.Row | None]:
   """The row of results.json; draws what is missing of the samples.
 
@@ -300,7 +305,8 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   if path.is_file():
     return json.loads(path.read_text()), None
   row = methods_lib.make_row(experiment, name, workdir)
-  fill(experiment, cfg, row.deployed, samples, f'sample {name}')
+  draw = drawer(experiment, cfg.batch_size, row.deployed)
+  fill(experiment, draw, samples, f'sample {name}')
   try:
     found = scorer.score(samples)
   except ValueError as error:
@@ -312,8 +318,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
     suffix, save = sample_store.FORMS[cfg.keep]
     save(f'{workdir}/samples/{samples.folder.name}{suffix}', samples)
   content = {'name': name, 'weight_bits': row.weight_bits,
-             'act_bits': row.act_bits, **found,
-             'bytes': row.deployed.stored_bytes}
+             'act_bits': row.act_bits, **found, **meter.measure(draw)}
   # Full precision is scored anew by every run, from all its stored images: the
   # scorer has to have seen them.
   if name != methods_lib.FULL_PRECISION:

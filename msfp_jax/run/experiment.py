@@ -1,6 +1,6 @@
 """Experiment: model, data, sampler and settings, loaded from a config."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 import dataclasses
 import functools
 from typing import Any
@@ -25,7 +25,7 @@ from msfp_jax.tune import finetune as finetune_lib
 
 # Uses of the seed; each folds its own number into the key.
 # From 10 on, as pre-training folds 0 to 3 into the same seed's key.
-CALIBRATION, BANKS, TRAJECTORIES, SAMPLES = range(10, 14)
+CALIBRATION, BANKS, TRAJECTORIES, SAMPLES, LAYERS = range(10, 15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Experiment:
     draw_condition: what a conditional model is asked for.
     decode: latents `[B, h, w, c]` -> images, float32 in [-1, 1]; None where
       the model works on pixels.
+    ahead: what recipes need to see that will be asked for later, so that all
+      share one run of the sampler.
   """
 
   model: denoiser.Denoiser
@@ -92,6 +94,7 @@ class Experiment:
   finetune: finetune_lib.FinetuneSettings
   draw_condition: conditions.Draw = conditions.none
   decode: Callable[[jax.Array], jax.Array] | None = None
+  ahead: frozenset[str] = frozenset()
 
   @property
   def sample_shape(self) -> tuple[int, int, int]:
@@ -114,6 +117,11 @@ class Experiment:
     other.__dict__['_seen'] = self._seen
     return other
 
+  def looking_ahead(self, names: Iterable[str]) -> 'Experiment':
+    """The same, which gathers at once what all these recipes need to see."""
+    needs = [recipes.get(name).needs for name in names]
+    return dataclasses.replace(self, ahead=self.ahead.union(*needs))
+
   @functools.cached_property
   def _seen(self) -> dict[frozenset[str], dict[str, Seen]]:
     """{needs: what was gathered for them}, filled by `seen`."""
@@ -129,7 +137,8 @@ class Experiment:
 
     Values and extremes are always kept, so that most recipes share one run.
     """
-    needs = frozenset({fit_lib.EXTREMES, fit_lib.VALUES, *needs})
+    needs = frozenset({
+        fit_lib.EXTREMES, fit_lib.VALUES, *self.ahead, *needs})
     # More than was asked for does no harm, and saves a run of the sampler.
     for kept, seen in self._seen.items():
       if needs <= kept:

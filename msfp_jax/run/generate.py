@@ -1,7 +1,8 @@
 """Images from a model, batch by batch, on all devices."""
 
 from collections.abc import Callable, Iterable, Iterator
-import functools
+import statistics
+import time
 
 import jax
 import numpy as np
@@ -14,56 +15,105 @@ from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
 from msfp_jax.packed import model as packed_lib
 
+_TIMED = 3  # batches, at least, by which a model is timed
 
-def batches(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
-            numbers: Iterable[int], batch_size: int, shape: tuple[int, ...],
-            key: jax.Array, name: str = 'sample', *,
-            draw_condition: conditions.Draw = conditions.none,
+
+class Drawer:
+  """Draws batches from a model; compiled at the first one.
+
+  Attributes:
+    model: that is sampled from.
+    batch_size: images in a batch.
+  """
+
+  def __init__(self, model: packed_lib.PackedModel,
+               plan: diffusion.SamplerPlan, batch_size: int,
+               shape: tuple[int, ...],
+               draw_condition: conditions.Draw = conditions.none):
+    """Nothing runs yet.
+
+    Args:
+      model: that is sampled from.
+      plan: the sampler.
+      batch_size: images in a batch, a multiple of the number of devices.
+      shape: of a sample, `[H, W, C]`.
+      draw_condition: of every batch, for conditional models.
+
+    Raises:
+      ValueError: a batch that cannot be split.
+    """
+    devices.check_batch('batch_size', batch_size)
+    self.model, self.batch_size = model, batch_size
+    self._more = plan, batch_size, shape, draw_condition
+    self._arrays, self._times = None, []
+    sharding = devices.batch_sharding()
+
+    def draw(arrays, key):
+      model = self.model.with_arrays(arrays)
+      # Drawn inside of the program and by the batch's own key: which batches
+      # are drawn, and in which order, is of no account to a batch.
+      noise = jax.random.normal(
+          jax.random.fold_in(key, 0), (batch_size, *shape))
+      if sharding is not None:
+        noise = jax.lax.with_sharding_constraint(noise, sharding)
+      condition = draw_condition(jax.random.fold_in(key, 2), batch_size)
+      return diffusion.sample(
+          lambda x, t, index: model.eps_fn(x, t, index, *condition), plan,
+          noise, jax.random.fold_in(key, 1))
+
+    # Weights are arguments: constants would be folded at compile time.
+    self._draw = jax.jit(draw, compiler_options=kernels.compiler_options())
+
+  def of(self, model: packed_lib.PackedModel) -> 'Drawer':
+    """Draws in the same way from another model."""
+    return Drawer(model, *self._more)
+
+  def __call__(self, key: jax.Array) -> jax.Array:
+    """One batch `[batch_size, H, W, C]`, before any decoder.
+
+    Of what folding makes of the key, 0 is the noise that samples start from, 1
+    that of the sampler's steps, 2 the condition.
+    """
+    if self._arrays is None:  # copied once, not with every batch
+      self._arrays = devices.on_all(self.model.arrays)
+    begin = time.perf_counter()
+    x = self._draw(self._arrays, key).block_until_ready()
+    self._times.append(time.perf_counter() - begin)
+    return x
+
+  def seconds_per_image(self, key: jax.Array) -> float:
+    """The median over all batches so far, compiled and without a decoder.
+
+    Args:
+      key: of those that are drawn for it, where there were not enough.
+    """
+    # The first one holds the time to compile.
+    while len(self._times) <= _TIMED:
+      self(key)
+    return statistics.median(self._times[1:]) / self.batch_size
+
+
+def batches(draw: Drawer, numbers: Iterable[int], key: jax.Array,
+            name: str = 'sample', *,
             decode: Callable[[jax.Array], jax.Array] | None = None
             ) -> Iterator[np.ndarray]:
   """Draws batches of images; batch i depends on the key and i alone.
 
   Args:
-    deployed: the model.
-    plan: the sampler.
+    draw: from the model.
     numbers: which batches.
-    batch_size: images in each, a multiple of the number of devices.
-    shape: of a sample, `[H, W, C]`.
-    key: folded with the batch's number. Of what that gives, 0 is the noise
-      that samples start from, 1 that of the sampler's steps, 2 the condition.
+    key: folded with the batch's number.
     name: for error messages.
-    draw_condition: of every batch, for conditional models.
     decode: latents -> images in [-1, 1]; None where samples are images.
 
   Yields:
     uint8 images `[batch_size, H, W, C]`.
 
   Raises:
-    ValueError: a batch that cannot be split, or samples that are NaN or
-      infinite.
+    ValueError: samples that are NaN or infinite.
   """
-  devices.check_batch('batch_size', batch_size)
-  sharding = devices.batch_sharding()
-
-  # Weights are arguments: constants would be folded at compile time.
-  @functools.partial(jax.jit, compiler_options=kernels.compiler_options())
-  def draw(arrays, key):
-    model = deployed.with_arrays(arrays)
-    # Drawn inside of the program and by the batch's own key: which batches are
-    # drawn, and in which order, is of no account to a batch.
-    noise = jax.random.normal(
-        jax.random.fold_in(key, 0), (batch_size, *shape))
-    if sharding is not None:
-      noise = jax.lax.with_sharding_constraint(noise, sharding)
-    condition = draw_condition(jax.random.fold_in(key, 2), batch_size)
-    return diffusion.sample(
-        lambda x, t, index: model.eps_fn(x, t, index, *condition), plan, noise,
-        jax.random.fold_in(key, 1))
-
-  # Copied once, not with every batch.
-  arrays = devices.on_all(deployed.arrays)
   for number in numbers:
-    x = draw(arrays, jax.random.fold_in(key, number))
+    x = draw(jax.random.fold_in(key, number))
     # Before anything becomes uint8, in which NaN would be a pixel like any.
     _check_finite(x, name, number)
     if decode is not None:
@@ -72,20 +122,16 @@ def batches(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
     yield np.asarray(data.to_uint8(x))
 
 
-def generate(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
-             num_samples: int, batch_size: int, shape: tuple[int, ...],
-             key: jax.Array, name: str = 'sample', **options) -> np.ndarray:
+def generate(draw: Drawer, num_samples: int, key: jax.Array,
+             name: str = 'sample', **options) -> np.ndarray:
   """Draws images, all in memory; see `batches`.
 
   Args:
-    deployed: the model.
-    plan: the sampler.
+    draw: from the model.
     num_samples: how many; the last batch may be partial.
-    batch_size: images at once.
-    shape: of a sample, `[H, W, C]`.
     key: of the noise.
     name: for progress lines.
-    **options: `draw_condition` and `decode` of `batches`.
+    **options: `decode` of `batches`.
 
   Returns:
     uint8 images `[num_samples, H, W, C]`.
@@ -93,13 +139,13 @@ def generate(deployed: packed_lib.PackedModel, plan: diffusion.SamplerPlan,
   Raises:
     ValueError: num_samples < 1, or as `batches`.
   """
-  count = num_batches(num_samples, batch_size)
+  size = draw.batch_size
   progress = progress_lib.Progress(name, num_samples, unit='images')
   images = []
-  for batch in batches(deployed, plan, range(count), batch_size, shape, key,
-                       name, **options):
+  for batch in batches(draw, range(num_batches(num_samples, size)), key, name,
+                       **options):
     images.append(batch)
-    progress.update(min(len(images) * batch_size, num_samples))
+    progress.update(min(len(images) * size, num_samples))
   return np.concatenate(images)[:num_samples]
 
 

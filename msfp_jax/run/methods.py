@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import re
 
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
@@ -13,6 +14,7 @@ from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
 
 FULL_PRECISION, TUNED, PACKED = 'fp', 'tuned', 'packed'
+ALL = 'all'  # stands for every registered recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,29 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   spec = experiment.calibrate(recipe, weight_bits, act_bits)
   return Row(name, weight_bits, act_bits, packed_lib.simulate(
       experiment.model, experiment.params, spec, experiment.plan), spec)
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+  """Names of rows with every recipe there is in place of 'all'.
+
+  What is behind 'all' goes to each of them: 'all:w6a6'. Recipes that are named
+  beside it are rows once.
+  """
+  found = []
+  for name in names:
+    every = re.fullmatch(rf'{ALL}([:+].*)?', name)
+    if every is None:
+      found.append(name)
+      continue
+    rows = [f'{recipe}{every[1] or ""}' for recipe in recipes.RECIPES]
+    found += [row for row in rows if row not in names and row not in found]
+  return tuple(found)
+
+
+def recipes_of(names: Sequence[str]) -> list[str]:
+  """The recipes among rows, without their bits."""
+  return [name.partition(':')[0] for name in names
+          if name not in (FULL_PRECISION, TUNED, PACKED)]
 
 
 def check_rows(names: Sequence[str], workdir: str, num_updates: int) -> None:

@@ -4,13 +4,15 @@
       --workdir=runs/table
 
 A study is data, an entry of STUDIES in the config's file: its seeds, its
-groups (tables) and its rows, each a variant of that config. The same command
-again resumes; --seeds=1,2, --groups=skip-8 and --rows=MSFP do a part, so that
-parts can run side by side.
+groups (tables) and its rows, each a variant of that config; and perhaps its
+`base`, the variant whose other fields all rows share. The same command again
+resumes; --seeds=1,2, --groups=skip-8 and --rows=MSFP do a part, so that parts
+can run side by side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import json
+import math
 import pathlib
 import runpy
 import statistics
@@ -28,6 +30,7 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import measure
 from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import train
@@ -81,7 +84,7 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   #
   # Rows of a seed share the teacher, the data, their statistics and the images
   # of full precision: only quantization is done for each.
-  base = get_config('')
+  base = get_config(study.get('base', ''))
   base.seed = seed
   wanted = {
       pathlib.Path(workdir) / str(seed) / group / label: variant
@@ -99,11 +102,23 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=base.data.path or base.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))
+  experiment = experiment.looking_ahead(
+      config.quant.recipe for config in todo.values())
+  # How long a model takes does not depend on the seed.
+  meter = measure.Meter(
+      experiment, cfg.layer_images,
+      cfg.timing and seed == study['seeds'][0])
+
+  def evaluated(deployed, name, weight_bits, act_bits):
+    draw = evaluate.drawer(experiment, cfg.batch_size, deployed)
+    images = evaluate.draw(experiment, cfg.num_samples, draw, name)
+    return {'weight_bits': weight_bits, 'act_bits': act_bits,
+            **meter.measure(draw), **scorer.score(images)}
+
   full = methods_lib.full_precision(experiment)
   # The scorer's first images: all others are compared with these.
-  images = evaluate.draw(experiment, cfg, full.deployed, f'seed {seed}, fp')
-  reference = _measure(scorer, full.deployed, images, full.weight_bits,
-                       full.act_bits)
+  reference = evaluated(full.deployed, f'seed {seed}, fp', full.weight_bits,
+                        full.act_bits)
   for group in {folder.parent for folder in todo}:
     files.write_json(group / 'fp.json', reference)
   progress = progress_lib.Progress(
@@ -115,9 +130,8 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
     deployed = _quantized(experiment.variant(
         experiment_lib.QuantSettings(**config.quant),
         finetune.FinetuneSettings(**config.finetune)), str(folder))
-    images = evaluate.draw(experiment, cfg, deployed, folder.name)
-    files.write_json(_result(folder), _measure(
-        scorer, deployed, images, config.quant.weight_bits,
+    files.write_json(_result(folder), evaluated(
+        deployed, folder.name, config.quant.weight_bits,
         config.quant.act_bits))
     progress.update(done)
 
@@ -170,11 +184,6 @@ def _quantized(experiment: experiment_lib.Experiment,
   return train.fit(experiment, spec, workdir)[0]
 
 
-def _measure(scorer, deployed, images, weight_bits, act_bits):
-  return {'weight_bits': weight_bits, 'act_bits': act_bits,
-          'bytes': deployed.stored_bytes, **scorer.score(images)}
-
-
 def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
             ) -> dict[str, dict[str, dict[str, list[float]]]]:
   """{group: {row: {metric: values, one of each seed that is done}}}."""
@@ -187,7 +196,9 @@ def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
         path = pathlib.Path(workdir) / str(seed) / group / f'{label}.json'
         if path.is_file():
           for key, value in json.loads(path.read_text()).items():
-            values.setdefault(key, []).append(value)
+            # What is of layers stays in the row's own file.
+            if key != measure.SQNR:
+              values.setdefault(key, []).append(value)
       found[group][label] = values
   return found
 
@@ -217,9 +228,14 @@ def _spread(values: Sequence[float]) -> str:
     return ''
   mean = statistics.fmean(values)
   # Of whole numbers (bits, bytes) the mean alone, of one seed no deviation.
-  if len(values) == 1 or isinstance(values[0], int):
-    return f'{mean:,.0f}' if isinstance(values[0], int) else f'{mean:.2f}'
-  return f'{mean:.2f} ± {statistics.stdev(values):.2f}'
+  if isinstance(values[0], int):
+    return f'{mean:,.0f}'
+  # Small numbers, such as seconds, with three digits.
+  digits = 2 if abs(mean) >= 0.1 or not mean else (
+      2 - math.floor(math.log10(abs(mean))))
+  spread = (f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1
+            else '')
+  return f'{mean:.{digits}f}{spread}'
 
 
 def run(text: str, workdir: str, seeds: Sequence[int] | None = None,

@@ -130,6 +130,7 @@ def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
       ({'eval.vectors': 3}, 'config.eval.vectors=3: must be 0 or at least 4'),
       ({'eval.vectors': -1}, 'config.eval.vectors=-1'),
       ({'eval.pictures': 0}, 'config.eval.pictures=0'),
+      ({'eval.layer_images': -1}, 'config.eval.layer_images=-1: must be'),
       ({'eval.keep': 'jpg'}, "keep='jpg'.*npz.*png"),
       ({'eval.rows': ('fp', 'msfp', 'msfp')}, 'msfp.*more than once'),
       ({'eval.rows': ('msfp:',)}, "bits ''")):
@@ -212,13 +213,32 @@ def test_neither_data_nor_reference(copy, npz):
     evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
 
 
+def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
+  found = evaluate.run(runs.config_of(npz, {
+      'eval.rows': ('fp', 'packed'), 'eval.layer_images': 2,
+      'eval.timing': True}), str(copy))
+  full, packed = found['rows']
+  assert full['seconds'] > 0 and packed['seconds_packed'] > 0
+  assert not {'sqnr', 'sqnr_mean', 'sqnr_min', 'seconds_packed'} & full.keys()
+  assert 'seconds' not in packed
+  assert full['bits_per_weight'] == full['bits_per_act'] == 32
+  # 4 and 8 bits, two banks of weights.
+  assert 4 < packed['bits_per_act'] < 8 < packed['bits_per_weight'] < 16
+  output = packed['sqnr']['output']
+  spec = json.loads((copy / 'quant_spec.json').read_text())
+  assert set(output) == {row['layer'] for row in spec['layers']}
+  assert packed['sqnr_min'] == min(output.values())
+  # Eight bits in, and four of the body out.
+  assert output['conv_in'] > packed['sqnr_mean'] > packed['sqnr_min'] > 5
+
+
 def test_the_packed_model_is_a_row(copy, npz):
   """The file that training left, beside the simulation that it equals."""
   found = evaluate.run(runs.config_of(
       npz, {'eval.rows': ('fp', 'tuned', 'packed')}), str(copy))
   _, tuned, packed = found['rows']
   metrics = {'weight_bits', 'act_bits', 'fd_random', 'fd_random_to_fp',
-             'psnr_to_fp'}
+             'psnr_to_fp', 'bits_per_weight', 'bits_per_act'}
   assert packed.keys() == tuned.keys() == metrics | {'name', 'bytes'}
   for key in metrics:
     assert packed[key] == tuned[key], key  # to the last digit
