@@ -95,11 +95,13 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
   if reader.has(f'{name}.outer'):
     parts['outer'] = reader.take(
         f'{name}.outer', np.float32, (banks, *(1,) * (codes.ndim - 1)))
+  weight = header_lib.weight_from_row(row, codes, parts)
   if is_read:
-    reader.problems += [f'layer {name}: {flaw}' for flaw in _flaws(parts)]
+    reader.problems += [f'layer {name}: {flaw}'
+                        for flaw in [*_flaws(parts), *_shift_flaws(weight)]]
   around = _read_around(name, more, reader, (*window, length), outputs)
   return QLayer(
-      header_lib.weight_from_row(row, codes, parts),
+      weight,
       header_lib.input_from_row(row[4]), per_output.get(header_lib.BIAS),
       around)
 
@@ -115,6 +117,25 @@ def _flaws(parts):
     if key in ('scale', 'outer') and (values < 0).any():
       found.append(f'{key} holds values below 0')
   return found
+
+
+def _shift_flaws(weight):
+  """Lists the faults of shifts, and of what shifted levels are said to be."""
+  fmt, wide, group = weight.fmt, weight.wide, weight.shift_group
+  if weight.shift is None:
+    return ([] if wide is None and not group
+            else ['shift is missing, by which its levels are wider'])
+  if wide is None or (fmt.exponent_bits, wide.exponent_bits) != (1, 1) or (
+      fmt.signed != wide.signed or fmt.bits >= wide.bits):
+    return [f'shift of {fmt} to {wide}: must be of integers to wider ones']
+  if group & (group - 1) or not group:
+    return [f'shift_group {group}: must be a power of two']
+  # All codes then stay within the wider format: 7 << 4 is 112 of 127.
+  highest = wide.bits - fmt.bits
+  if (largest := weight.shift.max()) > highest:
+    return [f'shift holds {largest}, and {wide.bits} bits hold {fmt} shifted '
+            f'by at most {highest}']
+  return []
 
 
 def _read_around(name, more, reader, inputs, outputs):

@@ -119,26 +119,13 @@ class Block(Quantizer):
     scale, outer = self._scales(reach)
     if self.zero_point == 0:
       zero_point = None
-    tensor = self._with_levels(x, QTensor(
+    tensor = with_levels(x, QTensor(
         x, scale, zero_point, None, outer, fmt=self.fmt, length=x.shape[axis],
         axis=axis, group=self.group))
     if self.scale_type == 'e8m0' and self.rule == 'optimal':
-      return self._better(x, tensor, self._with_levels(x, tensor.replace(
+      return self._better(x, tensor, with_levels(x, tensor.replace(
           scale=_half(scale))))
     return tensor
-
-  def _with_levels(self, x, tensor):
-    """The tensor with the levels of x by its scales and zero points."""
-    zero = (0 if tensor.zero_point is None
-            else tensor.spread(tensor.zero_point.astype(jnp.float32)))
-    # A group of zeros, or one whose scale rounds to 0, has levels of 0.
-    # By the scales as they are stored, rounded to their type: the levels make
-    # up for what the rounding of the scale did.
-    divisor = tensor.spread(tensor.scales())
-    empty = divisor == 0
-    return tensor.replace(data=functional.nearest_level(
-        jnp.where(empty, 0.0, x - zero), self.fmt,
-        jnp.where(empty, 1.0, divisor)))
 
   def _better(self, x, one, other):
     """Of two tensors, group by group, that of the smaller squared error."""
@@ -162,14 +149,8 @@ class Block(Quantizer):
 
   def _grouped(self, x, axis, mode):
     """x with the contraction in groups, padded as np.pad's mode says."""
-    if self.shared != 'group':
-      return x
-    missing = -x.shape[axis] % self.group
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
-    x = jnp.pad(x, widths, mode=mode)
-    at = x.ndim + axis
-    return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 1:])
+    return (grouped(x, axis, self.group, mode) if self.shared == 'group'
+            else x)
 
   def _extremes(self, x, axes, axis):
     """Minimum and maximum of what shares a scale."""
@@ -217,6 +198,35 @@ class Block(Quantizer):
       shown['zero_point'] = ('minimum' if self.zero_point is None
                              else f'{self.zero_point:.3g}')
     return shown
+
+
+def with_levels(x: jax.Array, tensor: QTensor) -> QTensor:
+  """The tensor with the levels of x by its scales and zero points."""
+  zero = (0 if tensor.zero_point is None
+          else tensor.spread(tensor.zero_point.astype(jnp.float32)))
+  # A group of zeros, or one whose scale rounds to 0, has levels of 0.
+  # By the scales as they are stored, rounded to their type: the levels make
+  # up for what the rounding of the scale did.
+  divisor = tensor.spread(tensor.scales())
+  empty = divisor == 0
+  return tensor.replace(data=functional.nearest_level(
+      jnp.where(empty, 0.0, x - zero), tensor.fmt,
+      jnp.where(empty, 1.0, divisor)))
+
+
+def grouped(x: jax.Array, axis: int, group: int, mode: str) -> jax.Array:
+  """x with the contraction in groups, on two axes: how many, and of `group`.
+
+  Args:
+    x: inputs `[..., I]` or weights `[..., I, O]`.
+    axis: of the contraction, -1 or -2.
+    group: neighbours.
+    mode: of np.pad, by which the last group is filled up.
+  """
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % group)
+  x, at = jnp.pad(x, widths, mode=mode), x.ndim + axis
+  return x.reshape(*x.shape[:at], -1, group, *x.shape[at + 1:])
 
 
 def _power(reach: jax.Array, fmt: FPFormat, rule: str) -> jax.Array:
