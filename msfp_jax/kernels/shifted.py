@@ -12,7 +12,6 @@ these: the same integers, bit for bit.
 import math
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,15 +32,11 @@ def sums(x: QTensor, w: QTensor) -> jax.Array:
   # all of the contraction is one group.
   size = math.gcd(*[t.shift_group for t in (x, w) if t.shift is not None]) or (
       x.length)
-  a, b = _codes(x), _codes(w)
-  total = jnp.zeros((*a.shape[:-1], b.shape[-1]), jnp.int32)
-  for start in range(0, x.length, size):
-    # A product of 4-bit integers: at most size x 15 x 15.
-    part = lax.dot_general(
-        a[..., start:start + size], b[start:start + size],
-        (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    total += part << (_flag(x, start) + _flag(w, start))
-  return total
+  a, b = _grouped(_codes(x), -1, size), _grouped(_codes(w), -2, size)
+  # Products of 4-bit integers: at most size x 15 x 15.
+  parts = jnp.einsum('...gk,gkn->...gn', a, b)
+  flags = _flags(x, size)[..., None] + _flags(w, size)
+  return (parts << flags).sum(-2)
 
 
 def _codes(tensor):
@@ -50,10 +45,19 @@ def _codes(tensor):
   return (bare.levels() * np.float32(1 / tensor.fmt.step)).astype(jnp.int32)
 
 
-def _flag(tensor, start):
-  """FLAGs at one place of the contraction, int32: `[..., 1]` or `[1, O]`."""
+def _grouped(codes, axis, size):
+  """The contraction in groups of `size`; zeros fill up the last."""
+  widths = [(0, 0)] * codes.ndim
+  widths[axis] = (0, -codes.shape[axis] % size)
+  codes, at = jnp.pad(codes, widths), codes.ndim + axis
+  return codes.reshape(*codes.shape[:at], -1, size, *codes.shape[at + 1:])
+
+
+def _flags(tensor, size):
+  """FLAGs of groups of `size`, int32: `[..., n]` of inputs, `[n, O]`."""
   if tensor.shift is None:
-    return jnp.int32(0)
+    return jnp.zeros([1] * -tensor.axis, jnp.int32)
   flags = jnp.asarray(tensor.shift, jnp.int32)
-  at = start // tensor.shift_group
-  return lax.slice_in_dim(flags, at, at + 1, axis=flags.ndim + tensor.axis)
+  flags = jnp.repeat(flags, tensor.shift_group // size, tensor.axis)
+  return jax.lax.slice_in_dim(flags, 0, -(-tensor.length // size),
+                              axis=flags.ndim + tensor.axis)

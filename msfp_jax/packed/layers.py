@@ -125,16 +125,14 @@ def _shift_flaws(weight):
   if weight.shift is None:
     return ([] if wide is None and not group
             else ['shift is missing, by which its levels are wider'])
-  if wide is None or (fmt.exponent_bits, wide.exponent_bits) != (1, 1) or (
-      fmt.signed != wide.signed or fmt.bits >= wide.bits):
-    return [f'shift of {fmt} to {wide}: must be of integers to wider ones']
-  if group & (group - 1) or not group:
+  if wide is None or fmt.signed != wide.signed:
+    return [f'shift of {fmt} to {wide}: must be of both or neither with a sign']
+  if group < 1 or group & (group - 1):
     return [f'shift_group {group}: must be a power of two']
-  # All codes then stay within the wider format: 7 << 4 is 112 of 127.
-  highest = wide.bits - fmt.bits
-  if (largest := weight.shift.max()) > highest:
-    return [f'shift holds {largest}, and {wide.bits} bits hold {fmt} shifted '
-            f'by at most {highest}']
+  # In steps: 7 << 4 is 112, and E1M6 has 127 of them; 7 << 5 would be 224.
+  steps, room = (one.max / one.step for one in (fmt, wide))
+  if steps * 2.0**(largest := weight.shift.max()) > room:
+    return [f'shift holds {largest}, by which {fmt} leaves {wide}']
   return []
 
 

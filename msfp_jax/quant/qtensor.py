@@ -5,8 +5,8 @@ With level() the value of a code in its number format, an element is
     x = outer * scale * level(code) * 2^shift + zero_point
 
 where a negative level's scale may be `negative` times that of a positive one.
-With a format `wide`, whose steps are finer, shifted steps of the code's format
-are counted in steps of that one: 5 << 3 = 40 of E1M2 is level 40 / 32 of E1M6.
+With a format `wide`, of more steps, shifted steps of the code's format are
+steps of that one: 5 << 3 = 40 of E1M2 (codes 0 to 7) is 40 of E1M6 (0 to 127).
 `scale`, `zero_point` and `shift` broadcast to the tensor, except along the
 axis of the contraction (-1 of inputs, -2 of weights), where each entry stands
 for a group of neighbours: `group` of them for scale and zero point,
