@@ -54,7 +54,7 @@ def by_hand(group, signed, rounding, bits=4):
 @pytest.mark.parametrize('rounding', ROUNDINGS)
 @pytest.mark.parametrize('fmt', [INT8, UINT8], ids=str)
 def test_every_code_under_every_flag(fmt, rounding):
-  """All 8-bit codes, alone and beside such as make each FLAG or a higher one."""
+  """All 8-bit codes, alone and beside one that makes each of the FLAGs."""
   codes = np.unique(fmt.values() / fmt.step).astype(int)
   pairs = [*itertools.product(codes, (0, 7, 15, 31, 63, 127, max(codes)))]
   tensor = integers(fmt, group=2, rounding=rounding).quantize(
