@@ -11,7 +11,7 @@ import pytest
 
 from msfp_jax import kernels
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import door
+from msfp_jax.kernels import choice
 from msfp_jax.kernels import product
 from msfp_jax.kernels import shifted
 from msfp_jax.quant import block_formats
@@ -381,11 +381,17 @@ def test_recipes_run_packed_as_simulated(recipe, part):
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
 
 
-def test_kernels_say_that_they_take_no_scales_of_tokens():
-  layer = layer_of(W[0, 0], Block(INT4, 'channel'), quartz(4))
-  packed = layer.replace(weight=layer.weight.packed())
-  assert 'one scale for the input' in door.why_not(
-      'mosaic_tpu', packed, X.shape)
+@pytest.mark.parametrize('implementation', ['mosaic_tpu', 'mosaic_gpu'])
+def test_kernels_take_its_inputs_and_say_that_weights_have_shifts(
+    implementation):
+  for (inputs, weights), reason in (
+      (PRODUCTS['plain weights'], None),
+      (PRODUCTS['weights too'], 'its weights have no shifts, and those of this '
+       'layer have')):
+    layer = layer_of(W[0, 0], weights, inputs)
+    packed = layer.replace(weight=layer.weight.packed())
+    assert choice.why_not(implementation, packed, X.shape) == reason
+    assert choice.pick_carrier(packed, X.shape, implementation) == 'int8'
 
 
 def test_exceptions_of_eight_bits():
