@@ -1,13 +1,16 @@
 """The figures that benchmarks compute from the files of runs."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 
 from benchmarks import errors
+from benchmarks import formats
 from benchmarks import packed_layers
 from benchmarks import ranks
 from benchmarks import routing
+from msfp_jax.quant import recipes
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
@@ -22,6 +25,46 @@ def test_routing_by_hand():
       'layers': 3, 'one_bank': 1, 'changes': 2.0,
       'noisy_half': pytest.approx([1 / 6, 5 / 6]),
       'other_half': pytest.approx([3 / 6, 3 / 6])}
+
+
+# Signal to noise in dB, by a program in NumPy on 2048 rows of its own;
+# in the last, other channels are the outliers.
+SQNR = {
+    'INT4, a token': (16.93, 13.19, 8.09, 14.93, 9.84),
+    'INT4, groups of 64': (19.36, 17.04, 14.86, 16.56, 15.31),
+    'QuaRTZ, a token, 16, truncated': (13.78, 12.93, 12.79, 13.58, 16.60),
+    'QuaRTZ, a token, 16': (18.85, 17.42, 16.19, 16.97, 17.64),
+    'QuaRTZ, a token, 32': (18.21, 16.19, 14.61, 16.11, 15.84),
+    'QuaRTZ, groups of 64, 16': (19.81, 18.17, 17.07, 17.07, 17.04),
+    'QuaRTZ, unsigned, groups of 64, 16': (20.66, 18.92, 17.88, 23.61, 15.88),
+    'MXFP4, floor': (18.79, 17.93, 17.00, 17.03, 15.79),
+    'MXFP4, even': (19.03, 18.14, 17.16, 17.00, 16.58),
+    'NVFP4': (20.44, 20.66, 20.88, 20.23, 21.71)}
+
+
+@pytest.mark.parametrize('rows', [
+    768, pytest.param(2048, marks=pytest.mark.slow)])
+def test_formats_have_the_known_signal_to_noise(rows):
+  found = {name: [float(text) for text in values]
+           for name, _, *values in formats.table(rows)}
+  for name, expected in SQNR.items():
+    np.testing.assert_allclose(found[name], expected, atol=0.2, err_msg=name)
+
+
+def test_formats_count_their_scales():
+  bits = {name: formats.bits_of(quantizer)
+          for name, quantizer in formats.FORMATS.items()}
+  assert bits['QuaRTZ, a token, 16'] == 4 + 3 / 16 + 32 / 1024
+  assert bits['MXFP4, floor'] == 4.25
+  assert bits['NVFP4'] == 4.5 + 32 / (128 * 1024)
+
+
+@pytest.mark.parametrize('name, formats_of', [
+    ('quartz', ('E1M2', 'UE1M3')), ('nvfp4', ('E2M1', 'E2M1')),
+    ('msfp', ())])
+def test_costs_are_of_a_recipes_own_inputs(name, formats_of):
+  found = formats.inputs_of(recipes.get(name)).values()
+  assert tuple(one.describe()['format'] for one in found) == formats_of
 
 
 def test_ranks_by_hand():
@@ -55,10 +98,10 @@ def test_layers_of_a_packed_model_are_found_and_run():
   x = jnp.ones((2, *toy.SHAPE))
   found = packed_layers.cases(model, toy.params(), x, jnp.ones(2))
   assert [case.names for case in found] == [['conv_in'], ['conv_out']]
-  for case, formats, channels in zip(
+  for case, names, channels in zip(
       found, [('E2M1', 'UE2M2'), ('E1M1', 'E2M1')], [(1, 4), (4, 1)],
       strict=True):
-    assert packed_layers.formats(case.layer) == formats
+    assert packed_layers.formats(case.layer) == names
     assert case.flop == 2 * 9 * 4 * (2 * 8 * 8)
     y = case.run(case.layer, jnp.ones(case.x), None)
     assert (case.x[-1], y.shape) == (channels[0], (2, 8, 8, channels[1]))

@@ -35,6 +35,7 @@ from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
+from msfp_jax.quant.suppress import Suppressed
 
 BODY = 'down.0.block.0.conv1'
 
@@ -459,6 +460,10 @@ WEIGHTS = {
         7, lambda _: Block(signed(7), shared='tensor'), 2 * 32),
     'a scale for every tap and output': (
         5, lambda _: Block(signed(5), shared='token'), 32 * (9 * 7 + 5)),
+    # FLAGs of 3 bits, in groups of 2 as well.
+    'without leading zeros': (4, lambda _: Suppressed(
+        Block(FPFormat.parse('E1M6'), shared='channel'), group=2),
+        3 * GROUPS + 32 * 12),
 }
 
 
@@ -486,6 +491,8 @@ def test_weights_come_back_bit_for_bit_in_the_bytes_stated(
   padding = sum(-(-size * bits // 8) * 8 - size * bits for size in sizes)
   if bits == 4:
     padding = 4 * (9 * 7 + 5)
+  padding += sum(-3 * layer.weight.shift.size % 8 for layer in
+                 model.layers.values() if layer.weight.shift is not None)
   assert 8 * sum(t.nbytes for t in tensors.values()) == by_hand + padding
 
 
@@ -552,6 +559,40 @@ def test_shifts_take_three_bits_each(tmp_path):
     assert opened.get_tensor('dense.shift').shape == (8,)  # 60 bits
 
 
+SHIFT_CHANGES = {
+    'FLAGs that 8 bits do not hold': (
+        lambda tensors: tensors.update(
+            {'dense.shift': np.full(8, 0b01101101, np.uint8)}), None,
+        'dense: shift holds 6, by which E1M2 leaves E1M6'),
+    'FLAGs that are too few': (
+        lambda tensors: tensors.update({'dense.shift': np.zeros(7, np.uint8)}),
+        None, r'dense.shift is uint8 \(7,\), expected'),
+    'FLAGs that are missing': (
+        lambda tensors: tensors.pop('dense.shift'), None,
+        'dense: shift is missing'),
+    'groups of another size': (
+        None, lambda header: row_of(header, 'dense')[5].update(shift_group=3),
+        r'dense: shift_group 3: must be a power of two'),
+    'no wider format': (
+        None, lambda header: row_of(header, 'dense')[5].pop('wide'),
+        'dense: shift of E1M2 to None'),
+    'a wider format without a sign': (
+        None, lambda header: row_of(header, 'dense')[5].update(wide='UE1M7'),
+        'dense: shift of E1M2 to UE1M7'),
+}
+
+
+@pytest.mark.parametrize('tensors, header, part', SHIFT_CHANGES.values(),
+                         ids=SHIFT_CHANGES)
+def test_flags_out_of_range_are_named(tmp_path, tensors, header, part):
+  path = tmp_path / 'model'
+  packed_file.save(path, of_weights(lambda _: Suppressed(
+      Block(FPFormat.parse('E1M6'), shared='channel'), group=2)))
+  rewrite(path, *(change or (lambda _: None) for change in (tensors, header)))
+  with pytest.raises(ValueError, match=part):
+    packed_file.load(path, model=Odd())
+
+
 def around_of(shape):
   rng = np.random.default_rng(len(shape))
   draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
@@ -569,6 +610,7 @@ INPUTS = {
                      two_level=True),
     'a token': Block(int_format(5), shared='token'),
     'an image': Block(FPFormat.parse('E2M1'), shared='image'),
+    'without leading zeros': Suppressed(Block(int_format(8), shared='token')),
     'none': Full(),
 }
 

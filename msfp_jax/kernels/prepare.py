@@ -50,8 +50,7 @@ def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
 
 
 def _per_output(weight):
-  return weight.shift is None and weight.outer is None and set(
-      weight.scale.shape[:-1]) <= {1}
+  return weight.outer is None and set(weight.scale.shape[:-1]) <= {1}
 
 
 def _has_zero(layer):

@@ -149,14 +149,8 @@ class Block(Quantizer):
 
   def _grouped(self, x, axis, mode):
     """x with the contraction in groups, padded as np.pad's mode says."""
-    if self.shared != 'group':
-      return x
-    missing = -x.shape[axis] % self.group
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
-    x = jnp.pad(x, widths, mode=mode)
-    at = x.ndim + axis
-    return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 1:])
+    return (grouped(x, axis, self.group, mode) if self.shared == 'group'
+            else x)
 
   def _extremes(self, x, axes, axis):
     """Minimum and maximum of what shares a scale."""
@@ -204,6 +198,21 @@ class Block(Quantizer):
       shown['zero_point'] = ('minimum' if self.zero_point is None
                              else f'{self.zero_point:.3g}')
     return shown
+
+
+def grouped(x: jax.Array, axis: int, group: int, mode: str) -> jax.Array:
+  """x with the contraction in groups, on two axes: how many, and of `group`.
+
+  Args:
+    x: inputs `[..., I]` or weights `[..., I, O]`.
+    axis: of the contraction, -1 or -2.
+    group: neighbours.
+    mode: of np.pad, by which the last group is filled up.
+  """
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % group)
+  x, at = jnp.pad(x, widths, mode=mode), x.ndim + axis
+  return x.reshape(*x.shape[:at], -1, group, *x.shape[at + 1:])
 
 
 def _power(reach: jax.Array, fmt: FPFormat, rule: str) -> jax.Array:

@@ -30,7 +30,7 @@ def nearest_level(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
   does.
   """
   x, fmt = _check(x, fmt)
-  return _nearest(_normalize(x, *_affine(x.shape, scale, zero_point)), fmt)
+  return _nearest(*_normalize(x, *_affine(x.shape, scale, zero_point)), fmt)
 
 
 # Elements that are quantized at once by `nearest_level_in_pieces`.
@@ -165,11 +165,17 @@ snap_scale.defjvps(lambda tangent, snapped, scale: tangent)
 # k = 2^(M+1), as of 3.6, is the first level of the next binade: `_join` need
 # not know, and `_encode` lets it carry. An even k is an even mantissa, so
 # rounding k to even is the tie rule of IEEE 754.
-def _split(u, fmt):
-  """u float32 -> sign bit, exponent bits, k: |nearest(u)| = k * 2^(e - M)."""
+def _split(u, signed_as, fmt):
+  """u float32 -> sign bit, exponent bits, k: |nearest(u)| = k * 2^(e - M).
+
+  `signed_as` is float32 of the sign of u.
+  """
+  # u is a quotient, which XLA's CPU compiler fuses with what follows only where
+  # it is used once: its sign is that of the dividend. Else all of u would be
+  # written to memory and read back.
   a = jnp.abs(u)
   if not fmt.signed:
-    a = jnp.where(u < 0, 0.0, a)
+    a = jnp.where(signed_as < 0, 0.0, a)
   # Comparisons and not min / max: they let NaN pass on every backend.
   a = jnp.where(a > fmt.max, np.float32(fmt.max), a)
   lowest = np.uint32((fmt.min_exponent + 127) << 23)
@@ -177,7 +183,8 @@ def _split(u, fmt):
   # 2^(M - e), built from its bits: no rounding, and no division.
   per_step = np.uint32((2 * 127 + fmt.mantissa_bits) << 23) - exponent
   k = lax.round(a * _float(per_step), lax.RoundingMethod.TO_NEAREST_EVEN)
-  return _bits(u) & _SIGN if fmt.signed else None, exponent, k
+  sign = _bits(signed_as) & _SIGN if fmt.signed else None
+  return sign, exponent, k
 
 
 def _join(sign, exponent, k, fmt):
@@ -186,8 +193,8 @@ def _join(sign, exponent, k, fmt):
   return magnitude if sign is None else _float(_bits(magnitude) | sign)
 
 
-def _nearest(u, fmt):
-  return _join(*_split(u, fmt), fmt)
+def _nearest(u, signed_as, fmt):
+  return _join(*_split(u, signed_as, fmt), fmt)
 
 
 def divide(x: jax.Array, by: jax.Array) -> jax.Array:
@@ -201,9 +208,10 @@ def divide(x: jax.Array, by: jax.Array) -> jax.Array:
 
 
 def _normalize(x, scale, zero_point):
-  """u, float32."""
+  """u, and what it is a quotient of; float32."""
   x = x.astype(jnp.float32)
-  return divide(x if zero_point is None else x - zero_point, scale)
+  above = x if zero_point is None else x - zero_point
+  return divide(above, scale), above
 
 
 def _denormalize(q, scale, zero_point, dtype):
@@ -215,7 +223,7 @@ def _denormalize(q, scale, zero_point, dtype):
 def _straight_through(fmt, x, scale, zero_point):
   # A gradient by hand: that of bit arithmetic is 0 or undefined, and the
   # ranges' need u and q, which the result alone does not give.
-  q = _nearest(_normalize(x, scale, zero_point), fmt)
+  q = _nearest(*_normalize(x, scale, zero_point), fmt)
   return _denormalize(q, scale, zero_point, x.dtype)
 
 
@@ -225,8 +233,8 @@ def _forward(fmt, x, scale, zero_point):
 
 def _backward(fmt, residuals, g):
   x, scale, zero_point = residuals
-  u = _normalize(x, scale, zero_point)
-  q = _nearest(u, fmt)
+  u, above = _normalize(x, scale, zero_point)
+  q = _nearest(u, above, fmt)
   # False for NaN, so that a NaN reaches the gradients too.
   outside = (u < fmt.lowest) | (u > fmt.max)
   # x may be bfloat16; sums over a tensor for one scale need float32.
@@ -249,8 +257,8 @@ _fake_quant = jax.jit(_straight_through, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(fmt, x, scale, zero_point):
-  u = _normalize(x, scale, zero_point)
-  sign, exponent, k = _split(u, fmt)
+  u, above = _normalize(x, scale, zero_point)
+  sign, exponent, k = _split(u, above, fmt)
   # k is m + 2^M [p > 0]: a carry out of the mantissa raises the exponent.
   binade = (exponent >> 23) - np.uint32(fmt.min_exponent + 127)
   code = (binade << fmt.mantissa_bits) + k.astype(jnp.uint32)

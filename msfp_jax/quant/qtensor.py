@@ -5,6 +5,8 @@ With level() the value of a code in its number format, an element is
     x = outer * scale * level(code) * 2^shift + zero_point
 
 where a negative level's scale may be `negative` times that of a positive one.
+With a format `wide`, of more steps, shifted steps of the code's format are
+steps of that one: 5 << 3 = 40 of E1M2 (codes 0 to 7) is 40 of E1M6 (0 to 127).
 `scale`, `zero_point` and `shift` broadcast to the tensor, except along the
 axis of the contraction (-1 of inputs, -2 of weights), where each entry stands
 for a group of neighbours: `group` of them for scale and zero point,
@@ -65,7 +67,8 @@ class QTensor:
     group: elements that share a scale along the contraction; 0 for all.
     shift_group: elements that share a shift.
     layout: how `data` lies in memory.
-    wide: the numbers that levels with their shifts are; None for `fmt`.
+    wide: the numbers that levels with their shifts are, of as many steps or
+      more; None for `fmt`.
   """
 
   data: jax.Array
@@ -139,6 +142,7 @@ class QTensor:
   def _shift_factors(self) -> jax.Array:
     """2^shift of every element, float32."""
     factor = (1 << jnp.asarray(self.shift, jnp.int32)).astype(jnp.float32)
+    factor *= np.float32(self.numbers.step / self.fmt.step)
     return self.spread(factor, self.shift_group)
 
   def scales(self) -> jax.Array:

@@ -8,13 +8,17 @@ makes a recipe that calibrates, trains, evaluates, packs, saves and reports.
 
 from collections.abc import Collection
 import dataclasses
+import functools
 import re
+from typing import Any
 
 from msfp_jax.quant import block_formats
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import numbers
+from msfp_jax.quant import suppress
 from msfp_jax.quant.around import FindAround
 from msfp_jax.quant.around import Rotation
+from msfp_jax.quant.block import Block
 from msfp_jax.quant.dual_scale import FitDualScale
 from msfp_jax.quant.fit import BestOf
 from msfp_jax.quant.fit import Dynamic
@@ -92,6 +96,24 @@ def _dynamic(shared: str, group: int = 0) -> dict[str, Recipe]:
           f'signed_fp_{shared}': Recipe(_SIGNED, signed, signed)}
 
 
+def quartz(weights: Fit | None = None, signed: Block | None = None,
+           unsigned: Block | None = None, **options: Any) -> Recipe:
+  """QuaRTZ: inputs of 8 bits without leading zeros, see `suppress`.
+
+  Args:
+    weights: None for INT4 in groups of 64, as its authors have it.
+    signed: the first stage of NALs; None for one scale a token.
+    unsigned: of AALs; None for a scale and a zero point a token.
+    **options: `group` and `rounding` of `suppress.Suppressed`.
+  """
+  dynamic = lambda inner: Dynamic(functools.partial(
+      suppress.quartz, inner=inner, **options))
+  return Recipe(
+      weight=weights or Dynamic(block_formats.int_group),
+      nal=dynamic(signed or suppress.first_stage()),
+      aal=dynamic(unsigned or suppress.first_stage(signed=False)))
+
+
 # Anyone may add to it, from any module: configs name its keys.
 RECIPES = {
     # "Mixup-sign": signed for NALs, signed or unsigned for AALs.
@@ -109,6 +131,13 @@ RECIPES = {
     'svdquant': Recipe(Dynamic(block_formats.int_group), IntegersBySign(),
                        IntegersBySign(), SVDQuant()),
     'svdquant_nvfp4': _same(Dynamic(block_formats.nvfp4), SVDQuant()),
+    # Integers of 8 bits without leading zeros.
+    'quartz': quartz(),
+    'quartz_32': quartz(group=32),
+    'quartz_truncate': quartz(rounding='truncate'),
+    # Weights too, with one scale a channel: integer sums over all channels.
+    'quartz_weights': quartz(Dynamic(functools.partial(
+        suppress.quartz, inner=suppress.first_stage(shared='channel')))),
     # What others do about inputs that follow SiLU, and about weights.
     'dual_scale': dataclasses.replace(_MSFP, aal=FitDualScale()),
     'hadamard': _same(_SIGNED, Rotation()),

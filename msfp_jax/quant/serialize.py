@@ -20,9 +20,10 @@ from msfp_jax.quant.quantizers import fields_of
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
+from msfp_jax.quant.suppress import Suppressed
 
 # Imported, so that Quantizer.KINDS knows them when a file names them.
-BUILT_IN = (Full, Static, Block, DualScale)
+BUILT_IN = (Full, Static, Block, DualScale, Suppressed)
 # Longer arrays are written as base64: numbers as text take thrice the room.
 _READABLE = 4096
 _DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in (

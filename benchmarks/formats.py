@@ -1,0 +1,143 @@
+"""Formats of 4 bits side by side, on numbers drawn at random.
+
+  python -m benchmarks.formats [--rows=2048] [--cost]
+
+Prints the signal-to-noise ratio of every format on five distributions, in dB;
+with --cost how long the quantizers of inputs of every recipe take, against one
+pass over the same numbers. Both as Markdown tables.
+"""
+
+from collections.abc import Iterator
+import functools
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import costs
+from msfp_jax.base import markdown
+from msfp_jax.quant import block_formats
+from msfp_jax.quant import recipes
+from msfp_jax.quant.block import Block
+from msfp_jax.quant.fit import BestOf
+from msfp_jax.quant.fit import Dynamic
+from msfp_jax.quant.fit import restored
+from msfp_jax.quant.fit import Seen
+from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.suppress import first_stage
+from msfp_jax.quant.suppress import quartz
+from msfp_jax.run import cli
+
+_ROWS = flags.DEFINE_integer('rows', 2048, 'Tokens of the table.')
+_COST = flags.DEFINE_bool('cost', False, 'Measures time instead.')
+
+CHANNELS = 1024
+OUTLIERS, FACTOR = CHANNELS // 100, 30
+# Name -> quantizer of inputs.
+FORMATS = {
+    'INT4, a token': Block(block_formats.int_group(4).fmt, 'token'),
+    'INT4, groups of 64': block_formats.int_group(4),
+    'QuaRTZ, a token, 16, truncated': quartz(4, rounding='truncate'),
+    'QuaRTZ, a token, 16': quartz(4),
+    'QuaRTZ, a token, 32': quartz(4, group=32),
+    'QuaRTZ, groups of 64, 16': quartz(4, first_stage(shared='group',
+                                                      group=64)),
+    'QuaRTZ, unsigned, a token, 16': quartz(4, first_stage(signed=False)),
+    'QuaRTZ, unsigned, groups of 64, 16': quartz(
+        4, first_stage(False, 'group', 64)),
+    'MXFP4, floor': block_formats.mxfp4(4),
+    'MXFP4, even': block_formats.mxfp4(4, 'even'),
+    'MXFP4, optimal': block_formats.mxfp4(4, 'optimal'),
+    'NVFP4': block_formats.nvfp4(4),
+}
+
+
+def distributions(rows: int, seed: int = 3) -> dict[str, np.ndarray]:
+  """{name: float32 `[rows, CHANNELS]`}, independent numbers.
+
+  In the last the same 1 % of channels of all rows are 30 times as large;
+  `seed` draws which. How many of these share a group moves that column by up to
+  half a decibel.
+  """
+  shape, rng = (rows, CHANNELS), np.random.default_rng(0)
+  normal = rng.standard_normal(shape)
+  channels = np.random.default_rng(seed).choice(CHANNELS, OUTLIERS, False)
+  scaled = rng.standard_normal(shape)
+  scaled[:, channels] *= FACTOR
+  twice = 2 * rng.standard_normal(shape)
+  found = {'gauss': normal, 'laplace': rng.laplace(size=shape),
+           't3': rng.standard_t(3, shape), 'SiLU(2g)': twice / (
+               1 + np.exp(-twice)), 'outlier channels': scaled}
+  return {name: np.float32(x) for name, x in found.items()}
+
+
+def sqnr(quantizer: Quantizer, x: np.ndarray) -> float:
+  """10 log10(sum x^2 / sum (x - Q(x))^2), in float64."""
+  back = np.float64(restored(quantizer, x, -1))
+  exact = np.float64(x)
+  return float(10 * np.log10((exact**2).sum() / ((exact - back)**2).sum()))
+
+
+def table(rows: int) -> list[list[str]]:
+  """A row a format: name, bits of an element with its scales, dB."""
+  data = distributions(rows)
+  return [[name, f'{bits_of(quantizer):.2f}',
+           *[f'{sqnr(quantizer, x):.2f}' for x in data.values()]]
+          for name, quantizer in FORMATS.items()]
+
+
+def bits_of(quantizer: Quantizer, channels: int = CHANNELS) -> float:
+  """Bits of an element of inputs `[128, channels]`, scales counted."""
+  shape = jax.ShapeDtypeStruct((128, channels), jnp.float32)
+  tensor = jax.eval_shape(quantizer.quantize, shape)
+  return tensor.nbits / shape.size
+
+
+def inputs_of(recipe: recipes.Recipe, bits: int = 4) -> dict[str, Quantizer]:
+  """{'nal', 'aal': its quantizer of inputs}, of recipes that follow the data.
+
+  Which format `BestOf` takes makes no difference here: the first is timed.
+  """
+  found = {}
+  for part in ('nal', 'aal'):
+    fit = getattr(recipe, part)
+    if isinstance(fit, Dynamic):
+      found[part] = fit.make(bits)
+    elif isinstance(fit, BestOf):
+      # The last of them: unsigned, with a zero point, where there are such.
+      found[part] = fit.make(bits, Seen(minimum=-0.25, maximum=1.0))[-1]
+  return found
+
+
+def cost(channels: int = 256, pairs: int = 15) -> Iterator[list[str]]:
+  """Rows: recipe, what it quantizes with, median ratio, milliseconds."""
+  # An image's pixels: 256 images of 16 x 16 by 256 channels are 64 MB.
+  x = jax.random.normal(
+      jax.random.key(0), (2**24 // channels // 256, 16, 16, channels))
+  plain = jax.jit(lambda x: x * 0.3 + 0.25)
+  timed = {}
+  for name, recipe in recipes.RECIPES.items():
+    for part, quantizer in inputs_of(recipe).items():
+      timed.setdefault(quantizer, []).append(f'{name} ({part})')
+  for quantizer, names in timed.items():
+    run = jax.jit(quantizer.fake_quant)
+    mine, base, ratio = costs.paired(
+        functools.partial(run, x), functools.partial(plain, x), pairs=pairs)
+    shown = quantizer.describe()
+    yield [', '.join(names), f'{shown["format"]}, {shown["scale"]}',
+           f'{ratio:.2f}x', f'{mine * 1e3:.1f} / {base * 1e3:.1f}']
+
+
+def main(argv):
+  del argv
+  if _COST.value:
+    heads, rows = ['recipe', 'inputs', 'of x * a + b', 'ms'], [*cost()]
+  else:
+    heads = ['format', 'bits', *distributions(1)]
+    rows = table(_ROWS.value)
+  print(markdown.table(heads, rows))
+
+
+if __name__ == '__main__':
+  cli.run(main)
