@@ -98,8 +98,9 @@ def output_error(kernel: np.ndarray, weights: np.ndarray, gram: np.ndarray
   difference = np.float64(kernel) - np.float64(weights)
   outputs = kernel.shape[-1]
   difference = difference.reshape(-1, outputs)
-  return sum(_errors(difference[:, columns], gram[np.ix_(rows, rows)]).sum()
-             for rows, columns in _parts(kernel.shape, gram)) / outputs
+  total = sum(_errors(difference[:, columns], gram[np.ix_(rows, rows)]).sum()
+              for rows, columns in _parts(kernel.shape, gram))
+  return float(total / outputs)
 
 
 def _parts(shape, gram):
