@@ -58,7 +58,7 @@ def distributions(rows: int, seed: int = 3) -> dict[str, np.ndarray]:
 
   In the last the same 1 % of channels of all rows are 30 times as large;
   `seed` draws which. How many of these share a group moves that column by up to
-  half a decibel.
+  0.8 dB.
   """
   shape, rng = (rows, CHANNELS), np.random.default_rng(0)
   normal = rng.standard_normal(shape)

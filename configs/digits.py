@@ -61,8 +61,11 @@ _ROWS = {
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
     'MSFP W6A6 + TALoRA + DFA': 'msfp,w6a6,talora,dfa',
 }
-# What `recipes` compares: all that are registered.
-_RECIPES = tuple(recipes.RECIPES)
+# What `recipes` compares: all that are registered, and those whose weights gain
+# most by GPTQ.
+_RECIPES = (*recipes.RECIPES, 'msfp+gptq', 'msfp_group+gptq',
+            'mixup_weights+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
+            'quartz+gptq')
 VARIANTS |= {f'recipe={name}': {'quant.recipe': name} for name in _RECIPES}
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
