@@ -1,6 +1,6 @@
 """Formats of 4 bits side by side, on numbers drawn at random.
 
-  python -m benchmarks.formats [--rows=2048] [--cost]
+  python -m benchmarks.formats [--tokens=2048] [--cost]
 
 Prints the signal-to-noise ratio of every format on five distributions, in dB;
 with --cost how long the quantizers of inputs of every recipe take, against one
@@ -29,7 +29,7 @@ from msfp_jax.quant.suppress import first_stage
 from msfp_jax.quant.suppress import quartz
 from msfp_jax.run import cli
 
-_ROWS = flags.DEFINE_integer('rows', 2048, 'Tokens of the table.')
+_TOKENS = flags.DEFINE_integer('tokens', 2048, 'Rows of numbers.')
 _COST = flags.DEFINE_bool('cost', False, 'Measures time instead.')
 
 CHANNELS = 1024
@@ -135,7 +135,7 @@ def main(argv):
     heads, rows = ['recipe', 'inputs', 'of x * a + b', 'ms'], [*cost()]
   else:
     heads = ['format', 'bits', *distributions(1)]
-    rows = table(_ROWS.value)
+    rows = table(_TOKENS.value)
   print(markdown.table(heads, rows))
 
 

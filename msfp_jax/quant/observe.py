@@ -62,13 +62,18 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   names = interception.list_layers(
       model, params, noise, jnp.zeros(len(noise)), *condition)
   run = jax.jit(functools.partial(watch, model, plan, count, tuple(needs)))
-  seen = []
+  seen, grams = [], {}
   progress = progress_lib.Progress('gather activations, batches', len(batches))
   for i, batch in enumerate(batches):
-    seen.append(jax.device_get(run(params, batch, jax.random.fold_in(key, i))))
+    found = jax.device_get(run(params, batch, jax.random.fold_in(key, i)))
+    # Summed at once: of a large UNet those of one batch take gigabytes.
+    for name, part in found.items():
+      if fit_lib.GRAM in part:
+        grams[name] = grams.get(name, 0.0) + np.float64(part.pop(fit_lib.GRAM))
+    seen.append(found)
     progress.update(i + 1)
-  return {name: _join(name, [part[name] for part in seen], needs)
-          for name in names}
+  return {name: _join(name, [part[name] for part in seen], needs,
+                      grams.get(name)) for name in names}
 
 
 def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
@@ -169,8 +174,8 @@ def _windows(module, value):
   return patches.swapaxes(1, 2).reshape(len(patches), -1)
 
 
-def _join(name, parts, needs):
-  """A `Seen` of what all batches brought."""
+def _join(name, parts, needs, gram):
+  """A `Seen` of what all batches brought; `gram` is summed over them."""
   both = lambda key: np.concatenate([part[key].ravel() for part in parts])
   # NaN reaches a minimum and infinity one of both: no further look at the data.
   low, high = float(both('minimum').min()), float(both('maximum').max())
@@ -187,9 +192,7 @@ def _join(name, parts, needs):
   if fit_lib.CHANNEL_MAXIMA in needs:
     seen['channel_maxima'] = np.max(
         [part[fit_lib.CHANNEL_MAXIMA].max(0) for part in parts], axis=0)
-  if fit_lib.GRAM in needs:
-    steps = len(parts[0]['minimum'])
-    # Sums over steps in float32 on the device, means over batches in float64.
-    seen['gram'] = np.mean([np.float64(part[fit_lib.GRAM]) / steps
-                            for part in parts], axis=0)
+  if gram is not None:
+    # Sums over steps in float32 on the device, over batches in float64.
+    seen['gram'] = gram / (len(parts) * len(parts[0]['minimum']))
   return Seen(minimum=low, maximum=high, **seen)

@@ -18,8 +18,10 @@ import msfp_jax as msfp
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import FindAround
+from msfp_jax.quant.around import Trial
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.fit import Dynamic
+from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.run import evaluate
@@ -185,7 +187,7 @@ def test_the_branch_keeps_what_the_quantizer_loses():
   """The residual of rank 2 has less energy than the weights, per layer."""
   rng = np.random.default_rng(0)
   kernel = np.float32(rng.normal(size=(3, 3, 4, 2)) @ rng.normal(size=(2, 6)))
-  around = Rank2()(None, kernel, None)
+  around = Rank2()(Trial(Seen(), kernel, None, None))
   left = np.asarray(around.residual(kernel))
   # bfloat16 has 8 significant bits.
   assert np.abs(left).max() < 2**-6 * np.abs(kernel).max()

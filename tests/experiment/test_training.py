@@ -68,7 +68,8 @@ def test_the_schema_of_the_results(trained, npz):
       'eta': 0, 'spacing': 'uniform', 'convention': 'ddim', 'guidance': 1,
       'seed': 0, 'features': 'random', 'exceptions': 'ends-8',
       'image_shape': [8, 8, 1]}
-  common = {'name', 'weight_bits', 'act_bits', 'fd_random', 'bytes'}
+  common = {'name', 'weight_bits', 'act_bits', 'fd_random', 'bytes',
+            'bits_per_weight', 'bits_per_act'}
   assert [row['name'] for row in rows] == ['fp', 'msfp', 'tuned']
   assert [(row['weight_bits'], row['act_bits']) for row in rows] == [
       (32, 32), (4, 4), (4, 4)]
