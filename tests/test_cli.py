@@ -74,9 +74,11 @@ def test_statistics_of_images_are_written(tmp_path):
 
 @pytest.mark.parametrize('arguments, part', [
     (['--make_stats=digits'], '--output'),
-    (['--make_stats=nowhere', '--output=x.npz'], 'no images at nowhere'),
-    (['--make_stats=digits', '--output=x.npz', '--inception=nowhere.pth'],
-     'nowhere.pth'),
+    pytest.param(['--make_stats=nowhere', '--output=x.npz'],
+                 'no images at nowhere', marks=pytest.mark.slow),
+    pytest.param(['--make_stats=digits', '--output=x.npz',
+                  '--inception=nowhere.pth'], 'nowhere.pth',
+                 marks=pytest.mark.slow),
 ])
 def test_statistics_that_cannot_be_made(arguments, part):
   assert_refused(run('eval.py', *arguments), part)
@@ -112,7 +114,8 @@ def test_eval_before_train(tmp_path):
 
 @pytest.mark.parametrize('arguments, parts', [
     (['--config=configs/digits.py:tabel'], ("'tabel'", 'table')),
-    (['--config=configs/digits.py:table', '--seeds=1,x'], ('seeds', "'x'")),
+    pytest.param(['--config=configs/digits.py:table', '--seeds=1,x'],
+                 ('seeds', "'x'"), marks=pytest.mark.slow),
 ])
 def test_a_study_that_is_not_there(tmp_path, arguments, parts):
   assert_refused(run('-m', 'msfp_jax.run.study', *arguments,

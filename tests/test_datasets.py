@@ -66,7 +66,7 @@ def write_python3(folder, planes):
 
 
 @pytest.mark.parametrize('write', [
-    write_binary, write_python2,
+    write_binary, pytest.param(write_python2, marks=pytest.mark.slow),
     pytest.param(write_python3, marks=pytest.mark.slow)])
 def test_cifar10(tmp_path, planes, write):
   write(tmp_path, planes)

@@ -79,13 +79,13 @@ REAL = {
 }
 
 
-# Those of the paper's configs are quick tests, the others slow ones.
-PAPERS = ('cifar10', 'celeba64', 'bedrooms', 'churches', 'cin256-v2')
+# One of either kind is a quick test, the others are slow ones.
+QUICK = ('cifar10', 'cin256-v2')
 
 
 @pytest.mark.parametrize('config, family, rename, tensors, parameters', [
     pytest.param(*case, id=name,
-                 marks=() if name in PAPERS else pytest.mark.slow)
+                 marks=() if name in QUICK else pytest.mark.slow)
     for name, case in REAL.items()])
 def test_the_real_models_are_told_by_their_shapes(
     config, family, rename, tensors, parameters):
@@ -129,6 +129,7 @@ def test_the_real_first_stages_are_told_by_their_shapes(
     assert first_stage.rename(found, config)[0].keys() == shapes.keys()
 
 
+@pytest.mark.slow
 def test_stable_diffusion_2_without_a_configuration_warns(caplog):
   config, family, rename, *_ = REAL['sd2']
   with caplog.at_level('WARNING'):

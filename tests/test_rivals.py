@@ -114,9 +114,14 @@ def test_candidates_without_a_tail_need_no_zero_point():
   assert zeros == {0.0}
 
 
-@pytest.mark.parametrize('name', recipes.RECIPES)
-@pytest.mark.parametrize('bits', [
-    4, pytest.param(8, marks=pytest.mark.slow)])
+# Of those that differ in kind, at 4 bits; the rest are slow tests.
+QUICK = ('msfp_group', 'dual_scale', 'hadamard', 'int4_minmax', 'svdquant')
+
+
+@pytest.mark.parametrize('name, bits', [
+    pytest.param(name, bits, marks=() if bits == 4 and name in QUICK
+                 else pytest.mark.slow)
+    for name in recipes.RECIPES for bits in (4, 8)])
 def test_every_recipe_makes_a_layer(name, bits):
   """From rows alone, at the bits of the rest and at those of exceptions."""
   recipe = recipes.get(name)

@@ -213,6 +213,7 @@ def test_neither_data_nor_reference(copy, npz):
     evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
 
 
+@pytest.mark.slow
 def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   found = evaluate.run(runs.config_of(npz, {
       'eval.rows': ('fp', 'packed'), 'eval.layer_images': 2,

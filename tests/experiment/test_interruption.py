@@ -24,6 +24,7 @@ LONG = {'pretrain.num_steps': 240, 'pretrain.save_every': 50,
         'finetune.save_every': 50}
 
 
+@pytest.mark.slow
 def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
   """Stopped once in pre-training and once in fine-tuning."""
   config = runs.config_of(npz)
@@ -70,8 +71,8 @@ def flip_a_bit(folder):
 @pytest.mark.filterwarnings(
     'ignore::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
-@pytest.mark.parametrize('damage', [
-    truncate, pytest.param(flip_a_bit, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', [truncate, flip_a_bit])
 def test_a_damaged_checkpoint_costs_only_its_steps(
     copy, trained, npz, caplog, damage):
   damage(copy / 'checkpoints/6')
