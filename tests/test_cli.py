@@ -62,6 +62,7 @@ def test_no_workdir(program):
   assert_refused(run(program, '--config=configs/digits.py'), '--workdir')
 
 
+@pytest.mark.slow
 def test_statistics_of_images_are_written(tmp_path):
   path = tmp_path / 'digits.npz'
   finished = run('eval.py', '--make_stats=digits', f'--output={path}',

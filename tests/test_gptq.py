@@ -365,7 +365,8 @@ def spec_of(seen, recipe, bits=4):
       activations=seen, exceptions={'out': 8}, roles=tiny.NET_ROLES)
 
 
-@pytest.mark.parametrize('recipe', ['msfp+gptq', 'nvfp4+gptq'])
+@pytest.mark.parametrize('recipe', [
+    pytest.param('msfp+gptq', marks=pytest.mark.slow), 'nvfp4+gptq'])
 def test_a_model_has_the_rounded_weights_wherever_it_is_made(seen, recipe):
   """Quantized, simulated and packed alike: what GPTQ gives for the layer."""
   params, spec = tiny.params(tiny.NET), spec_of(seen, recipe)
@@ -405,7 +406,8 @@ def student_of(spec, base='full'):
 
 @pytest.mark.parametrize('recipe', ['int+gptq', 'nvfp4+gptq',
                                     'int4_minmax+gptq'])
-@pytest.mark.parametrize('base', ['full', 'dequantized'])
+@pytest.mark.parametrize('base', [
+    'full', pytest.param('dequantized', marks=pytest.mark.slow)])
 def test_training_starts_from_the_rounded_weights(seen, recipe, base):
   """Banks of zero, for block formats too: theirs are the scales of before."""
   spec = spec_of(seen, recipe)

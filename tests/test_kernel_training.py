@@ -90,10 +90,13 @@ def plain(layer, x, geometry):
   return y
 
 
-CASES = [(kind, quantizers, around) for kind in KINDS
-         for quantizers in QUANTIZERS for around in AROUND
-         if around == 'nothing' or quantizers == 'static' or (
-             quantizers == 'block' and around == 'all')]
+CASES = [
+    pytest.param(kind, quantizers, around, marks=pytest.mark.slow
+                 if kind == 'conv' and (quantizers, around) != (
+                     'static', 'nothing') else ())
+    for kind in KINDS for quantizers in QUANTIZERS for around in AROUND
+    if around == 'nothing' or quantizers == 'static' or (
+        quantizers == 'block' and around == 'all')]
 
 
 @pytest.mark.parametrize('kind, quantizers, around', CASES)

@@ -198,9 +198,8 @@ def tuned(model):
   return student, trainable
 
 
-@pytest.mark.parametrize('model', [
-    tiny.NET, pytest.param(tiny.UNET, marks=pytest.mark.slow)],
-    ids=['net', 'unet'])
+@pytest.mark.slow
+@pytest.mark.parametrize('model', [tiny.NET, tiny.UNET], ids=['net', 'unet'])
 def test_models_of_two_banks(model):
   student, trainable = tuned(model)
   deployed = packed_lib.deploy(student, trainable, tiny.PLAN)
@@ -301,7 +300,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize('weight', BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize('weight', [
+    pytest.param(weight, id=name, marks=() if name == 'NVFP4'
+                 else pytest.mark.slow) for name, weight in BLOCKS.items()])
 def test_what_is_packed_is_what_quantize_made(weight):
   """No second pass: every weight is bit for bit that of `quantize`."""
   params = Deep().init(

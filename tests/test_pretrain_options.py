@@ -141,6 +141,7 @@ def test_bfloat16_inside_the_model_and_float32_outside():
   assert {v.dtype for v in scalars.values()} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_bfloat16_is_float32_rounded():
   tx = optax.adamw(1e-3)
   state = state_at(3, tx, tiny.params(tiny.NET))

@@ -70,7 +70,9 @@ EVERYWHERE = ('images with zero points', 'tokens with zero points',
 
 @pytest.mark.parametrize('name, geometry', [
     pytest.param(name, geometry, marks=(
-        () if geometry in ('dense', '3x3, borders') else pytest.mark.slow))
+        () if geometry == 'dense' or (
+            name in EVERYWHERE and geometry == '3x3, borders')
+        else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
     if name in EVERYWHERE or geometry in ('dense', '3x3, borders')])
 def test_every_kind_of_scale(name, geometry):

@@ -209,6 +209,7 @@ class Everything(FindAround):
                           up=jnp.asarray(v[:1], jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_what_stands_around_goes_all_the_way(tmp_path, monkeypatch):
   """Calibrated, simulated, packed, saved and loaded, without a loss of its own.
 

@@ -115,7 +115,7 @@ def test_candidates_without_a_tail_need_no_zero_point():
 
 
 # Of those that differ in kind, at 4 bits; the rest are slow tests.
-QUICK = ('msfp_group', 'dual_scale', 'hadamard', 'int4_minmax', 'svdquant')
+QUICK = ('dual_scale', 'int4_minmax', 'svdquant')
 
 
 @pytest.mark.parametrize('name, bits', [

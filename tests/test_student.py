@@ -44,7 +44,7 @@ PLAIN_LORA = {'num_banks': 1, 'learn_act_ranges': False,
               'gamma': (2.0, 1.0, 1.0, 0.0)}
 DEQUANTIZED = {'num_banks': 3, 'base_weight': 'dequantized', 'seed': 9}
 variants = pytest.mark.parametrize(
-    'options', [{}, PLAIN_LORA,
+    'options', [{}, pytest.param(PLAIN_LORA, marks=pytest.mark.slow),
                 pytest.param(DEQUANTIZED, marks=pytest.mark.slow)],
     ids=['two banks', 'plain LoRA', 'three banks on dequantized weights'])
 
@@ -416,6 +416,7 @@ def by_step_spec():
       'conv_in': dataclasses.replace(spec.layers['conv_in'], act=act)})
 
 
+@pytest.mark.slow
 def test_steps_are_trained_each_with_its_own_scale():
   """The update of a step moves that step's scale, and predicts with it."""
   settings = settings_of(num_updates=100)

@@ -352,8 +352,10 @@ def test_a_dense_layer_is_one_product_of_int8(weights, pointwise):
   np.testing.assert_array_equal(run(x, layer), jit(papers)(x, layer))
 
 
-@pytest.mark.parametrize('recipe', ['quartz', 'quartz_weights'])
-@pytest.mark.parametrize('part', ['nal', 'aal'])
+@pytest.mark.parametrize('recipe, part', [
+    ('quartz', 'aal'), ('quartz_weights', 'nal'),
+    pytest.param('quartz', 'nal', marks=pytest.mark.slow),
+    pytest.param('quartz_weights', 'aal', marks=pytest.mark.slow)])
 def test_recipes_run_packed_as_simulated(recipe, part):
   """3x3 and dense, by the door's own choice and in int8, against float64."""
   of = recipes.get(recipe)
