@@ -23,7 +23,8 @@ ACTS = WEIGHTS + numbers_lib.formats_of_width(4, signed=False)
 
 
 @pytest.mark.parametrize('weight', [
-    pytest.param(fmt, id=str(fmt), marks=[pytest.mark.slow] * (str(fmt) != 'E2M1'))
+    pytest.param(fmt, id=str(fmt),
+                 marks=[pytest.mark.slow] * (str(fmt) != 'E2M1'))
     for fmt in WEIGHTS])
 def test_every_pair_of_4_bits(weight):
   """All pairs of 4-bit formats agree; not jitted, to share compilations."""
