@@ -39,14 +39,14 @@ def block(x, quantizer, axis):
     elif quantizer.scale_type == 'bf16':
       low = [a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in low]
     reach = [np.maximum(b - a, 0) for a, b in zip(low, high, strict=True)]
-  scales = block_scales(reach, quantizer)
+  scales = block_scales(reach, quantizer, axis)
   return np.concatenate([
       fake_quant(group - (0 if zero is None else zero), fmt, scale) + (
           0 if zero is None else np.float64(zero))
       for group, scale, zero in zip(groups, scales, low, strict=True)], axis)
 
 
-def block_scales(reach, quantizer):
+def block_scales(reach, quantizer, axis):
   """The scale of every group, of its largest magnitude or range, float64."""
   fmt, kept = quantizer.fmt, quantizer.scale_type
   if kept == 'e8m0':
@@ -59,7 +59,10 @@ def block_scales(reach, quantizer):
     return scales if fmt.signed else [snapped(scale) for scale in scales]
   outer = 1.0
   if quantizer.two_level:
-    outer = np.float64(np.float32(max(s.max() for s in scales) / 448))
+    # Of weights one, of inputs one of each image.
+    each = [scale.max(tuple(range(axis == -1, scale.ndim)), keepdims=True)
+            for scale in scales]
+    outer = np.float64(np.float32(np.max(each, axis=0) / 448))
   return [np.float64((scale / outer).astype(np.float32).astype(
       ml_dtypes.float8_e4m3fn)) * outer for scale in scales]
 

@@ -297,12 +297,12 @@ def test_a_convolution_errs_less_at_its_own_output(groups, stride):
 ROTATED = Around(rotation=16, smooth=jnp.exp(jnp.linspace(-1, 1, ROWS)))
 
 
-def layer_of(recipe='signed_fp+gptq', around=None, kernel=KERNEL):
+def layer_of(recipe='signed_fp+gptq', around=None, kernel=KERNEL, bits=4):
   of = recipes.get(recipe)
   if around is not None:
     of = dataclasses.replace(of, around=lambda trial: around)
   seen = Seen(X.ravel(), X.min(), X.max(), X, np.abs(X).max(0), GRAM)
-  return fit_layer(of, 'conv', seen, kernel, 4, 8)
+  return fit_layer(of, 'conv', seen, kernel, bits, 8)
 
 
 def test_with_smoothing_and_rotation_it_is_what_the_product_sees():
@@ -323,10 +323,11 @@ def test_without_a_gram_matrix_it_says_what_to_gather():
     fit_layer(recipes.get('int4_group+gptq'), 'conv', Seen(), KERNEL, 4, 8)
 
 
-@pytest.mark.parametrize('recipe', ['int4_minmax+gptq', 'nvfp4+gptq',
-                                    'mxfp4+gptq', 'int+gptq'])
-def test_json_there_and_back_is_exact(recipe):
-  spec = spec_lib.QuantSpec(recipe, {'a': layer_of(recipe)})
+@pytest.mark.parametrize('recipe, bits', [
+    ('int4_minmax+gptq', 4), ('nvfp4+gptq', 4), ('mxfp4+gptq', 4),
+    ('int+gptq', 4), ('quartz_weights+gptq', 4), ('quartz_weights+gptq', 3)])
+def test_json_there_and_back_is_exact(recipe, bits):
+  spec = spec_lib.QuantSpec(recipe, {'a': layer_of(recipe, bits=bits)})
   back = spec_lib.QuantSpec.from_json(spec.to_json())
   one, two = spec.layers['a'].rounded, back.layers['a'].rounded
   assert one.digest == two.digest and two.weight.is_packed
@@ -346,6 +347,17 @@ def test_json_there_and_back_is_exact(recipe):
 def test_damaged_weights_in_a_spec_are_refused(change):
   content = json.loads(spec_lib.QuantSpec(
       'nvfp4', {'a': layer_of('nvfp4+gptq')}).to_json())
+  change(content['layers'][0]['rounded'])
+  with pytest.raises(ValueError, match='not a quantization spec'):
+    spec_lib.QuantSpec.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize('change', [
+    lambda row: row.pop('wide'), lambda row: row.pop('shift'),
+    lambda row: row.update(shift_group=0), lambda row: row.update(wide='E1M5')])
+def test_damaged_shifts_in_a_spec_are_refused(change):
+  content = json.loads(spec_lib.QuantSpec(
+      'x', {'a': layer_of('quartz_weights+gptq')}).to_json())
   change(content['layers'][0]['rounded'])
   with pytest.raises(ValueError, match='not a quantization spec'):
     spec_lib.QuantSpec.from_json(json.dumps(content))

@@ -57,7 +57,7 @@ def test_against_the_quantizer_of_scaled_products():
       'nvfp4', jnp.full((1,), outer))
   values, scale = jax.jit(
       lambda x: library.quantize(x, config))(x[None])
-  tensor = quantizers.quantize(block_formats.nvfp4(4), x, -1)
+  tensor = quantizers.quantize(block_formats.nvfp4(4), x[None], -1).bank(0)
   np.testing.assert_array_equal(
       np.float32(tensor.scale), np.float32(scale[0]))
   # There x is divided by both scales in turn, which rounds twice: a tie may go

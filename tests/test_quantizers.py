@@ -74,9 +74,12 @@ def test_two_levels_reach_the_largest_scale():
   """The largest of the inner scales is e4m3's maximum, 448."""
   tensor = NVFP4.quantize(1e-3 * X)
   assert np.float32(tensor.scale).max() == 448
-  np.testing.assert_allclose(
-      tensor.outer, np.abs(1e-3 * X).max() / 6 / 448, rtol=1e-6)
-  assert np.shape(tensor.outer) == (1, 1, 1, 1)
+  # One for each of the two images: a sample is quantized as if it were alone.
+  largest = np.abs(1e-3 * X).max((1, 2, 3), keepdims=True)
+  np.testing.assert_allclose(tensor.outer, largest / 6 / 448, rtol=1e-6)
+  np.testing.assert_array_equal(
+      NVFP4.quantize(X).dequantize()[1:], NVFP4.quantize(X[1:]).dequantize())
+  assert np.shape(NVFP4.quantize(W, -2).outer) == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize('name', sorted(BLOCKS.keys() - {'one zero point'}))

@@ -98,7 +98,7 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
   weight = header_lib.weight_from_row(row, codes, parts)
   if is_read:
     reader.problems += [f'layer {name}: {flaw}'
-                        for flaw in [*_flaws(parts), *_shift_flaws(weight)]]
+                        for flaw in [*_flaws(parts), *weight.shift_flaws()]]
   around = _read_around(name, more, reader, (*window, length), outputs)
   return QLayer(
       weight,
@@ -117,23 +117,6 @@ def _flaws(parts):
     if key in ('scale', 'outer') and (values < 0).any():
       found.append(f'{key} holds values below 0')
   return found
-
-
-def _shift_flaws(weight):
-  """Lists the faults of shifts, and of what shifted levels are said to be."""
-  fmt, wide, group = weight.fmt, weight.wide, weight.shift_group
-  if weight.shift is None:
-    return ([] if wide is None and not group
-            else ['shift is missing, by which its levels are wider'])
-  if wide is None or fmt.signed != wide.signed:
-    return [f'shift of {fmt} to {wide}: must be of both or neither with a sign']
-  if group < 1 or group & (group - 1):
-    return [f'shift_group {group}: must be a power of two']
-  # In steps: 7 << 4 is 112, and E1M6 has 127 of them; 7 << 5 would be 224.
-  steps, room = (one.max / one.step for one in (fmt, wide))
-  if steps * 2.0**(largest := weight.shift.max()) > room:
-    return [f'shift holds {largest}, by which {fmt} leaves {wide}']
-  return []
 
 
 def _read_around(name, more, reader, inputs, outputs):

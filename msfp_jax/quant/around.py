@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import functional
 
 
 @flax.struct.dataclass
@@ -70,8 +71,12 @@ class Around:
 
   def input(self, x: jax.Array) -> jax.Array:
     """x' of x `[..., I]`."""
+    if self.moves_input:
+      # A half-precision model's input is quantized as it comes, and so it is
+      # smoothed and rotated.
+      x = jnp.asarray(x, jnp.float32)
     if self.smooth is not None:
-      x = x / self.smooth
+      x = functional.divide(x, self.smooth)
     return hadamard(x, self.rotation) if self.rotation else x
 
   def residual(self, kernel: jax.Array) -> jax.Array:
@@ -222,6 +227,11 @@ class Rotation(FindAround):
   size: int = 32
   only_if_better: bool = False
   needs = (fit_lib.ROWS,)
+
+  def __post_init__(self):
+    if self.size < 2 or self.size & (self.size - 1):
+      raise ValueError(f'Rotation of size={self.size}: must be a power of two '
+                       'of 2 or more')
 
   def __call__(self, trial):
     channels = trial.kernel.shape[-2]

@@ -62,8 +62,9 @@ class Block(Quantizer):
     group: neighbours along the contraction, of 'group'.
     scale_type: in which scales are kept: 'f32', 'bf16' (zero points as well),
       'e4m3' or 'e8m0', a power of two.
-    two_level: whether a scale of the tensor stands before them, so that the
-      largest of them is the type's maximum (NVFP4).
+    two_level: whether a scale of the tensor, of inputs one of each image,
+      stands before them, so that the largest of them is the type's maximum
+      (NVFP4).
     rule: of RULES, for 'e8m0'.
     zero_point: of an unsigned format, one for all groups; None for each
       group's minimum. Below it everything is level 0.
@@ -104,6 +105,9 @@ class Block(Quantizer):
       raise ValueError(f'shared={self.shared!r} is not for '
                        f'{"inputs" if axis == -1 else "weights"}')
     # 'edge': no new extremes in the last group.
+    if self.shared == 'image' and x.ndim < 2:
+      raise ValueError(f"shared='image': an input {list(x.shape)} has no axis "
+                       'of images')
     low, high = self._extremes(
         self._grouped(x, axis, 'edge'), tuple(axes(x.ndim)), axis)
     zero_point = None
@@ -116,7 +120,7 @@ class Block(Quantizer):
         zero_point = zero_point.astype(jnp.bfloat16)
     reach = (jnp.maximum(high, -low) if zero_point is None and self.fmt.signed
              else jnp.maximum(high - zero_point, 0.0))
-    scale, outer = self._scales(reach)
+    scale, outer = self._scales(reach, axis)
     if self.zero_point == 0:
       zero_point = None
     tensor = QTensor(
@@ -158,7 +162,7 @@ class Block(Quantizer):
       return x.min(axis), x.max(axis)
     return x.min(axes, keepdims=True), x.max(axes, keepdims=True)
 
-  def _scales(self, reach):
+  def _scales(self, reach, axis):
     """(scale, outer) so that the largest element is the format's maximum."""
     tiny = np.finfo(np.float32).tiny
     # Devices differ in whether they flush subnormal numbers; none is left to
@@ -180,7 +184,11 @@ class Block(Quantizer):
     largest = float(ml_dtypes.finfo(SCALE_TYPES['e4m3']).max)
     outer = None
     if self.two_level:
-      outer = normal(functional.divide(scale.max(keepdims=True), largest))
+      # Of inputs for each image: no sample depends on others in its batch.
+      whole = (tuple(range(1, scale.ndim))
+               if axis == -1 and scale.ndim > 1 else None)
+      outer = normal(functional.divide(
+          scale.max(whole, keepdims=True), largest))
       scale = functional.divide(scale, jnp.where(outer > 0, outer, 1.0))
     # Beyond its maximum of 448 e4m3fn has no infinity, only NaN.
     return jnp.minimum(scale, largest).astype(SCALE_TYPES['e4m3']), outer

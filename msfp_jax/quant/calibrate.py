@@ -196,7 +196,8 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   given = kernel
   of_input = recipe.aal if kind == spec_lib.AAL else recipe.nal
   around = None
-  if recipe.around is not None and bits < FULL_BITS:
+  if (recipe.around is not None and bits < FULL_BITS
+      and not _has_groups(seen, kernel)):
     around = fit_lib.as_arrays(recipe.around(around_lib.Trial(
         seen, kernel, functools.partial(_quantized, recipe.weight, bits),
         functools.partial(_quantized_rows, of_input, act_bits), bits)))
@@ -230,6 +231,16 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
       role, kind, weight.quantizer, act.quantizer, around, stats, rounded)
 
 
+def _has_groups(seen, kernel):
+  """Whether it is a grouped convolution, of which only a part sees a channel.
+
+  Nothing stands around these: what finds it takes all channels for all outputs.
+  """
+  parts = [part.shape[-1] for part in (seen.rows, seen.channel_maxima)
+           if part is not None]
+  return any(channels != kernel.shape[-2] for channels in parts)
+
+
 def _rounded(kernel, quantizer, gram, given):
   """The weights by GPTQ, and what of their errors is known, for `stats`.
 
@@ -242,7 +253,7 @@ def _rounded(kernel, quantizer, gram, given):
   if gram is None:
     raise ValueError(
         f'rounding={recipes.GPTQ!r} needs to see {fit_lib.GRAM!r} of the '
-        f'input, which was not gathered: collect with needs={fit_lib.GRAM!r}')
+        'input, which was not gathered: collect with needs=recipe.needs')
   tensor = gptq.round_weights(kernel, quantizer, gram)
   nearest = np.asarray(fit_lib.restored(quantizer, kernel, -2))
   found = rounded_lib.Rounded.of(tensor, given)

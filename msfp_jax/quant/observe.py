@@ -49,6 +49,8 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   Raises:
     ValueError: there are no batches, or an activation is NaN or infinite.
   """
+  if isinstance(needs, str):
+    raise ValueError(f'needs {needs!r}: must be a list of {fit_lib.NEEDS}')
   if unknown := set(needs) - set(fit_lib.NEEDS):
     raise ValueError(f'needs {sorted(unknown)}: must be among {fit_lib.NEEDS}')
   batches = batches_lib.check_batches(batches)
@@ -148,7 +150,8 @@ def _gather(module, value, places, key, needs):
   if fit_lib.CHANNEL_MAXIMA in needs:
     found[fit_lib.CHANNEL_MAXIMA] = jnp.abs(flat).max(0)
   if fit_lib.GRAM in needs:
-    rows = _windows(module, value)
+    # In float32: a half-precision model's own type would sum 8 digits.
+    rows = _windows(module, value).astype(jnp.float32)
     if len(rows) > _GRAM_PLACES:  # else all of them: no sample is better
       rows = rows[jax.random.randint(
           jax.random.fold_in(key, 2), (_GRAM_PLACES,), 0, len(rows))]

@@ -45,7 +45,7 @@ from msfp_jax.quant.numbers import FPFormat
 # are counted from the end everywhere, so that an axis of banks in front, [h, I,
 # O], changes nothing.
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
-SHIFT_BITS = 3  # a shift is 0 to 4
+SHIFT_BITS = 3  # a shift is 0 to 4, of 3 bits to 5
 
 
 @flax.struct.dataclass
@@ -278,9 +278,24 @@ class QTensor:
         found.append(f'{name} that is not finite')
       if name in ('scale', 'outer') and (np.float32(part) < 0).any():
         found.append(f'{name} below 0')
-    if self.shift is not None and np.max(self.shift, initial=0) > 4:
-      found.append('shift above 4')
-    return found
+    return found + self.shift_flaws()
+
+  def shift_flaws(self) -> list[str]:
+    """What of shifts, and of what shifted levels are said to be, is no such."""
+    fmt, wide, group = self.fmt, self.wide, self.shift_group
+    if self.shift is None:
+      return ([] if wide is None and not group
+              else ['shift is missing, by which its levels are wider'])
+    if wide is None or fmt.signed != wide.signed:
+      return [f'shift of {fmt} to {wide}: must be of both or neither with a '
+              'sign']
+    if group < 1 or group & (group - 1):
+      return [f'shift_group {group}: must be a power of two']
+    # In steps: 7 << 4 is 112, and E1M6 has 127 of them; 7 << 5 would be 224.
+    steps, room = (one.max / one.step for one in (fmt, wide))
+    if steps * 2.0**(largest := np.max(self.shift, initial=0)) > room:
+      return [f'shift holds {largest}, by which {fmt} leaves {wide}']
+    return []
 
 
 # Elements that are encoded at once: one compilation for a format.

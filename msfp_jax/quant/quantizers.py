@@ -63,8 +63,8 @@ class Quantizer:
     """dequantize(quantize(x)), in x's dtype, with a straight-through gradient.
 
     With u = (x - zero point) / scale and q its level, the gradient is 1 for x:
-    a quantizer whose scale follows the data saturates nowhere. That of a
-    quantizer's own parameters goes through scale and zero point, as in
+    a quantizer whose scale follows the data cuts off little or nothing. That
+    of a quantizer's own parameters goes through scale and zero point, as in
     `functional.fake_quant`: q - u and 0 inside the range, q and 1 outside.
     What scale and zero point owe to x is left out.
     """

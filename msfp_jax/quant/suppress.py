@@ -74,6 +74,9 @@ class Suppressed(Quantizer):
           f'a first stage that is {self.inner}: must be a Block or Static of '
           'integers, such as E1M6 or UE1M7')
     wide = self.inner.fmt
+    if wide.signed and self.inner.zero_point is not None:
+      raise ValueError(f'a first stage of {wide} with a zero point: its sign '
+                       'and magnitude are counted from 0')
     if (scaled := getattr(self.inner, 'group', 0)) % self.group:
       raise ValueError(
           f'group={self.group}: must divide the {scaled} neighbours that share '

@@ -65,7 +65,7 @@ def _cell(parts: Mapping[str, Mapping[str, float]], layer: str,
           colour: Any) -> dict[str, str]:
   value = parts[_OUTPUT].get(layer)
   if value is None:
-    return {'text': '', 'title': 'not quantized', 'style': ''}
+    return {'text': '', 'title': 'not quantized, or without error', 'style': ''}
   alone = [f'{name} {parts[part][layer]:.1f} dB'
            for part, name in _ALONE.items() if layer in parts.get(part, {})]
   return {'text': f'{value:.0f}', 'style': colour(value),

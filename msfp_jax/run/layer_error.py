@@ -86,6 +86,9 @@ class LayerErrors:
         found = np.float64(_squares(
             self._modules[name], own, layer, seen, model.implementation))
         sums[name] = sums.get(name, 0) + found
+    if odd := sorted(name for name, found in sums.items()
+                     if not np.isfinite(found).all()):
+      raise ValueError(f'the outputs of layers {odd} are NaN or infinite')
     return {part: {name: round(10 * math.log10(found[0] / found[i]), 3)
                    for name, found in sums.items()
                    if found[0] > 0 and found[i] > 0}
