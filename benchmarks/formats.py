@@ -73,8 +73,8 @@ def distributions(rows: int, seed: int = 3) -> dict[str, np.ndarray]:
 
 
 def sqnr(quantizer: Quantizer, x: np.ndarray) -> float:
-  """10 log10(sum x^2 / sum (x - Q(x))^2), in float64."""
-  back = np.float64(restored(quantizer, x, -1))
+  """10 log10(sum x^2 / sum (x - Q(x))^2) of one image, in float64."""
+  back = np.float64(restored(quantizer, x[None], -1)[0])
   exact = np.float64(x)
   return float(10 * np.log10((exact**2).sum() / ((exact - back)**2).sum()))
 
@@ -88,8 +88,8 @@ def table(rows: int) -> list[list[str]]:
 
 
 def bits_of(quantizer: Quantizer, channels: int = CHANNELS) -> float:
-  """Bits of an element of inputs `[128, channels]`, scales counted."""
-  shape = jax.ShapeDtypeStruct((128, channels), jnp.float32)
+  """Bits of an element of an image `[1, 128, channels]`, scales counted."""
+  shape = jax.ShapeDtypeStruct((1, 128, channels), jnp.float32)
   tensor = jax.eval_shape(quantizer.quantize, shape)
   return tensor.nbits / shape.size
 

@@ -107,6 +107,7 @@ def test_a_workdir_of_another_config(tmp_path):
   assert shown.returncode != 0 and 'Traceback' in shown.stderr
 
 
+@pytest.mark.slow
 def test_eval_before_train(tmp_path):
   assert_refused(run('eval.py', '--config=configs/digits.py',
                      f'--workdir={tmp_path}/w'),

@@ -12,8 +12,8 @@ def golden():
     return dict(file)
 
 
-# One of each kind of UNet is a quick test.
-QUICK = ('ddim', 'ldm_churches', 'sd1', 'unet2d')
+# Of UNets and first stages one of each source is a quick test.
+QUICK = ('ddim', 'sd1')
 
 
 @pytest.mark.parametrize('name', [
@@ -26,7 +26,9 @@ def test_unets_equal_golden(golden, name):
   assert unet_oracle.rel_l2(actual, golden[name]) < 5e-6
 
 
-@pytest.mark.parametrize('name', families.STAGES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in ('vq', 'kl') else pytest.mark.slow)
+    for name in families.STAGES])
 def test_first_stages_equal_golden(golden, name):
   config = families.STAGES[name]
   encoded, decoded = families.first_stage_outputs(

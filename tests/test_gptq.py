@@ -305,6 +305,7 @@ def layer_of(recipe='signed_fp+gptq', around=None, kernel=KERNEL, bits=4):
   return fit_layer(of, 'conv', seen, kernel, bits, 8)
 
 
+@pytest.mark.slow
 def test_with_smoothing_and_rotation_it_is_what_the_product_sees():
   layer = layer_of(around=ROTATED)
   moved = np.asarray(ROTATED.residual(KERNEL))
@@ -416,8 +417,9 @@ def student_of(spec, base='full'):
   return student, student.init(jax.random.key(0), 1, 2, True, True, False)
 
 
-@pytest.mark.parametrize('recipe', ['int+gptq', 'nvfp4+gptq',
-                                    'int4_minmax+gptq'])
+@pytest.mark.parametrize('recipe', [
+    'nvfp4+gptq', pytest.param('int+gptq', marks=pytest.mark.slow),
+    pytest.param('int4_minmax+gptq', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('base', [
     'full', pytest.param('dequantized', marks=pytest.mark.slow)])
 def test_training_starts_from_the_rounded_weights(seen, recipe, base):

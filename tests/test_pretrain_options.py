@@ -120,6 +120,7 @@ def test_without_flips_a_step_draws_and_computes_what_it_always_did():
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.slow
 def test_bfloat16_inside_the_model_and_float32_outside():
   inside = set()
 

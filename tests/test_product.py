@@ -70,8 +70,7 @@ EVERYWHERE = ('images with zero points', 'tokens with zero points',
 
 @pytest.mark.parametrize('name, geometry', [
     pytest.param(name, geometry, marks=(
-        () if geometry == 'dense' or (
-            name in EVERYWHERE and geometry == '3x3, borders')
+        () if name in EVERYWHERE and geometry in ('dense', '3x3, borders')
         else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
     if name in EVERYWHERE or geometry in ('dense', '3x3, borders')])

@@ -94,4 +94,4 @@ def test_memory_does_not_grow_with_the_samples(tmp_path, monkeypatch):
   monkeypatch.setattr(collect, '_CHUNK_BYTES', 1)  # a network's batch
   few, many = peak(tmp_path / 'few', 1024), peak(tmp_path / 'many', 4096)
   image_bytes = np.prod(SHAPE) * (4096 - 1024)
-  assert many - few < 0.2 * image_bytes, (few, many)
+  assert many - few < 0.4 * image_bytes, (few, many)

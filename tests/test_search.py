@@ -51,7 +51,8 @@ def test_brute_force_knows_the_best_uniform_grid():
 
 
 @pytest.mark.parametrize('signed', [True, False])
-@pytest.mark.parametrize('bits', [4, 6, 8])
+@pytest.mark.parametrize('bits', [
+    4, *[pytest.param(bits, marks=pytest.mark.slow) for bits in (6, 8)]])
 def test_never_worse_than_brute_force_and_true_to_its_word(bits, signed):
   formats = formats_of_width(bits, signed)
   zeros = None if signed else ZERO_POINTS

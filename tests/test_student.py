@@ -125,6 +125,7 @@ def test_step_0_is_plain_msfp_bit_for_bit(options):
     np.testing.assert_array_equal(eps_fn(x, t, index), expected)
 
 
+@pytest.mark.slow
 def test_step_0_is_the_plain_int_baseline_bit_for_bit():
   """The same for INT, whose weights have zero points and learned scales."""
   assert len(list(assert_starts_as_plain(net(recipe='int'), 'int'))) == 2

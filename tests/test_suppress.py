@@ -134,7 +134,9 @@ FROM_DATA = {
         4, first_stage(False, 'group', 32), group=32)}
 
 
-@pytest.mark.parametrize('name', FROM_DATA)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in ('a token', 'zero points')
+                 else pytest.mark.slow) for name in FROM_DATA])
 def test_both_stages_from_the_data(name):
   """Inputs of 40 channels, which no group divides; jitted or not."""
   quantizer, x = FROM_DATA[name], X[..., :40]
@@ -353,7 +355,8 @@ def test_a_dense_layer_is_one_product_of_int8(weights, pointwise):
 
 
 @pytest.mark.parametrize('recipe, part', [
-    ('quartz', 'aal'), ('quartz_weights', 'nal'),
+    ('quartz', 'aal'),
+    pytest.param('quartz_weights', 'nal', marks=pytest.mark.slow),
     pytest.param('quartz', 'nal', marks=pytest.mark.slow),
     pytest.param('quartz_weights', 'aal', marks=pytest.mark.slow)])
 def test_recipes_run_packed_as_simulated(recipe, part):

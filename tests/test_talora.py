@@ -133,7 +133,8 @@ def router_of(num_banks, **options):
   return router, router.init(KEY, jnp.zeros(()))['params']
 
 
-@pytest.mark.parametrize('num_banks', [2, 4])
+@pytest.mark.parametrize('num_banks', [
+    2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_span_of_timesteps_starts_in_its_own_bank(num_banks):
   router, params = router_of(num_banks)
   span = 1000 // num_banks
