@@ -1,5 +1,7 @@
 """Recipes by what they do to data, and bits by name."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -82,3 +84,24 @@ def test_bits(text, bits):
 def test_other_bits_are_refused(text):
   with pytest.raises(ValueError, match='w4a4'):
     recipes.parse_bits(text)
+
+
+@pytest.mark.parametrize('name, rounding', [
+    ('msfp', 'nearest'), ('msfp+gptq', 'gptq'), ('nvfp4+gptq', 'gptq'),
+    ('msfp+nearest', 'nearest')])
+def test_a_recipe_by_name_with_its_rounding(name, rounding):
+  found = recipes.get(name)
+  assert found == dataclasses.replace(
+      recipes.get(name.partition('+')[0]), rounding=rounding)
+  for bits, needed in ((4, rounding == 'gptq'), (32, False)):
+    assert ('gram' in found.needs_at(bits, 4)) == needed
+
+
+@pytest.mark.parametrize('name', ['msfp+gptqq', 'fp+gptq', 'msfp+', '+gptq',
+                                  'msfp+gptq+gptq'])
+def test_other_names_are_refused(name):
+  with pytest.raises(ValueError, match='msfp.*nearest.*gptq') as error:
+    recipes.get(name)
+  assert repr(name) in str(error.value)
+  with pytest.raises(ValueError, match="rounding='up'.*nearest"):
+    dataclasses.replace(recipes.get('msfp'), rounding='up')
