@@ -25,6 +25,12 @@ class Table:
   cells: list[dict[str, str]]
 
 
+def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+  """What a row has of the whole model: no name, nothing by layer."""
+  return {key: value for key, value in row.items()
+          if key != 'name' and not isinstance(value, Mapping)}
+
+
 def table(results: Mapping[str, Any]) -> Table:
   """Reads the content of results.json.
 
@@ -35,11 +41,8 @@ def table(results: Mapping[str, Any]) -> Table:
   """
   known = registry.columns(results)
   rows = results['rows']
-  # In the order of first appearance: rows may have different metrics. What is
-  # of every layer is no number of the row.
-  names = dict.fromkeys(
-      key for row in rows for key, value in row.items()
-      if key != 'name' and not isinstance(value, Mapping))
+  # In the order of first appearance: rows may have different metrics.
+  names = dict.fromkeys(key for row in rows for key in numbers(row))
   columns = {name: known.get(name, _UNKNOWN) for name in names}
   return Table(
       columns, [row['name'] for row in rows],

@@ -97,26 +97,13 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
         f'{name}.outer', np.float32, (banks, *(1,) * (codes.ndim - 1)))
   weight = header_lib.weight_from_row(row, codes, parts)
   if is_read:
-    reader.problems += [f'layer {name}: {flaw}'
-                        for flaw in [*_flaws(parts), *weight.shift_flaws()]]
+    reader.problems += [f'layer {name}: {flaw}' for flaw in [
+        *weight.value_flaws(), *weight.shift_flaws()]]
   around = _read_around(name, more, reader, (*window, length), outputs)
   return QLayer(
       weight,
       header_lib.input_from_row(row[4]), per_output.get(header_lib.BIAS),
       around)
-
-
-def _flaws(parts):
-  """Lists the faults of scales and zero points that no weights can have."""
-  found = []
-  for key, part in parts.items():
-    values = np.asarray(part, np.float32)
-    if not np.isfinite(values).all():
-      found.append(f'{key} holds values that are not finite')
-    # A group of zeros has a scale of 0.
-    if key in ('scale', 'outer') and (values < 0).any():
-      found.append(f'{key} holds values below 0')
-  return found
 
 
 def _read_around(name, more, reader, inputs, outputs):

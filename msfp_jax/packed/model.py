@@ -109,6 +109,12 @@ class PackedModel:
     # Codes in hand, an implementation can find out what it needs once a model.
     return host.with_implementation(self.implementation)
 
+  def layer_at(self, name: str, index: Any) -> QLayer:
+    """A layer at a position of the plan, traced or not: with one bank."""
+    bank = (jnp.asarray(self.choices[name])[index]
+            if name in self.choices else 0)
+    return jax.tree.map(jnp.asarray, self.layers[name]).at(index, bank)
+
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
     """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
@@ -120,11 +126,7 @@ class PackedModel:
     #
     # As JAX arrays, for NumPy's cannot be indexed by a traced index. All banks
     # stay on the device, and a step picks by index: S steps, one program.
-    layers = {
-        name: jax.tree.map(jnp.asarray, layer).at(
-            index, jnp.asarray(self.choices[name])[index]
-            if name in self.choices else 0)
-        for name, layer in self.layers.items()}
+    layers = {name: self.layer_at(name, index) for name in self.layers}
     return apply(self.model, self.params, layers, x, t, *condition,
                  implementation=self.implementation)
 

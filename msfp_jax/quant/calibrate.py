@@ -198,24 +198,13 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   around = None
   if (recipe.around is not None and bits < FULL_BITS
       and not _has_groups(seen, kernel)):
-    around = fit_lib.as_arrays(recipe.around(around_lib.Trial(
-        seen, kernel, functools.partial(_quantized, recipe.weight, bits),
-        functools.partial(_quantized_rows, of_input, act_bits), bits)))
-    if flaws := around.flaws(kernel.shape[-2]):
-      raise ValueError('around the product, ' + ', '.join(flaws))
+    around = _find_around(recipe, of_input, seen, kernel, bits, act_bits)
     # Both fits below see what the product will see.
     kernel = np.asarray(around.residual(kernel))
     seen = around.seen(seen)
   act = fit_lib.fit(of_input, seen, act_bits, axis=-1)
   if act_bits < FULL_BITS and act.mse is not None:
-    stats['act_mse'] = act.mse
-    # For the report, which tells what the class of a layer gained: the best
-    # signed quantizer, searched already or not.
-    signed = fit_lib.SIGNED
-    if signed in act.tried:
-      stats['act_signed_mse'] = act.tried[signed]
-    elif seen.values is not None:
-      stats['act_signed_mse'] = signed.search(seen.values, act_bits).mse
+    stats |= _input_errors(act, seen, act_bits)
   weight = fit_lib.fit(
       recipe.weight, Seen.of_weights(kernel), bits, axis=-2)
   if around is not None and weight.quantizer.is_full:
@@ -229,6 +218,29 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     stats |= errors
   return spec_lib.LayerSpec(
       role, kind, weight.quantizer, act.quantizer, around, stats, rounded)
+
+
+def _find_around(recipe, of_input, seen, kernel, bits, act_bits):
+  """What stands around a layer's product; ValueError for what cannot."""
+  around = fit_lib.as_arrays(recipe.around(around_lib.Trial(
+      seen, kernel, functools.partial(_quantized, recipe.weight, bits),
+      functools.partial(_quantized_rows, of_input, act_bits), bits)))
+  if flaws := around.flaws(kernel.shape[-2]):
+    raise ValueError('around the product, ' + ', '.join(flaws))
+  return around
+
+
+def _input_errors(act, seen, bits):
+  """What is known of an input's error, for `stats`."""
+  errors = {'act_mse': act.mse}
+  # For the report, which tells what the class of a layer gained: the best
+  # signed quantizer, searched already or not.
+  signed = fit_lib.SIGNED
+  if signed in act.tried:
+    errors['act_signed_mse'] = act.tried[signed]
+  elif seen.values is not None:
+    errors['act_signed_mse'] = signed.search(seen.values, bits).mse
+  return errors
 
 
 def _has_groups(seen, kernel):

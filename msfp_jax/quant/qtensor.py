@@ -274,11 +274,21 @@ class QTensor:
               part.shape[::-1], whole[::-1], strict=False))
       if not fits:
         found.append(f'{name} of shape {list(part.shape)}')
-      if not np.isfinite(np.float32(part)).all():
-        found.append(f'{name} that is not finite')
-      if name in ('scale', 'outer') and (np.float32(part) < 0).any():
-        found.append(f'{name} below 0')
-    return found + self.shift_flaws()
+    return found + self.value_flaws() + self.shift_flaws()
+
+  def value_flaws(self) -> list[str]:
+    """What scales and zero points, in NumPy, cannot be."""
+    found = []
+    for name in ('scale', 'zero_point', 'outer'):
+      if (part := getattr(self, name)) is None:
+        continue
+      values = np.asarray(part, np.float32)
+      if not np.isfinite(values).all():
+        found.append(f'{name} holds values that are not finite')
+      # A group of zeros has a scale of 0.
+      if name != 'zero_point' and (values < 0).any():
+        found.append(f'{name} holds values below 0')
+    return found
 
   def shift_flaws(self) -> list[str]:
     """What of shifts, and of what shifted levels are said to be, is no such."""

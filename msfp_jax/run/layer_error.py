@@ -78,7 +78,7 @@ class LayerErrors:
           self._params, x, jnp.full(len(x), float(self._plan.timesteps[step])),
           *self._condition)
       for name, seen in inputs.items():
-        layer = _at(model, name, step)
+        layer = model.layer_at(name, step)
         if layer.weight is None and layer.input.is_full:
           continue
         own = {kind: leaves[name] for kind, leaves in self._own.items()
@@ -102,11 +102,6 @@ def summary(sqnr: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {}
   return {'sqnr_mean': math.fsum(values) / len(values),
           'sqnr_min': min(values)}
-
-
-def _at(model: packed_lib.PackedModel, name: str, step: int) -> QLayer:
-  bank = model.choices[name][step] if name in model.choices else 0
-  return jax.tree.map(jnp.asarray, model.layers[name]).at(step, int(bank))
 
 
 def _inputs(model, params, x, t, *condition):

@@ -25,6 +25,7 @@ import ml_collections
 from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import progress as progress_lib
+from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
@@ -195,10 +196,9 @@ def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
       for seed in seeds:
         path = pathlib.Path(workdir) / str(seed) / group / f'{label}.json'
         if path.is_file():
-          for key, value in json.loads(path.read_text()).items():
-            # What is of layers stays in the row's own file.
-            if key != measure.SQNR:
-              values.setdefault(key, []).append(value)
+          for key, value in results_lib.numbers(
+              json.loads(path.read_text())).items():
+            values.setdefault(key, []).append(value)
       found[group][label] = values
   return found
 
