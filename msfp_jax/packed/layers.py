@@ -6,6 +6,7 @@ import numpy as np
 
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed.reader import Reader
+from msfp_jax.quant import flaws
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.numbers import FPFormat
@@ -98,7 +99,7 @@ def read_layer(row: list[Any], codes: np.ndarray, channels: np.ndarray,
   weight = header_lib.weight_from_row(row, codes, parts)
   if is_read:
     reader.problems += [f'layer {name}: {flaw}' for flaw in [
-        *weight.value_flaws(), *weight.shift_flaws()]]
+        *flaws.value_flaws(weight), *flaws.shift_flaws(weight)]]
   around = _read_around(name, more, reader, (*window, length), outputs)
   return QLayer(
       weight,

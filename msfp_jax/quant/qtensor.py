@@ -249,64 +249,6 @@ class QTensor:
         self, data=values[codes & (2**self.fmt.bits - 1)],
         layout=layout_lib.LEVELS)
 
-  def flaws(self) -> list[str]:
-    """What of packed weights in NumPy no tensor can have; checks files.
-
-    Scales below 0 or not finite, parts of shapes that do not fit.
-    """
-    found = []
-    parts = {'scale': (self.scale, self.group), 'zero_point': (
-        self.zero_point, self.group), 'shift': (self.shift, self.shift_group),
-             'outer': (self.outer, 0)}
-    shape = (*self.data.shape[:-2], self.length, self.data.shape[-1])
-    rows = -(-self.length // 2) if self.fmt.bits <= 4 else self.length
-    if self.data.dtype != np.uint8 or self.data.shape[-2] != rows:
-      found.append(f'codes {self.data.dtype} {list(self.data.shape)} of '
-                   f'{self.length} inputs')
-    for name, (part, group) in parts.items():
-      if part is None:
-        continue
-      # As many entries along the contraction as there are groups.
-      whole = list(shape)
-      whole[-2] = -(-self.length // group) if group else 1
-      fits = part.ndim <= len(whole) and all(
-          size in (1, most) for size, most in zip(
-              part.shape[::-1], whole[::-1], strict=False))
-      if not fits:
-        found.append(f'{name} of shape {list(part.shape)}')
-    return found + self.value_flaws() + self.shift_flaws()
-
-  def value_flaws(self) -> list[str]:
-    """What scales and zero points, in NumPy, cannot be."""
-    found = []
-    for name in ('scale', 'zero_point', 'outer'):
-      if (part := getattr(self, name)) is None:
-        continue
-      values = np.asarray(part, np.float32)
-      if not np.isfinite(values).all():
-        found.append(f'{name} holds values that are not finite')
-      # A group of zeros has a scale of 0.
-      if name != 'zero_point' and (values < 0).any():
-        found.append(f'{name} holds values below 0')
-    return found
-
-  def shift_flaws(self) -> list[str]:
-    """What of shifts, and of what shifted levels are said to be, is no such."""
-    fmt, wide, group = self.fmt, self.wide, self.shift_group
-    if self.shift is None:
-      return ([] if wide is None and not group
-              else ['shift is missing, by which its levels are wider'])
-    if wide is None or fmt.signed != wide.signed:
-      return [f'shift of {fmt} to {wide}: must be of both or neither with a '
-              'sign']
-    if group < 1 or group & (group - 1):
-      return [f'shift_group {group}: must be a power of two']
-    # In steps: 7 << 4 is 112, and E1M6 has 127 of them; 7 << 5 would be 224.
-    steps, room = (one.max / one.step for one in (fmt, wide))
-    if steps * 2.0**(largest := np.max(self.shift, initial=0)) > room:
-      return [f'shift holds {largest}, by which {fmt} leaves {wide}']
-    return []
-
 
 # Elements that are encoded at once: one compilation for a format.
 _AT_ONCE = 2**18

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from msfp_jax.quant import flaws as flaws_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.block import Block
@@ -111,8 +112,8 @@ def weights_from_dict(row: dict[str, Any]) -> QTensor:
   if odd := sorted(set(row) - {'fmt', 'wide', *_SIZES, *_ARRAYS}):
     raise ValueError(f'fields {odd}, which weights lack')
   weight = QTensor(**parts, **sizes, fmt=fmt, wide=wide, axis=-2, layout=layout)
-  if flaws := weight.flaws():
-    raise ValueError('weights with ' + ', '.join(flaws))
+  if found := flaws_lib.weight_flaws(weight):
+    raise ValueError('weights with ' + ', '.join(found))
   return weight
 
 
