@@ -74,20 +74,26 @@ def test_npz_as_adm_reads_it(tmp_path):
 
 
 def peak(folder, count):
-  """Scores images on the disk; returns the peak of memory and the metrics."""
+  """Scores images on the disk; returns the peak of memory, in bytes.
+
+  The least of three: what a first call compiles and what a program forgets and
+  traces anew are not the samples'.
+  """
   images = filled(folder, random_images(count, 1), 64)
   first = filled(folder / 'fp', random_images(count, 2), 64)
   network = features.get('random', SHAPE)
   reference = stats_file.measure(random_images(300), network, 'noise', 100)
   scorer = scorer_lib.Scorer(network, reference)
   scorer.score(first)
-  scorer.score(images)  # compiles
-  tracemalloc.start()
-  try:
-    scorer.score(images)
-    return tracemalloc.get_traced_memory()[1]
-  finally:
-    tracemalloc.stop()
+  peaks = []
+  for _ in range(3):
+    tracemalloc.start()
+    try:
+      scorer.score(images)
+      peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+      tracemalloc.stop()
+  return min(peaks)
 
 
 def test_memory_does_not_grow_with_the_samples(tmp_path, monkeypatch):
