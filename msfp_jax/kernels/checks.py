@@ -7,13 +7,22 @@ import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.quant.numbers import FPFormat
+from msfp_jax.quant.qtensor import QTensor
 
 _RANK = {'matmul': 2, 'conv': 4}
 _OUT_DTYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 
 
-def format_of_weights(fmt: FPFormat, carrier: str, device: str) -> str | None:
-  """Why weights of a format are refused: both decode 4 bits to 8 alone."""
+def format_of_weights(fmt: FPFormat, carrier: str, device: str,
+                      wide: FPFormat | None = None) -> str | None:
+  """Why weights of a format are refused: both decode 4 bits to 8 alone.
+
+  Args:
+    fmt: of the codes.
+    carrier: a key of `carriers.DTYPES`.
+    device: for the message.
+    wide: what levels are once they are shifted; None where they are not.
+  """
   if fmt.bits != 4:
     return (f'weights in {fmt}: the {device} kernels decode formats of 4 bits; '
             f'use the XLA implementation')
@@ -22,6 +31,19 @@ def format_of_weights(fmt: FPFormat, carrier: str, device: str) -> str | None:
   if carrier != 'fp8' and carriers.carry(fmt, 'int8') is None:
     return (f'weights in {fmt}: the {device} kernels decode to int8, which '
             f'does not hold them; use the XLA implementation')
+  if wide is not None and carriers.carry(wide, carrier) is None:
+    return (f'weights in {fmt} shifted to {wide}, which {carrier} does not '
+            f'hold; carry the activations in bf16, or use the XLA '
+            f'implementation')
+  return None
+
+
+def shifts(weight: QTensor) -> str | None:
+  """Why shifts of weights are refused: those of integers are decoded."""
+  fmt, wide = weight.fmt, weight.wide
+  if wide is None or {fmt.exponent_bits, wide.exponent_bits} != {1}:
+    return (f'it shifts integers to wider ones, as QuaRTZ does, and those of '
+            f'this layer are {fmt}, shifted to {wide or "no wider format"}')
   return None
 
 

@@ -11,7 +11,7 @@ and XLA elsewhere.
 This is the one module that knows the chips' kernels. A chip is a folder, named
 in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
 `weight_unit`, `weight_base`, `why_not_groups`, `why_not_input_groups`,
-`CARRIERS_OF_GROUPS`, `lay_out` and `LAYOUT`.
+`why_not_shifts`, `CARRIERS_OF_GROUPS`, `lay_out` and `LAYOUT`.
 """
 
 from collections.abc import Sequence
@@ -121,8 +121,6 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   weight = layer.weight
   if layer.input.is_full:
     return 'it multiplies quantized inputs, and those of this layer are not'
-  if weight.shift is not None:
-    return 'its weights have no shifts, and those of this layer have'
   ops = ops_of(implementation)
   if not isinstance(weight.layout, (layout_lib.Nibbles, ops.LAYOUT)):
     if weight.layout in (layout_lib.BYTES, layout_lib.LEVELS):
@@ -132,6 +130,8 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   if weight.layout == layout_lib.NIBBLES and not weight.scales_outputs:
     return ('it takes a scale for each output channel of the weights, and '
             f'those of this layer are of shape {jnp.shape(weight.scale)}')
+  if weight.shift is not None and (reason := ops.why_not_shifts(weight)):
+    return reason
   tensor = input_of(layer, shape)
   if tensor.negative is not None:
     return 'it takes one scale for all inputs, not one for each sign'
@@ -165,6 +165,8 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
     op, rows = 'conv', tuple(shape)
     more = {'strides': geometry.strides, 'padding': geometry.padding}
   more['group'] = weight.group if grouped else 0
+  if weight.shift is not None:
+    more |= {'flag_group': weight.shift_group, 'wide': weight.wide}
   x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])
   return ops.why_not(op, x, codes, fmt=weight.fmt, **more)
 

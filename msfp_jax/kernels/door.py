@@ -201,17 +201,21 @@ def _run_winograd(layer, x, geometry):
 
 def _run_kernel(layer, x, geometry, implementation, carrier):
   ops, weight = choice.ops_of(implementation), layer.weight
-  fmt, tensor = weight.fmt, layer.input.quantize(x, axis=-1)
+  tensor = layer.input.quantize(x, axis=-1)
   v = (carriers.scaled_operand if carriers.has_groups(tensor)
        else carriers.operand)(tensor, carrier)
   end = epilogue.make(
       v, weight, layer.bias, geometry, carrier, _sums_of(layer, carrier),
-      ops.weight_unit(fmt, carrier), ops.weight_base(fmt, carrier))
+      ops.weight_unit(weight.numbers, carrier),
+      ops.weight_base(weight.numbers, carrier))
   codes, options = ops.lay_out(weight).data, {
-      'fmt': fmt, 'out_dtype': x.dtype, 'columns': end.columns}
+      'fmt': weight.fmt, 'out_dtype': x.dtype, 'columns': end.columns}
   if not product.weights_leave(weight):
     options |= {'groups': jnp.asarray(weight.scale, jnp.float32),
                 'group': weight.group}
+  if weight.shift is not None:
+    options |= {'flags': weight.shift, 'flag_group': weight.shift_group,
+                'wide': weight.wide}
   if geometry is None:
     rows = jax.tree.map(lambda part: part.reshape(-1), end.rows)
     out = ops.matmul(v.v.reshape(-1, v.v.shape[-1]), codes, end.scale,

@@ -92,5 +92,4 @@ def _is_for_kernels(layer):
   """Whether kernels that read weights of 4 bits take the layer."""
   weight = layer.weight
   return (weight.layout == layout_lib.NIBBLES and not layer.input.is_full
-          and weight.fmt.bits == 4 and weight.shift is None
-          and weight.scales_outputs)
+          and weight.fmt.bits == 4 and weight.scales_outputs)

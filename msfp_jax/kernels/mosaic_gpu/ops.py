@@ -303,6 +303,12 @@ def why_not_input_groups(tensor: QTensor) -> str | None:
           'implementation')
 
 
+def why_not_shifts(weight: QTensor) -> str | None:
+  """Why weights with shifts are not taken: none are."""
+  return (f'it decodes weights without shifts, and those of this layer are '
+          f'{weight.fmt} shifted to {weight.wide}; use the XLA implementation')
+
+
 def _why_not_device(interpret):
   if interpret:
     if jax.__version_info__ < _INTERPRETED_SINCE:

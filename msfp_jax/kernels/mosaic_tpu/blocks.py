@@ -10,7 +10,10 @@ _MIB = 2**20
 _TERMS = 2 * 4 * 128
 # Bytes for a packed byte where scales of groups multiply weights: those of 16
 # rows in each half, twice, and float32 of both levels and their scales.
-_SCALING = 1 + 2 * (4 + 4)
+SCALING = 1 + 2 * (4 + 4)
+# The same where levels are shifted by FLAGs: those of 4 rows in each half,
+# twice, and both as int32, one a group and one for every four rows.
+SHIFTING = 1 + 2 * (1 + 1)
 # All sizes below follow from a register's: 8 sublanes x 128 lanes of 32 bits.
 # Of 8-bit values it holds [32, 128]. The last axis of an array is padded to 128
 # in vector memory, whatever a kernel does; the one before is cut at multiples
@@ -106,8 +109,7 @@ class Matmul:
   half: int
   steps: int
 
-  def vmem(self, itemsize: int, out_itemsize: int, grouped: bool = False
-           ) -> int:
+  def vmem(self, itemsize: int, out_itemsize: int, beside: int = 0) -> int:
     """The bytes of vector memory, with two buffers of what moves."""
     columns = _round_up(self.columns, 128)
     x = self.rows * _round_up(2 * self.half, 128) * itemsize
@@ -117,12 +119,12 @@ class Matmul:
     # added to it, and two buffers of the result.
     packed = self.half * columns
     return (2 * x + 2 * packed + decoded + self.rows * _TERMS
-            + grouped * packed * _SCALING
+            + packed * beside
             + out * (8 + 2 * out_itemsize))
 
 
 def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
-           chip: str | None, blocks=None, grouped: bool = False
+           chip: str | None, blocks=None, beside: int = 0
            ) -> Matmul | None:
   """Cuts a product of m rows, n columns, and `half` packed rows.
 
@@ -130,7 +132,8 @@ def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
     itemsize: bytes of an element of the carrier.
     out_itemsize: of the result.
     blocks: in place of the table's.
-    grouped: whether weights have scales of groups.
+    beside: bytes for a packed byte that its scales and FLAGs take, a sum of
+      SCALING and SHIFTING.
 
   Returns:
     The cut, which covers both halves with `half * steps` rows each or, padded,
@@ -143,7 +146,7 @@ def matmul(m: int, half: int, n: int, itemsize: int, out_itemsize: int,
   cut = Matmul(_share(m, rows, 32), _share(n, columns, 128), step, steps)
   # Rows are given up first, down to 128: more tiles of columns would each read
   # all of x once more.
-  while cut.vmem(itemsize, out_itemsize, grouped) > budget(chip):
+  while cut.vmem(itemsize, out_itemsize, beside) > budget(chip):
     if cut.rows > 128:
       cut = dataclasses.replace(cut, rows=_round_up(cut.rows // 2, 32))
     elif cut.columns > 128:
@@ -179,7 +182,7 @@ class Conv:
     return self.rows + (window[0] - 1 if shared else 0)
 
   def vmem(self, window, strides, itemsize: int, out_itemsize: int,
-           grouped: bool = False) -> int:
+           beside: int = 0) -> int:
     """The bytes of vector memory, with two buffers of what moves."""
     pixels, columns = self.rows * self.width, _round_up(self.columns, 128)
     taps = window[1] * self.lanes
@@ -190,7 +193,7 @@ class Conv:
     packed = window[1] * self.lanes // 2 * columns
     # Then x and codes twice, the decoded weights, the patches, and of an
     # element of y sum and product, two of the shift map, and two of the result.
-    return (2 * read * itemsize + 2 * packed + grouped * packed * _SCALING
+    return (2 * read * itemsize + 2 * packed + packed * beside
             + window[0] * taps * columns * itemsize
             + self.patch_rows(window, strides) * _round_up(self.width, 32)
             * taps * itemsize
@@ -199,7 +202,7 @@ class Conv:
 
 def conv(out_size, window, strides, half: int, n: int, itemsize: int,
          out_itemsize: int, chip: str | None, blocks=None,
-         grouped: bool = False) -> Conv | None:
+         beside: int = 0) -> Conv | None:
   """Cuts a convolution; None if no cut fits the vector memory.
 
   Args:
@@ -208,7 +211,7 @@ def conv(out_size, window, strides, half: int, n: int, itemsize: int,
     strides: of the window.
     half: packed input channels.
     n: output channels.
-    itemsize, out_itemsize, chip, grouped, blocks: as for `matmul`; blocks are
+    itemsize, out_itemsize, chip, beside, blocks: as for `matmul`; blocks are
       the output pixels and channels of a step.
   """
   pixels, columns = blocks or CONV[chip]
@@ -222,7 +225,7 @@ def conv(out_size, window, strides, half: int, n: int, itemsize: int,
     shares = -(-out_size[0] * width // pixels)
     rows = -(-out_size[0] // min(shares, out_size[0]))
     cut = dataclasses.replace(cut, rows=rows)
-    if cut.vmem(window, strides, itemsize, out_itemsize, grouped) <= budget(
+    if cut.vmem(window, strides, itemsize, out_itemsize, beside) <= budget(
         chip):
       return cut
     # Down to 256 pixels, then fewer channels, then any number of rows.

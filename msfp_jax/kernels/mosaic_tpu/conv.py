@@ -49,12 +49,14 @@ def output_size(size: tuple[int, int], window: tuple[int, int], strides,
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
-         rows: Rows, columns: Columns, groups, group: int,
-         cut: blocks_lib.Conv, interpret):
+         rows: Rows, columns: Columns, groups, group: int, flags,
+         flag_group: int, wide: FPFormat | None, cut: blocks_lib.Conv,
+         interpret):
   """`mosaic_tpu.ops.conv`, without its checks, cut as `cut` says."""
   batch, channels = x.shape[0], codes.shape[3]
   window = codes.shape[:2]
   out_size = output_size(x.shape[1:3], window, strides, padding)
+  packed = codes.shape[2]
   # Halves of whole registers, so that decoded halves join without shifting.
   x, codes = decode_lib.pad_halves(x, codes, decode_lib.ROWS)
   carrier = decode_lib.CARRIERS[x.dtype]
@@ -68,19 +70,23 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
       height, cut.width)).reshape(batch, -1), rows)
   by_column = lambda n: pl.BlockSpec(
       (n, cut.columns), lambda j, b, r, t: (0, j))
-  scaling, scaling_specs = [], []
+  by_group = []
+  if flags is not None:
+    by_group.append(decode_lib.halves_of_flags(
+        flags, flag_group, packed, depth // 2))
   if groups is not None:
-    scaling = [decode_lib.halves(groups, depth // 2 // group)]
-    scaling_specs = [pl.BlockSpec(
-        (1, window[1], 2, depth // 2 // group, cut.columns),
-        lambda j, b, r, t: (jnp.where(
-            (b == 0) & (r == 0), t, window[0] - 1), 0, 0, 0, j))]
+    by_group.append(decode_lib.halves(groups, depth // 2 // group))
+  by_group_specs = [pl.BlockSpec(
+      (1, window[1], 2, part.shape[3], cut.columns),
+      lambda j, b, r, t: (jnp.where(
+          (b == 0) & (r == 0), t, window[0] - 1), 0, 0, 0, j))
+                    for part in by_group]
   shift_rows = pixels if shift.shape[0] > 1 else 1
   taps = window[1] * cut.lanes
   element = pl.Element
   kernel = functools.partial(
       _kernel, fmt=fmt, carrier=carrier, strides=strides, width=cut.width,
-      terms=terms, group=group)
+      terms=terms, group=group, wide=wide)
   y = pl.pallas_call(
       kernel,
       out_shape=jax.ShapeDtypeStruct(
@@ -100,7 +106,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
               (1, window[1], depth // 2, cut.columns),
               lambda j, b, r, t: (jnp.where(
                   (b == 0) & (r == 0), t, window[0] - 1), 0, 0, j)),
-          *scaling_specs, by_column(1),
+          *by_group_specs, by_column(1),
           pl.BlockSpec((shift_rows, cut.columns), lambda j, b, r, t: (
               r if shift_rows > 1 else 0, j)),
           *terms.specs(lambda n: pl.BlockSpec(
@@ -116,7 +122,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
           dimension_semantics=('parallel', *['arbitrary'] * 3),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'conv_{fmt}_{carrier}',
-  )(x, codes, *scaling, scale.reshape(1, -1), shift,
+  )(x, codes, *by_group, scale.reshape(1, -1), shift,
     *terms.arrays(rows, columns))
   y = y.reshape(batch, height, cut.width, channels)
   return y[:, :out_size[0], :out_size[1]]
@@ -157,8 +163,9 @@ def _fill(maps, size):
   return jnp.pad(maps, [*[(0, 0)] * (maps.ndim - 3), *extra, (0, 0)])
 
 
-def _kernel(x, codes, *refs, fmt, carrier, strides, width, terms, group):
+def _kernel(x, codes, *refs, fmt, carrier, strides, width, terms, group, wide):
   refs = list(refs)
+  flags = refs.pop(0) if wide else None
   groups = refs.pop(0) if group else None
   scale, shift, *more, out, weights, patches, sums = refs
   first = (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
@@ -166,7 +173,8 @@ def _kernel(x, codes, *refs, fmt, carrier, strides, width, terms, group):
 
   @pl.when(first)
   def _():
-    _place_weights(codes, weights, t, fmt, carrier, groups, group)
+    _place_weights(
+        codes, weights, t, fmt, carrier, groups, group, flags, wide)
 
   columns, pixels = codes.shape[1], sums.shape[0]
   place = functools.partial(
@@ -194,12 +202,13 @@ def _kernel(x, codes, *refs, fmt, carrier, strides, width, terms, group):
         total, scale[...], shift[...], *terms.read(*more)).astype(out.dtype)
 
 
-def _place_weights(codes, weights, t, fmt, carrier, groups, group):
+def _place_weights(codes, weights, t, fmt, carrier, groups, group, flags, wide):
   """Decodes row t of the window; a tap's channels fill whole registers."""
   _, columns, half, n = codes.shape
   lanes = weights.shape[1] // columns
   for j in range(columns):
-    parts = decode_lib.decode(codes[0, j], fmt, carrier)
+    parts = decode_lib.decode(
+        codes[0, j], fmt, carrier, flags[0, j] if wide else None, wide)
     if group:
       parts = decode_lib.scaled(parts, groups[0, j], group)
     for i, part in enumerate(parts):

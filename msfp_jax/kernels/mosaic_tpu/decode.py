@@ -7,6 +7,8 @@ read as four rows of the carrier: no byte is widened. 8-bit shifts would not do:
 v6e and 7x have none.
 """
 
+import math
+
 import jax
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
@@ -36,6 +38,8 @@ CARRIERS = {np.dtype(jnp.int8): 'int8', np.dtype(jnp.float8_e4m3fn): 'fp8',
 ROWS = 32
 # Halves of a register of bfloat16, which is [16, 128].
 LEAST_GROUP = 16
+# Rows that a 32-bit lane holds: they are shifted together.
+LEAST_SHIFTED = 4
 
 
 def weight_unit(fmt: FPFormat, carrier: str) -> float:
@@ -60,17 +64,23 @@ def weight_base(fmt: FPFormat, carrier: str) -> int:
   return 128 if carrier != 'fp8' and fmt.max / fmt.step > 127 else 0
 
 
-def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
+def decode(packed, fmt: FPFormat, carrier: str, flags=None,
+           wide: FPFormat | None = None) -> tuple[jax.Array, jax.Array]:
   """Decodes the low and the high nibbles, inside a kernel.
 
   Args:
     packed: uint8 `[rows, n]`, rows a multiple of 4.
     fmt: a format of 4 bits.
     carrier: 'int8', 'bf16' or 'fp8'.
+    flags: uint8 `[2, rows / group, n]` of both halves, by which levels are
+      shifted, for a group of 4 rows or a multiple; 0 to 4. Or None.
+    wide: what shifted levels are. Then `fmt` is of integers, and the carrier
+      not fp8.
 
   Returns:
     Two arrays of the carrier's dtype, each of the shape of `packed`: the
-    levels divided by step(fmt), less `weight_base`, times `weight_unit`.
+    levels divided by step(wide or fmt), less `weight_base`, times
+    `weight_unit`.
   """
   words = pltpu.bitcast(packed, jnp.int32)
   if carrier == 'fp8':
@@ -78,8 +88,13 @@ def decode(packed, fmt: FPFormat, carrier: str) -> tuple[jax.Array, jax.Array]:
                  for word in _fp8(words, fmt))
   # Integers first, also for bf16, which holds them: shifted into its fields, as
   # for fp8, codes would be near 2^-126, and some would be its subnormals.
-  integers = tuple(pltpu.bitcast(_int8(word, fmt), jnp.int8)
-                   for word in (words, _right(words, 4)))
+  codes = words, _right(words, 4)
+  if flags is None:
+    levels = [_int8(word, fmt) for word in codes]
+  else:
+    levels = [shifted(word, _by_word(flags[i], word.shape[0]), fmt, wide)
+              for i, word in enumerate(codes)]
+  integers = tuple(pltpu.bitcast(word, jnp.int8) for word in levels)
   if carrier == 'int8':
     return integers
   return tuple(integer.astype(jnp.bfloat16) for integer in integers)
@@ -108,6 +123,32 @@ def halves(groups, count: int):
                           (0, count - groups.shape[-2]), (0, 0)])
 
 
+def shared_by(group: int, half: int) -> int:
+  """How many rows of a block share a FLAG: their group, or less.
+
+  What divides `half` as well, so that no group lies in both halves of the
+  contraction, and what divides any block.
+  """
+  return math.gcd(group, half, ROWS)
+
+
+def halves_of_flags(flags, group: int, half: int, padded: int):
+  """FLAGs `[..., ceil(K / group), N]` by half, for the kernels.
+
+  Args:
+    flags: uint8.
+    group: along K, that share one.
+    half: ceil(K / 2).
+    padded: to which a half is lengthened.
+
+  Returns:
+    uint8 `[..., 2, padded / shared, N]`, of groups of `shared_by` rows.
+  """
+  shared = shared_by(group, half)
+  flags = jnp.repeat(flags, group // shared, axis=-2)
+  return halves(flags[..., :2 * half // shared, :], padded // shared)
+
+
 def _fp8(words, fmt: FPFormat):
   """Shifts sign, exponent and mantissa to their places in e4m3."""
   mantissa_bits = fmt.mantissa_bits
@@ -130,6 +171,44 @@ def _int8(words, fmt: FPFormat):
   # Magnitudes take 7 bits (E3M0's reach 64), so that no step carries into the
   # next byte.
   magnitude = {1: _e1m2, 2: _e2m1, 3: _e3m0}[fmt.exponent_bits](words)
+  return _signed(magnitude, words)
+
+
+# A group's FLAG is that of all four bytes of a word, so that one shift of the
+# word does for all of them. What it moves, at most 15 << 4, stays in its byte:
+#
+#   word, signed         s111 s010 s111 s001     one nibble a byte
+#   magnitudes           .111 .010 .111 .001
+#   << FLAG, here 4      7 << 4 = 112 at most, of 7 bits, then the sign
+def shifted(words, flags, fmt: FPFormat, wide: FPFormat):
+  """Decompresses QuaRTZ's codes: each byte's low nibble, times 2^FLAG.
+
+  Args:
+    words: int32, a code in the low nibble of each of its four bytes, whatever
+      is above.
+    flags: int32 of the same shape, 0 to wide.bits - 4.
+    fmt: integers of 4 bits, E1M2 or UE1M3.
+    wide: integers of at most 8 bits and the same sign, which the result is.
+
+  Returns:
+    int32, four levels of int8: less 128 where `weight_base` of `wide` is.
+  """
+  magnitude = (words & _each(7 if fmt.signed else 15)) << flags
+  if fmt.signed:
+    return _signed(magnitude, words)
+  return magnitude ^ _each(0x80) if weight_base(wide, 'int8') else magnitude
+
+
+def _by_word(flags, rows: int):
+  """FLAGs of groups, uint8 `[groups, n]` -> int32 `[rows, n]`."""
+  groups, n = flags.shape
+  return jnp.broadcast_to(
+      flags.astype(jnp.int32)[:, None], (groups, rows // groups, n)
+  ).reshape(rows, n)
+
+
+def _signed(magnitude, words):
+  """Magnitudes of 7 bits with the signs of codes, two's complement."""
   sign = words & _each(8)
   # Complement of 7 bits and plus one stay in their byte, even for -0, where
   # the eighth bit is set and taken back.

@@ -30,6 +30,7 @@ from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 
 weight_unit, weight_base = decode_lib.weight_unit, decode_lib.weight_base
+why_not_shifts = checks.shifts
 LAYOUT = layout_lib.Nibbles
 CARRIERS_OF_GROUPS = ('bf16',)
 # What they add to the significant bits of a level; a product has no more than
@@ -73,6 +74,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            rows: Rows = epilogue.NO_ROWS,
            columns: Columns = epilogue.NO_COLUMNS,
            groups=None, group: int = 0,
+           flags=None, flag_group: int = 0, wide: FPFormat | None = None,
            blocks: tuple[int, int, int] | None = None, interpret=False):
   """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
@@ -87,6 +89,10 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     groups: float32 `[ceil(K / group), N]`, scales of the weights such that
       bfloat16 holds a level times its scale; or None.
     group: how many along K share one of them; halves of K are whole groups.
+    flags: uint8 `[ceil(K / flag_group), N]`, by which levels are shifted to
+      the left; or None.
+    flag_group: how many along K share one of them.
+    wide: with flags, what shifted levels are.
     blocks: rows, columns, and the most packed rows of a step; else those of
       `blocks.MATMUL`.
     interpret: as in `pl.pallas_call`.
@@ -98,9 +104,10 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     ValueError: with the words of `why_not`.
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         group=group)
-  (m, _), n = x.shape, codes.shape[1]
-  cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation(), group)
+         group=group, flag_group=flag_group, wide=wide)
+  (m, _), (packed, n) = x.shape, codes.shape
+  cut = _cut(x, codes, out_dtype, blocks, blocks_lib.generation(),
+             _beside(group, flag_group))
   x, codes = decode_lib.pad_halves(x, codes, cut.half * cut.steps)
   height, width, half, steps = cut.rows, cut.columns, cut.half, cut.steps
   # With packed rows k of the low and high nibbles come channels k and k + K/2
@@ -113,20 +120,23 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
         pl.BlockSpec((height, half), lambda j, i, k: (i, k)),
         pl.BlockSpec((height, half), lambda j, i, k: (i, steps + k))]
   more = terms_lib.Terms.of(rows, columns)
-  scaling, scaling_specs = [], []
+  by_group = []
+  if flags is not None:
+    by_group.append(decode_lib.halves_of_flags(
+        flags, flag_group, packed, half * steps))
   if groups is not None:
-    # As codes are cut: halves of steps of groups.
-    scaling = [decode_lib.halves(groups, half * steps // group).reshape(
-        2, steps, -1, n)]
-    scaling_specs = [pl.BlockSpec(
-        (2, 1, half // group, width), lambda j, i, k: (
-            0, jnp.where(i == 0, k, steps - 1), 0, j))]
+    by_group.append(decode_lib.halves(groups, half * steps // group))
+  # As codes are cut: halves of steps of groups.
+  by_group = [part.reshape(2, steps, -1, n) for part in by_group]
+  by_group_specs = [pl.BlockSpec(
+      (2, 1, part.shape[2], width), lambda j, i, k: (
+          0, jnp.where(i == 0, k, steps - 1), 0, j)) for part in by_group]
   by_column = lambda n: pl.BlockSpec((n, width), lambda j, i, k: (0, j))
   carrier = decode_lib.CARRIERS[x.dtype]
   sums = carriers.DTYPES[carrier][1]
   return pl.pallas_call(
       functools.partial(_matmul_kernel, fmt=fmt, carrier=carrier, steps=steps,
-                        terms=more, group=group),
+                        terms=more, group=group, wide=wide),
       out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
       grid=(pl.cdiv(n, width), pl.cdiv(m, height), steps),
       in_specs=[
@@ -136,7 +146,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
           # one, so that codes leave HBM once, however many rows x has.
           pl.BlockSpec((half, width), lambda j, i, k: (
               jnp.where(i == 0, k, steps - 1), j)),
-          *scaling_specs, by_column(1), by_column(1),
+          *by_group_specs, by_column(1), by_column(1),
           *more.specs(lambda n: pl.BlockSpec(
               (height, n), lambda j, i, k: (i, 0)), by_column)],
       out_specs=pl.BlockSpec((height, width), lambda j, i, k: (i, j)),
@@ -149,19 +159,21 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
           dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
           vmem_limit_bytes=blocks_lib.budget(blocks_lib.generation())),
       interpret=interpret, name=f'matmul_{fmt}_{carrier}',
-  )(*[x] * len(x_specs), codes, *scaling, scale.reshape(1, -1),
+  )(*[x] * len(x_specs), codes, *by_group, scale.reshape(1, -1),
     shift.reshape(1, -1), *more.arrays(rows, columns))
 
 
-def _matmul_kernel(*refs, fmt, carrier, steps, terms, group):
+def _matmul_kernel(*refs, fmt, carrier, steps, terms, group, wide):
   x_refs, (codes, *refs) = refs[:min(steps, 2)], refs[min(steps, 2):]
+  flags = refs.pop(0) if wide else None
   groups = refs.pop(0) if group else None
   scale, shift, *more, out, weights, sums = refs
   k = pl.program_id(2)
 
   @pl.when(pl.program_id(1) == 0)
   def _():
-    parts = decode_lib.decode(codes[...], fmt, carrier)
+    parts = decode_lib.decode(
+        codes[...], fmt, carrier, flags[:, 0] if wide else None, wide)
     if group:
       parts = decode_lib.scaled(parts, groups[:, 0], group)
     weights[k] = jnp.concatenate(parts)
@@ -189,6 +201,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          rows: Rows = epilogue.NO_ROWS,
          columns: Columns = epilogue.NO_COLUMNS,
          groups=None, group: int = 0,
+         flags=None, flag_group: int = 0, wide: FPFormat | None = None,
          blocks: tuple[int, int] | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -203,7 +216,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     out_dtype: float32 or bfloat16.
     rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
     groups: float32 `[kh, kw, ceil(C / group), N]`, or None.
-    group: as for `matmul`.
+    flags: uint8 `[kh, kw, ceil(C / flag_group), N]`, or None.
+    group, flag_group, wide: as for `matmul`.
     blocks: output pixels and channels of a step; else those of `blocks.CONV`.
     interpret: as in `pl.pallas_call`.
 
@@ -215,7 +229,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   """
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         strides=strides, padding=padding, group=group)
+         strides=strides, padding=padding, group=group, flag_group=flag_group,
+         wide=wide)
   # A 1x1 window needs no patches: its pixels are rows of a product, at strides
   # every other one. Only a map of shifts is beyond `matmul`.
   if _is_matmul(codes, padding) and shift.ndim == 1:
@@ -223,25 +238,30 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     y = matmul(x.reshape(-1, x.shape[-1]), codes[0, 0], scale, shift, fmt=fmt,
                out_dtype=out_dtype, interpret=interpret, columns=columns,
                groups=None if groups is None else groups[0, 0], group=group,
+               flags=None if flags is None else flags[0, 0],
+               flag_group=flag_group, wide=wide,
                rows=jax.tree.map(lambda part: part.reshape(-1), rows))
     return y.reshape(*x.shape[:3], -1)
   return mosaic_tpu_conv.conv(
       x, codes, scale, shift, fmt=fmt, strides=strides, padding=padding,
       out_dtype=out_dtype, rows=rows, columns=columns, groups=groups,
-      group=group, interpret=interpret,
-      cut=_cut_conv(x, codes, strides, padding, out_dtype, blocks,
-                    blocks_lib.generation(), group))
+      group=group, flags=flags, flag_group=flag_group, wide=wide,
+      interpret=interpret, cut=_cut_conv(
+          x, codes, strides, padding, out_dtype, blocks,
+          blocks_lib.generation(), _beside(group, flag_group)))
 
 
 def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
-            strides=(1, 1), padding=((0, 0), (0, 0)), group=0, blocks=None,
+            strides=(1, 1), padding=((0, 0), (0, 0)), group=0, flag_group=0,
+            wide: FPFormat | None = None, blocks=None,
             chip: str | None = None) -> str | None:
   """Why the kernels do not take an operation; None if they do.
 
   Args:
     op: 'matmul' or 'conv'.
     x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, group, blocks: as for the operation.
+    fmt, out_dtype, strides, padding, group, flag_group, wide, blocks: as for
+      the operation.
     chip: a key of `blocks.CHIPS`; else that of the default device.
       Where this is no TPU, what no TPU does is left to the caller.
 
@@ -255,11 +275,12 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
   if group and x.dtype != jnp.bfloat16:
     return (f'x is {x.dtype}: weights with scales of groups are multiplied in '
             f'bfloat16; carry the activations in bf16')
-  return (_why_not_types(x, codes, fmt, out_dtype, chip)
+  return (_why_not_types(x, codes, fmt, out_dtype, chip, wide)
           or _why_not_shapes(op, x, codes, strides, padding)
-          or _why_not_sums(x, codes, fmt)
+          or _why_not_flags(codes, flag_group)
+          or _why_not_sums(x, codes, wide or fmt)
           or _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks,
-                           chip, group))
+                           chip, _beside(group, flag_group)))
 
 
 def why_not_groups(weight: QTensor) -> str | None:
@@ -290,12 +311,12 @@ def why_not_input_groups(tensor: QTensor) -> str | None:
   return None
 
 
-def _why_not_types(x, codes, fmt, out_dtype, chip):
+def _why_not_types(x, codes, fmt, out_dtype, chip, wide):
   if np.dtype(x.dtype) not in decode_lib.CARRIERS:
     return (f'x is {x.dtype}: the TPU kernels multiply int8, float8_e4m3fn '
             f'and bfloat16; see carriers.DTYPES')
   carrier = decode_lib.CARRIERS[np.dtype(x.dtype)]
-  if reason := checks.format_of_weights(fmt, carrier, 'TPU'):
+  if reason := checks.format_of_weights(fmt, carrier, 'TPU', wide):
     return reason
   if codes.dtype != jnp.uint8:
     return f'codes are {codes.dtype}, not uint8; see layout.pack_halves'
@@ -323,22 +344,32 @@ def _why_not_shapes(op, x, codes, strides, padding):
   return None
 
 
+def _why_not_flags(codes, group):
+  half = codes.shape[-2]
+  if group and decode_lib.shared_by(
+      group, half) % decode_lib.LEAST_SHIFTED:
+    return (f'it shifts the levels of {decode_lib.LEAST_SHIFTED} inputs at '
+            f'once, and FLAGs of {group} are of fewer in one half of the '
+            f'inputs, {half}; use the XLA implementation')
+  return None
+
+
 def _why_not_sums(x, codes, fmt):
   length = x.shape[-1] * int(np.prod(codes.shape[:-2]))
   return checks.sums(x, length, fmt)
 
 
 def _why_not_vmem(op, x, codes, strides, padding, out_dtype, blocks, chip,
-                  group):
+                  beside):
   # A 1x1 convolution may run as either (its shift decides, which is not known
   # here), so that both must fit; blocks are then those of the convolution.
   cuts = []
   if op == 'conv':
     cuts.append(_cut_conv(
-        x, codes, strides, padding, out_dtype, blocks, chip, group))
+        x, codes, strides, padding, out_dtype, blocks, chip, beside))
     blocks = None
   if op == 'matmul' or _is_matmul(codes, padding):
-    cuts.append(_cut(x, codes, out_dtype, blocks, chip, group))
+    cuts.append(_cut(x, codes, out_dtype, blocks, chip, beside))
   if all(cuts):
     return None
   return (f'{op} of x {x.shape} and codes {codes.shape} needs more than '
@@ -350,21 +381,27 @@ def _is_matmul(codes, padding) -> bool:
   return codes.shape[:2] == (1, 1) and not np.any(padding)
 
 
+def _beside(group, flag_group) -> int:
+  """Bytes that lie beside a packed byte in vector memory."""
+  return (bool(group) * blocks_lib.SCALING
+          + bool(flag_group) * blocks_lib.SHIFTING)
+
+
 def _cut(x, codes, out_dtype, blocks, chip,
-         group) -> blocks_lib.Matmul | None:
+         beside) -> blocks_lib.Matmul | None:
   return blocks_lib.matmul(
       math.prod(x.shape[:-1]), *codes.shape[-2:], np.dtype(x.dtype).itemsize,
-      np.dtype(out_dtype).itemsize, chip, blocks, bool(group))
+      np.dtype(out_dtype).itemsize, chip, blocks, beside)
 
 
 def _cut_conv(x, codes, strides, padding, out_dtype, blocks, chip,
-              group) -> blocks_lib.Conv | None:
+              beside) -> blocks_lib.Conv | None:
   size = mosaic_tpu_conv.output_size(
       x.shape[1:3], codes.shape[:2], strides, padding)
   return blocks_lib.conv(
       size, codes.shape[:2], strides, *codes.shape[2:],
       np.dtype(x.dtype).itemsize, np.dtype(out_dtype).itemsize, chip, blocks,
-      bool(group))
+      beside)
 
 
 def _check(op, x, codes, **settings):
