@@ -156,6 +156,9 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
   if groups and carrier not in ops.CARRIERS_OF_GROUPS:
     return (f'it multiplies inputs with scales of groups in '
             f'{" or ".join(ops.CARRIERS_OF_GROUPS)}, not in {carrier}')
+  if grouped and (base := ops.weight_base(weight.numbers, carrier)):
+    return (f'it takes {base} off the levels of {weight.numbers}, which scales '
+            f'of groups do not let it add again; use the XLA implementation')
   # Shapes alone: the question is asked for every layer, the weights are laid
   # out for those that are taken.
   codes = jax.eval_shape(ops.lay_out, weight).data
@@ -189,4 +192,6 @@ def lay_out(weight: QTensor, implementation: str | None) -> QTensor:
     return weight
   ops = ops_of(kernel)
   banks = [ops.lay_out(weight.bank(i)) for i in range(len(weight.data))]
-  return banks[0].replace(data=np.stack([bank.data for bank in banks]))
+  # Scales and shifts stay as they are: of each bank its own, or one for all.
+  return weight.replace(data=np.stack([bank.data for bank in banks]),
+                        layout=banks[0].layout)
