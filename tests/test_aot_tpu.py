@@ -19,6 +19,7 @@ from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant import numbers as numbers_lib
+from msfp_jax.quant.numbers import FPFormat
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 pytest.importorskip('libtpu', reason='libtpu compiles for TPUs')
@@ -159,6 +160,49 @@ def test_scales_of_groups_compile(compile_for, chip, group):
   compile_for(chip, conv, ((2, 32, 32, 320), jnp.bfloat16),
               ((3, 3, 160, 640), jnp.uint8), row, row,
               ((3, 3, 320 // group, 640), jnp.float32))
+
+
+@pytest.mark.parametrize('chip,carrier', [
+    (chip, carrier) for chip, carrier in NATIVE if carrier != 'fp8'])
+@pytest.mark.parametrize('group, k', [(16, 320), (32, 5120), (16, 600)])
+def test_quartz_weights_compile(compile_for, chip, carrier, group, k):
+  """In one step of K, in several, and where a half has part of a group."""
+  settings = {'fmt': FPFormat.parse('E1M2'), 'wide': FPFormat.parse('E1M6'),
+              'flag_group': group, 'out_dtype': jnp.bfloat16}
+
+  def matmul(x, codes, scale, shift, flags):
+    return mosaic_tpu.matmul(x, codes, scale, shift, flags=flags, **settings)
+
+  def conv(x, codes, scale, shift, flags):
+    return mosaic_tpu.conv(
+        x, codes, scale, shift, flags=flags, strides=(1, 1),
+        padding=((1, 1), (1, 1)), **settings)
+
+  dtype, row = carriers.DTYPES[carrier][0], ((640,), jnp.float32)
+  compile_for(chip, matmul, ((4096, k), dtype), ((k // 2, 640), jnp.uint8),
+              row, row, ((-(-k // group), 640), jnp.uint8))
+  compile_for(chip, conv, ((2, 32, 32, k), dtype),
+              ((3, 3, k // 2, 640), jnp.uint8), row, row,
+              ((3, 3, -(-k // group), 640), jnp.uint8))
+
+
+@pytest.mark.parametrize('chip', CHIPS)
+def test_quartz_weights_of_other_kinds_compile(compile_for, chip):
+  """Unsigned, less 128; and with scales of groups as well, in bfloat16."""
+  struct = lambda *shape: (shape, jnp.float32)
+  codes, flags = ((640, 640), jnp.uint8), ((80, 640), jnp.uint8)
+  settings = {'flag_group': 16, 'out_dtype': jnp.bfloat16}
+  compile_for(
+      chip, lambda x, codes, scale, shift, flags: mosaic_tpu.matmul(
+          x, codes, scale, shift, flags=flags, fmt=FPFormat.parse('UE1M3'),
+          wide=FPFormat.parse('UE1M7'), **settings),
+      ((4096, 1280), jnp.bfloat16), codes, struct(640), struct(640), flags)
+  compile_for(
+      chip, lambda x, codes, scale, shift, flags, groups: mosaic_tpu.matmul(
+          x, codes, scale, shift, flags=flags, groups=groups, group=32,
+          fmt=FPFormat.parse('E1M2'), wide=FPFormat.parse('E1M6'), **settings),
+      ((4096, 1280), jnp.bfloat16), codes, struct(640), struct(640), flags,
+      struct(40, 640))
 
 
 @pytest.mark.parametrize('chip', CHIPS)

@@ -96,6 +96,10 @@ REFUSED = {
     'groups of weights': (
         SOME['dense']('E2M1', 'E2M1', weights=Block(E2M1, group=4)),
         'sums 64 products and more at a time|no room for the digits of float'),
+    'levels less 128 in groups': (
+        Case((5, 128), (128, 6), 'E2M1', 'E2M1', weights=Block(
+            FPFormat.parse('UE3M1'), 'group', 64, 'e4m3', zero_point=0.0)),
+        'takes 128 off the levels of UE3M1'),
     'zeros of groups': (
         SOME['dense']('UE2M2', 'E2M1', weights=Block(
             FPFormat.parse('UE2M2'), group=4)),
@@ -126,12 +130,14 @@ def test_kernels_do_not_take_levels():
 
 
 @pytest.mark.parametrize('implementation', KERNELS)
-def test_kernels_do_not_take_shifts(implementation):
-  case = SOME['dense']('E2M1', 'E2M1')
-  layer = case.packed.replace(weight=case.packed.weight.replace(
-      shift=np.zeros((1, 6), np.uint8), shift_group=8))
-  with pytest.raises(ValueError, match='its weights have no shifts'):
-    case.run(layer, implementation=implementation)
+def test_banks_that_are_laid_out_keep_their_own_scales(implementation):
+  kernels = np.float32(np.random.default_rng(0).normal(size=(2, 7, 6)))
+  banks = Block(E2M1, 'channel').quantize_banks(
+      kernels * np.float32([[[1]], [[3]]])).packed()
+  laid_out = choice.lay_out(banks, implementation)
+  for i in range(2):
+    np.testing.assert_array_equal(
+        laid_out.bank(i).dequantize(), banks.bank(i).dequantize())
 
 
 def test_each_chip_refuses_the_others_layout():

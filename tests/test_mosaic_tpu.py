@@ -310,10 +310,13 @@ def test_operations_raise_what_why_not_says():
 
 @pytest.mark.parametrize('chip', [None, *blocks_lib.CHIPS])
 def test_blocks_fit_the_vector_memory(chip):
-  for itemsize, n, (size, c) in itertools.product((1, 2), (64, 320, 1280), (
-      (8, 2560), (32, 1920), (64, 960), (128, 512), (256, 256))):
-    cut = blocks_lib.conv(
-        (size, size), (3, 3), (1, 1), c // 2, n, itemsize, 4, chip)
-    assert cut.vmem((3, 3), (1, 1), itemsize, 4) <= blocks_lib.budget(chip)
-    cut = blocks_lib.matmul(size * size, c * 2, n, itemsize, 4, chip)
-    assert cut.vmem(itemsize, 4) <= blocks_lib.budget(chip)
+  for itemsize, n, beside, (size, c) in itertools.product(
+      (1, 2), (64, 320, 1280), (0, blocks_lib.SCALING + blocks_lib.SHIFTING), (
+          (8, 2560), (32, 1920), (64, 960), (128, 512), (256, 256))):
+    cut = blocks_lib.conv((size, size), (3, 3), (1, 1), c // 2, n, itemsize, 4,
+                          chip, beside=beside)
+    assert cut.vmem(
+        (3, 3), (1, 1), itemsize, 4, beside) <= blocks_lib.budget(chip)
+    cut = blocks_lib.matmul(
+        size * size, c * 2, n, itemsize, 4, chip, beside=beside)
+    assert cut.vmem(itemsize, 4, beside) <= blocks_lib.budget(chip)
