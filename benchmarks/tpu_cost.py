@@ -31,6 +31,7 @@ from msfp_jax.kernels.mosaic_tpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_tpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant import numbers as numbers_lib
+from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.run import cli
 
 TOPOLOGIES = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2', '7x': 'tpu7x:2x2x1'}
@@ -94,31 +95,48 @@ def _widened(packed, fmt, carrier):
   return decoded
 
 
-def _tile(bundles, name, carrier, rows, decode=None):
-  """Counts a step of [rows, 512] x [512, 256], with decoding in each step."""
+def _decompressed(packed, flags, carrier):
+  """Decodes QuaRTZ's weights."""
+  return decode_lib.decode(packed, FPFormat.parse('E1M2'), carrier, flags,
+                           FPFormat.parse('E1M6'))
+
+
+def _tile(bundles, name, carrier, rows, decode=None, flag_group=0):
+  """Counts a step of [rows, 512] x [512, 256], with decoding in each step.
+
+  With flag_group, decode is handed FLAGs too.
+  """
   depth, columns = 512, 256
   held, sums = carriers.DTYPES[carrier]
 
-  def kernel(x, w, out):
+  def kernel(x, w, *flags_and_out):
+    *flags, out = flags_and_out
     @pl.when(pl.program_id(2) == 0)
     def _():
       out[...] = jnp.zeros_like(out)
 
-    weights = jnp.concatenate(decode(w[...])) if decode else w[...]
+    weights = jnp.concatenate(decode(
+        w[...], *[ref[:, 0] for ref in flags])) if decode else w[...]
     out[...] += lax.dot(x[...], weights, preferred_element_type=sums)
 
   packed = depth // 2 if decode else depth
+  flags, specs = [], []
+  if flag_group:
+    shape = packed // flag_group, columns
+    flags = [((2, 2, shape[0], 2 * columns), jnp.uint8)]
+    specs = [pl.BlockSpec((2, 1, *shape), lambda i, j, k: (0, k, 0, j))]
   function = pl.pallas_call(
       kernel, grid=(2, 2, 2), name=name,
       in_specs=[pl.BlockSpec((rows, depth), lambda i, j, k: (i, k)),
-                pl.BlockSpec((packed, columns), lambda i, j, k: (k, j))],
+                pl.BlockSpec((packed, columns), lambda i, j, k: (k, j)),
+                *specs],
       out_specs=pl.BlockSpec((rows, columns), lambda i, j, k: (i, j)),
       out_shape=jax.ShapeDtypeStruct((2 * rows, 2 * columns), sums),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'arbitrary')))
   count = bundles(
       name, function, ((2 * rows, 2 * depth), held),
-      ((2 * packed, 2 * columns), jnp.uint8 if decode else held))
+      ((2 * packed, 2 * columns), jnp.uint8 if decode else held), *flags)
   return count, rows * depth * columns
 
 
@@ -134,6 +152,11 @@ def _tiles(bundles: Callable[..., list[int]], chip: str, carrier: str):
         yield f'{rows} rows, {fmt} to {carrier}, {how}', _tile(
             bundles, f'{how}_{fmt}_{rows}', carrier, rows,
             functools.partial(decode, fmt=fmt, carrier=carrier))
+    exact = 'bf16' if carrier == 'fp8' else carrier  # which holds E1M6
+    for group in (16, 32):
+      yield f'{rows} rows, QuaRTZ by {group} to {exact}, packed', _tile(
+          bundles, f'quartz_{group}_{rows}', exact, rows,
+          functools.partial(_decompressed, carrier=exact), group)
 
 
 def _kernels(bundles: Callable[..., list[int]], chip: str, carrier: str):

@@ -164,8 +164,8 @@ def test_scales_of_groups_compile(compile_for, chip, group):
 
 @pytest.mark.parametrize('chip,carrier', [
     (chip, carrier) for chip, carrier in NATIVE if carrier != 'fp8'])
-@pytest.mark.parametrize('group, k', [(16, 320), (32, 5120), (16, 600)])
-def test_quartz_weights_compile(compile_for, chip, carrier, group, k):
+@pytest.mark.parametrize('group, k, c', [(16, 320, 600), (32, 5120, 320)])
+def test_quartz_weights_compile(compile_for, chip, carrier, group, k, c):
   """In one step of K, in several, and where a half has part of a group."""
   settings = {'fmt': FPFormat.parse('E1M2'), 'wide': FPFormat.parse('E1M6'),
               'flag_group': group, 'out_dtype': jnp.bfloat16}
@@ -181,9 +181,9 @@ def test_quartz_weights_compile(compile_for, chip, carrier, group, k):
   dtype, row = carriers.DTYPES[carrier][0], ((640,), jnp.float32)
   compile_for(chip, matmul, ((4096, k), dtype), ((k // 2, 640), jnp.uint8),
               row, row, ((-(-k // group), 640), jnp.uint8))
-  compile_for(chip, conv, ((2, 32, 32, k), dtype),
-              ((3, 3, k // 2, 640), jnp.uint8), row, row,
-              ((3, 3, -(-k // group), 640), jnp.uint8))
+  compile_for(chip, conv, ((2, 32, 32, c), dtype),
+              ((3, 3, c // 2, 640), jnp.uint8), row, row,
+              ((3, 3, -(-c // group), 640), jnp.uint8))
 
 
 @pytest.mark.parametrize('chip', CHIPS)

@@ -10,8 +10,8 @@ and XLA elsewhere.
 
 This is the one module that knows the chips' kernels. A chip is a folder, named
 in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
-`weight_unit`, `weight_base`, `why_not_groups`, `why_not_shifts`,
-`why_not_input_groups`, `CARRIERS_OF_GROUPS`, `lay_out` and `LAYOUT`.
+`weight_unit`, `weight_base`, `why_not_groups`, `why_not_input_groups`,
+`why_not_shifts`, `CARRIERS_OF_GROUPS`, `lay_out` and `LAYOUT`.
 """
 
 from collections.abc import Sequence
@@ -127,11 +127,11 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
       return (f'it reads weights of 4 bits, and those of this layer are '
               f'{weight.fmt}, stored as {weight.layout.name}')
     return f'the weights are laid out for {weight.layout.name}'
-  if weight.shift is not None and (reason := ops.why_not_shifts(weight)):
-    return reason
   if weight.layout == layout_lib.NIBBLES and not weight.scales_outputs:
     return ('it takes a scale for each output channel of the weights, and '
             f'those of this layer are of shape {jnp.shape(weight.scale)}')
+  if weight.shift is not None and (reason := ops.why_not_shifts(weight)):
+    return reason
   tensor = input_of(layer, shape)
   if tensor.negative is not None:
     return 'it takes one scale for all inputs, not one for each sign'

@@ -201,12 +201,13 @@ def _run_winograd(layer, x, geometry):
 
 def _run_kernel(layer, x, geometry, implementation, carrier):
   ops, weight = choice.ops_of(implementation), layer.weight
-  fmt, tensor = weight.numbers, layer.input.quantize(x, axis=-1)
+  tensor = layer.input.quantize(x, axis=-1)
   v = (carriers.scaled_operand if carriers.has_groups(tensor)
        else carriers.operand)(tensor, carrier)
   end = epilogue.make(
       v, weight, layer.bias, geometry, carrier, _sums_of(layer, carrier),
-      ops.weight_unit(fmt, carrier), ops.weight_base(fmt, carrier))
+      ops.weight_unit(weight.numbers, carrier),
+      ops.weight_base(weight.numbers, carrier))
   codes, options = ops.lay_out(weight).data, {
       'fmt': weight.fmt, 'out_dtype': x.dtype, 'columns': end.columns}
   if not product.weights_leave(weight):

@@ -109,7 +109,7 @@ def make(x: Operand, w: QTensor, bias: jax.Array | None,
     base: steps that the kernel takes off every level.
   """
   window, outputs = w.window, w.scale.shape[-1]
-  fmt, carried = w.numbers, carriers.carry(w.numbers, carrier)
+  carried = carriers.carry(w.numbers, carrier)
   # Scales of groups are inside of the sums; one before them all is not.
   grouped = not product.weights_leave(w)
   own = w.scales() if not grouped else jnp.float32(
@@ -124,7 +124,7 @@ def make(x: Operand, w: QTensor, bias: jax.Array | None,
 
   # The sums are of w = (level / step - base) unit, those of `product` of
   # v = level / carried.unit - offset = (w / unit + base) ratio - offset.
-  ratio = fmt.step / carried.unit
+  ratio = w.numbers.step / carried.unit
   own_scale = scale * (ratio / unit)
   if jnp.size(x.scale) > 1:
     rows = rows._replace(scale=by_place(x.scale))
