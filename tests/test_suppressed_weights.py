@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from kernel_cases import jit
 from kernel_cases import prepared
@@ -100,6 +101,18 @@ def test_convolutions(x_shape, window, group, geometry):
       x, w, settings['strides'], settings['padding'], (1, 1))
   found = run('conv', np.int8(x), codes, flags, group, **settings)
   np.testing.assert_array_equal(found, np.float32(expected))
+
+
+def test_no_races_and_no_reads_beyond_flags(capfd):
+  """Where nothing fills blocks: part of a column tile, of rows, of a half."""
+  interpret = pltpu.InterpretParams(
+      detect_races=True, out_of_bounds_reads='raise')
+  codes, flags, w = draw((600, 130), 16, INT8)
+  x = np.random.default_rng(1).integers(-128, 128, (70, 600))
+  found = run('matmul', np.int8(x), codes, flags, 16, interpret=interpret,
+              blocks=(32, 128, 128))
+  np.testing.assert_array_equal(found, np.float32(x @ w))
+  assert 'RACE' not in capfd.readouterr().out
 
 
 def layer_of(weights, inputs, shape):
