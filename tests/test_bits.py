@@ -16,6 +16,7 @@ from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
+from msfp_jax.quant.suppress import Suppressed
 from msfp_jax.run import bits
 
 FMT, FULL = FPFormat.parse('E2M1'), Full()
@@ -88,6 +89,27 @@ def test_zero_points_branch_and_smoothing_count():
       4 * SEEN + 2 * 32 + 8 * AFTER + 32) / (SEEN + AFTER)
   # Codes or levels: the same bits.
   assert bits.per_weight(model.packed()) == bits.per_weight(model)
+
+
+@pytest.mark.parametrize('zero, extra', [(-0.25, 32), (0.0, 0), (None, 0)])
+@pytest.mark.parametrize('kept', ['block', 'suppressed'])
+def test_a_zero_point_from_calibration_counts_once(kept, zero, extra):
+  """In the file's bytes as in an input's bits, and one of 0 is none."""
+  act = Block(FPFormat.parse('UE1M7'), 'token', zero_point=zero)
+  codes, flags = 8 * SEEN, 0
+  if kept == 'suppressed':
+    act = Suppressed(act, group=2)
+    codes, flags = 4 * SEEN, 3 * SEEN // 2
+  model = model_of(layer(Static(FMT, jnp.ones((1, 1, 1, 4))), act))
+  conv = 4 * CONV + 32 * 4 + 32 * 4 + extra
+  assert model.layers['conv'].nbits == conv
+  assert model.stored_bytes == (conv + 32 * (DENSE + 5)) // 8
+  assert model.packed().stored_bytes == model.stored_bytes
+  # A float32 scale for each of 8 x 8 tokens, and without a zero point from
+  # calibration the token's minimum.
+  tokens = 32 * 8 * 8 * (2 if zero is None else 1)
+  assert bits.per_activation(model, SHAPES) == (
+      codes + flags + tokens + extra + 32 * AFTER) / (SEEN + AFTER)
 
 
 def test_every_bank_adds_its_bits():

@@ -15,6 +15,7 @@ from msfp_jax.quant.quantizers import fields_of
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
+from msfp_jax.quant.suppress import Suppressed
 
 E2M1, UE2M2 = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')
 NVFP4 = Block(E2M1, group=16, scale_type='e4m3', two_level=True)
@@ -117,6 +118,43 @@ def test_gradients_pass_straight_through_scales_from_the_data():
   g = np.random.default_rng(2).normal(size=X.shape).astype(np.float32)
   _, pullback = jax.vjp(NVFP4.fake_quant, X)
   np.testing.assert_array_equal(pullback(jnp.asarray(g))[0], g)
+
+
+ZERO = -0.25
+# Of one range: all x of the test below lie in one group, up to 3.5.
+CUT_BELOW = {
+    'Block': Block(UE2M2, 'tensor', zero_point=ZERO),
+    'Block of groups': Block(UE2M2, group=4, zero_point=ZERO),
+    'none, of 0': Block(UE2M2, 'token', zero_point=0.0),
+    'QuaRTZ': Suppressed(Block(
+        FPFormat.parse('UE1M7'), 'token', zero_point=ZERO)),
+    'Static': Static(UE2M2, jnp.float32(3.75 / UE2M2.max), jnp.float32(ZERO))}
+
+
+@pytest.mark.parametrize('name', CUT_BELOW)
+def test_what_a_zero_point_from_calibration_cuts_off_gets_no_gradient(name):
+  """Differences of max(x, zero point), the quantizer without its rounding."""
+  quantizer = CUT_BELOW[name]
+  zero = 0.0 if 'none' in name else ZERO
+  # Every group of four has some of both sides; the largest is at the end of a
+  # range that follows it.
+  x = np.linspace(-3.1, 3.5, 40).reshape(4, 10).T.reshape(1, 40)
+  g, h = np.random.default_rng(3).normal(size=x.shape), 1e-6
+  assert np.abs(x - zero).min() > h and (x < zero).any() and (x > zero).any()
+  held = lambda x: np.maximum(x, zero)
+  expected = g * (held(x + h) - held(x - h)) / (2 * h)
+  _, pullback = jax.vjp(quantizer.fake_quant, jnp.float32(x))
+  np.testing.assert_allclose(pullback(jnp.float32(g))[0], expected, rtol=1e-5)
+
+
+def test_the_least_of_a_group_is_not_cut_off_by_its_rounded_zero_point():
+  """In bfloat16 a minimum may round upwards; it follows the data all the same.
+  """
+  x = jnp.float32([[-1.003, 0.5, 1.7, 2.2]])
+  quantizer = Block(UE2M2, 'token', scale_type='bf16')
+  assert float(quantizer.quantize(x).zero_point[0, 0]) > -1.003
+  found = jax.grad(lambda x: quantizer.fake_quant(x).sum())(x)
+  np.testing.assert_array_equal(found, np.ones((1, 4)))
 
 
 def test_static_is_a_pytree_with_a_static_format():

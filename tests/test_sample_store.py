@@ -57,6 +57,28 @@ def test_a_missing_batch_is_no_image(store):
     store[:2]
 
 
+# Rows that a file system could take for one another, or for other files.
+ROWS = ('msfp:w6a6', 'msfp_w6a6', 'msfp%3Aw6a6', 'msfp/w6a6', 'msfp',
+        'msfp+gptq', 'msfp.row.json', 'msfp.npz', 'methods', 'methods.png',
+        '.', '..', '~', 'samples.json', 'reference.npz', 'a b', 'a\\b', 'a\nb',
+        '\u00fc', '%C3%BC')
+
+
+def test_no_two_rows_share_a_folder_or_a_file(tmp_path):
+  """Beside the folders lie rows' metrics, samples and what all rows share."""
+  names = [sample_store.folder_name(row) for row in ROWS]
+  files = [name + suffix for name in names for suffix in (
+      sample_store.ROW, *[suffix for suffix, _ in sample_store.FORMS.values()])]
+  files += ['methods.png', 'samples.json', 'scores.json', 'reference.npz']
+  assert len(set(files)) == len(files) == 3 * len(ROWS) + 4
+  for name in names:
+    (tmp_path / name).mkdir()
+  assert {path.name for path in tmp_path.iterdir()} == set(names)
+  # As they have always been.
+  for row in ('fp', 'tuned', 'signed_fp', 'msfp+gptq', 'recipe=x,y-2'):
+    assert sample_store.folder_name(row) == row
+
+
 def test_what_is_shown_stays(tmp_path):
   images = random_images(10)
   store = filled(tmp_path, images)

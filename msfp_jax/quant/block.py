@@ -15,6 +15,7 @@ import numpy as np
 from msfp_jax.quant import functional
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
+from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.quant.quantizers import Quantizer
 
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
@@ -67,7 +68,7 @@ class Block(Quantizer):
       (NVFP4).
     rule: of RULES, for 'e8m0'.
     zero_point: of an unsigned format, one for all groups; None for each
-      group's minimum. Below it everything is level 0.
+      group's minimum. Below it everything is level 0, and the gradient is 0.
   """
 
   fmt: FPFormat = _static()
@@ -97,6 +98,16 @@ class Block(Quantizer):
   @property
   def bits(self) -> int:
     return self.fmt.bits
+
+  @property
+  def nbits(self):
+    # Static, as programs differ by whether there is one, it is no leaf. One of
+    # 0 is none: nothing is added.
+    return FULL_BITS if self.zero_point else 0
+
+  @property
+  def cuts(self):
+    return self.zero_point is not None, False
 
   def quantize(self, x, axis=-1):
     x = jnp.asarray(x, jnp.float32)

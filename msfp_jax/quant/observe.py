@@ -151,30 +151,45 @@ def _gather(module, value, places, key, needs):
     found[fit_lib.CHANNEL_MAXIMA] = jnp.abs(flat).max(0)
   if fit_lib.GRAM in needs:
     # In float32: a half-precision model's own type would sum 8 digits.
-    rows = _windows(module, value).astype(jnp.float32)
-    if len(rows) > _GRAM_PLACES:  # else all of them: no sample is better
-      rows = rows[jax.random.randint(
-          jax.random.fold_in(key, 2), (_GRAM_PLACES,), 0, len(rows))]
+    rows = _windows(module, value, lambda number: (
+        jnp.arange(number) if number <= _GRAM_PLACES  # no sample is better
+        else jax.random.randint(
+            jax.random.fold_in(key, 2), (_GRAM_PLACES,), 0, number))
+                    ).astype(jnp.float32)
     found[fit_lib.GRAM] = jnp.matmul(
         rows.T, rows, precision='highest') / len(rows)
   return found
 
 
-def _windows(module, value):
-  """The vectors `[N, K]` that outputs sum over, in the order of the weights."""
+def _windows(module, value, choose):
+  """Vectors `[N, K]` that outputs sum over, in the order of the weights.
+
+  Args:
+    module: the layer.
+    value: its input.
+    choose: the number of outputs, of all images -> which of them, `[N]`.
+  """
   if not isinstance(module, nn.Conv):
-    return value.reshape(-1, value.shape[-1])
+    flat = value.reshape(-1, value.shape[-1])
+    return flat[choose(len(flat))]
   x, geometry, window = geometry_lib.of_module(module, value)
-  size = x.shape[-1]
-  # [B, *spatial', C window]: a convolution is a product of these with the
-  # kernel.
-  patches = jax.lax.conv_general_dilated_patches(
-      x, window, geometry.strides, geometry.padding,
-      rhs_dilation=geometry.dilation,
-      dimension_numbers=geometry_lib.channels_last(len(window)))
-  # Channels come first there, and last in a kernel.
-  patches = patches.reshape(-1, size, int(np.prod(window)))
-  return patches.swapaxes(1, 2).reshape(len(patches), -1)
+  # Only the patches that are asked for: those of all outputs of a 3x3 window
+  # are nine times the input.
+  size = (len(x), *geometry.size(x.shape[1:-1], window))
+  image, *corner = jnp.unravel_index(choose(int(np.prod(size))), size)
+  # lax.pad and not jnp.pad: a padding may be negative.
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), [
+      (before, after, 0)
+      for before, after in ((0, 0), *geometry.padding, (0, 0))])
+  axes = len(window)
+  places = [image.reshape(-1, *(1,) * axes)]
+  for axis, (first, stride, dilation, taps) in enumerate(zip(
+      corner, geometry.strides, geometry.dilation, window, strict=True)):
+    tap = (dilation * jnp.arange(taps)).reshape(
+        [-1 if i == axis else 1 for i in range(axes)])
+    places.append(stride * first.reshape(-1, *(1,) * axes) + tap)
+  # [N, *window, C], as a kernel has them.
+  return x[tuple(places)].reshape(len(image), -1)
 
 
 def _join(name, parts, needs, gram):

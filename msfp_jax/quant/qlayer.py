@@ -67,9 +67,12 @@ class QLayer:
 
   @property
   def nbits(self) -> int:
-    """Bits of weights, bias and what stands around, all banks counted."""
-    total = self.around.nbits + sum(
-        32 * leaf.size for leaf in jax.tree.leaves((self.input, self.bias)))
+    """Bits of weights, bias, what stands around, and the input's parameters.
+
+    All banks counted.
+    """
+    total = self.around.nbits + self.input.nbits
+    total += 0 if self.bias is None else 32 * self.bias.size
     return total + (0 if self.weight is None else self.weight.nbits)
 
   def at(self, step: Any, bank: Any = 0) -> 'QLayer':

@@ -50,6 +50,19 @@ class Quantizer:
     """Whether the tensor stays in full precision."""
     return False
 
+  @property
+  def nbits(self) -> int:
+    """Bits of its own parameters, which calibration found; files hold them."""
+    return sum(FULL_BITS * np.size(leaf) for leaf in jax.tree.leaves(self))
+
+  @property
+  def cuts(self) -> tuple[bool, bool]:
+    """Whether it cuts off what is below its range, and what is above.
+
+    Not where that end of the range follows the data.
+    """
+    return False, False
+
   def quantize(self, x: jax.Array, axis: int = -1) -> QTensor:
     """The quantized tensor.
 
@@ -62,11 +75,12 @@ class Quantizer:
   def fake_quant(self, x: jax.Array, axis: int = -1) -> jax.Array:
     """dequantize(quantize(x)), in x's dtype, with a straight-through gradient.
 
-    With u = (x - zero point) / scale and q its level, the gradient is 1 for x:
-    a quantizer whose scale follows the data cuts off little or nothing. That
-    of a quantizer's own parameters goes through scale and zero point, as in
-    `functional.fake_quant`: q - u and 0 inside the range, q and 1 outside.
-    What scale and zero point owe to x is left out.
+    With u = (x - zero point) / scale and q its level, the gradient is 1 for x,
+    and 0 beyond an end of the range that `cuts` names. An end that follows the
+    data cuts off little or nothing, only what the rounding of a scale leaves
+    beyond it. The gradient of a quantizer's own parameters goes through scale
+    and zero point, as in `functional.fake_quant`: q - u and 0 inside the range,
+    q and 1 outside. What scale and zero point owe to x is left out.
     """
     tensor = self.quantize(jax.lax.stop_gradient(x), axis)
     zero = 0.0 if tensor.zero_point is None else tensor.spread(
@@ -74,8 +88,8 @@ class Quantizer:
     numbers = tensor.numbers
     levels = jax.lax.stop_gradient(tensor.levels())
     back = _straight_through(
-        (numbers.lowest, numbers.max), x, tensor.dequantize(), levels,
-        tensor.element_scales(levels), zero)
+        (numbers.lowest, numbers.max), self.cuts, x, tensor.dequantize(),
+        levels, tensor.element_scales(levels), zero)
     return back.astype(x.dtype)
 
   def quantize_banks(self, kernels: jax.Array) -> QTensor:
@@ -140,24 +154,28 @@ def quantize(quantizer: Quantizer, x: jax.Array, axis: int) -> QTensor:
   return quantizer.quantize(x, axis)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _straight_through(ends, x, back, levels, scale, zero):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _straight_through(ends, cuts, x, back, levels, scale, zero):
   """back, with the gradient that `Quantizer.fake_quant` tells."""
-  del ends, x, levels, scale, zero
+  del ends, cuts, x, levels, scale, zero
   return back
 
 
 # A rule of its own, as x + stop_gradient(back - x) would round the value.
 @_straight_through.defjvp
-def _tangent(ends, primals, tangents):
+def _tangent(ends, cuts, primals, tangents):
   x, back, levels, scale, zero = primals
   dx, _, _, dscale, dzero = tangents
   # A scale of 0 is that of a group of zeros, whose levels are 0 as well.
   u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(scale > 0, scale, 1.0)
-  outside = (u < ends[0]) | (u > ends[1])
+  beyond = u < ends[0], u > ends[1]
+  outside = beyond[0] | beyond[1]
   by_scale = levels - jnp.where(outside, 0.0, u)
   moved = by_scale * dscale + jnp.where(outside, 1.0, 0.0) * dzero
-  return back, (jnp.asarray(dx, jnp.float32) + moved).astype(back.dtype)
+  dx = jnp.asarray(dx, jnp.float32)
+  for cut, there in zip(cuts, beyond, strict=True):
+    dx = jnp.where(there, 0.0, dx) if cut else dx
+  return back, (dx + moved).astype(back.dtype)
 
 
 @flax.struct.dataclass
@@ -202,6 +220,10 @@ class Static(Quantizer):
   @property
   def bits(self) -> int:
     return self.fmt.bits
+
+  @property
+  def cuts(self):
+    return True, True
 
   def quantize(self, x, axis=-1):
     # Before broadcasting: a scale of [S] might fit to the tensor by accident.

@@ -101,6 +101,14 @@ class Suppressed(Quantizer):
     flags = flags_of(largest / whole.fmt.step, whole.fmt, self.bits)
     return suppress(whole, flags, self.bits, self.group, self.rounding)
 
+  @property
+  def nbits(self):
+    return self.inner.nbits
+
+  @property
+  def cuts(self):
+    return self.inner.cuts
+
   def offsets(self):
     return self.inner.offsets()
 

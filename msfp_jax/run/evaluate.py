@@ -284,7 +284,7 @@ def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
 def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
            folder: pathlib.Path, name: str) -> sample_store.SampleStore:
   return sample_store.SampleStore(
-      folder / name.replace(':', '_'), cfg.num_samples, cfg.batch_size,
+      folder / sample_store.folder_name(name), cfg.num_samples, cfg.batch_size,
       experiment.image_shape)
 
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 from typing import Any
+import urllib.parse
 import zipfile
 
 from absl import logging
@@ -64,6 +65,18 @@ def discard(folder: pathlib.Path) -> None:
   """Deletes a folder; where that is interrupted, it is of no evaluation."""
   (folder / 'samples.json').unlink(missing_ok=True)
   shutil.rmtree(folder, ignore_errors=True)
+
+
+def folder_name(row: str) -> str:
+  """A row's name as that of a folder, of no two rows the same.
+
+  Letters, digits and _-+=, stay; others are escaped as in a URL: 'msfp:w6a6'
+  is 'msfp%3Aw6a6'.
+  """
+  # The full stop too: it sets off the suffixes of the files beside the folder,
+  # and '..' is another one. '~' is a home to a shell.
+  escaped = urllib.parse.quote(row, safe='+=,')
+  return escaped.replace('.', '%2E').replace('~', '%7E')
 
 
 class SampleStore:
