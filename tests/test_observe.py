@@ -149,6 +149,14 @@ class Layers(nn.Module):
     return 0 * x + y
 
 
+class Wide(nn.Module):
+  """One convolution of the image, of 64 channels; it predicts no noise."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    return 0 * x + nn.Conv(1, (3, 3), name='conv')(x)
+
+
 # Options of nn.Conv, and (before, after) of both axes for NumPy.
 CONVOLUTIONS = {
     'strides, padding on one side': (
@@ -225,3 +233,36 @@ def test_a_gram_matrix_of_many_places_is_sampled_without_bias(monkeypatch):
   # of late steps count for more.
   assert found['dense'].gram[0, 0] == pytest.approx(expected, rel=0.2)
   assert found['dense'].gram[0, 0] != pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('options, padding', CONVOLUTIONS.values(),
+                         ids=CONVOLUTIONS)
+def test_a_sampled_place_is_one_of_the_windows(monkeypatch, options, padding):
+  """Of one place the Gram matrix is the outer product of its window."""
+  monkeypatch.setattr(observe, '_GRAM_PLACES', 1)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 5, 2)),
+                  jnp.float32)
+  windows = windows_by_hand(np.float64(x), options, padding)
+  gather = jax.jit(lambda key: observe._gather(
+      nn.Conv(2, (3, 2), **options), x, jnp.zeros(1, int), key, ('gram',)))
+  drawn = set()
+  for seed in range(6):
+    gram = np.asarray(gather(jax.random.key(seed))['gram'])
+    apart = [np.abs(np.outer(w, w) - gram).max() for w in windows]
+    assert min(apart) < 1e-5
+    drawn.add(int(np.argmin(apart)) // (len(windows) // 3))
+  assert len(drawn) > 1  # images
+
+
+def test_memory_of_a_gram_matrix_is_that_of_its_sample():
+  """All windows of 3x3 would be nine inputs, of which there are 32 MB."""
+  x, model = jax.ShapeDtypeStruct((8, 128, 128, 64), 'float32'), Wide()
+  params = jax.eval_shape(model.init, KEY, x, jnp.zeros(8))['params']
+  run = jax.jit(lambda params, x: observe.watch(
+      model, ONE_STEP, 8, ('gram',), params, (x,), KEY))
+  used = run.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+  size = 4 * 8 * 128 * 128 * 64
+  inner = 9 * 64
+  sample = 4 * (1024 * inner + inner**2)
+  # No part is larger than the input; by the count of what has to be there.
+  assert used < 2 * sample < size
