@@ -3,8 +3,9 @@
   python -m benchmarks.formats [--tokens=2048] [--cost]
 
 Prints the signal-to-noise ratio of every format on five distributions, in dB;
-with --cost how long the quantizers of inputs of every recipe take, against one
-pass over the same numbers. Both as Markdown tables.
+with --cost how long every recipe takes to quantize an input, smoothing and
+rotation included, against one pass over the same numbers. Both as Markdown
+tables.
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,15 @@ import numpy as np
 from benchmarks import costs
 from msfp_jax.base import markdown
 from msfp_jax.quant import block_formats
+from msfp_jax.quant import calibrate
 from msfp_jax.quant import recipes
+from msfp_jax.quant.around import Around
 from msfp_jax.quant.block import Block
-from msfp_jax.quant.fit import BestOf
-from msfp_jax.quant.fit import Dynamic
+from msfp_jax.quant.dual_scale import DualScale
 from msfp_jax.quant.fit import restored
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.quantizers import Quantizer
+from msfp_jax.quant.quantizers import Static
 from msfp_jax.quant.suppress import first_stage
 from msfp_jax.quant.suppress import quartz
 from msfp_jax.run import cli
@@ -94,39 +97,71 @@ def bits_of(quantizer: Quantizer, channels: int = CHANNELS) -> float:
   return tensor.nbits / shape.size
 
 
-def inputs_of(recipe: recipes.Recipe, bits: int = 4) -> dict[str, Quantizer]:
-  """{'nal', 'aal': its quantizer of inputs}, of recipes that follow the data.
+def seen_of(channels: int, rows: int = 256) -> dict[str, Seen]:
+  """{'nal', 'aal': what calibration would see}: normal numbers, and SiLU's."""
+  normal = np.random.default_rng(0).standard_normal(
+      (rows, channels), np.float32)
+  found = {'nal': normal, 'aal': np.asarray(jax.nn.silu(2 * normal))}
+  return {part: Seen(
+      values=x.ravel(), minimum=float(x.min()), maximum=float(x.max()), rows=x,
+      channel_maxima=np.abs(x).max(0)) for part, x in found.items()}
 
-  Which format `BestOf` takes makes no difference here: the first is timed.
+
+def inputs_of(recipe: recipes.Recipe, channels: int = 256, bits: int = 4
+              ) -> dict[str, tuple[Around, Quantizer]]:
+  """{'nal', 'aal': what a layer's input goes through}, as calibration finds it.
+
+  Args:
+    recipe: any but those of GPTQ, which leaves inputs alone.
+    channels: of the layer's input.
+    bits: of both sides.
   """
+  kernel = np.random.default_rng(1).standard_normal((channels, 64), np.float32)
   found = {}
-  for part in ('nal', 'aal'):
-    fit = getattr(recipe, part)
-    if isinstance(fit, Dynamic):
-      found[part] = fit.make(bits)
-    elif isinstance(fit, BestOf):
-      # The last of them: unsigned, with a zero point, where there are such.
-      found[part] = fit.make(bits, Seen(minimum=-0.25, maximum=1.0))[-1]
+  for part, seen in seen_of(channels).items():
+    layer = calibrate.fit_layer(recipe, '', seen, kernel, bits, bits)
+    around = layer.around or Around()
+    # The branch is a product, and no part of quantization.
+    found[part] = around.replace(down=None, up=None), layer.act
   return found
 
 
 def cost(channels: int = 256, pairs: int = 15) -> Iterator[list[str]]:
-  """Rows: recipe, what it quantizes with, median ratio, milliseconds."""
+  """Rows: recipes, what inputs go through, median ratio, milliseconds."""
   # An image's pixels: 256 images of 16 x 16 by 256 channels are 64 MB.
   x = jax.random.normal(
       jax.random.key(0), (2**24 // channels // 256, 16, 16, channels))
   plain = jax.jit(lambda x: x * 0.3 + 0.25)
   timed = {}
   for name, recipe in recipes.RECIPES.items():
-    for part, quantizer in inputs_of(recipe).items():
-      timed.setdefault(quantizer, []).append(f'{name} ({part})')
-  for quantizer, names in timed.items():
-    run = jax.jit(quantizer.fake_quant)
+    for part, through in inputs_of(recipe, channels).items():
+      # Scales are values, which cost alike: once for all recipes that differ in
+      # nothing else.
+      _, names = timed.setdefault(jax.tree.structure(through), (through, []))
+      names.append(f'{name} ({part})')
+  for (around, quantizer), names in timed.values():
+    run = jax.jit(lambda x, around, quantizer: quantizer.fake_quant(
+        around.input(x)))
     mine, base, ratio = costs.paired(
-        functools.partial(run, x), functools.partial(plain, x), pairs=pairs)
-    shown = quantizer.describe()
-    yield [', '.join(names), f'{shown["format"]}, {shown["scale"]}',
-           f'{ratio:.2f}x', f'{mine * 1e3:.1f} / {base * 1e3:.1f}']
+        functools.partial(run, x, around, quantizer),
+        functools.partial(plain, x), pairs=pairs)
+    yield [', '.join(names), shown(around, quantizer), f'{ratio:.2f}x',
+           f'{mine * 1e3:.1f} / {base * 1e3:.1f}']
+
+
+def shown(around: Around, quantizer: Quantizer) -> str:
+  """What an input goes through, in words."""
+  parts = quantizer.describe()
+  # Of a scale from calibration the number says nothing here.
+  static = isinstance(quantizer, Static | DualScale)
+  words = [parts['format'], 'static' if static else parts['scale']]
+  if 'zero_point' in parts:
+    words.append('zero point')
+  if around.smooth is not None:
+    words.append('smoothed')
+  if around.rotation:
+    words.append(f'{around.rotation} channels rotated')
+  return ', '.join(words)
 
 
 def main(argv):

@@ -1,16 +1,21 @@
 """The figures that benchmarks compute from the files of runs."""
 
+import pathlib
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 
+from benchmarks import calibration
 from benchmarks import errors
 from benchmarks import formats
 from benchmarks import packed_layers
 from benchmarks import ranks
 from benchmarks import routing
 from msfp_jax.quant import recipes
+from msfp_jax.quant.around import Around
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
@@ -59,12 +64,36 @@ def test_formats_count_their_scales():
   assert bits['NVFP4'] == 4.5 + 32 / (128 * 1024)
 
 
-@pytest.mark.parametrize('name, formats_of', [
-    ('quartz', ('E1M2', 'UE1M3')), ('nvfp4', ('E2M1', 'E2M1')),
-    ('msfp', ())])
-def test_costs_are_of_a_recipes_own_inputs(name, formats_of):
-  found = formats.inputs_of(recipes.get(name)).values()
-  assert tuple(one.describe()['format'] for one in found) == formats_of
+@pytest.mark.parametrize('name, words', [
+    ('quartz', ('E1M2, f32 by token', 'UE1M3, f32 by token')),
+    ('nvfp4', ('E2M1, e4m3 by 16', 'E2M1, e4m3 by 16')),
+    ('msfp', ('E2M1, static', 'UE2M2, static, zero point')),
+    ('svdquant', ('E1M2, bf16 by 64, smoothed',) * 2)])
+def test_costs_are_of_a_recipes_own_inputs(name, words):
+  """Normal numbers, and those after SiLU, for which some have other formats."""
+  found = formats.inputs_of(recipes.get(name), channels=64).values()
+  for one, expected in zip(found, words, strict=True):
+    assert formats.shown(*one).startswith(expected)
+
+
+def test_every_recipe_has_a_cost(monkeypatch):
+  """Both kinds of its inputs, each once."""
+  quantizer = Static(FPFormat.parse('E2M1'), np.float32(1))
+  monkeypatch.setattr(formats, 'inputs_of', lambda recipe, channels: {
+      part: (Around(rotation=32), quantizer) for part in ('nal', 'aal')})
+  monkeypatch.setattr(formats.costs, 'paired', lambda *_, **__: (1, 1, 1))
+  (names, through, *_), = formats.cost(channels=2**16)
+  assert through == 'E2M1, static, 32 channels rotated'
+  assert names.split(', ') == [
+      f'{name} ({part})' for name in recipes.RECIPES for part in ('nal', 'aal')]
+
+
+def test_recipes_without_data_are_those_of_the_documentation():
+  text = pathlib.Path(__file__).parents[1].joinpath(
+      'docs/recipes.md').read_text(encoding='utf-8')
+  found = re.findall(r'^\| (`.*?`) \|.*\| nothing \|$', text, flags=re.M)
+  assert calibration.expand(['msfp', calibration.DATA_FREE]) == [
+      'msfp', *re.findall(r'`(\w+)`', ' '.join(found))]
 
 
 def test_ranks_by_hand():
