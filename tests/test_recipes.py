@@ -1,12 +1,19 @@
 """Recipes by what they do to data, and bits by name."""
 
 import dataclasses
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
+import test_docs
 
+from benchmarks import calibration
+from msfp_jax.quant import block_formats
 from msfp_jax.quant import recipes
+from msfp_jax.quant.fit import Dynamic
 from msfp_jax.quant.fit import Seen
+from msfp_jax.run import methods
 
 RNG = np.random.default_rng(0)
 NORMAL = RNG.standard_normal(4000).astype(np.float32)
@@ -105,3 +112,23 @@ def test_other_names_are_refused(name):
   assert repr(name) in str(error.value)
   with pytest.raises(ValueError, match="rounding='up'.*nearest"):
     dataclasses.replace(recipes.get('msfp'), rounding='up')
+
+
+def test_one_entry_is_all_that_a_recipe_takes(monkeypatch):
+  """Tables, studies and benchmarks have it; its row in the docs is missed.
+
+  What it then does in whole runs is in experiment/test_own_recipe.py.
+  """
+  test_docs.test_every_recipe_has_its_row()
+  of = Dynamic(block_formats.nvfp4)
+  monkeypatch.setitem(recipes.RECIPES, 'mine', recipes.Recipe(of, of, of))
+  assert methods.expand(('fp', 'all'))[-1] == 'mine'
+  names = ('mine', 'mine+gptq', 'mine:w6a6', 'mine+gptq:w6a6')
+  methods.check_rows(names, '', 0)
+  config = runpy.run_path(str(
+      pathlib.Path(__file__).parents[1] / 'configs/digits.py'))
+  for rows in config['STUDIES']['recipes']['groups'].values():
+    assert config['get_config'](rows['mine']).quant.recipe == 'mine'
+  assert calibration.expand([calibration.DATA_FREE])[-1] == 'mine'
+  with pytest.raises(AssertionError):
+    test_docs.test_every_recipe_has_its_row()
