@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.quant import functional
+from msfp_jax.quant import straight_through
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 
@@ -87,7 +88,7 @@ class Quantizer:
         jnp.asarray(tensor.zero_point, jnp.float32))
     numbers = tensor.numbers
     levels = jax.lax.stop_gradient(tensor.levels())
-    back = _straight_through(
+    back = straight_through.with_gradient(
         (numbers.lowest, numbers.max), self.cuts, x, tensor.dequantize(),
         levels, tensor.element_scales(levels), zero)
     return back.astype(x.dtype)
@@ -152,30 +153,6 @@ def quantize(quantizer: Quantizer, x: jax.Array, axis: int) -> QTensor:
   for every shape of weights.
   """
   return quantizer.quantize(x, axis)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _straight_through(ends, cuts, x, back, levels, scale, zero):
-  """back, with the gradient that `Quantizer.fake_quant` tells."""
-  del ends, cuts, x, levels, scale, zero
-  return back
-
-
-# A rule of its own, as x + stop_gradient(back - x) would round the value.
-@_straight_through.defjvp
-def _tangent(ends, cuts, primals, tangents):
-  x, back, levels, scale, zero = primals
-  dx, _, _, dscale, dzero = tangents
-  # A scale of 0 is that of a group of zeros, whose levels are 0 as well.
-  u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(scale > 0, scale, 1.0)
-  beyond = u < ends[0], u > ends[1]
-  outside = beyond[0] | beyond[1]
-  by_scale = levels - jnp.where(outside, 0.0, u)
-  moved = by_scale * dscale + jnp.where(outside, 1.0, 0.0) * dzero
-  dx = jnp.asarray(dx, jnp.float32)
-  for cut, there in zip(cuts, beyond, strict=True):
-    dx = jnp.where(there, 0.0, dx) if cut else dx
-  return back, (dx + moved).astype(back.dtype)
 
 
 @flax.struct.dataclass
