@@ -153,8 +153,8 @@ def shown(around: Around, quantizer: Quantizer) -> str:
   """What an input goes through, in words."""
   parts = quantizer.describe()
   # Of a scale from calibration the number says nothing here.
-  static = isinstance(quantizer, Static | DualScale)
-  words = [parts['format'], 'static' if static else parts['scale']]
+  known = {Static: 'static', DualScale: 'static, one a sign'}
+  words = [parts['format'], known.get(type(quantizer), parts['scale'])]
   if 'zero_point' in parts:
     words.append('zero point')
   if around.smooth is not None:
