@@ -153,7 +153,8 @@ def _tangent(ends, primals, tangents):
   x, back, levels, scale, zero = primals
   dx, _, _, dscale, dzero = tangents
   # A scale of 0 is that of a group of zeros, whose levels are 0 as well.
-  u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(scale > 0, scale, 1.0)
+  u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(
+      scale >= functional.TINY, scale, 1.0)
   outside = (u < ends[0]) | (u > ends[1])
   by_scale = levels - jnp.where(outside, 0.0, u)
   moved = by_scale * dscale + jnp.where(outside, 1.0, 0.0) * dzero
@@ -188,8 +189,9 @@ class Static(Quantizer):
 
   Attributes:
     fmt: the number format.
-    scale: float32, positive, broadcasts to the tensor: `[]`, or of weights
-      `[1, ..., O]`. With `by_step` a first axis of the sampler's steps.
+    scale: float32, positive, a normal number, broadcasts to the tensor: `[]`,
+      or of weights `[1, ..., O]`. With `by_step` a first axis of the sampler's
+      steps.
     zero_point: likewise, or None.
     by_step: whether scale and zero point differ by step.
   """
@@ -242,8 +244,10 @@ class Static(Quantizer):
 
   def moved(self, offsets):
     """Scale times exp(log_scale); zero point plus offset, in old scales."""
-    # The exponential keeps it positive, whatever the optimizer does.
-    scale = self.scale * jnp.exp(offsets['log_scale'])
+    # The exponential keeps it positive, whatever the optimizer does, and the
+    # bound normal: at the least scale of all the tensor is next to 0.
+    scale = jnp.maximum(self.scale * jnp.exp(offsets['log_scale']),
+                        functional.TINY)
     zero_point = self.zero_point
     if zero_point is not None:
       # Only where something is added to scale * level: an exact product is then
@@ -272,8 +276,8 @@ class Static(Quantizer):
     return self.fmt, self.scale, self.zero_point
 
   def flaws(self):
-    return [] if (np.asarray(self.scale) > 0).all() else [
-        'a scale that is not positive']
+    return [] if (np.asarray(self.scale) >= functional.TINY).all() else [
+        f'a scale that is not positive, or below {functional.TINY:.3g}']
 
   def describe(self):
     shown = {'format': str(self.fmt), 'scale': _range_of(self.scale)}
@@ -300,3 +304,18 @@ def fields_of(quantizer: Quantizer) -> dict[str, Any]:
           and not (field.default is not dataclasses.MISSING
                    and isinstance(value, bool | int | str)
                    and value == field.default)}
+
+
+def flaws_of(quantizer: Quantizer) -> list[str]:
+  """What of it no tensor can have: its own flaws, and values not finite.
+
+  Looked at where a quantizer is found, as well as where a file has one: what
+  is saved can be loaded.
+  """
+  found = []
+  for name, value in fields_of(quantizer).items():
+    if isinstance(value, Quantizer):
+      found += flaws_of(value)
+    elif isinstance(value, jax.Array) and not np.isfinite(value).all():
+      found.append(f'a {name} that is not finite')
+  return found + quantizer.flaws()
