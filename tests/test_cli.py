@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -164,3 +165,19 @@ def test_the_exit_code_of_a_stopped_run_passes():
 
 def test_the_result_passes():
   assert cli.guard(lambda: 7) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program, field, value', [
+    ('train.py', 'finetune.save_every', 0), ('train.py', 'quant.recipe', 'x'),
+    ('eval.py', 'eval.num_samples', 0)])
+def test_what_cannot_be_run_ends_within_seconds(
+    tmp_path, program, field, value):
+  """Though the teacher of this config would be trained first, for long."""
+  begin = time.monotonic()
+  finished = run(program, '--config=configs/digits.py', '--config.pretrained=',
+                 f'--workdir={tmp_path}/w', f'--config.{field}={value}')
+  assert time.monotonic() - begin < 20
+  assert finished.returncode == 1
+  assert_refused(finished, f'config.{field}', 'must be')
+  assert not [*tmp_path.iterdir()]
