@@ -315,8 +315,8 @@ def _affine(shape, scale, zero_point):
   if not isinstance(scale, jax.Array) and not np.all(
       np.asarray(scale) >= TINY):
     raise ValueError(
-        f'scale must be positive, {TINY:.3g} or more, got {scale}; a tensor of '
-        f'zeros is exact at any scale, so give it 1')
+        f'scale must be positive, got {scale}, and no subnormal number, from '
+        f'{TINY:.3g} up; a tensor of zeros is exact at any scale, so give it 1')
   if isinstance(zero_point, int | float) and zero_point == 0:
     zero_point = None
   return (_operand('scale', scale, shape),
