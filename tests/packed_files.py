@@ -31,6 +31,7 @@ def rewrite(path, change_tensors=lambda tensors: None,
     header = opened.metadata()
     tensors = {key: opened.get_tensor(key) for key in opened.keys()}
   version, command = header.pop('format'), header.pop('command', '')
+  header.pop('digest', None)  # what is changed here would be damage to it
   header = {key: json.loads(value) for key, value in header.items()}
   header['format'] = version
   change_tensors(tensors)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -164,3 +165,21 @@ def test_the_exit_code_of_a_stopped_run_passes():
 
 def test_the_result_passes():
   assert cli.guard(lambda: 7) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program, field, value', [
+    ('train.py', 'finetune.save_every', 0), ('train.py', 'quant.recipe', 'x'),
+    ('eval.py', 'eval.num_samples', 0)])
+def test_what_cannot_be_run_ends_within_seconds(
+    tmp_path, program, field, value):
+  """Though the teacher of this config would be trained first, for long."""
+  # Of the processor's time, which other processes do not lengthen.
+  spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+  begin = spent()
+  finished = run(program, '--config=configs/digits.py', '--config.pretrained=',
+                 f'--workdir={tmp_path}/w', f'--config.{field}={value}')
+  assert spent() - begin < 20
+  assert finished.returncode == 1
+  assert_refused(finished, f'config.{field}', 'must be')
+  assert not [*tmp_path.iterdir()]

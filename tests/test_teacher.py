@@ -32,8 +32,11 @@ def drawn(draw):
 
 
 def test_an_unconditional_model_is_asked_for_nothing():
-  model, draw = teacher.conditional(UNLABELLED, 3.0, False)
+  model, draw = teacher.conditional(UNLABELLED, 1.0, False)
   assert model is UNLABELLED and draw(KEY, 3) == ()
+  for scale, has_null_class in ((3.0, False), (1.0, True)):
+    with pytest.raises(ValueError, match=r'guidance.scale=.*no labels'):
+      teacher.conditional(UNLABELLED, scale, has_null_class)
 
 
 @pytest.mark.parametrize('scale, has_null_class, classes', [

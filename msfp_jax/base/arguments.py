@@ -1,5 +1,7 @@
-"""Checks of what callers from Python pass."""
+"""Checks of what callers from Python pass, and of fields of a config."""
 
+from collections.abc import Callable, Iterable, Mapping
+import math
 from typing import Any
 
 
@@ -23,3 +25,46 @@ def describe(value: Any) -> str:
   if value is None or isinstance(value, str | int | float):
     return repr(value)
   return f'a {type(value).__name__}'
+
+
+def _whole(value: Any, least: int) -> bool:
+  return (isinstance(value, int) and not isinstance(value, bool)
+          and value >= least)
+
+
+def _number(value: Any) -> bool:
+  return (isinstance(value, int | float) and not isinstance(value, bool)
+          and math.isfinite(value))
+
+
+# What a field may be: its check, and the words for it.
+COUNT = (lambda value: _whole(value, 1), 'a whole number, at least 1')
+COUNT_OR_NONE = (lambda value: _whole(value, 0), 'a whole number, at least 0')
+RATE = (lambda value: _number(value) and value >= 0, 'a number of 0 or more')
+POSITIVE = (lambda value: _number(value) and value > 0, 'a number above 0')
+SHARE = (lambda value: _number(value) and 0 <= value < 1,
+         'a number from 0 to below 1')
+
+
+def one_of(names: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
+  """A rule like the above: one of these."""
+  names = tuple(names)
+  return lambda value: value in names, f'one of {sorted(names)}'
+
+
+def check_fields(where: str, settings: Any,
+                 rules: Mapping[str, tuple[Callable[[Any], bool], str]]
+                 ) -> None:
+  """Raises ValueError for the fields of `settings` that break their rules.
+
+  Args:
+    where: the fields belong to, such as 'config.finetune'.
+    settings: has them as attributes.
+    rules: {field: (whether a value is allowed, what it must be)}.
+  """
+  # All of them: who runs for hours wants to be told once.
+  wrong = [f'{where}.{name}={value!r}: must be {words}'
+           for name, (allowed, words) in rules.items()
+           if not allowed(value := getattr(settings, name))]
+  if wrong:
+    raise ValueError('; '.join(wrong))

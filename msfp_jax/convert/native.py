@@ -5,6 +5,7 @@ holds the model's configuration and where it came from.
 """
 
 from collections.abc import Mapping
+import functools
 import json
 import pathlib
 from typing import Any
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.base import files
+from msfp_jax.base import seal
 from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
+from msfp_jax.convert import tensors as tensors_lib
 from msfp_jax.models import denoiser
 from msfp_jax.models import registry
 
@@ -41,8 +44,12 @@ def write_safetensors(path: str | pathlib.Path,
 
   The header is in order, so that equal tensors make equal files (safetensors'
   own writer shuffles the metadata), and tensors are written one by one, so
-  that no second copy of a model is in memory.
+  that no second copy of a model is in memory. A digest of all of it is added to
+  the metadata.
   """
+  metadata = metadata | {seal.KEY: _digest(metadata, {
+      name: functools.partial(np.asarray, array)
+      for name, array in tensors.items()})}
   header, end = {'__metadata__': dict(sorted(metadata.items()))}, 0
   for name in sorted(tensors):
     array = tensors[name]
@@ -57,6 +64,21 @@ def write_safetensors(path: str | pathlib.Path,
     file.write(len(text).to_bytes(8, 'little') + text)
     for name in sorted(tensors):
       file.write(np.ascontiguousarray(tensors[name]).data)
+
+
+def check_seal(path: str | pathlib.Path,
+               tensors: Mapping[str, tensors_lib.LazyTensor],
+               metadata: Mapping[str, str], way_out: str) -> None:
+  """Checks a file's digest, if it has one; see `seal.check`."""
+  seal.check(str(path), metadata.get(seal.KEY), lambda: _digest(
+      metadata, {name: tensor.read for name, tensor in tensors.items()}),
+             way_out)
+
+
+def _digest(metadata, arrays):
+  return seal.digest_of(
+      {key: value for key, value in metadata.items() if key != seal.KEY},
+      arrays)
 
 
 def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
@@ -100,6 +122,10 @@ def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
   if metadata.get('format') != FORMAT:
     raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
                      f'{FORMAT!r}: it was not written by save_pretrained')
+  # The models of this package are older than the digest, and so may others be:
+  # without it there is nothing to say.
+  if seal.KEY in metadata:
+    check_seal(file, tensors, metadata, 'restore it, or make it again')
   try:
     row = json.loads(metadata['model'])
     is_named = not registry.REGISTRY.keys().isdisjoint(row)

@@ -57,7 +57,7 @@ def _read_npz(path: pathlib.Path) -> np.ndarray:
       if not isinstance(images, np.ndarray):
         raise ValueError(f'{name!r} is no array')
   except (OSError, ValueError, AttributeError, TypeError, EOFError,
-          NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+          RuntimeError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{path} is no .npz of images: {error}') from error
   if images.dtype != np.uint8:
     raise ValueError(

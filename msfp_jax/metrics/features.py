@@ -147,6 +147,16 @@ def _brings(name: str, shapes: Outputs, uses_of_logits: Collection[str]
   return frozenset(('pool', *spatial, *uses_of_logits))
 
 
+def check(name: str) -> str:
+  """The file that a network's name has, or ''; ValueError for no such name."""
+  key, _, path = name.partition(':')
+  if key not in NETWORKS or bool(path) != NETWORKS[key].from_file:
+    known = ', '.join(repr(f'{key}:PATH' if network.from_file else key)
+                      for key, network in NETWORKS.items())
+    raise ValueError(f'feature network {name!r}: must be one of {known}')
+  return path
+
+
 def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
         preprocessing: str = 'tf') -> FeatureNetwork:
   """The feature network `name` for images of `image_shape` = (H, W, C).
@@ -162,11 +172,7 @@ def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
       weights than expected.
     OSError: Inception's weights are not there and cannot be downloaded.
   """
-  key, _, path = name.partition(':')
-  if key not in NETWORKS or bool(path) != NETWORKS[key].from_file:
-    known = ', '.join(repr(f'{key}:PATH' if network.from_file else key)
-                      for key, network in NETWORKS.items())
-    raise ValueError(f'feature network {name!r}: must be one of {known}')
+  path, key = check(name), name.partition(':')[0]
   shape = tuple(image_shape)
   if len(shape) != 3 or min(shape) < 1:
     raise ValueError(f'feature network {name!r}: image_shape must be '

@@ -7,6 +7,7 @@ where metrics need them.
 """
 
 from collections.abc import Mapping
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 
 from msfp_jax import data
 from msfp_jax.base import files
+from msfp_jax.base import seal
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
 from msfp_jax.metrics import frechet
@@ -95,6 +97,8 @@ def save(path: str | os.PathLike, reference: Reference) -> None:
     arrays |= {'mu_s': spatial.mean, 'sigma_s': spatial.cov}
   if vectors is not None:
     arrays['vectors'] = vectors
+  # First, so that no cut leaves it out and keeps others.
+  arrays = {seal.KEY: np.array(_digest(arrays))} | arrays
   # Opened here: by name, savez would add a suffix.
   with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
     np.savez(file, **arrays)
@@ -119,9 +123,15 @@ def load(path: str | os.PathLike) -> Reference:
                     if 'provenance' in arrays else {})
       if not isinstance(provenance, dict):
         raise ValueError('its provenance is no JSON object')
+      # What is neither sealed nor of known origin is another tool's.
+      if provenance or seal.KEY in arrays:
+        seal.check('it', str(arrays[seal.KEY]) if seal.KEY in arrays else None,
+                   lambda: _digest(arrays), 'make the statistics anew')
   except FileNotFoundError:
     raise FileNotFoundError(f'no statistics file at {path}') from None
-  except (OSError, ValueError, KeyError, EOFError, TypeError,
+  # RuntimeError is zipfile's, of flags that say a password or a method that it
+  # does not have.
+  except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError,
           zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
   # The count holds for both; files of other tools have none.
@@ -132,6 +142,13 @@ def load(path: str | os.PathLike) -> Reference:
   return Reference(
       pool, None if spatial is None else _gaussian(path, '_s', spatial, count),
       provenance, vectors)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+  """Of all arrays of a file but the digest itself."""
+  return seal.digest_of(None, {
+      name: functools.partial(arrays.__getitem__, name)
+      for name in arrays if name != seal.KEY})
 
 
 def _gaussian(path, suffix: str, pair, count: int | None) -> frechet.Gaussian:

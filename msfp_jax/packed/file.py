@@ -18,7 +18,8 @@ The tensors:
 The header's metadata holds, in JSON, `model` (what to build), `plan` (the
 sampler), `others` (inputs of layers that are not packed), `vectors` (paths and
 sizes of the parameters in `channels`) and `layers` (see `header.layer_to_row`).
-`format` is the version; files of version 1 load too. Nothing is pickled, and
+`format` is the version; files of version 1 load too. `digest` is of all the
+others and of the tensors, and is checked at loading. Nothing is pickled, and
 PyTorch is not needed to read it. Small models are the reason for the brevity:
 their header counts.
 """
@@ -148,6 +149,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   # them.
   tensors, metadata = source_lib.read_safetensors(file)
   first = _check_format(file, metadata.get('format'))
+  native.check_seal(file, tensors, metadata, 'restore it, or pack the model '
+                    'again')
   reader = reader_lib.Reader(tensors)
   if model is None and metadata.get('model') == header_lib.dumps({}):
     raise ValueError(f'{file} does not describe its model, which is none of '

@@ -28,20 +28,27 @@ from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.quantizers import FULL_BITS
 
-# Minima that SiLU (-0.27846) and GELU (-0.17) never pass, with room for
-# rounding.
-_SILU_MINIMUM = -0.2786
+# Minima that SiLU (-0.278465) and GELU (-0.17) never pass, and with room for
+# rounding in float32.
+_SILU_MINIMUM, _LOWEST = -0.278465, -0.2786
 # "Maximum well above |minimum|".
 _ASYMMETRY = 1.5
 
 
-def is_aal(minimum: float, maximum: float) -> bool:
+def is_aal(minimum: float, maximum: float, dtype: Any = np.float32) -> bool:
   """Whether an activation with these extremes follows SiLU or the like.
 
   An anomalous activation layer's input has a negative tail that ends at
   -0.2785 and a positive one that does not (arXiv 2505.21591, section 3).
+
+  Args:
+    minimum: of all values.
+    maximum: likewise.
+    dtype: in which they were computed: SiLU ends at -0.2793 in bfloat16.
   """
-  return (_SILU_MINIMUM <= minimum <= 0
+  # Sigmoid and product are rounded, by half an eps each.
+  room = 1 + float(jnp.finfo(dtype).eps)
+  return (min(_LOWEST, _SILU_MINIMUM * room) <= minimum <= 0
           and maximum > _ASYMMETRY * abs(minimum))
 
 
@@ -190,7 +197,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   # By the layer's own input: smoothing and rotation would hide SiLU's tail.
   kind, stats = '', {}
   if seen.minimum is not None:
-    kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum)
+    kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum, seen.dtype)
             else spec_lib.NAL)
     stats |= {'act_min': seen.minimum, 'act_max': seen.maximum}
   given = kernel

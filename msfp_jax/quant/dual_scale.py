@@ -67,13 +67,20 @@ class DualScale(Quantizer):
 
   def moved(self, offsets):
     """Both scales times the exponential of their offsets."""
-    return self.replace(
-        scale=self.scale * jnp.exp(offsets['log_scale']),
-        negative=self.negative * jnp.exp(offsets['log_negative']))
+    # Scales are normal numbers, and so is the product of both, with room for
+    # its rounding.
+    tiny = functional.TINY
+    scale = jnp.maximum(self.scale * jnp.exp(offsets['log_scale']), tiny)
+    return self.replace(scale=scale, negative=jnp.maximum(
+        self.negative * jnp.exp(offsets['log_negative']),
+        2 * tiny * jnp.maximum(1 / scale, 1.0)))
 
   def flaws(self):
-    return [f'{name} that is not positive' for name in ('scale', 'negative')
-            if not np.asarray(getattr(self, name)) > 0]
+    parts = {'scale': self.scale, 'negative': self.negative,
+             'product of both': np.float32(self.scale) * self.negative}
+    return [f'a {name} that is not positive, or below {functional.TINY:.3g}'
+            for name, part in parts.items()
+            if not np.asarray(part) >= functional.TINY]
 
   def describe(self):
     return {'format': str(self.fmt),
@@ -101,14 +108,21 @@ class FitDualScale(fit_lib.Fit):
     # the other: two searches that know nothing of each other.
     scales, error = [], 0.0
     for part in (values[values >= 0], values[values < 0]):
-      if not part.size:
+      if not part.any():
         scales.append(None)
         continue
       found = search.search(part, (fmt,))
       scales.append(found.scale)
       error += found.mse * part.size
-    one, other = (scale if scale is not None else next(
-        known for known in scales if known is not None) for scale in scales)
+    # A sign without values takes the scale of the other; where there is none
+    # any will do.
+    known = [scale for scale in scales if scale is not None] or [1.0]
+    one, other = (known[0] if scale is None else scale for scale in scales)
+    ratio = np.float64(other) / np.float64(one)
+    if not functional.TINY <= ratio <= np.finfo(np.float32).max:
+      # So small beside the other that no float32 is the ratio: next to 0, and
+      # at the other's scale 0.
+      one, ratio = max(one, other), 1.0
     return fit_lib.Fitted(
-        DualScale(fmt, np.float32(one), np.float32(other / one)),
+        DualScale(fmt, np.float32(one), np.float32(ratio)),
         error / values.size)

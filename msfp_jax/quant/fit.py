@@ -46,6 +46,7 @@ class Seen:
     channel_maxima: largest magnitude of every channel, `[I]`.
     gram: mean of the outer products of what a layer multiplies with its
       weights, float64 `[K, K]`, K = window x I: X^T X / N.
+    dtype: in which the model computed the input.
   """
 
   values: np.ndarray | None = None
@@ -54,6 +55,7 @@ class Seen:
   rows: np.ndarray | None = None
   channel_maxima: np.ndarray | None = None
   gram: np.ndarray | None = None
+  dtype: Any = np.dtype(np.float32)
 
   @classmethod
   def of_weights(cls, kernel: np.ndarray) -> 'Seen':
@@ -212,7 +214,8 @@ def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
   """The quantizer of a tensor; `Full` at 32 bits.
 
   Raises:
-    ValueError: what the fit needs to see is not there.
+    ValueError: what the fit needs to see is not there; it found a quantizer
+      that no tensor can have.
   """
   if bits == FULL_BITS:
     return Fitted(Full(), 0.0)
@@ -226,7 +229,11 @@ def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
         f'not gathered, or is not known of it as smoothed and rotated: with '
         f'{ROWS!r} among the needs of `around` it is')
   found = of(seen, bits, axis)
-  return found._replace(quantizer=as_arrays(found.quantizer))
+  quantizer = as_arrays(found.quantizer)
+  if flaws := quantizers.flaws_of(quantizer):
+    raise ValueError(f'{type(of).__name__} found a quantizer with '
+                     + ', '.join(flaws))
+  return found._replace(quantizer=quantizer)
 
 
 def as_arrays(tree: Any) -> Any:

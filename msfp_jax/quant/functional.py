@@ -21,6 +21,9 @@ _SIGN = np.uint32(0x80000000)
 _EXPONENT = np.uint32(0x7F800000)
 _bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
 _float = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.float32)
+# The least scale there is. Devices differ in whether they flush subnormal
+# numbers to 0, by which a tensor may not be divided.
+TINY = np.finfo(np.float32).tiny
 
 
 def nearest_level(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
@@ -80,7 +83,7 @@ def fake_quant(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
   Args:
     x: float array, any shape; inf saturates, NaN stays NaN.
     fmt: the format, whose maximum must be a finite float32.
-    scale: positive, broadcasts to the shape of `x`.
+    scale: a normal number, positive, broadcasts to the shape of `x`.
     zero_point: broadcasts to the shape of `x`. None and the Python number 0
       mean none: then nothing is added, and a signed format keeps -0.0.
 
@@ -91,7 +94,7 @@ def fake_quant(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
     TypeError: if `x` is not floating point.
     ValueError: if `fmt` is no format, or one that float32 does not hold; if
       scale or zero_point does not broadcast to `x`; if a Python or NumPy scale
-      is not positive (the values of JAX arrays are not looked at).
+      is not such (the values of JAX arrays are not looked at).
   """
   x, fmt = _check(x, fmt)
   return _fake_quant(fmt, x, *_affine(x.shape, scale, zero_point))
@@ -309,10 +312,11 @@ def _affine(shape, scale, zero_point):
   """scale and zero_point (or None) as float32 that broadcasts to `shape`."""
   # A JAX array may be traced or on a device; to look at it would be an error or
   # a wait. Scales of calibration are checked where they are made and loaded.
-  if not isinstance(scale, jax.Array) and not np.all(np.asarray(scale) > 0):
+  if not isinstance(scale, jax.Array) and not np.all(
+      np.asarray(scale) >= TINY):
     raise ValueError(
-        f'scale must be positive, got {scale}; a tensor of zeros is exact at '
-        f'any scale, so give it 1')
+        f'scale must be positive, got {scale}, and no subnormal number, from '
+        f'{TINY:.3g} up; a tensor of zeros is exact at any scale, so give it 1')
   if isinstance(zero_point, int | float) and zero_point == 0:
     zero_point = None
   return (_operand('scale', scale, shape),

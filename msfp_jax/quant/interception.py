@@ -278,14 +278,17 @@ def replace(params: Any, kind: str, new: Mapping[str, jax.Array]) -> Any:
 def check_finite(kernels: Mapping[str, jax.Array]) -> None:
   """Raises ValueError if a kernel holds NaN or infinity; names the first.
 
-  Kernels that are being traced are not looked at.
+  Or values so large that float32 does not hold the range of a group of both
+  signs. Kernels that are being traced are not looked at.
   """
+  most = np.finfo(np.float32).max / 4
   for name, kernel in kernels.items():
     if isinstance(kernel, QTensor):
       raise ValueError(f'the weights of layer {name} are quantized already, '
                        'and a second time would move them: pass the '
                        "model's own parameters")
     if not isinstance(kernel, jax.core.Tracer):
-      if bad := np.count_nonzero(~np.isfinite(kernel)):
+      if bad := np.count_nonzero(~(np.abs(kernel) <= most)):
         raise ValueError(f'layer {name}: {bad} of {np.size(kernel)} values '
-                         'are NaN or infinite; check the checkpoint')
+                         f'are NaN or infinite, or beyond {most:.3g}; check '
+                         'the checkpoint')

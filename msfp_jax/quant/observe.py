@@ -213,4 +213,5 @@ def _join(name, parts, needs, gram):
   if gram is not None:
     # Sums over steps in float32 on the device, over batches in float64.
     seen['gram'] = gram / (len(parts) * len(parts[0]['minimum']))
-  return Seen(minimum=low, maximum=high, **seen)
+  return Seen(minimum=low, maximum=high, dtype=parts[0]['minimum'].dtype,
+              **seen)

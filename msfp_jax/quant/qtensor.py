@@ -202,7 +202,9 @@ class QTensor:
     # By the scales as they are stored, rounded to their type: the levels make
     # up for what the rounding of the scale did.
     divisor = self.steps()
-    empty = divisor == 0
+    # Two levels of scales, or a shift, may leave a product of both that no
+    # device need keep.
+    empty = divisor < functional.TINY
     return self.replace(layout=layout_lib.LEVELS, data=functional.nearest_level(
         jnp.where(empty, 0.0, x - zero), self.fmt,
         jnp.where(empty, 1.0, divisor)))

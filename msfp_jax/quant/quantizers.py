@@ -183,8 +183,9 @@ class Static(Quantizer):
 
   Attributes:
     fmt: the number format.
-    scale: float32, positive, broadcasts to the tensor: `[]`, or of weights
-      `[1, ..., O]`. With `by_step` a first axis of the sampler's steps.
+    scale: float32, positive, a normal number, broadcasts to the tensor: `[]`,
+      or of weights `[1, ..., O]`. With `by_step` a first axis of the sampler's
+      steps.
     zero_point: likewise, or None.
     by_step: whether scale and zero point differ by step.
   """
@@ -241,8 +242,10 @@ class Static(Quantizer):
 
   def moved(self, offsets):
     """Scale times exp(log_scale); zero point plus offset, in old scales."""
-    # The exponential keeps it positive, whatever the optimizer does.
-    scale = self.scale * jnp.exp(offsets['log_scale'])
+    # The exponential keeps it positive, whatever the optimizer does, and the
+    # bound normal: at the least scale of all the tensor is next to 0.
+    scale = jnp.maximum(self.scale * jnp.exp(offsets['log_scale']),
+                        functional.TINY)
     zero_point = self.zero_point
     if zero_point is not None:
       # Only where something is added to scale * level: an exact product is then
@@ -271,8 +274,8 @@ class Static(Quantizer):
     return self.fmt, self.scale, self.zero_point
 
   def flaws(self):
-    return [] if (np.asarray(self.scale) > 0).all() else [
-        'a scale that is not positive']
+    return [] if (np.asarray(self.scale) >= functional.TINY).all() else [
+        f'a scale that is not positive, or below {functional.TINY:.3g}']
 
   def describe(self):
     shown = {'format': str(self.fmt), 'scale': _range_of(self.scale)}
@@ -299,3 +302,18 @@ def fields_of(quantizer: Quantizer) -> dict[str, Any]:
           and not (field.default is not dataclasses.MISSING
                    and isinstance(value, bool | int | str)
                    and value == field.default)}
+
+
+def flaws_of(quantizer: Quantizer) -> list[str]:
+  """What of it no tensor can have: its own flaws, and values not finite.
+
+  Looked at where a quantizer is found, as well as where a file has one: what
+  is saved can be loaded.
+  """
+  found = []
+  for name, value in fields_of(quantizer).items():
+    if isinstance(value, Quantizer):
+      found += flaws_of(value)
+    elif isinstance(value, jax.Array) and not np.isfinite(value).all():
+      found.append(f'a {name} that is not finite')
+  return found + quantizer.flaws()

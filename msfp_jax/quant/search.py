@@ -106,13 +106,32 @@ def search(x: np.ndarray, formats: Sequence[numbers_lib.FPFormat], *,
   table = _level_table(tuple(formats))
   mse, maximum, zero = _search_rows(rows, table, _zero_point_rows(
       zero_points, rows))
+  mse, scale, zero = _normal(
+      rows, mse, maximum / [fmt.max for fmt in formats], zero)
   # One format for all channels: that of the least total error.
   best = int(np.argmin(mse.sum(axis=0)))
   pick = lambda a: a[:, best] if channel_axis is not None else a[0, best]
   return SearchResult(
-      formats[best], (pick(maximum) / formats[best].max).astype(np.float32),
+      formats[best], pick(scale).astype(np.float32),
       None if zero_points is None else pick(zero).astype(np.float32),
       max(float(mse[:, best].mean()), 0.0))
+
+
+def _normal(rows, mse, scale, zero):
+  """Rows whose scale would be subnormal count as zero: (mse, scale, zero).
+
+  Args:
+    rows: `[R, N]`.
+    mse: of every row and format, `[R, F]`, as are the others.
+    scale: of which a normal float32 is to be made.
+    zero: zero points.
+  """
+  # All levels of these are 0, which is exact at any scale that leaves them so.
+  # It cannot be theirs: devices flush it to 0, and 0 / 0 is NaN.
+  small = scale < functional.TINY
+  zero = np.where(small | (np.abs(zero) < functional.TINY), 0.0, zero)
+  squares = np.mean(rows**2, axis=1, keepdims=True)
+  return np.where(small, squares, mse), np.where(small, 1.0, scale), zero
 
 
 def _zero_point_rows(zero_points, rows: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from msfp_jax.quant.dual_scale import DualScale
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantizers import fields_of
+from msfp_jax.quant.quantizers import flaws_of
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
@@ -62,10 +63,7 @@ def quantizer_from_dict(row: dict[str, Any]) -> Quantizer:
     raise ValueError(f'fields {odd}, which quantizers of kind {kind} lack')
   made = cls(**{name: _field_from_json(kind, name, types[name], value)
                 for name, value in fields.items()})
-  for name, value in fields_of(made).items():
-    if isinstance(value, jax.Array) and not np.isfinite(value).all():
-      raise ValueError(f'{name} of a quantizer of kind {kind} is not finite')
-  if flaws := made.flaws():
+  if flaws := flaws_of(made):
     raise ValueError(f'a quantizer of kind {kind} with {", ".join(flaws)}')
   return made
 

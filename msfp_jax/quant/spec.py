@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.base import files
+from msfp_jax.base import seal
 from msfp_jax.quant import serialize
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.numbers import FPFormat
@@ -74,7 +75,9 @@ class QuantSpec:
     # A line each, so that a diff of two specs shows the layers that differ.
     rows = [json.dumps({'layer': name} | _layer_to_dict(layer))
             for name, layer in self.layers.items()]
-    head = json.dumps({'format': _FORMAT, 'recipe': self.recipe})[:-1]
+    content = {'format': _FORMAT, 'recipe': self.recipe}
+    head = json.dumps(content | {seal.KEY: _digest(
+        content | {'layers': [*map(json.loads, rows)]})})[:-1]
     return head + ', "layers": [\n' + ',\n'.join(rows) + '\n]}\n'
 
   @classmethod
@@ -91,10 +94,13 @@ class QuantSpec:
           content['format'])
       if read is None:
         raise ValueError(f'format {content["format"]!r}, expected {_FORMAT!r}')
+      seal.check('it', content.pop(seal.KEY, None), lambda: _digest(content),
+                 f'calibrate again; if it was changed on purpose, delete '
+                 f'{seal.KEY!r} from it')
       layers = {row['layer']: read(row) for row in content['layers']}
       return cls(content['recipe'], layers)
     except (AttributeError, json.JSONDecodeError, KeyError, TypeError,
-            ValueError) as error:
+            RecursionError, ValueError) as error:
       raise ValueError(f'not a quantization spec: {error!r}') from error
 
   def save(self, path: str | pathlib.Path) -> None:
@@ -104,6 +110,11 @@ class QuantSpec:
   @classmethod
   def load(cls, path: str | pathlib.Path) -> 'QuantSpec':
     return cls.from_json(pathlib.Path(path).read_text())
+
+
+def _digest(content: Any) -> str:
+  """Of what a spec's JSON holds, however it is written."""
+  return seal.digest_of(content, {})
 
 
 def _layer_to_dict(layer: LayerSpec) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from msfp_jax.quant import functional
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def with_gradient(ends: tuple[float, float], cuts: tuple[bool, bool],
@@ -34,7 +36,8 @@ def _tangent(ends, cuts, primals, tangents):
   x, back, levels, scale, zero = primals
   dx, _, _, dscale, dzero = tangents
   # A scale of 0 is that of a group of zeros, whose levels are 0 as well.
-  u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(scale > 0, scale, 1.0)
+  u = (jnp.asarray(x, jnp.float32) - zero) / jnp.where(
+      scale >= functional.TINY, scale, 1.0)
   beyond = u < ends[0], u > ends[1]
   outside = beyond[0] | beyond[1]
   by_scale = levels - jnp.where(outside, 0.0, u)

@@ -1,6 +1,6 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import pathlib
@@ -13,6 +13,7 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax import report
+from msfp_jax.base import arguments
 from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import markdown
@@ -20,6 +21,7 @@ from msfp_jax.base import pictures
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import features
+from msfp_jax.metrics import preprocess
 from msfp_jax.metrics import registry
 from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
@@ -32,6 +34,16 @@ from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import sample_store
 from msfp_jax.run import workdir as workdir_lib
+
+_RULES = {
+    **dict.fromkeys(('num_samples', 'batch_size', 'pictures'),
+                    arguments.COUNT),
+    'layer_images': arguments.COUNT_OR_NONE,
+    'vectors': (lambda value: value == 0 or value >= registry.LEAST_VECTORS,
+                f'0 or at least {registry.LEAST_VECTORS}'),
+    'keep': arguments.one_of(('', *sample_store.FORMS)),
+    'preprocessing': arguments.one_of(preprocess.CONVENTIONS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +65,9 @@ class EvalSettings:
     report: whether report.html is written.
     layer_images: by which every layer's error is measured; 0: none is.
     timing: whether sampling is timed, which no other run repeats.
+
+  Raises:
+    ValueError: settings that no evaluation can work with.
   """
 
   rows: Sequence[str]
@@ -68,6 +83,9 @@ class EvalSettings:
   report: bool
   layer_images: int
   timing: bool
+
+  def __post_init__(self):
+    arguments.check_fields('config.eval', self, _RULES)
 
 
 # What an evaluation leaves while it runs, by which the next one goes on. A
@@ -163,16 +181,26 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     raise ValueError(f'{jax.process_count()} processes: eval.py runs in one, '
                      'on all devices of its machine')
   # All that can be refused comes first, the cheap before the dear, and the
-  # claim last, which may delete an earlier evaluation's samples.
-  fields = workdir_lib.prepare(config, workdir)
+  # claims last, which may delete an earlier evaluation's samples.
+  experiment_lib.check(config)
+  check(cfg)
+  workdir_lib.check(config, workdir)
+  methods_lib.check_rows(cfg.rows, workdir, config.finetune.num_updates)
+  with workdir_lib.hold(workdir):
+    return _run(config, cfg, workdir, command)
+
+
+def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
+         command: str) -> dict[str, Any]:
+  """`run` with settings that were looked at."""
+  fields = workdir_lib.check(config, workdir)
   experiment = experiment_lib.load(config, workdir)
-  methods_lib.check_rows(cfg.rows, workdir, experiment.finetune.num_updates)
-  _check(cfg)
   experiment = experiment.looking_ahead(methods_lib.recipes_of(cfg.rows))
   meter = measure.Meter(experiment, cfg.layer_images, cfg.timing)
   folder = pathlib.Path(workdir) / 'eval'
   scorer = _claim_and_score(
-      experiment, cfg, (config.data.name, config.data.path), folder)
+      experiment, cfg, (config.data.name, config.data.path), folder,
+      lambda: workdir_lib.prepare(config, workdir))
   if cfg.num_samples < scorer.least_samples:
     raise ValueError(
         f'config.eval.num_samples={cfg.num_samples}: features '
@@ -223,24 +251,25 @@ def _reported(experiment: experiment_lib.Experiment, batch_size: int,
       draw_condition=experiment.draw_condition)
 
 
-def _check(cfg: EvalSettings) -> None:
-  """Raises ValueError for settings that no evaluation can work with."""
-  if cfg.keep and cfg.keep not in sample_store.FORMS:
-    raise ValueError(f'config.eval.keep={cfg.keep!r}: must be empty or one of '
-                     f'{sorted(sample_store.FORMS)}')
-  generate.num_batches(cfg.num_samples, cfg.batch_size)
+def check(cfg: EvalSettings) -> None:
+  """Raises for settings that do not fit this machine or its files.
+
+  Raises:
+    ValueError: a batch that the devices cannot share, or an unknown network.
+    FileNotFoundError: a reference or weights that are not there.
+  """
   devices.check_batch('config.eval.batch_size', cfg.batch_size)
-  if cfg.vectors and cfg.vectors < registry.LEAST_VECTORS:
-    raise ValueError(f'config.eval.vectors={cfg.vectors}: must be 0 or at '
-                     f'least {registry.LEAST_VECTORS}')
-  if cfg.pictures < 1:
-    raise ValueError(f'config.eval.pictures={cfg.pictures}: must be at '
-                     'least 1')
+  path = features.check(cfg.features)
+  for field, file in (('reference', cfg.reference), ('features', path),
+                      ('inception', cfg.inception)):
+    if file and not pathlib.Path(file).expanduser().is_file():
+      raise FileNotFoundError(f'no file at {file}, which config.eval.{field} '
+                              'names')
 
 
 def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
-                     source: tuple[str, str], folder: pathlib.Path
-                     ) -> scorer_lib.Scorer:
+                     source: tuple[str, str], folder: pathlib.Path,
+                     prepare: Callable[[], Any]) -> scorer_lib.Scorer:
   """The scorer; what can be refused is refused before samples are deleted.
 
   Args:
@@ -248,6 +277,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
     cfg: how.
     source: name and path of the data.
     folder: of this evaluation.
+    prepare: claims the workdir.
   """
   images = experiment.images
   network = feature_network(cfg, experiment.image_shape)
@@ -269,6 +299,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'network': network.provenance,
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
                    else [*source, *images.shape]}
+  prepare()
   sample_store.claim(folder, samples, scores)
   return scorer or make()
 

@@ -12,14 +12,17 @@ import ml_collections
 
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax.base import arguments
 from msfp_jax.diffusion import conditions
 from msfp_jax.models import denoiser
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import recipes
+from msfp_jax.quant import roles
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.observe import collect
+from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune as finetune_lib
 
@@ -36,11 +39,18 @@ class CalibrationSettings:
     batch_size: trajectories at once.
     num_batches: of them.
     samples_per_layer: activations kept of each layer.
+
+  Raises:
+    ValueError: one of them is no such number.
   """
 
   batch_size: int
   num_batches: int
   samples_per_layer: int
+
+  def __post_init__(self):
+    arguments.check_fields('config.calibrate', self, dict.fromkeys(
+        ('batch_size', 'num_batches', 'samples_per_layer'), arguments.COUNT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +62,25 @@ class QuantSettings:
     weight_bits: of the layers that are no exception.
     act_bits: likewise, of their inputs.
     exceptions: a key of `roles.EXCEPTIONS`.
+
+  Raises:
+    ValueError: an unknown name, or bits that there are not.
   """
 
   recipe: str
   weight_bits: int
   act_bits: int
   exceptions: str
+
+  def __post_init__(self):
+    for field, check in (('recipe', recipes.get),
+                         ('weight_bits', recipes.check_bits),
+                         ('act_bits', recipes.check_bits),
+                         ('exceptions', roles.exceptions_of)):
+      try:
+        check(getattr(self, field))
+      except ValueError as error:
+        raise ValueError(f'config.quant.{field}: {error}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +200,25 @@ class Experiment:
         self.model, self.params, recipe=recipe, bits=bits or cfg.weight_bits,
         act_bits=act_bits or cfg.act_bits, exceptions=cfg.exceptions,
         activations=self.seen(needs) if needs else None)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Looks at the fields of a config alone, before anything is loaded or made.
+
+  Raises:
+    ValueError: a field that no experiment can work with.
+  """
+  CalibrationSettings(**config.calibrate)
+  quant = QuantSettings(**config.quant)
+  tuning = finetune_lib.FinetuneSettings(**config.finetune)
+  if quant.weight_bits == FULL_BITS and tuning.num_updates:
+    raise ValueError(
+        f'config.quant.weight_bits={FULL_BITS}: no weight is quantized, and '
+        'there is nothing to fine-tune: set config.finetune.num_updates=0')
+  if config.first_stage and not config.pretrained:
+    raise ValueError(
+        f'config.first_stage={config.first_stage!r} without config.pretrained: '
+        'a teacher that is trained here works on pixels')
 
 
 def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:

@@ -11,6 +11,7 @@ can run side by side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import json
 import math
 import pathlib
@@ -94,10 +95,23 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
       if rows is None or label in rows}
   # All rows are claimed before the first is run: a config that differs ends the
   # study now, and not after a night.
+  cfg = evaluate.EvalSettings(**base.eval)
+  evaluate.check(cfg)
   todo = _not_done(get_config, base, wanted)
   if not todo:
     return
-  cfg = evaluate.EvalSettings(**base.eval)
+  with contextlib.ExitStack() as stack:
+    # By rows, as parts of a study may run side by side.
+    for folder in todo:
+      stack.enter_context(workdir_lib.hold(str(folder)))
+    _run_rows(study, base, cfg, todo, seed, workdir)
+
+
+def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
+              cfg: evaluate.EvalSettings,
+              todo: Mapping[pathlib.Path, ml_collections.ConfigDict],
+              seed: int, workdir: str) -> None:
+  """Runs those rows of a seed that have no result yet."""
   experiment = experiment_lib.load(base, workdir)
   network = evaluate.feature_network(cfg, experiment.image_shape)
   scorer = scorer_lib.Scorer(network, references.reference_of(
@@ -152,6 +166,7 @@ def _not_done(get_config: GetConfig, base: ml_collections.ConfigDict,
     config = get_config(variant)
     config.seed = base.seed
     _check_shared(config, base, folder.name)
+    experiment_lib.check(config)
     workdir_lib.prepare(config, str(folder), free=())
     if not _result(folder).is_file():
       todo[folder] = config

@@ -146,9 +146,14 @@ def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
 
   Raises:
     ValueError: the model takes what cannot be drawn at random, or has no class
-      that guidance could leave out.
+      that guidance could leave out, or takes nothing that could guide it.
   """
   if not model.conditions:
+    if scale != 1.0 or has_null_class:
+      raise ValueError(
+          f'config.guidance.scale={scale}, null_class={has_null_class}: the '
+          'model takes no labels, and nothing can guide it; leave them at 1.0 '
+          'and False')
     return model, conditions.none
   # Classes can be drawn at random; a text cannot.
   first, *others = model.conditions

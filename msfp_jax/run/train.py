@@ -16,6 +16,7 @@ from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import teacher
 from msfp_jax.run import workdir as workdir_lib
 from msfp_jax.tune import finetune
+from msfp_jax.tune import losses
 from msfp_jax.tune import pretrain
 from msfp_jax.tune import student as student_lib
 
@@ -35,17 +36,29 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     workdir: of this run alone.
     command: goes into the headers of the models that are written.
   """
-  # Every stage looks for what it would make and goes on from there: the teacher
-  # by its checkpoints, the spec by its file, banks by theirs.
-  workdir_lib.prepare(config, workdir)
+  # What can be refused is refused first: a teacher may train for hours, and
+  # what is wrong with fine-tuning is known before.
   if config.stage not in ('pretrain', 'quantize'):
     raise ValueError(f"config.stage {config.stage!r}: must be 'pretrain' or "
                      "'quantize'")
+  experiment_lib.check(config)
+  with workdir_lib.hold(workdir):
+    workdir_lib.check(config, workdir)
+    _run(config, workdir, command)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: str,
+         command: str) -> None:
+  """The stages of `run`."""
+  # Every stage looks for what it would make and goes on from there: the teacher
+  # by its checkpoints, the spec by its file, banks by theirs.
   if config.stage == 'pretrain' or not config.pretrained:
-    _train_teacher(config, f'{workdir}/pretrain', command)
+    _train_teacher(config, workdir, command)
   if config.stage == 'pretrain':
     return
   experiment = experiment_lib.load(config, workdir)
+  _check_gamma(experiment.schedule, experiment.plan, experiment.finetune)
+  workdir_lib.prepare(config, workdir)
   # Its numbers survive as text, bit for bit: a run that resumes from the file
   # works with the same ones.
   spec = calibrated_spec(experiment, workdir)
@@ -61,14 +74,26 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
 def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
                    command: str) -> None:
-  """Unpacks what `pretrain.run` needs."""
+  """Unpacks what `pretrain.run` needs, and checks what comes after it."""
   settings = pretrain.PretrainSettings(**config.pretrain)
   images = data.load(config.data.name, config.data.path)
+  model = teacher.untrained(config.model, images)
+  teacher.conditional(model, config.guidance.scale, config.guidance.null_class)
   schedule = diffusion.make_schedule(**config.schedule)
+  plan = diffusion.make_plan(schedule, **config.sampler)
+  _check_gamma(schedule, plan, finetune.FinetuneSettings(**config.finetune))
+  workdir_lib.prepare(config, workdir)
   pretrain.run(
-      teacher.untrained(config.model, images), images, schedule,
-      diffusion.make_plan(schedule, **config.sampler), settings, workdir,
+      model, images, schedule, plan, settings, f'{workdir}/pretrain',
       seed=config.seed, about={'command': command, 'data': config.data.name})
+
+
+def _check_gamma(schedule: diffusion.NoiseSchedule,
+                 plan: diffusion.SamplerPlan,
+                 settings: finetune.FinetuneSettings) -> None:
+  """Raises ValueError for a gamma of steps that the plan does not visit."""
+  if settings.num_updates:
+    losses.denoising_factors(schedule, plan, settings.gamma)
 
 
 def calibrated_spec(experiment: experiment_lib.Experiment,

@@ -1,42 +1,78 @@
 """The folder of a run: whose it is, and whether it has what is asked for."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
 
 from msfp_jax.base import errors
 from msfp_jax.base import files
+from msfp_jax.base import lock as lock_lib
 
 # The packed model.
 PACKED_FILE = 'packed.safetensors'
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+  """Keeps other processes out of a workdir while the block runs.
+
+  A run of several processes, one a host, holds it by its first.
+
+  Raises:
+    errors.WorkdirError: one is at work there.
+    OSError: the folder cannot be made.
+  """
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        stack.enter_context(lock_lib.hold(workdir))
+      except lock_lib.InUseError as error:
+        raise errors.WorkdirError(
+            f'{workdir} is in use by {error}: wait until that run has ended, '
+            'stop it, or use another --workdir') from error
+    yield
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str,
             free: tuple[str, ...] = ('eval',)) -> dict[str, Any]:
   """Claims a workdir: writes config.json, or checks that it is the same.
 
+  Args, returns and raises as `check`, and OSError where it cannot be written.
+  """
+  new = check(config, workdir, free)
+  files.write_json(pathlib.Path(workdir) / 'config.json', new)
+  return new
+
+
+def check(config: ml_collections.ConfigDict, workdir: str,
+          free: tuple[str, ...] = ('eval',)) -> dict[str, Any]:
+  """Checks that nothing in a workdir was made by another config.
+
   A config.json alone claims nothing: its run was refused, or had no time.
 
   Args:
     config: of the run.
-    workdir: made where missing.
+    workdir: which need not exist.
     free: parts of the config that may change between runs of one workdir, as
       they do not reach into what is stored there.
 
   Returns:
-    What config.json holds: the config as plain values.
+    What config.json is to hold: the config as plain values.
 
   Raises:
     errors.WorkdirError: it was made by another config; the differences are
       listed.
-    OSError: it cannot be written.
   """
   path = pathlib.Path(workdir) / 'config.json'
   new = json.loads(config.to_json_best_effort())
   # What else is there was made by the config of config.json.
-  if path.is_file() and any(file != path for file in path.parent.iterdir()):
+  if path.is_file() and any(file.name not in (path.name, lock_lib.NAME)
+                            for file in path.parent.iterdir()):
     try:
       old = json.loads(path.read_text())
       if not isinstance(old, dict):
@@ -54,7 +90,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str,
       raise errors.WorkdirError(
           f'{workdir} was made by another config; use another --workdir, or '
           'undo:\n  ' + '\n  '.join(differences))
-  files.write_json(path, new)
   return new
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from msfp_jax import diffusion
+from msfp_jax.base import arguments
 from msfp_jax.base import files
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.diffusion import conditions
@@ -25,6 +26,22 @@ from msfp_jax.tune import loop
 from msfp_jax.tune import losses
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
+
+MOST_BANKS = 256  # of a layer, as many as a packed file can name
+_RULES = {
+    'num_updates': arguments.COUNT_OR_NONE,
+    **dict.fromkeys(('batch_size', 'rank', 'save_every', 'log_every'),
+                    arguments.COUNT),
+    'num_banks': (lambda value: value in range(1, MOST_BANKS + 1),
+                  f'a whole number from 1 to {MOST_BANKS}'),
+    'gamma': arguments.one_of(losses.GAMMAS),
+    'base_weight': arguments.one_of(student_lib.BASES),
+    **dict.fromkeys(('learning_rate', 'router_learning_rate',
+                     'range_learning_rate', 'router_prior', 'weight_decay'),
+                    arguments.RATE),
+    'router_temperature': arguments.POSITIVE,
+    'adam_b2': arguments.SHARE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +68,9 @@ class FinetuneSettings:
     weight_decay: a factor of the learning rate.
     save_every: updates from one checkpoint to the next.
     log_every: updates whose metrics are fetched at once.
+
+  Raises:
+    ValueError: fields that no training can work with; all are listed.
   """
 
   num_updates: int
@@ -71,6 +91,9 @@ class FinetuneSettings:
   weight_decay: float
   save_every: int
   log_every: int
+
+  def __post_init__(self):
+    arguments.check_fields('config.finetune', self, _RULES)
 
 
 @flax.struct.dataclass

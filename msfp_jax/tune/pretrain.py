@@ -17,11 +17,21 @@ import optax
 from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax.base import arguments
 from msfp_jax.base import pictures
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.data import stream
 from msfp_jax.models import unet
 from msfp_jax.tune import loop
+
+_RULES = {
+    **dict.fromkeys(('num_steps', 'batch_size', 'save_every', 'log_every',
+                     'sample_every'), arguments.COUNT),
+    **dict.fromkeys(('learning_rate', 'weight_decay'), arguments.RATE),
+    'clip_norm': arguments.POSITIVE,
+    'ema_decay': arguments.SHARE,
+    'dtype': arguments.one_of(('float32', 'bfloat16')),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,8 @@ class PretrainSettings:
     dtype: in which the model computes, 'float32' or 'bfloat16'.
 
   Raises:
-    ValueError: the warm-up does not end before the training.
+    ValueError: fields that no training can work with, or a warm-up that does
+      not end before it.
   """
 
   num_steps: int
@@ -60,6 +71,7 @@ class PretrainSettings:
   dtype: str
 
   def __post_init__(self):
+    arguments.check_fields('config.pretrain', self, _RULES)
     if not 0 <= self.warmup < self.num_steps:
       raise ValueError(
           f'config.pretrain: warmup={self.warmup} must be less than '

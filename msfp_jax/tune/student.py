@@ -35,6 +35,7 @@ from msfp_jax.tune import talora
 # router beforehand: what is deployed computes what was trained.
 FULL_WEIGHTS = 'full'
 DEQUANTIZED_WEIGHTS = 'dequantized'
+BASES = (FULL_WEIGHTS, DEQUANTIZED_WEIGHTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Student:
   base: str = FULL_WEIGHTS
 
   def __post_init__(self):
-    if self.base not in (FULL_WEIGHTS, DEQUANTIZED_WEIGHTS):
+    if self.base not in BASES:
       raise ValueError(f'base weight {self.base!r}: must be {FULL_WEIGHTS!r} '
                        f'or {DEQUANTIZED_WEIGHTS!r}')
 

@@ -1,0 +1,64 @@
+"""Digests of files of our own: what is loaded is what was written.
+
+A file without one is older, or somebody else's; what its reader makes of that
+is its own affair.
+"""
+
+from collections.abc import Callable, Mapping
+import concurrent.futures
+import hashlib
+import json
+import os
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+KEY = 'digest'  # under which a file holds it
+# A thread each; more would hold more tensors in memory at once.
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+def digest_of(content: Any, arrays: Mapping[str, Callable[[], np.ndarray]]
+              ) -> str:
+  """SHA-256 of JSON-like content and arrays, in hex.
+
+  Args:
+    content: what json.dumps takes; the order of keys does not count.
+    arrays: {name: a call that reads it}; names, types, shapes and values count.
+      One is read at a time by each of a few threads.
+  """
+  def one(name: str) -> bytes:
+    array = np.asarray(arrays[name]())
+    head = json.dumps([name, array.dtype.name, list(array.shape)])
+    made = hashlib.sha256(head.encode())
+    # As bytes, without a copy: not all types have a buffer of their own.
+    made.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return made.digest()
+
+  whole = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    for part in pool.map(one, sorted(arrays)):
+      whole.update(part)
+  return whole.hexdigest()
+
+
+def check(what: str, stated: Any, found: Callable[[], str], way_out: str
+          ) -> None:
+  """Compares the digest that a file states with that of its content.
+
+  Args:
+    what: the file, for messages.
+    stated: the file's; None where it has none, of which a warning tells.
+    found: computes that of the content; not called without need.
+    way_out: what to do about a damaged one.
+
+  Raises:
+    ValueError: they differ.
+  """
+  if stated is None:
+    logging.warning('%s has no digest, as files of earlier versions: damage to '
+                    'it would not be noticed', what)
+  elif stated != found():
+    raise ValueError(f'{what} is damaged, or was changed: its content is not '
+                     f'that of its {KEY}; {way_out}')
