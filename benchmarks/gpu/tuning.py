@@ -1,0 +1,104 @@
+"""Stage tuning: a fine-tuning step at CIFAR-10's size.
+
+As configs/cifar10.py tunes, with two LoRAs and learned ranges; the same without
+fake quantization; and with one LoRA and no learned ranges, which is what the
+second differs from by quantization alone. Products of float32 are in TF32, as
+GPUs take by default.
+"""
+
+import dataclasses
+import statistics
+from typing import Any
+
+from absl import app
+import jax
+
+from benchmarks import machine
+from benchmarks import packed_models
+from benchmarks.gpu import arguments
+from benchmarks.gpu import record as record_lib
+from benchmarks.gpu import slowest
+from benchmarks.gpu import subject as subject_lib
+from configs import cifar10
+from msfp_jax import diffusion
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.tune import finetune
+from msfp_jax.tune import losses
+
+_PRECISION = 'tensorfloat32'
+_STEPS = 4  # of the sampler: the model's, whose spec lies there
+_LEAST = 25.0  # seconds, of a way
+
+
+class Step:
+  """Updates of one student, each from the state that the last one left."""
+
+  def __init__(self, subject: packed_models.Subject, spec: spec_lib.QuantSpec,
+               settings: finetune.FinetuneSettings):
+    config = cifar10.get_config()
+    schedule = diffusion.make_schedule(**config.schedule)
+    plan = subject.packed.plan
+    student = finetune.make_student(
+        subject.packed.model, subject.params, subject.spec,
+        schedule.num_train_steps, settings)
+    student = dataclasses.replace(student, spec=spec)
+    tx = finetune.optimizer(settings)
+    self._state = finetune.init_state(
+        student, tx, plan, packed_models.shape(), jax.random.key(0), settings)
+    self._update = finetune.make_step(
+        student, plan, losses.denoising_factors(
+            schedule, plan, settings.gamma), tx, jax.random.key(1))
+
+  def __call__(self) -> Any:
+    self._state, scalars = self._update(self._state)
+    return scalars
+
+
+def row(step: Step, base: Step | None, settings, rounds: int
+        ) -> dict[str, Any]:
+  """Times a step, in turns with `base` where there is one."""
+  times = machine.rounds(
+      {'step': step} | ({'base': base} if base else {}), rounds)
+  seconds = statistics.median(times['step'])
+  peak = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+  return {
+      'ms': seconds * 1e3, 'images_a_second': settings.batch_size / seconds,
+      'precision_of_float32': _PRECISION, 'batch': settings.batch_size,
+      'times_without_quantization': base and statistics.median(
+          a / b for a, b in zip(times['step'], times['base'], strict=True)),
+      # Of all that the process has run by now, the least first.
+      'peak_bytes': peak, 'slowest': slowest.operations(step)}
+
+
+def main(unused_argv) -> None:
+  folder, dry = arguments.folder(), arguments.DRY.value
+  jax.config.update('jax_default_matmul_precision', _PRECISION)
+  record = record_lib.Record(folder, arguments.SECONDS.value)
+  subject = subject_lib.make(folder, _STEPS, dry)
+  config = cifar10.get_config('smoke' if dry else '').finetune
+  full = finetune.FinetuneSettings(**config)
+  one = dataclasses.replace(full, num_banks=1, learn_act_ranges=False,
+                            learn_weight_scales=False)
+  none = spec_lib.LayerSpec('', '')
+  plain = spec_lib.QuantSpec('fp', {name: none for name in subject.spec.layers})
+  rounds = 2 if dry else 20
+  least = 0 if dry else _LEAST
+  base = None
+
+  def measure(spec, settings):
+    nonlocal base
+    base = base or Step(subject, plain, one)
+    step = base if spec is plain else Step(subject, spec, settings)
+    return row(step, None if step is base else base, settings, rounds)
+
+  for name, spec, settings in (
+      ('one LoRA, without quantization', plain, one),
+      ('one LoRA', subject.spec, one),
+      ('two LoRAs, learned ranges', subject.spec, full)):
+    record.measure(name, lambda spec=spec, settings=settings: measure(
+        spec, settings), least)
+  raise SystemExit(record.status())
+
+
+if __name__ == '__main__':
+  app.run(main)
