@@ -8,6 +8,7 @@ for another precision has it. Warnings of the versions found are no errors.
 import collections
 import importlib.util
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,20 @@ PROCESSES = 6  # which share the device
 _DRY = ('tests/test_device.py', '-k', 'E2M1')
 
 
+def marked() -> list[str]:
+  """The test files that have the marker: the others take time to collect."""
+  tests = pathlib.Path('tests')
+  return sorted(str(path) for path in tests.rglob('test_*.py')
+                if 'pytest.mark.gpu' in path.read_text(encoding='utf-8'))
+
+
 def command(dry: bool) -> list[str]:
   parallel = importlib.util.find_spec('xdist') and not dry
   return [sys.executable, '-m', 'pytest', '-m', 'gpu and not slow', '-q',
           '-W', 'default', '-p', 'no:cacheprovider',
           '-p', 'benchmarks.gpu.outcomes', '--tb=short',
           *(('-n', str(PROCESSES), '--dist', 'loadscope') if parallel else ()),
-          *(_DRY if dry else ())]
+          *(_DRY if dry else marked())]
 
 
 def summary(found: dict[str, dict]) -> dict[str, Any]:

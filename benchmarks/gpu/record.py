@@ -1,6 +1,6 @@
 """What a stage has measured: kept by name, written after each measurement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import pathlib
 import time
 import traceback
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from benchmarks import machine
 from benchmarks.gpu import runner
 
-_TRIES = 2  # of a measurement that ended the process
+_TRIES = 2  # of a measurement
 
 
 class Record:
   """Measurements of one stage, of which none is made twice.
 
   Attributes:
-    found: {name: what was found, or 'error'}, as in the file.
+    found: {name: 'value', or 'error' and 'tries'}, as in the file.
   """
 
   def __init__(self, folder: str, seconds: float):
@@ -33,7 +33,6 @@ class Record:
     before = runner.read(self._path)
     self.found = before.get('measurements', {})
     self._about = before.get('machine') or machine.describe()
-    self._late = False
 
   def left(self) -> float:
     return self._end - time.monotonic()
@@ -42,9 +41,9 @@ class Record:
               least: float = 0.0) -> Any:
     """Keeps and returns function(); None where that is not to be had.
 
-    An error is kept in its place, and the next measurements go on. One that
-    ended the process twice is left out, and so is one for which there are no
-    `least` seconds left.
+    An error is kept in its place, and the next measurements go on. What went
+    wrong twice, or ended its process twice, is left out, and so is that for
+    which there are no `least` seconds left.
 
     Raises:
       SystemExit: after an error the device answers no more, as after a kernel
@@ -53,22 +52,18 @@ class Record:
     row = self.found.get(name, {})
     if 'value' in row:
       return row['value']
-    if 'error' in row:
-      return None
     tries = row.get('tries', 0)
-    if tries == _TRIES:
-      self._keep(name, error='it ended the process')
+    if tries == _TRIES or self.left() < least:
       return None
-    if self.left() < least:
-      self._late = True
-      return None
+    tries += 1
     # Written before: if the process ends here, the next one knows by what.
-    self._keep(name, tries=tries + 1)
+    self._keep(name, tries=tries, error='it ended the process')
     try:
       value = function()
     except Exception as error:  # noqa: BLE001 - the others go on
       traceback.print_exc()
-      self._keep(name, error=f'{type(error).__name__}: {error}'[:300])
+      self._keep(name, tries=tries,
+                 error=f'{type(error).__name__}: {error}'[:300])
       if not answers():
         raise SystemExit('the device answers no more') from error
       return None
@@ -81,9 +76,11 @@ class Record:
     runner.write(self._path, {'machine': self._about,
                               'measurements': self.found})
 
-  def status(self) -> int:
-    """The stage's exit status: whether anything was left for another call."""
-    return runner.MORE if self._late else 0
+  def status(self, names: Iterable[str]) -> int:
+    """The exit status of a stage that has these measurements to make."""
+    rows = [self.found.get(name, {}) for name in names]
+    ready = all('value' in row or row.get('tries') == _TRIES for row in rows)
+    return 0 if ready else runner.MORE
 
 
 def answers() -> bool:

@@ -9,6 +9,7 @@ each row says which it is. The simulation's products of levels are float32's.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import statistics
 from typing import Any
 
@@ -122,19 +123,19 @@ def main(unused_argv) -> None:
   record = record_lib.Record(folder, arguments.SECONDS.value)
   batch, rounds = (2, 2) if dry else (128, 7)
   subject = subject_lib.make(folder, STEPS, dry)
-  # Layers that the device's kernel does not take make no ratio of its.
-  record.measure('layers of 4 bits that fell back', lambda: (
-      packed_layers.count_fallen(packed_layers.cases(
-          subject.packed, subject.params, *packed_models.inputs(batch)))))
   comparison = Comparison(ways(subject), batch, rounds)
-  for name in ways(subject):
-    record.measure(name, lambda name=name: comparison.row(name),
-                   least=0 if dry else _LEAST)
-  record.measure(
-      'packed and simulated differ by, relative L2',
-      lambda: packed_sampling.agreement(subject, batch),
-      least=0 if dry else _LEAST)
-  raise SystemExit(record.status())
+  work = {
+      # Layers that the device's kernel does not take make no ratio of its.
+      'layers of 4 bits that fell back': lambda: packed_layers.count_fallen(
+          packed_layers.cases(subject.packed, subject.params,
+                              *packed_models.inputs(batch))),
+      **{name: functools.partial(comparison.row, name)
+         for name in ways(subject)},
+      'packed and simulated differ by, relative L2': lambda: (
+          packed_sampling.agreement(subject, batch))}
+  for name, function in work.items():
+    record.measure(name, function, least=0 if dry else _LEAST)
+  raise SystemExit(record.status(work))
 
 
 if __name__ == '__main__':

@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 
+# Operations that only run others, which are counted themselves.
+_AROUND = ('while', 'call', 'conditional')
+
 
 def operations(work: Callable[[], Any], count: int = 3) -> list[dict[str, Any]]:
   """Profiles a call; returns the `count` slowest operations.
@@ -47,6 +50,8 @@ def _events(data: Any) -> Iterator[tuple[str, float]]:
     for line in streams or lines:
       for event in line.events:
         operation = dict(event.stats).get('hlo_op')
+        if operation and operation.split('.')[0] in _AROUND:
+          continue
         if operation and not event.name.startswith('end: '):
           same = event.name == operation
           yield (operation if same else f'{operation}: {event.name[:80]}',

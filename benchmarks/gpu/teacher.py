@@ -27,7 +27,8 @@ _DATA = flags.DEFINE_string('data', None, 'NAME:PATH of the images.')
 
 STATE = 'state'  # the folder that travels
 EVERY = 60.0  # seconds from one file that travels to the next
-_TOY = {'data.name': 'synthetic', 'data.path': '3x16x16',
+_TOY = {'data.name': 'synthetic', 'data.path': '3x8x8', 'model.image_size': 8,
+        'model.ch_mult': (1,), 'model.dropout': 0.0,
         'pretrain.num_steps': 400, 'pretrain.warmup': 2,
         'pretrain.batch_size': 4, 'pretrain.save_every': 20,
         'pretrain.log_every': 10, 'pretrain.sample_every': 400,

@@ -7,6 +7,7 @@ GPUs take by default.
 """
 
 import dataclasses
+import functools
 import statistics
 from typing import Any
 
@@ -91,13 +92,12 @@ def main(unused_argv) -> None:
     step = base if spec is plain else Step(subject, spec, settings)
     return row(step, None if step is base else base, settings, rounds)
 
-  for name, spec, settings in (
-      ('one LoRA, without quantization', plain, one),
-      ('one LoRA', subject.spec, one),
-      ('two LoRAs, learned ranges', subject.spec, full)):
-    record.measure(name, lambda spec=spec, settings=settings: measure(
-        spec, settings), least)
-  raise SystemExit(record.status())
+  work = {'one LoRA, without quantization': (plain, one),
+          'one LoRA': (subject.spec, one),
+          'two LoRAs, learned ranges': (subject.spec, full)}
+  for name, (spec, settings) in work.items():
+    record.measure(name, functools.partial(measure, spec, settings), least)
+  raise SystemExit(record.status(work))
 
 
 if __name__ == '__main__':
