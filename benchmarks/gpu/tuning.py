@@ -31,27 +31,43 @@ _STEPS = 4  # of the sampler: the model's, whose spec lies there
 _LEAST = 25.0  # seconds, of a way
 
 
+def without_quantization(subject: packed_models.Subject) -> spec_lib.QuantSpec:
+  """A spec of the same layers, all in full precision."""
+  none = spec_lib.LayerSpec('', '')
+  return spec_lib.QuantSpec('fp', {name: none for name in subject.spec.layers})
+
+
 class Step:
-  """Updates of one student, each from the state that the last one left."""
+  """Updates of one student, each from the state that the last one left.
+
+  Attributes:
+    update: state -> (state, scalars); the state given is used up.
+    state: before the next.
+  """
 
   def __init__(self, subject: packed_models.Subject, spec: spec_lib.QuantSpec,
                settings: finetune.FinetuneSettings):
-    config = cifar10.get_config()
-    schedule = diffusion.make_schedule(**config.schedule)
-    plan = subject.packed.plan
-    student = finetune.make_student(
-        subject.packed.model, subject.params, subject.spec,
-        schedule.num_train_steps, settings)
-    student = dataclasses.replace(student, spec=spec)
+    """Makes a student with banks on the layers that the subject's spec has.
+
+    Args:
+      subject: the model, its parameters and its spec.
+      spec: by which layers are quantized.
+      settings: of the tuning.
+    """
+    schedule = diffusion.make_schedule(**cifar10.get_config().schedule)
+    model, plan = subject.packed.model, subject.packed.plan
+    student = dataclasses.replace(finetune.make_student(
+        model, subject.params, subject.spec, schedule.num_train_steps,
+        settings), spec=spec)
     tx = finetune.optimizer(settings)
-    self._state = finetune.init_state(
-        student, tx, plan, packed_models.shape(), jax.random.key(0), settings)
-    self._update = finetune.make_step(
+    self.state = finetune.init_state(
+        student, tx, plan, model.sample_shape, jax.random.key(0), settings)
+    self.update = finetune.make_step(
         student, plan, losses.denoising_factors(
             schedule, plan, settings.gamma), tx, jax.random.key(1))
 
   def __call__(self) -> Any:
-    self._state, scalars = self._update(self._state)
+    self.state, scalars = self.update(self.state)
     return scalars
 
 
@@ -80,8 +96,7 @@ def main(unused_argv) -> None:
   full = finetune.FinetuneSettings(**config)
   one = dataclasses.replace(full, num_banks=1, learn_act_ranges=False,
                             learn_weight_scales=False)
-  none = spec_lib.LayerSpec('', '')
-  plain = spec_lib.QuantSpec('fp', {name: none for name in subject.spec.layers})
+  plain = without_quantization(subject)
   rounds = 2 if dry else 20
   least = 0 if dry else _LEAST
   base = None
