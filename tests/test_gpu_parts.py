@@ -219,7 +219,7 @@ def test_a_teacher_travels_and_goes_on(tmp_path):
   before = before.replace(step=np.int32(70))
   with checkpoint.Checkpointer(tmp_path / 'checkpoints') as saved:
     saved.save(70, before)
-  path = tmp_path / 'teacher.safetensors'
+  path = tmp_path / 'new' / 'teacher.safetensors'
   assert state.export(tmp_path / 'checkpoints', config, path) == 70
   count = sum(leaf.size for leaf in jax.tree.leaves(before.params))
   assert 2 * count < path.stat().st_size < 2 * count + 20_000

@@ -54,6 +54,7 @@ def export(checkpoints: pathlib.Path, config: ml_collections.ConfigDict,
   """
   step = steps(checkpoints)[-1]
   model = model_of(config)
+  path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=path.parent) as folder:
     shutil.copytree(checkpoints / str(step), f'{folder}/{step}')
     with checkpoint.Checkpointer(folder) as copied:
