@@ -149,7 +149,8 @@ def main(unused_argv) -> None:
     time.sleep(0.2)
   code = training.stop()
   keep(code)
-  if code == 128 + signal.SIGTERM:
+  # The second where it was stopped before it could train.
+  if code in (128 + signal.SIGTERM, -signal.SIGTERM):
     raise SystemExit(runner.MORE)
   raise SystemExit(code)
 
