@@ -24,7 +24,7 @@ What goes there: this repository, and
       pip download --no-deps -d wheels clu ml_collections tensorboardX
 
 - for the last stage, images: `python -m benchmarks.gpu.sheets` makes of 20,000
-  of CIFAR-10's 33 MB. Without --data that stage is left out.
+  of CIFAR-10's some 30 MB. Without --data that stage is left out.
 
 Products of float32 are in TF32 on a GPU unless a program says otherwise: the
 tests run without TF32, and every row of the other stages says what it has.

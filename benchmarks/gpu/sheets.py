@@ -3,7 +3,7 @@
   python -m benchmarks.gpu.sheets cifar10:cifar-10-batches-bin 20000 sheets
 
 writes a random choice of that many into a folder. 20,000 of CIFAR-10's have
-33 MB.
+some 30 MB.
 """
 
 import math
