@@ -15,6 +15,7 @@ from msfp_jax import kernels
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.calibrate import calibrate
 
 # The oracle that the parity tests use.
@@ -33,30 +34,37 @@ class Subject:
     params: the same for Flax.
     simulated: its simulation.
     packed: the same, packed.
+    spec: what calibration found.
   """
 
   state: dict[str, np.ndarray]
   params: Any
   simulated: packed_lib.PackedModel
   packed: packed_lib.PackedModel
+  spec: spec_lib.QuantSpec
 
 
 CONFIG = UNetConfig(dropout=0.0)
 
 
-def make(num_steps: int) -> Subject:
-  """Calibrates on one image: only time and agreement are measured."""
+def make(num_steps: int, spec: spec_lib.QuantSpec | None = None) -> Subject:
+  """Calibrates on one image: only time and agreement are measured.
+
+  Args:
+    num_steps: of the sampler.
+    spec: of an earlier call, in place of calibrating.
+  """
   model = UNet(CONFIG)
   state = unet_oracle.random_state_dict(
       unet_oracle.state_dict_shapes(CONFIG), seed=0)
   params = unet_oracle.from_state_dict(CONFIG, state)
   schedule = diffusion.make_schedule('linear', num_train_steps=1000, **BETAS)
   plan = diffusion.make_plan(schedule, 'ddim', num_steps=num_steps)
-  spec = calibrate(
+  spec = spec or calibrate(
       model, params, recipe='msfp', bits=4, plan=plan,
       batches=[jax.random.normal(jax.random.key(0), (1, *shape()))])
   simulated = packed_lib.simulate(model, params, spec, plan)
-  return Subject(state, params, simulated, simulated.packed())
+  return Subject(state, params, simulated, simulated.packed(), spec)
 
 
 def shape() -> tuple[int, ...]:

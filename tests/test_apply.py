@@ -15,6 +15,8 @@ from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 
+pytestmark = pytest.mark.gpu
+
 IMAGE, SEQUENCE = (2, 9, 8, 4), (2, 9, 4)
 CONVS = {  # the shape of the input, the layer
     'same': (IMAGE, (5, (3, 3)), {}),

@@ -9,6 +9,8 @@ import unet_oracle
 
 from msfp_jax.models import convolution
 
+pytestmark = pytest.mark.gpu
+
 
 def reference(x, kernel):
   """Convolves in float64 NumPy: a sum over the nine shifts."""

@@ -18,6 +18,8 @@ from msfp_jax import diffusion
 from msfp_jax.diffusion import conditions
 from msfp_jax.tune import finetune
 
+pytestmark = pytest.mark.gpu
+
 UPDATES = 8
 RATES = {'banks': 0.3, 'router': 0.05, 'ranges': 0.007, 'biases': 0.007}
 SETTINGS = dataclasses.replace(

@@ -15,6 +15,8 @@ from msfp_jax.quant.numbers import formats_of_width
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.numbers import int_format
 
+pytestmark = pytest.mark.gpu
+
 ALL = [f for bits in range(3, 9) for signed in (True, False)
        for f in formats_of_width(bits, signed)]
 FOUR_BITS = formats_of_width(4, True) + formats_of_width(4, False)

@@ -18,6 +18,8 @@ from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 
+pytestmark = pytest.mark.gpu
+
 E2M1, UE2M2 = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')
 INT = FPFormat.parse('UE1M3')
 RNG = np.random.default_rng(0)

@@ -18,6 +18,8 @@ from msfp_jax import kernels
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant import numbers as numbers_lib
 
+pytestmark = pytest.mark.gpu
+
 WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
 ACTS = WEIGHTS + numbers_lib.formats_of_width(4, signed=False)
 

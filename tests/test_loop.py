@@ -18,6 +18,8 @@ from msfp_jax.base import writer as writer_lib
 from msfp_jax.tune import checkpoint
 from msfp_jax.tune import loop
 
+pytestmark = pytest.mark.gpu
+
 KEY = jax.random.key(3)
 SIZE = 5000
 

@@ -25,6 +25,8 @@ from msfp_jax.run import generate
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
 
+pytestmark = pytest.mark.gpu
+
 # Compiling takes longer than running.
 _jit = functools.partial(
     jax.jit, compiler_options={'xla_backend_optimization_level': 0})

@@ -13,6 +13,8 @@ from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Static
 
+pytestmark = pytest.mark.gpu
+
 SIGNED, UNSIGNED = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')
 INT = FPFormat.parse('UE1M3')
 NVFP4 = Block(SIGNED, group=16, scale_type='e4m3', two_level=True)

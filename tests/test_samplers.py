@@ -12,6 +12,8 @@ import pytest
 from msfp_jax import diffusion
 from msfp_jax.diffusion import sampling
 
+pytestmark = pytest.mark.gpu
+
 SCHEDULE = diffusion.make_schedule(
     'scaled_linear', num_train_steps=1000, beta_start=0.0015, beta_end=0.0195)
 BAR = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000)**2)

@@ -23,6 +23,8 @@ from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
 from msfp_jax.tune import student as student_lib
 
+pytestmark = pytest.mark.gpu
+
 GAMMA = tuple(losses.denoising_factors(tiny.SCHEDULE, tiny.PLAN, 'sampler'))
 
 

@@ -1,0 +1,94 @@
+"""A GPU's quarter of an hour: all that is measured on it, by one command.
+
+  python -m benchmarks.gpu --budget=840 --output=gpu [--pieces=back]
+      [--resume=FOLDER] [--data=sheets:FOLDER] [--wheels=FOLDER]
+
+Runs the stages that `--plan` prints, in order of worth, each as a process with
+a limit of time of its own. Each leaves NAME.json and NAME.log in --output,
+however it ends; one whose results lie there from an earlier call is skipped
+(`--again=NAME` drops them), and of one that did not finish what it has measured
+is not measured again.
+Compiled programs are kept in --output/cache. `--dry` does all of it on a CPU,
+at toy sizes.
+
+What comes back: with --pieces, after each stage all that a later call needs is
+in files of at most 15 MiB in that folder (results; teacher; cache), and
+--resume=FOLDER begins with what such files hold.
+
+What goes there: this repository, and
+
+- wheels of what the machine lacks, which need no installing: pure Python is
+  read from them as they are. Beside JAX, Flax and optax, machines are likely to
+  lack three, 0.3 MB together:
+
+      pip download --no-deps -d wheels clu ml_collections tensorboardX
+
+- for the last stage, images: `python -m benchmarks.gpu.sheets` makes of 20,000
+  of CIFAR-10's some 30 MB. Without --data that stage is left out.
+
+Products of float32 are in TF32 on a GPU unless a program says otherwise: the
+tests run without TF32, and every row of the other stages says what it has.
+"""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+
+from absl import app
+from absl import flags
+
+from benchmarks.gpu import pieces
+from benchmarks.gpu import session as session_lib
+from benchmarks.gpu import stages as stages_lib
+
+_BUDGET = flags.DEFINE_float('budget', 840.0, 'Seconds for everything.')
+_OUTPUT = flags.DEFINE_string('output', 'runs/gpu', 'The folder of results.')
+_PIECES = flags.DEFINE_string('pieces', None, 'Where files that travel go.')
+_RESUME = flags.DEFINE_string('resume', None, 'Where such files lie.')
+_DATA = flags.DEFINE_string('data', None, "Images of the teacher's.")
+_WHEELS = flags.DEFINE_string('wheels', None, 'A folder of wheels to use.')
+_AGAIN = flags.DEFINE_list('again', None, 'Stages whose results are dropped.')
+_ONLY = flags.DEFINE_list('only', None, 'Names of stages.')
+_PLAN = flags.DEFINE_bool('plan', False, 'Print the plan, and run nothing.')
+_DRY = flags.DEFINE_bool('dry', False, 'Toy sizes, on a CPU.')
+
+
+def flags_of(stage: stages_lib.Stage) -> list[str]:
+  return [*(['--dry'] if _DRY.value else []),
+          *([f'--data={_DATA.value}']
+            if stage.name == 'teacher' and _DATA.value else [])]
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  folder = pathlib.Path(_OUTPUT.value).absolute()
+  stages = stages_lib.choose(_ONLY.value)
+  if not (_DATA.value or _DRY.value):
+    stages = tuple(s for s in stages if s.name != 'teacher')
+  if _DRY.value:  # where others may be using the processor
+    stages = tuple(dataclasses.replace(s, limit=4 * s.limit) for s in stages)
+  session = session_lib.Session(
+      stages, folder, _BUDGET.value,
+      session_lib.environment(folder, _WHEELS.value, _DRY.value), flags_of,
+      _PIECES.value and pathlib.Path(_PIECES.value).absolute())
+  if _RESUME.value:
+    print(f'goes on from {pieces.join(pathlib.Path(_RESUME.value), folder)}')
+  session.forget(_AGAIN.value)
+  print(*session.plan(), sep='\n', flush=True)
+  if _PLAN.value:
+    data = (_DATA.value or '').partition(':')[2]
+    travels = session_lib.size(_WHEELS.value, data, _RESUME.value)
+    print(f'what goes there has {travels / 2**20:.1f} MiB')
+    return
+  os.chdir(session_lib.ROOT)
+  # Asked to stop, it leaves what there is.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  ended = session.run()
+  print(*(f'{name}: {status}' for name, status in ended.items()), sep='\n')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,151 @@
+"""One call: stages in turn, and files that travel after each."""
+
+from collections.abc import Callable
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+from benchmarks.gpu import pieces
+from benchmarks.gpu import runner
+from benchmarks.gpu import stages as stages_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+CACHE = 'cache'
+_CACHE_BYTES = 2 * pieces.SIZE - 2**20  # of compiled programs, in 2 pieces
+_TRIES = 3  # of a stage that dies, in one call
+
+
+@dataclasses.dataclass
+class Session:
+  """What a call has to do, and with what.
+
+  Attributes:
+    stages: in their order.
+    folder: of the results.
+    budget: seconds from `start` on.
+    environment: of all stages.
+    flags: of a stage, beside those of `runner`.
+    target: the folder of pieces; None: none are written.
+    grace: as of `runner.run`.
+    start: of the call, on the monotonic clock.
+  """
+
+  stages: tuple[stages_lib.Stage, ...]
+  folder: pathlib.Path
+  budget: float
+  environment: dict[str, str]
+  flags: Callable[[stages_lib.Stage], list[str]] = lambda stage: []
+  target: pathlib.Path | None = None
+  grace: float = stages_lib.GRACE
+  start: float = dataclasses.field(default_factory=time.monotonic)
+
+  def left(self) -> float:
+    return self.budget - (time.monotonic() - self.start)
+
+  def plan(self) -> list[str]:
+    return stages_lib.plan(
+        self.stages, runner.done(self.folder, self.stages), self.left())
+
+  def run(self) -> dict[str, str]:
+    """Runs what no earlier call has finished: {stage: how it ended}."""
+    done, ended = runner.done(self.folder, self.stages), {}
+    for stage in self.stages:
+      if stage.name not in done:
+        try:
+          ended[stage.name] = self._run(stage)
+        finally:  # also where the call is asked to stop
+          self.keep()
+    return ended
+
+  def _run(self, stage: stages_lib.Stage) -> str:
+    """Runs a stage, again if it died with something new measured."""
+    status = 'no time left'
+    for _ in range(_TRIES):
+      limit = stages_lib.seconds(stage, self.left())
+      if not limit:
+        break
+      print(f'== {stage.name}: {stage.about}; {limit:.0f} s at most',
+            flush=True)
+      before = self._found(stage)
+      status = runner.run(stage, self.folder, limit, self.flags(stage),
+                          self.environment, self.grace)
+      print(f'== {stage.name}: {status}; {self.left():.0f} s left', flush=True)
+      for name, row in self._found(stage).get('measurements', {}).items():
+        if 'error' in row:
+          print(f'   {name}: {row["error"]}', flush=True)
+      if status != runner.DIED:
+        break
+      print(*runner.tail(self.folder / f'{stage.name}.log'), sep='\n',
+            flush=True)
+      if self._found(stage) == before:
+        break
+    return status
+
+  def _found(self, stage: stages_lib.Stage) -> dict:
+    return runner.read(self.folder / stage.name / runner.FOUND)
+
+  def forget(self, names: list[str]) -> None:
+    """Drops what there is of stages, so that they are run anew."""
+    for stage in stages_lib.choose(names) if names else ():
+      shutil.rmtree(self.folder / stage.name, ignore_errors=True)
+      (self.folder / f'{stage.name}.json').unlink(missing_ok=True)
+
+  def keep(self) -> None:
+    """Writes the pieces, which are what a later call needs."""
+    if not self.target:
+      return
+    glob = lambda *patterns: [
+        path for pattern in patterns for path in self.folder.glob(pattern)]
+    groups = {
+        'results': (glob('*.json', '*.log', '*/*.json', '*/*.jsonl',
+                         'demo/run/*.json', '*/state/*.png'), True),
+        'teacher': (glob('*/state/*.safetensors'), False),
+        # The largest took longest to compile.
+        'cache': (pieces.largest(
+            [path for path in (self.folder / CACHE).rglob('*')
+             if path.is_file()], _CACHE_BYTES), False)}
+    for group, (files, compress) in groups.items():
+      if files:
+        size = pieces.split(group, files, self.folder, self.target, compress)
+        print(f'pieces of {group}: {size / 1e6:.1f} MB', flush=True)
+
+
+def environment(folder: pathlib.Path, wheels: str | None, dry: bool
+                ) -> dict[str, str]:
+  """What stages find in their environment.
+
+  Args:
+    folder: of the results, which holds the compiled programs.
+    wheels: a folder of wheels that they import from, or None.
+    dry: whether they must not use a device.
+
+  Raises:
+    FileNotFoundError: there are no wheels in the folder named.
+  """
+  found = []
+  if wheels:
+    found = sorted(map(str, pathlib.Path(wheels).absolute().glob('*.whl')))
+    if not found:
+      raise FileNotFoundError(f'no *.whl in {wheels}')
+  earlier = os.environ.get('PYTHONPATH')
+  return os.environ | {
+      'PYTHONPATH': os.pathsep.join(
+          [str(ROOT), *found, *([earlier] if earlier else [])]),
+      'JAX_COMPILATION_CACHE_DIR': str(folder / CACHE),
+      # What is smaller is compiled faster than it is read and sent.
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
+  } | ({'JAX_PLATFORMS': 'cpu'} if dry else {})
+
+
+def size(*paths: str | None) -> int:
+  """The bytes of what is committed here, and of files and folders beside it."""
+  names = subprocess.run(
+      ['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True,
+      check=False).stdout.decode().split('\0')
+  files = [ROOT / name for name in names if name]
+  for path in filter(None, paths):
+    files += [pathlib.Path(path), *pathlib.Path(path).rglob('*')]
+  return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,159 @@
+"""Stage teacher: trains `configs/cifar10.py:ten` for as long as there is.
+
+The images are --data=NAME:PATH, as configs have them, or `sheets:PATH`, a
+folder of benchmarks/gpu/sheets. train.py runs as a process; once a minute its
+newest checkpoint becomes a file that travels (benchmarks/gpu/state), and a
+later call goes on from that file where the checkpoints are gone.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+
+from benchmarks.gpu import arguments
+from benchmarks.gpu import runner
+from benchmarks.gpu import sheets
+
+_DATA = flags.DEFINE_string('data', None, 'NAME:PATH of the images.')
+
+STATE = 'state'  # the folder that travels
+EVERY = 60.0  # seconds from one file that travels to the next
+_TOY = {'data.name': 'synthetic', 'data.path': '3x8x8', 'model.image_size': 8,
+        'model.ch_mult': (1,), 'model.dropout': 0.0,
+        'pretrain.num_steps': 400, 'pretrain.warmup': 2,
+        'pretrain.batch_size': 4, 'pretrain.save_every': 20,
+        'pretrain.log_every': 10, 'pretrain.sample_every': 400,
+        'pretrain.dtype': 'float32'}
+
+
+def changes(folder: pathlib.Path, data: str | None, dry: bool
+            ) -> dict[str, Any]:
+  """What the config is changed by: {dotted field: value}.
+
+  Raises:
+    SystemExit: there are no images.
+  """
+  if dry:
+    return _TOY
+  if not data:
+    raise SystemExit('no images: pass --data=NAME:PATH')
+  name, _, path = data.partition(':')
+  if name == 'sheets':
+    unpacked = folder / 'images.npz'
+    if not unpacked.is_file():
+      sheets.unpack(pathlib.Path(path), unpacked)
+    name, path = 'images', str(unpacked)
+  return {'data.name': name, 'data.path': path}
+
+
+class Training:
+  """A run of train.py, and what it has saved.
+
+  Attributes:
+    saved: {step: when it was seen}, of its checkpoints.
+  """
+
+  def __init__(self, folder: pathlib.Path, word: str,
+               changed: dict[str, Any], environment: dict[str, str]):
+    self.checkpoints = folder / 'run' / 'pretrain' / 'checkpoints'
+    self._process = subprocess.Popen(
+        [sys.executable, 'train.py', f'--config=configs/cifar10.py:{word}',
+         f'--workdir={folder / "run"}',
+         *(f'--config.{name}={value}' for name, value in changed.items())],
+        env=environment)
+    self.saved = {}
+
+  def look(self) -> int | None:
+    """Notes the newest checkpoint; returns the exit status once there is."""
+    from benchmarks.gpu import state
+    for step in state.steps(self.checkpoints)[-1:]:
+      self.saved.setdefault(step, time.monotonic())
+    return self._process.poll()
+
+  def stop(self) -> int:
+    """Asks it to save and leave."""
+    if self._process.poll() is None:
+      self._process.send_signal(signal.SIGTERM)
+    code = self._process.wait()
+    self.look()
+    return code
+
+  def speed(self) -> float | None:
+    """Steps a second between the first checkpoint seen and the last."""
+    (first, start), (last, end) = (
+        min(self.saved.items(), default=(0, 0)),
+        max(self.saved.items(), default=(0, 0)))
+    return (last - first) / (end - start) if end > start else None
+
+
+def losses(folder: pathlib.Path, count: int = 200) -> float | None:
+  """The mean loss of the last steps."""
+  path = folder / 'run' / 'pretrain' / 'metrics.jsonl'
+  if not path.is_file():
+    return None
+  rows = [json.loads(line) for line in path.read_text().splitlines()[-count:]]
+  found = [row['pretrain/loss'] for row in rows if 'pretrain/loss' in row]
+  return sum(found) / len(found) if found else None
+
+
+def main(unused_argv) -> None:
+  start, folder = time.monotonic(), arguments.folder()
+  environment = dict(os.environ)
+  # This process must not hold the device that train.py needs.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  from benchmarks.gpu import state
+  from configs import cifar10
+  word = 'ten,smoke' if arguments.DRY.value else 'ten'
+  changed = changes(folder, _DATA.value, arguments.DRY.value)
+  config = cifar10.get_config(word)
+  config.update_from_flattened_dict(changed)
+  travels = folder / STATE / 'teacher.safetensors'
+  checkpoints = folder / 'run' / 'pretrain' / 'checkpoints'
+  resumed = None
+  if travels.is_file() and not state.steps(checkpoints):
+    resumed = state.resume(travels, config, checkpoints)
+    print(f'goes on from {travels}, step {resumed}', flush=True)
+  training = Training(folder, word, changed, environment)
+  exported, seen = time.monotonic(), 0
+
+  def keep(code: int | None) -> None:
+    nonlocal exported, seen
+    step = max(training.saved, default=0)
+    if step > seen:
+      seen, exported = state.export(checkpoints, config, travels), (
+          time.monotonic())
+    speed = training.speed()
+    pictures = sorted(folder.glob('run/pretrain/samples/*.png'))
+    if pictures:
+      shutil.copy(pictures[-1], folder / STATE / 'samples.png')
+    runner.write(folder / runner.FOUND, {
+        'config': f'configs/cifar10.py:{word}', 'changes': changed,
+        'resumed_at': resumed, 'step': seen, 'steps': config.pretrain.num_steps,
+        'returncode': code, 'loss': losses(folder),
+        'images_a_second': speed and speed * config.pretrain.batch_size})
+
+  while (code := training.look()) is None:
+    if time.monotonic() - start > arguments.SECONDS.value:
+      break
+    if time.monotonic() - exported > EVERY:
+      keep(None)
+    time.sleep(0.2)
+  code = training.stop()
+  keep(code)
+  # The second where it was stopped before it could train.
+  if code in (128 + signal.SIGTERM, -signal.SIGTERM):
+    raise SystemExit(runner.MORE)
+  raise SystemExit(code)
+
+
+if __name__ == '__main__':
+  app.run(main)
