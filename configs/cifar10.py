@@ -60,7 +60,8 @@ def get_config(variant: str = ''):
       ch_mult=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,),
       norm_groups=32, dropout=0.1)
   config.data.name = 'cifar10'
-  config.sampler.update(num_steps=100, spacing='quad')
+  config.sampler.update(
+      name='ddim', num_steps=100, spacing='quad', convention='ddim', clip=0.0)
   config.finetune.num_updates = 16_000
   config.eval.update(num_samples=50_000, features='inception', vectors=10_000)
   return common.apply_variant(config, variant, VARIANTS)

@@ -66,18 +66,23 @@ def get_config() -> ml_collections.ConfigDict:
   # brings its own. `family` names another model than the UNet, see
   # msfp_jax/models/registry.py.
   config.model = ml_collections.ConfigDict()
+  # Of these two, '', 0, and -1 of offset and clip, stand for what the
+  # checkpoint says, or, where it says nothing, for the values in brackets.
   config.schedule = ml_collections.ConfigDict({
-      'name': 'linear',
-      'num_train_steps': 1000,
-      'beta_start': 1e-4,
-      'beta_end': 0.02,
+      'name': '',  # [linear], scaled_linear or cosine
+      'num_train_steps': 0,  # [1000]
+      'beta_start': 0.0,  # [1e-4]
+      'beta_end': 0.0,  # [0.02]
   })
   config.sampler = ml_collections.ConfigDict({
-      'name': 'ddim',
+      'name': '',  # [ddim], ddpm, plms or dpm_solver
       'num_steps': 20,
-      'spacing': 'uniform',
+      'spacing': '',  # [uniform], quad, leading, trailing or linspace
       'eta': 0.0,  # of DDIM
-      'convention': 'ddim',  # or 'compvis', see msfp_jax/diffusion/ddim.py
+      'convention': '',  # [ddim] or compvis, see msfp_jax/diffusion/ddim.py
+      'offset': -1,  # added to timesteps [0, with compvis 1]
+      'clip': -1.0,  # of x_0 as predicted, at this magnitude [0.0: not]
+      'variance': '',  # of DDPM: [small] or large
   })
   config.pretrain = ml_collections.ConfigDict({
       'num_steps': 10_000,

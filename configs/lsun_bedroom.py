@@ -39,9 +39,12 @@ def get_config(variant: str = ''):
       head_channels=32, **common.LATENT_UNET)
   config.autoencoder.update(common.VQ)
   config.schedule.update(
-      name='scaled_linear', beta_start=0.0015, beta_end=0.0195)
+      name='scaled_linear', num_train_steps=1000, beta_start=0.0015,
+      beta_end=0.0195)
   config.data.name = 'images'
-  config.sampler.update(num_steps=200, eta=1.0, convention='compvis')
+  config.sampler.update(
+      name='ddim', num_steps=200, spacing='uniform', eta=1.0,
+      convention='compvis', clip=0.0)
   config.finetune.update(num_updates=16_000, batch_size=4)
   config.eval.update(
       num_samples=50_000, batch_size=32, features='inception', vectors=10_000)

@@ -19,6 +19,7 @@ from benchmarks.gpu import state as state_lib
 from benchmarks.gpu import tuning
 from configs import cifar10
 from msfp_jax import diffusion
+from msfp_jax.diffusion import origin
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.tune import finetune
 from msfp_jax.tune import pretrain
@@ -94,7 +95,8 @@ def test_an_update_of_the_teacher(build):
   assert settings.dtype == 'bfloat16'
   model = state_lib.model_of(config)
   update = pretrain.make_update(
-      model, diffusion.make_schedule(**config.schedule),
+      model, origin.choose(
+          origin.Origin(), config.schedule, config.sampler).schedule,
       pretrain.optimizer(settings), settings.ema_decay, jax.random.key(0),
       flip=settings.flip, dtype=settings.dtype)
   state = jax.eval_shape(lambda: state_lib.begin(model, config))

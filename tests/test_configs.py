@@ -19,6 +19,7 @@ from configs import images
 from msfp_jax import convert
 from msfp_jax import diffusion
 from msfp_jax.convert import native
+from msfp_jax.diffusion import origin
 from msfp_jax.metrics import features
 from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
@@ -79,9 +80,9 @@ def test_what_a_config_names_exists(module, variant):
   config = module.get_config(variant)
   recipes.get(config.quant.recipe)
   assert config.quant.exceptions in roles.EXCEPTIONS
-  schedule = diffusion.make_schedule(**config.schedule)
-  plan = diffusion.make_plan(schedule, **config.sampler)
-  losses.denoising_factors(schedule, plan, config.finetune.gamma)
+  chosen = origin.choose(origin.Origin(), config.schedule, config.sampler)
+  losses.denoising_factors(
+      chosen.schedule, chosen.plan, config.finetune.gamma)
   if config.autoencoder.get('kind'):
     autoencoder.AutoencoderConfig(**config.autoencoder)
   if config.pretrained not in ('', teacher.RANDOM, *native.SHIPPED):
@@ -121,15 +122,15 @@ def test_every_sampler_and_schedule_can_be_named(
   """Any sampler can be named while a config's other fields stay as they are."""
   config = common.get_config()
   config.sampler.name, config.schedule.name = sampler, schedule
-  plan = diffusion.make_plan(
-      diffusion.make_schedule(**config.schedule), **config.sampler)
+  chosen = origin.choose(origin.Origin(), config.schedule, config.sampler)
   assert config.sampler.num_steps == 20
-  assert plan.num_steps == evaluations
+  assert chosen.plan.num_steps == evaluations
+  assert chosen.schedule.num_train_steps == 1000
 
 
 def test_no_sampler_and_no_schedule_is_missing_above():
   """A config that names none of them is told which there are."""
-  schedule = diffusion.make_schedule(**common.get_config().schedule)
+  schedule = diffusion.make_schedule('cosine', num_train_steps=10)
   with pytest.raises(ValueError) as error:
     diffusion.make_plan(schedule, 'none')
   assert str(error.value).endswith("['ddim', 'ddpm', 'dpm_solver', 'plms']")

@@ -143,17 +143,19 @@ def test_without_a_config_only_published_models_are_assumed(tmp_path):
     convert.load_pretrained(path, config=str(tmp_path / 'other.json'))
 
 
-def test_a_model_that_predicts_v_is_refused(tmp_path):
+def test_a_model_of_another_kind_is_told_by_its_scheduler(tmp_path):
+  """Before its tensors are, of which the reasons would lead astray."""
   config = families.CONFIGS['unet2d']
   checkpoints.save_pipeline(
       tmp_path / 'p', checkpoints.state_of('unet2d'), config)
   scheduler = tmp_path / 'p' / 'scheduler'
   scheduler.mkdir()
   file = scheduler / 'scheduler_config.json'
-  file.write_text('{"prediction_type": "epsilon"}')
+  file.write_text('{"_class_name": "DDPMScheduler"}')
   assert convert.load_pretrained(str(tmp_path / 'p'))[0].config == config
-  file.write_text('{"prediction_type": "v_prediction"}')
-  with pytest.raises(ValueError, match='v_prediction'):
+  file.write_text('{"_class_name": "CMStochasticIterativeScheduler"}')
+  (tmp_path / 'p' / 'unet' / 'config.json').write_text('{"act_fn": "mish"}')
+  with pytest.raises(ValueError, match='CMStochasticIterativeScheduler'):
     convert.load_pretrained(str(tmp_path / 'p'))
 
 

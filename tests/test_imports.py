@@ -18,8 +18,9 @@ ROOMS = {
     'models': '',
     'diffusion': 'base',
     'data': 'base',
-    'convert': 'base models',
-    'metrics': 'base models data convert',
+    # A model of v is one of the noise by the schedule that it was trained on.
+    'convert': 'base models diffusion',
+    'metrics': 'base models diffusion data convert',
     'quant': 'base diffusion',
     'kernels': 'base diffusion quant',
     'tune': 'base models diffusion data convert quant kernels',

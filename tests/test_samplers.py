@@ -4,6 +4,8 @@ The recurrences are written step by step in float64, as the original codes
 have them.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,104 @@ def test_a_trajectory_can_be_walked_step_by_step():
       eps = jax_eps(position.x, jnp.full(2, step['t']), i)
       position = sampling.advance(plan, step, position, eps, None)
     assert_near(position.x, np.asarray(sampled(plan)))
+
+
+# By hand: 10 steps of 1000, and 7, which do not divide it.
+@pytest.mark.parametrize('spacing, steps, expected', [
+    ('leading', 10, range(0, 1000, 100)),
+    ('leading', 7, range(0, 994, 142)),
+    ('trailing', 10, range(99, 1000, 100)),
+    ('trailing', 7, [142, 285, 428, 570, 713, 856, 999]),
+    ('linspace', 10, [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]),
+    ('linspace', 7, [0, 166, 333, 500, 666, 832, 999])])
+def test_spacings_of_diffusers(spacing, steps, expected):
+  found = diffusion.ddim_timesteps(1000, steps, spacing)
+  assert found.tolist() == list(expected)
+  # An offset moves what begins at 0 alone.
+  moved = diffusion.ddim_timesteps(1000, steps, spacing, offset=3)
+  assert (moved - found == (3 if spacing == 'leading' else 0)).all()
+
+
+@pytest.mark.parametrize('spacing, expected', [
+    ('leading', [90 * i + 2 for i in range(10, 0, -1)]),
+    ('trailing', range(999, 0, -100)),
+    ('linspace', [999, 899, 799, 699, 599, 500, 400, 300, 200, 100])])
+def test_spacings_of_dpm_solver(spacing, expected):
+  offset = 2 if spacing == 'leading' else 0
+  plan = diffusion.make_plan(SCHEDULE, 'dpm_solver', num_steps=10,
+                             spacing=spacing, offset=offset)
+  assert plan.timesteps.tolist() == list(expected)
+
+
+def clipped(name, spacing, steps, limit):
+  """Steps as diffusers' DDIM and DDPM do by their defaults, without noise."""
+  times = diffusion.ddim_timesteps(1000, steps, spacing)[::-1]
+  x = np.float64(NOISE)
+  for i, t in enumerate(times):
+    # DDIM's steps go back by T // S, DDPM's to what is visited next.
+    before = (t - 1000 // steps if name == 'ddim'
+              else times[i + 1] if i + 1 < steps else -1)
+    a, a_prev = BAR[t], BAR[before] if before >= 0 else 1.0
+    e = eps_of(np, x, t)
+    x0 = np.clip((x - np.sqrt(1 - a) * e) / np.sqrt(a), -limit, limit)
+    if name == 'ddim':
+      x = np.sqrt(a_prev) * x0 + np.sqrt(1 - a_prev) * e
+    else:
+      alpha = a / a_prev
+      x = (np.sqrt(a_prev) * (1 - alpha) / (1 - a) * x0
+           + np.sqrt(alpha) * (1 - a_prev) / (1 - a) * x)
+  return x
+
+
+@pytest.mark.parametrize('name', ['ddim', 'ddpm'])
+@pytest.mark.parametrize('spacing, steps, limit', [
+    ('leading', 20, 1.0), ('trailing', 7, 0.5), ('linspace', 12, 2.0)])
+def test_x0_is_clipped_as_diffusers_does(name, spacing, steps, limit):
+  plan = diffusion.make_plan(SCHEDULE, name, num_steps=steps, spacing=spacing,
+                             clip=limit)
+  plan = diffusion.SamplerPlan.from_dict(json.loads(json.dumps(
+      plan.to_dict() | {'noise_std': [0.0] * steps})))
+  expected = clipped(name, spacing, steps, limit)
+  assert_near(sampled(plan), expected)
+  without = diffusion.make_plan(SCHEDULE, name, num_steps=steps,
+                                spacing=spacing)
+  np.testing.assert_array_equal(without.eps_factor, plan.eps_factor)
+  assert without.clip is None
+  # It matters here: far from what no clipping gives.
+  assert np.abs(expected - clipped(name, spacing, steps, 1e9)).max() > 0.1
+
+
+def test_what_cannot_be_clipped_or_spaced():
+  for clip in (-1.0, np.nan, np.inf):
+    with pytest.raises(ValueError, match='clip='):
+      diffusion.make_plan(SCHEDULE, 'ddim', num_steps=5, clip=clip)
+  with pytest.raises(ValueError, match="'plms' has no option clip=1.0"):
+    diffusion.make_plan(SCHEDULE, 'plms', num_steps=5, clip=1.0)
+  for name in ('ddim', 'dpm_solver'):
+    with pytest.raises(ValueError, match='spacing.*trailing'):
+      diffusion.make_plan(SCHEDULE, name, num_steps=5, spacing='even')
+  for offset in (-1, 995):
+    with pytest.raises(ValueError, match=f'offset.*{offset}'):
+      diffusion.make_plan(SCHEDULE, 'ddim', num_steps=5, offset=offset)
+  plan = diffusion.make_plan(SCHEDULE, 'ddim', num_steps=5, clip=1.0)
+  with pytest.raises(ValueError, match='unequal lengths.*clip.gain'):
+    diffusion.SamplerPlan.from_dict(plan.to_dict() | {
+        'clip': plan.to_dict()['clip'] | {'gain': [1.0]}})
+
+
+@pytest.mark.parametrize('spacing, steps', [('trailing', 7), ('linspace', 10)])
+def test_plms_needs_steps_of_one_length(spacing, steps):
+  assert diffusion.make_plan(
+      SCHEDULE, 'plms', num_steps=20, spacing='trailing').num_steps == 21
+  with pytest.raises(ValueError, match='as PLMS wants them'):
+    diffusion.make_plan(SCHEDULE, 'plms', num_steps=steps, spacing=spacing)
+
+
+def test_the_last_step_of_ddpm_adds_noise_above_t_0():
+  """As in diffusers, where large variance does so and small has none left."""
+  plans = {variance: diffusion.make_plan(
+      SCHEDULE, 'ddpm', num_steps=10, spacing='trailing', variance=variance)
+           for variance in ('small', 'large')}
+  assert plans['small'].noise_std[-1] == 0
+  np.testing.assert_allclose(
+      plans['large'].noise_std[-1], np.sqrt(1 - BAR[99]), rtol=1e-9)

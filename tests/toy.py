@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import common
-from msfp_jax import diffusion
+from msfp_jax.diffusion import origin
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
@@ -33,8 +33,7 @@ def plan():
   config = common.get_config()
   config.sampler.num_steps = 2
   config.sampler.eta = 0.5
-  schedule = diffusion.make_schedule(**config.schedule)
-  return diffusion.make_plan(schedule, **config.sampler)
+  return origin.choose(origin.Origin(), config.schedule, config.sampler).plan
 
 
 def params():

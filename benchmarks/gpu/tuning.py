@@ -21,7 +21,7 @@ from benchmarks.gpu import record as record_lib
 from benchmarks.gpu import slowest
 from benchmarks.gpu import subject as subject_lib
 from configs import cifar10
-from msfp_jax import diffusion
+from msfp_jax.diffusion import origin
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
@@ -54,7 +54,9 @@ class Step:
       spec: by which layers are quantized.
       settings: of the tuning.
     """
-    schedule = diffusion.make_schedule(**cifar10.get_config().schedule)
+    config = cifar10.get_config()
+    schedule = origin.choose(
+        origin.Origin(), config.schedule, config.sampler).schedule
     model, plan = subject.packed.model, subject.packed.plan
     student = dataclasses.replace(finetune.make_student(
         model, subject.params, subject.spec, schedule.num_train_steps,

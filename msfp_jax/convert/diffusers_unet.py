@@ -240,8 +240,6 @@ def _from_shapes(tensors):
         f'{key[0]}, channels {key[1]} and multipliers {key[2]}: pass its '
         'config.json as config')
   rest = _PUBLISHED[key]
-  if key[0] == naming.STABLE_DIFFUSION_2:
-    logging.warning(naming.MAY_PREDICT_V)
   logging.info('no config.json: took what shapes do not tell as published: %s',
                rest)
   return found | rest | {'dropout': 0.0, 'attn_resolutions': tuple(

@@ -184,8 +184,6 @@ def _from_yaml(config):
   odd = [f'{field}={params[field]!r} (only {list(allowed)})'
          for field, allowed in _SUPPORTED.items()
          if params.get(field, allowed[0]) not in allowed]
-  if outer.get('parameterization', 'eps') != 'eps':
-    odd.append(f"parameterization={outer['parameterization']!r} (only ['eps'])")
   if odd:
     raise ValueError('the configuration has ' + '; '.join(odd))
   found = {ours: naming.single(params[field], field)
@@ -241,8 +239,6 @@ def _published(fields):
         'pass its yaml as config')
   logging.info('heads and side as those of the published model: %s',
                _PUBLISHED[key])
-  if key[0] == naming.STABLE_DIFFUSION_2:
-    logging.warning(naming.MAY_PREDICT_V)
   return _PUBLISHED[key]
 
 

@@ -1,5 +1,7 @@
 """Loads any supported checkpoint as a model and its parameters."""
 
+from collections.abc import Mapping
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -13,9 +15,14 @@ from msfp_jax.convert import first_stage
 from msfp_jax.convert import ldm
 from msfp_jax.convert import native
 from msfp_jax.convert import restore
+from msfp_jax.convert import scheduler
 from msfp_jax.convert import source as source_lib
+from msfp_jax.convert import tensors as tensors_lib
+from msfp_jax.convert import training
+from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import autoencoder
 from msfp_jax.models import denoiser
+from msfp_jax.models import prediction
 
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
@@ -42,36 +49,110 @@ def load_pretrained(path: str, config: str | None = None,
       one; None: yes, unless the yaml says otherwise (`use_ema`).
 
   Returns:
-    The Flax model and its parameters, float32.
+    The Flax model and its parameters, float32. The model predicts the noise,
+    also where the checkpoint predicts v or x_0 (`models.prediction`).
 
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: a damaged file, one of no known family, or tensors that are
+    ValueError: a damaged file, one of no known family or of another kind of
+      model by its scheduler_config.json, or tensors that are
       missing, unexpected, misshapen or not finite: all are listed.
   """
   if str(path) in native.SHIPPED:
     return native.load_pretrained(path)
-  # Names and shapes tell the family and the configuration; only then are
-  # values read, one tensor at a time.
+  opened = _opened(path, config, ema)
+  source, family, found = opened.source, opened.family, opened.config
+  if family is None:
+    return native.load_pretrained(source.path)
+  logging.info('%s: %s, %s', source.path, opened.name, found)
+  if why := opened.origin.refused.get(opened.origin.sampler):
+    logging.warning('%s: %s', opened.origin.source, why)
+  named, leftover = family.rename(opened.tensors, found)
+  model = family.MODEL(found)
+  params = restore.restore(
+      named, native.abstract_params(model), str(source.path), restore.TORCH,
+      leftover)
+  return _as_noise(model, opened.origin), params
+
+
+def load_origin(path: str, config: str | None = None) -> origin_lib.Origin:
+  """The schedule and the sampler that a checkpoint was made for.
+
+  They come from the scheduler_config.json beside the weights or in the
+  pipeline's folder; else from the yaml, from the betas that the file holds, or
+  from what is known of published models. Our own files keep what was found.
+
+  Args:
+    path: as of `load_pretrained`; no tensors of weights are read.
+    config: likewise.
+
+  Raises:
+    As `load_pretrained`.
+  """
+  if str(path) in native.SHIPPED:
+    return native.load_origin(path)
+  opened = _opened(path, config, None)
+  if opened.family is None:
+    return native.load_origin(opened.source.path)
+  return opened.origin
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """A checkpoint of which all but the weights is known.
+
+  `family` and what follows is None of a file of our own.
+  """
+
+  source: source_lib.Source
+  name: str = ''
+  family: Any = None
+  tensors: Mapping[str, tensors_lib.LazyTensor] | None = None
+  config: Any = None
+  origin: origin_lib.Origin | None = None
+
+
+def _opened(path, config, ema):
+  """Opens a checkpoint: names and shapes tell what it is."""
+  # Only when all that is known are values read, one tensor at a time.
   try:
     source = _open(path, config, _UNET_PARTS)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{error}; give a file, a folder, or one of '
                             f'{sorted(native.SHIPPED)}') from error
   if source.metadata.get('format') == native.FORMAT:
-    return native.load_pretrained(source.path)
-  _check_scheduler(source.path)
+    return _Opened(source)
   name = family_of(source)
   family = FAMILIES[name]
+  # Before the weights are looked at: of a model of another kind these would
+  # give reasons that lead astray.
+  described = _scheduler(source, name)
   tensors = _configure(source, lambda: family.select(
       source.tensors, _wants_ema(source.config) if ema is None else ema))
   found = _configure(source, lambda: family.config(tensors, source.config))
-  logging.info('%s: %s, %s', source.path, name, found)
-  named, leftover = family.rename(tensors, found)
-  model = family.MODEL(found)
-  return model, restore.restore(
-      named, native.abstract_params(model), str(source.path), restore.TORCH,
-      leftover)
+  origin = described or _configure(source, lambda: training.origin(
+      name, str(source.path), source.config, source.tensors, found))
+  return _Opened(source, name, family, tensors, found, origin)
+
+
+def _scheduler(source, name):
+  """What the scheduler's file of diffusers says, or None without one."""
+  # CompVis' and ermongroup's own yaml says more of their files than a
+  # scheduler's that lies beside them.
+  if name != 'diffusers' and source.config:
+    return None
+  file = scheduler.find(source.path)
+  return None if file is None else scheduler.read(file)
+
+
+def _as_noise(model, origin):
+  """The model, turned into one of the noise where it is none."""
+  if origin.predicts == prediction.NOISE:
+    return model
+  logging.info('the model predicts %s; turned into one of the noise',
+               origin.predicts)
+  return prediction.AsNoise(
+      model, origin.predicts, tuple(origin.noise_schedule().alphas_cumprod))
 
 
 def load_first_stage(path: str, config: str | None = None
@@ -130,18 +211,6 @@ def _wants_ema(config):
     return bool(config['model']['params'].get('use_ema', True))
   except (KeyError, TypeError, AttributeError):
     return True
-
-
-def _check_scheduler(path: pathlib.Path) -> None:
-  """Raises ValueError if the pipeline's scheduler wants no noise predicted."""
-  # A pipeline: PIPE/unet/WEIGHTS beside PIPE/scheduler. Models that predict v
-  # have the same shapes, and would sample garbage here.
-  file = path.parent.parent / 'scheduler' / 'scheduler_config.json'
-  if file.is_file():
-    kind = source_lib.read_config(file).get('prediction_type', 'epsilon')
-    if kind != 'epsilon':
-      raise ValueError(f'{file} has prediction_type={kind!r}: only models that '
-                       "predict the noise ('epsilon') are supported")
 
 
 def _some(source):

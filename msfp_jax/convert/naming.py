@@ -6,11 +6,6 @@ from typing import Any
 
 from msfp_jax.convert.tensors import LazyTensor
 
-STABLE_DIFFUSION_2 = 1024  # width of its context
-MAY_PREDICT_V = (
-    'shapes do not tell whether this Stable Diffusion 2 predicts the noise '
-    '(512 pixels) or v (768): took the noise; a configuration would tell')
-
 # A pattern of a whole module name, and what it becomes (as re.sub's).
 Rule = tuple[str, str]
 

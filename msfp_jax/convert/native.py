@@ -5,6 +5,7 @@ holds the model's configuration and where it came from.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,6 +21,7 @@ from msfp_jax.base import seal
 from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
 from msfp_jax.convert import tensors as tensors_lib
+from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import denoiser
 from msfp_jax.models import registry
 
@@ -82,8 +84,17 @@ def _digest(metadata, arrays):
 
 
 def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
-                    params: Any, **about: str) -> None:
+                    params: Any, origin: origin_lib.Origin | None = None,
+                    **about: str) -> None:
   """Writes a model; `about` (command, seed, ...) goes into the header.
+
+  Args:
+    path: of the file.
+    model: what computes with the parameters.
+    params: its parameters.
+    origin: the schedule that it was trained on, and the sampler that belongs
+      to it; None where nobody knows.
+    **about: texts.
 
   Raises:
     ValueError: the model is not of `models.registry`.
@@ -96,6 +107,8 @@ def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
   if row.keys() == {'unet'}:
     row = row['unet']  # without the name, as in the first files
   metadata = {'format': FORMAT, 'model': json.dumps(row)}
+  if origin is not None:
+    metadata['origin'] = origin.to_json()
   write_safetensors(path, flatten(params), metadata | about)
 
 
@@ -113,15 +126,7 @@ def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
     ValueError: not such a file, or tensors that are missing, unexpected,
       misshapen or not finite: all are listed.
   """
-  file = SHIPPED.get(str(path), pathlib.Path(path).expanduser())
-  if not file.is_file():
-    raise FileNotFoundError(
-        f'no checkpoint at {file}; give a .safetensors file or one of '
-        f'{sorted(SHIPPED)}')
-  tensors, metadata = source_lib.read_safetensors(file)
-  if metadata.get('format') != FORMAT:
-    raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
-                     f'{FORMAT!r}: it was not written by save_pretrained')
+  file, tensors, metadata = _opened(path)
   # The models of this package are older than the digest, and so may others be:
   # without it there is nothing to say.
   if seal.KEY in metadata:
@@ -135,6 +140,37 @@ def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
                      f'({error})') from error
   return model, restore_lib.restore(
       tensors, abstract_params(model), str(file), restore_lib.FLAX)
+
+
+def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:
+  """What a file of `save_pretrained` says of its schedule and its sampler.
+
+  Raises:
+    As `load_pretrained`.
+  """
+  file, _, metadata = _opened(path)
+  if 'origin' not in metadata:
+    return origin_lib.Origin()
+  try:
+    found = origin_lib.Origin.from_json(metadata['origin'])
+    return dataclasses.replace(found, source=str(file))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{file}: its header describes no origin of this version '
+                     f'({error})') from error
+
+
+def _opened(path):
+  """Finds a file of ours: (its path, its tensors, its metadata)."""
+  file = SHIPPED.get(str(path), pathlib.Path(path).expanduser())
+  if not file.is_file():
+    raise FileNotFoundError(
+        f'no checkpoint at {file}; give a .safetensors file or one of '
+        f'{sorted(SHIPPED)}')
+  tensors, metadata = source_lib.read_safetensors(file)
+  if metadata.get('format') != FORMAT:
+    raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
+                     f'{FORMAT!r}: it was not written by save_pretrained')
+  return file, tensors, metadata
 
 
 def abstract_params(model: denoiser.Denoiser) -> Any:

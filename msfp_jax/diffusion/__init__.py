@@ -1,6 +1,7 @@
 """Noise schedules and samplers: pure functions, no model of their own."""
 
 import inspect
+from typing import Any
 
 from msfp_jax.base import arguments
 from msfp_jax.diffusion.ddim import ddim_plan
@@ -18,19 +19,27 @@ from msfp_jax.diffusion.schedules import NoiseSchedule
 __all__ = [
     'NoiseSchedule', 'SamplerPlan', 'add_noise', 'check_plan', 'ddim_plan',
     'ddim_timesteps', 'ddpm_plan', 'dpm_solver_plan', 'make_plan',
-    'make_schedule', 'plms_plan', 'sample', 'trajectory',
+    'make_schedule', 'plms_plan', 'sample', 'sampler_defaults', 'trajectory',
 ]
 
 _PLANS = {'ddim': ddim_plan, 'ddpm': ddpm_plan, 'dpm_solver': dpm_solver_plan,
           'plms': plms_plan}
 # Values of options that change nothing where a sampler does not have them.
-_NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim'}
+_NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim',
+            'offset': 0, 'clip': 0.0, 'variance': 'small'}
 
 
 def check_plan(plan: SamplerPlan) -> None:
   """Raises TypeError unless it is what `make_plan` returns."""
   arguments.check_type('plan', plan, SamplerPlan,
                        "msfp.make_plan(schedule, 'ddim', num_steps=20)")
+
+
+def sampler_defaults(name: str) -> dict[str, Any]:
+  """{option: what it is where it is not given} of a sampler of `make_plan`."""
+  return {option: parameter.default for option, parameter
+          in inspect.signature(_PLANS[name]).parameters.items()
+          if parameter.default is not inspect.Parameter.empty}
 
 
 def make_plan(schedule: NoiseSchedule, name: str, **options) -> SamplerPlan:

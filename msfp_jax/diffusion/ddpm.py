@@ -4,6 +4,7 @@ import numpy as np
 
 from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddim import previous_alphas_cumprod
+from msfp_jax.diffusion.sampling import make_clip
 from msfp_jax.diffusion.sampling import SamplerPlan
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
@@ -20,8 +21,8 @@ def denoising_factors(alphas: np.ndarray,
 
 
 def ddpm_plan(schedule: NoiseSchedule, num_steps: int | None = None,
-              spacing: str = 'uniform', variance: str = 'small'
-              ) -> SamplerPlan:
+              spacing: str = 'uniform', variance: str = 'small',
+              offset: int = 0, clip: float = 0.0) -> SamplerPlan:
   """DDPM's algorithm 2.
 
       x' = (x - (1 - alpha) / sqrt(1 - abar) eps) / sqrt(alpha) + sigma z
@@ -31,14 +32,16 @@ def ddpm_plan(schedule: NoiseSchedule, num_steps: int | None = None,
     num_steps: None for all T; else a subset, with alpha := abar / abar'.
     spacing: as of `ddim_timesteps`.
     variance: 'small' is the posterior's, 'large' is beta; none is added at
-      the last step.
+      t = 0, nor of 'small' by any last step.
+    offset: added to the timesteps, as of `ddim_timesteps`.
+    clip: x_0 as predicted is kept within this distance of 0; 0 for not.
   """
   if variance not in ('small', 'large'):
     raise ValueError(f"variance {variance!r}: must be 'small' or 'large'")
   num_train_steps = schedule.num_train_steps
   timesteps = ddim_timesteps(
       num_train_steps, num_train_steps if num_steps is None else num_steps,
-      spacing)
+      spacing, offset=offset)
   if len(np.unique(timesteps)) < len(timesteps):
     raise ValueError(f'spacing {spacing!r} with {num_steps} steps visits a '
                      'timestep twice, which DDPM cannot; use fewer steps')
@@ -50,6 +53,9 @@ def ddpm_plan(schedule: NoiseSchedule, num_steps: int | None = None,
   sigma = np.sqrt(1 - alphas)
   if variance == 'small':
     sigma = sigma * np.sqrt((1 - bar_prev) / (1 - bar))
-  sigma[0] = 0.0  # timesteps ascend here: the last step adds none
+  sigma[timesteps == 0] = 0.0
+  # What x_0 has in the posterior's mean, DDPM eq. 7.
+  gain = np.sqrt(bar_prev) * (1 - alphas) / (1 - bar)
   return SamplerPlan(timesteps[::-1], 1 / np.sqrt(alphas)[::-1],
-                     denoising_factors(alphas, bar)[::-1], sigma[::-1])
+                     denoising_factors(alphas, bar)[::-1], sigma[::-1],
+                     clip=make_clip(clip, bar[::-1], gain[::-1]))

@@ -13,8 +13,8 @@ _ORDERS = {2: np.array([3, -1]) / 2, 3: np.array([23, -16, 5]) / 12,
 
 
 def plms_plan(schedule: NoiseSchedule, num_steps: int,
-              spacing: str = 'uniform', convention: str = 'compvis'
-              ) -> SamplerPlan:
+              spacing: str = 'uniform', convention: str = 'compvis',
+              offset: int | None = None) -> SamplerPlan:
   """DDIM's step on a linear multistep estimate of the noise.
 
   The first step is taken twice: once by DDIM, and again with the mean of the
@@ -26,10 +26,23 @@ def plms_plan(schedule: NoiseSchedule, num_steps: int,
     num_steps: S >= 2.
     spacing: as of `ddim_timesteps`.
     convention: likewise.
+    offset: likewise.
+
+  Raises:
+    ValueError: fewer steps; or steps of 'trailing' or 'linspace' that are not
+      all T // S long, to which the method's weights do not apply.
   """
   if num_steps < 2:
     raise ValueError(f'num_steps={num_steps}: PLMS takes at least 2')
-  one = ddim_plan(schedule, num_steps, spacing, convention=convention)
+  one = ddim_plan(schedule, num_steps, spacing, convention=convention,
+                  offset=offset)
+  stride = schedule.num_train_steps // num_steps
+  if spacing in ('trailing', 'linspace') and (
+      np.diff(one.timesteps) != -stride).any():
+    raise ValueError(
+        f'spacing {spacing!r} with {num_steps} of {schedule.num_train_steps} '
+        f'steps are not all {stride} apart, as PLMS wants them: use another '
+        "number of steps, 'leading', or the sampler 'ddim'")
   first, factor = one.eps_factor[0], one.eps_factor
   # Evaluation 0 takes DDIM's step, to the far end. Evaluation 1, there, takes
   # half of it back and adds half of its own: from the start, the mean of both.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _ARRAYS = ('timesteps', 'x_coef', 'eps_factor', 'noise_std')
+_CLIP_ARRAYS = ('x_part', 'eps_part', 'gain')
 # (x [B, H, W, C], t [B] float32, position in the plan) -> noise like x.
 NoiseFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -39,6 +40,45 @@ class Multistep:
 
 
 @dataclasses.dataclass(frozen=True)
+class Clip:
+  """How a step keeps the x_0 that it predicts near the data's range.
+
+  With x0 = x_part * x + eps_part * eps, a step gains
+  gain * (clip(x0, -limit, limit) - x0): the noise as predicted stays.
+
+  Attributes:
+    x_part: float64 `[S]`.
+    eps_part: float64 `[S]`.
+    gain: float64 `[S]`: what of x_0 is in x_next.
+    limit: > 0.
+  """
+
+  x_part: np.ndarray
+  eps_part: np.ndarray
+  gain: np.ndarray
+  limit: float
+
+
+def make_clip(limit: float, alphas_cumprod: np.ndarray, gain: np.ndarray
+              ) -> Clip | None:
+  """The clipping of x_0 = (x - sqrt(1 - abar) eps) / sqrt(abar).
+
+  Args:
+    limit: of its magnitude; 0 for no clipping.
+    alphas_cumprod: abar of every step, float64 `[S]`.
+    gain: as of `Clip`.
+
+  Raises:
+    ValueError: a limit below 0, or none that is a number.
+  """
+  if not 0 <= limit < np.inf:
+    raise ValueError(f'clip={limit}: must be a number >= 0, 0 for no clipping')
+  signal = np.sqrt(alphas_cumprod)
+  return Clip(1 / signal, -np.sqrt(1 - alphas_cumprod) / signal, gain,
+              float(limit)) if limit else None
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplerPlan:
   """x_next = x_coef * x - eps_factor * eps(x, t) + noise_std * z.
 
@@ -52,6 +92,8 @@ class SamplerPlan:
     noise_std: float64 `[S]`.
     multistep: None for the step above; else it replaces the term of eps, and
       `eps_factor` is what of it falls on the present prediction.
+    clip: None, or what is done to the x_0 that a step predicts; `eps_factor`
+      is then that of the values that need no clipping.
   """
 
   timesteps: np.ndarray
@@ -59,6 +101,7 @@ class SamplerPlan:
   eps_factor: np.ndarray
   noise_std: np.ndarray
   multistep: Multistep | None = None
+  clip: Clip | None = None
 
   def __post_init__(self):
     t = np.asarray(self.timesteps)
@@ -73,6 +116,11 @@ class SamplerPlan:
     if self.multistep is not None:
       shapes |= {field.name: np.shape(getattr(self.multistep, field.name))[:1]
                  for field in dataclasses.fields(Multistep)}
+    if self.clip is not None:
+      if self.multistep is not None:
+        raise ValueError('a plan of several steps does not clip')
+      shapes |= {f'clip.{name}': np.shape(getattr(self.clip, name))
+                 for name in _CLIP_ARRAYS}
     if odd := {n: shape for n, shape in shapes.items() if shape != t.shape}:
       raise ValueError(f'a plan of unequal lengths: {len(t)} timesteps, and '
                        + ', '.join(f'{n} {list(s)}' for n, s in odd.items()))
@@ -105,6 +153,10 @@ class SamplerPlan:
       fields['multistep'] = {
           field.name: np.asarray(getattr(self.multistep, field.name)).tolist()
           for field in dataclasses.fields(Multistep)}
+    if self.clip is not None:
+      fields['clip'] = {'limit': self.clip.limit} | {
+          name: np.asarray(getattr(self.clip, name)).tolist()
+          for name in _CLIP_ARRAYS}
     return fields
 
   @classmethod
@@ -120,17 +172,29 @@ class SamplerPlan:
       multistep = Multistep(*(
           np.asarray(multistep[field.name], np.float64)
           for field in dataclasses.fields(Multistep)))
+    clip = fields.get('clip')
+    if clip is not None:
+      clip = Clip(*(np.asarray(clip[name], np.float64)
+                    for name in _CLIP_ARRAYS), float(clip['limit']))
     return cls(np.asarray(timesteps),
                *(np.asarray(values, np.float64) for values in others),
-               multistep)
+               multistep, clip)
 
   def steps(self) -> dict[str, jax.Array]:
     """The coefficients as float32 arrays that `lax.scan` walks over."""
-    found = {
+    x_coef, eps_factor, more = self.x_coef, self.eps_factor, {}
+    if (clip := self.clip) is not None:
+      # What of x and eps is beside x_0, which is taken off here, in float64,
+      # and put back clipped.
+      x_coef = x_coef - clip.gain * clip.x_part
+      eps_factor = eps_factor + clip.gain * clip.eps_part
+      more = {f'clip_{name}': jnp.asarray(getattr(clip, name), jnp.float32)
+              for name in _CLIP_ARRAYS}
+    found = more | {
         'index': jnp.arange(self.num_steps),
         't': jnp.asarray(self.timesteps, jnp.float32),
-        'x_coef': jnp.asarray(self.x_coef, jnp.float32),
-        'eps_factor': jnp.asarray(self.eps_factor, jnp.float32),
+        'x_coef': jnp.asarray(x_coef, jnp.float32),
+        'eps_factor': jnp.asarray(eps_factor, jnp.float32),
         'noise_std': jnp.asarray(self.noise_std, jnp.float32),
     }
     if self.multistep is not None:
@@ -167,6 +231,9 @@ def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
   x, past = position.x, position.past
   if plan.multistep is None:
     new = step['x_coef'] * x - step['eps_factor'] * eps
+    if plan.clip is not None:
+      x0 = step['clip_x_part'] * x + step['clip_eps_part'] * eps
+      new += step['clip_gain'] * jnp.clip(x0, -plan.clip.limit, plan.clip.limit)
   else:
     # The history has a place for each of the K - 1 steps before, the latest
     # first; in the beginning these are zeros, whose weights are 0 as well.

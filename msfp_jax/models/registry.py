@@ -7,24 +7,34 @@ entry here.
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from msfp_jax.models import denoiser
 from msfp_jax.models import guided
+from msfp_jax.models import prediction
 from msfp_jax.models import unet
 
 REGISTRY: dict[str, type[denoiser.Denoiser]] = {'unet': unet.UNet}
 
 
+# What wraps a model of any family, the innermost first: its own fields stand
+# beside that model's name.
+_WRAPPERS: dict[type[nn.Module], tuple[str, ...]] = {
+    prediction.AsNoise: ('predicts', 'alphas_cumprod'),
+    guided.Guided: ('scale', 'null_label')}
+
+
 def to_dict(model: Any) -> dict[str, Any]:
   """{name: fields}, JSON-able; empty for a model that is not of the registry.
 
-  Guidance wraps a model of any family: its own fields stand beside that
-  model's name.
+  The fields of a wrapper, such as guidance, stand beside the name of the model
+  inside.
   """
   # No subclass: what comes back would not be one.
-  if type(model) is guided.Guided:
+  if type(model) in _WRAPPERS:
     inner = to_dict(model.inner)
     return inner and inner | {
-        'scale': model.scale, 'null_label': model.null_label}
+        field: getattr(model, field) for field in _WRAPPERS[type(model)]}
   return {name: model.to_dict() for name, family in REGISTRY.items()
           if type(model) is family}
 
@@ -42,4 +52,9 @@ def from_dict(row: Mapping[str, Any]) -> denoiser.Denoiser:
                      f'{sorted(REGISTRY)}')
   model = REGISTRY[names[0]].from_dict(row[names[0]])
   rest = {key: value for key, value in row.items() if key not in names}
-  return guided.Guided(model, **rest) if rest else model
+  for wrapper, fields in _WRAPPERS.items():
+    if own := {key: rest.pop(key) for key in fields if key in rest}:
+      model = wrapper(model, **own)
+  if rest:
+    raise TypeError(f'no model has the fields {sorted(rest)}')
+  return model

@@ -1,6 +1,6 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -136,16 +136,27 @@ def fill(experiment: experiment_lib.Experiment, drawer: generate.Drawer,
 
 
 def results_head(config: ml_collections.ConfigDict,
-                 plan: diffusion.SamplerPlan) -> dict[str, Any]:
-  """The fields of results.json that hold for all rows."""
+                 plan: diffusion.SamplerPlan,
+                 sampler: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of results.json that hold for all rows.
+
+  Args:
+    config: of the run.
+    plan: its sampler.
+    sampler: {field: value} that the plan was made of.
+  """
+  # Options that do nothing are left out.
+  more = {field: sampler[field] for field in ('offset', 'clip')
+          if sampler.get(field)}
   return {
       'dataset': config.data.path or config.data.name,
       'num_samples': config.eval.num_samples,
-      'sampler': config.sampler.name,
+      'sampler': sampler['name'],
       'steps': plan.num_steps,
       'eta': config.sampler.eta,
-      'spacing': config.sampler.spacing,
-      'convention': config.sampler.convention,
+      'spacing': sampler['spacing'],
+      'convention': sampler.get('convention', 'ddim'),
+      **more,
       'guidance': config.guidance.scale,
       'seed': config.seed,
       'features': config.eval.features,
@@ -209,7 +220,7 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
   # images.
   names = [methods_lib.FULL_PRECISION] + [
       name for name in cfg.rows if name != methods_lib.FULL_PRECISION]
-  results = results_head(config, experiment.plan)
+  results = results_head(config, experiment.plan, experiment.sampler)
   results |= {**scorer.provenance, 'rows': []}
   shown = {}
   if experiment.images is not None:

@@ -1,6 +1,6 @@
 """Experiment: model, data, sampler and settings, loaded from a config."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -14,6 +14,7 @@ from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.base import arguments
 from msfp_jax.diffusion import conditions
+from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import denoiser
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import recipes
@@ -103,6 +104,7 @@ class Experiment:
       the model works on pixels.
     ahead: what recipes need to see that will be asked for later, so that all
       share one run of the sampler.
+    sampler: {field: value} that the plan was made of, `name` among them.
   """
 
   model: denoiser.Denoiser
@@ -118,6 +120,7 @@ class Experiment:
   draw_condition: conditions.Draw = conditions.none
   decode: Callable[[jax.Array], jax.Array] | None = None
   ahead: frozenset[str] = frozenset()
+  sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def sample_shape(self) -> tuple[int, int, int]:
@@ -225,12 +228,19 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   """Loads the teacher and the data, and unpacks the config.
 
   A config without `pretrained` finds the teacher that `pretrain.run` left in
-  `workdir`/pretrain.
+  `workdir`/pretrain. What the config does not say of the schedule and of the
+  sampler is as the checkpoint has it (`diffusion.origin`).
 
   Raises:
     errors.WorkdirError: it is not there.
-    ValueError: the data does not fit the model.
+    ValueError: the data does not fit the model, or the checkpoint's sampler is
+      none of ours and the config names none.
   """
+  # First, for it takes no time: a sampler that there is not ends the run here.
+  chosen = origin_lib.choose(
+      teacher.load_origin(config.pretrained, workdir,
+                          described_by=config.pretrained_config),
+      config.schedule, config.sampler)
   model, params = teacher.load(
       config.pretrained, workdir, described_by=config.pretrained_config,
       ema=config.ema, fields=config.model, seed=config.seed)
@@ -251,9 +261,9 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
     teacher.check_images(images, image_shape)
   model, draw_condition = teacher.conditional(
       model, config.guidance.scale, config.guidance.null_class)
-  schedule = diffusion.make_schedule(**config.schedule)
   return Experiment(
-      model, params, schedule, diffusion.make_plan(schedule, **config.sampler),
-      image_shape, images, config.seed,
+      model, params, chosen.schedule, chosen.plan, image_shape, images,
+      config.seed,
       CalibrationSettings(**config.calibrate), QuantSettings(**config.quant),
-      finetune_lib.FinetuneSettings(**config.finetune), draw_condition, decode)
+      finetune_lib.FinetuneSettings(**config.finetune), draw_condition, decode,
+      sampler=chosen.sampler_fields)

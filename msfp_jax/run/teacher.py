@@ -13,6 +13,7 @@ from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax.base import errors
 from msfp_jax.diffusion import conditions
+from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import autoencoder
 from msfp_jax.models import denoiser
 from msfp_jax.models import guided
@@ -44,13 +45,26 @@ def load(path: str, workdir: str, *, described_by: str, ema: bool,
   if path == RANDOM:
     model = new_model(fields)
     return model, random_params(convert.abstract_params(model), seed)
-  if not path:
-    path = f'{workdir}/pretrain/model.safetensors'
-    if not pathlib.Path(path).is_file():
-      raise errors.WorkdirError(
-          f'no trained model at {path}: run train.py with this config and '
-          'workdir first, or set config.pretrained')
-  return convert.load_pretrained(path, described_by or None, ema)
+  return convert.load_pretrained(
+      path or _trained(workdir), described_by or None, ema)
+
+
+def load_origin(path: str, workdir: str, *, described_by: str
+                ) -> origin_lib.Origin:
+  """The schedule and the sampler that the teacher of `load` was made for."""
+  if path == RANDOM:
+    return origin_lib.Origin()
+  return convert.load_origin(path or _trained(workdir), described_by or None)
+
+
+def _trained(workdir: str) -> str:
+  """The file of the teacher that `train.run` left in the workdir."""
+  path = f'{workdir}/pretrain/model.safetensors'
+  if not pathlib.Path(path).is_file():
+    raise errors.WorkdirError(
+        f'no trained model at {path}: run train.py with this config and '
+        'workdir first, or set config.pretrained')
+  return path
 
 
 def new_model(fields: Mapping[str, Any]) -> denoiser.Denoiser:

@@ -7,6 +7,7 @@ import ml_collections
 
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
@@ -79,13 +80,16 @@ def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
   images = data.load(config.data.name, config.data.path)
   model = teacher.untrained(config.model, images)
   teacher.conditional(model, config.guidance.scale, config.guidance.null_class)
-  schedule = diffusion.make_schedule(**config.schedule)
-  plan = diffusion.make_plan(schedule, **config.sampler)
-  _check_gamma(schedule, plan, finetune.FinetuneSettings(**config.finetune))
+  chosen = origin_lib.choose(
+      origin_lib.Origin(), config.schedule, config.sampler)
+  _check_gamma(chosen.schedule, chosen.plan,
+               finetune.FinetuneSettings(**config.finetune))
   workdir_lib.prepare(config, workdir)
   pretrain.run(
-      model, images, schedule, plan, settings, f'{workdir}/pretrain',
-      seed=config.seed, about={'command': command, 'data': config.data.name})
+      model, images, chosen.schedule, chosen.plan, settings,
+      f'{workdir}/pretrain', seed=config.seed,
+      origin=origin_lib.Origin(schedule=chosen.schedule_fields),
+      about={'command': command, 'data': config.data.name})
 
 
 def _check_gamma(schedule: diffusion.NoiseSchedule,

@@ -21,6 +21,7 @@ from msfp_jax.base import arguments
 from msfp_jax.base import pictures
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.data import stream
+from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import unet
 from msfp_jax.tune import loop
 
@@ -237,6 +238,7 @@ def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
 def run(model: unet.UNet, images: data.Images,
         schedule: diffusion.NoiseSchedule, plan: diffusion.SamplerPlan,
         settings: PretrainSettings, workdir: str, *, seed: int,
+        origin: origin_lib.Origin | None = None,
         about: Mapping[str, str] | None = None) -> str:
   """Trains the teacher; returns the path of its safetensors file.
 
@@ -251,6 +253,7 @@ def run(model: unet.UNet, images: data.Images,
     settings: how long and how fast.
     workdir: where checkpoints, metrics, samples and the model go.
     seed: of all randomness.
+    origin: goes into the model's file, which then tells its schedule.
     about: goes into the model's header, beside seed and steps.
 
   Raises:
@@ -287,7 +290,7 @@ def run(model: unet.UNet, images: data.Images,
         images_per_step=settings.batch_size)
   path = f'{workdir}/model.safetensors'
   convert.save_pretrained(
-      path, model, jax.device_get(state.ema_params), seed=str(seed),
+      path, model, jax.device_get(state.ema_params), origin, seed=str(seed),
       steps=str(settings.num_steps), **(about or {}))
   logging.info('wrote %s', path)
   return path

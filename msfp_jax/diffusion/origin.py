@@ -1,0 +1,167 @@
+"""Origin: the schedule and the sampler that a checkpoint was made for.
+
+A model is trained on one noise schedule and published with a sampler. Both are
+the defaults of a run on it; what a user types goes before, field by field.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from msfp_jax import diffusion
+from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.schedules import make_schedule
+from msfp_jax.diffusion.schedules import NoiseSchedule
+
+# Values of the fields of config.schedule and config.sampler that say nothing.
+UNSET_SCHEDULE = {'name': '', 'num_train_steps': 0, 'beta_start': 0.0,
+                  'beta_end': 0.0}
+UNSET_SAMPLER = {'name': '', 'spacing': '', 'convention': '', 'offset': -1,
+                 'clip': -1.0, 'variance': ''}
+# Of models that are trained here, or say nothing: DDPM's (Ho et al. 2020).
+SCHEDULE = {'name': 'linear', 'num_train_steps': 1000, 'beta_start': 1e-4,
+            'beta_end': 0.02}
+SAMPLER = 'ddim'
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """What a checkpoint says of its schedule and its sampler.
+
+  Attributes:
+    source: the file that says so, for messages; '' where there is none.
+    schedule: options of `make_schedule`; or {'betas': all of them}; empty where
+      nothing tells.
+    sampler: the checkpoint's own, of `make_plan`; '' if that is none of ours.
+    options: {sampler: its options}, also of those that are not its own.
+    refused: {sampler: why it cannot be had from this checkpoint}, '' for its
+      own where that is none of ours.
+    predicts: of `models.prediction.KINDS`: the noise, v or x_0.
+  """
+
+  source: str = ''
+  schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampler: str = SAMPLER
+  options: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+      default_factory=dict)
+  refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  predicts: str = 'eps'
+
+  def to_json(self) -> str:
+    """For the headers of files; every number survives."""
+    return json.dumps(dataclasses.asdict(self))
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Origin':
+    """The inverse. Raises TypeError or ValueError for what it is not."""
+    return cls(**json.loads(text))
+
+  def noise_schedule(self) -> NoiseSchedule:
+    """The schedule that the model was trained on, as far as is known."""
+    if 'betas' in self.schedule:
+      return NoiseSchedule(np.asarray(self.schedule['betas'], np.float64))
+    return make_schedule(**(self.schedule or SCHEDULE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """A schedule and a sampler, and what they were made of.
+
+  Attributes:
+    schedule: of the forward process.
+    plan: the sampler.
+    schedule_fields: {field: value} of the schedule.
+    sampler_fields: {field: value} of the sampler, `name` among them.
+  """
+
+  schedule: NoiseSchedule
+  plan: SamplerPlan
+  schedule_fields: Mapping[str, Any]
+  sampler_fields: Mapping[str, Any]
+
+
+def choose(origin: Origin, schedule: Mapping[str, Any],
+           sampler: Mapping[str, Any]) -> Chosen:
+  """What was typed, and for the rest what the checkpoint says.
+
+  Args:
+    origin: of the checkpoint; Origin() where there is none.
+    schedule: fields of config.schedule; those of UNSET_SCHEDULE say nothing.
+    sampler: of config.sampler, likewise.
+
+  Raises:
+    ValueError: the checkpoint's sampler is none of ours and none was typed; or
+      what was typed contradicts the checkpoint, or is no schedule or sampler.
+  """
+  typed = _typed(schedule, UNSET_SCHEDULE)
+  fields = _schedule_fields(origin, typed)
+  _log('schedule', origin, origin.schedule, fields, typed)
+  made = (NoiseSchedule(np.asarray(fields['betas'], np.float64))
+          if 'betas' in fields else make_schedule(**fields))
+  if origin.predicts != 'eps' and not np.array_equal(
+      made.betas, origin.noise_schedule().betas):
+    raise ValueError(
+        f'the model predicts {origin.predicts}, which has a meaning on its own '
+        f'schedule alone, that of {origin.source}: leave config.schedule out')
+  typed = _typed(sampler, UNSET_SAMPLER)
+  name = typed.get('name') or origin.sampler
+  if why := origin.refused.get(name):
+    raise ValueError(f'{origin.source}: {why}')
+  own = dict(origin.options.get(name, {}))
+  if 'convention' in typed:
+    own.pop('offset', None)  # a convention has its own
+  options = own | {field: value for field, value in typed.items()
+                   if field != 'name'}
+  _log('sampler', origin, {'name': origin.sampler} | own,
+       {'name': name} | options, typed)
+  return Chosen(made, diffusion.make_plan(made, name, **options), fields,
+                {'name': name} | diffusion.sampler_defaults(name) | options)
+
+
+def _typed(fields, unset):
+  return {field: value for field, value in dict(fields).items()
+          if field not in unset or value != unset[field]}
+
+
+def _schedule_fields(origin, typed):
+  """The checkpoint's fields under those that were typed."""
+  own = dict(origin.schedule)
+  if 'betas' in own:
+    if typed and typed.keys() != UNSET_SCHEDULE.keys():
+      raise ValueError(
+          f'{origin.source} has the betas of its schedule one by one: to take '
+          f'another, set all of config.schedule, not {sorted(typed)} alone')
+    return typed or own
+  # An offset is the cosine's alone.
+  if typed.get('name', own.get('name')) != own.get('name'):
+    own.pop('offset', None)
+  return SCHEDULE | own | typed
+
+
+def _log(what, origin, own, fields, typed):
+  """Says what a run takes, whose it is, and what else the checkpoint has."""
+  text = lambda values: ', '.join(
+      f'{name}={_short(value)}' for name, value in values.items())
+  logging.info('%s: %s', what, text(fields))
+  if not origin.source:
+    return
+  if not own:
+    logging.warning('nothing tells the %s of %s: took %s', what, origin.source,
+                    text(fields))
+    return
+  logging.info('%s of %s: %s', what, origin.source, text(own))
+  other = [f'{name}={_short(value)} in place of {_short(own[name])}'
+           for name, value in typed.items()
+           if name in own and value != own[name]]
+  if other:
+    logging.warning('%s: as typed, %s of %s', what, ', '.join(other),
+                    origin.source)
+
+
+def _short(value):
+  return (f'[{len(value)} numbers]' if isinstance(value, list | tuple)
+          else value)

@@ -1,0 +1,72 @@
+"""Models that predict v or x_0, as models that predict the noise."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.models import denoiser
+
+NOISE, VELOCITY, DATA = KINDS = ('eps', 'v', 'x0')
+
+
+class AsNoise(nn.Module):
+  """A model of v or of x_0, turned into one of the noise eps.
+
+  With a = sqrt(alphabar_t) and s = sqrt(1 - alphabar_t), x_t = a x_0 + s eps
+  and v = a eps - s x_0 (Salimans and Ho 2022), so
+
+      eps = a v + s x_t          eps = (x_t - a x_0) / s
+
+  What is calibrated, distilled and sampled is then the noise, as of any other
+  model. Parameters and layer names are the inner model's.
+
+  Attributes:
+    inner: a model of (x, t, *conditions), t being steps of its schedule.
+    predicts: 'v' or 'x0'.
+    alphas_cumprod: alphabar_t of the schedule that it was trained on, `[T]`,
+      each in (0, 1).
+  """
+
+  inner: nn.Module
+  predicts: str
+  alphas_cumprod: tuple[float, ...]
+
+  def setup(self):
+    # The UNet's parameters and layer names stay as they are, without a prefix.
+    nn.share_scope(self, self.inner)
+
+  def __post_init__(self):
+    if self.predicts not in (VELOCITY, DATA):
+      raise ValueError(f'predicts={self.predicts!r}: must be {VELOCITY!r} or '
+                       f'{DATA!r}; models of the noise stay as they are')
+    # Read from files, where a tuple is a list; linen's attributes are hashed.
+    bar = np.asarray(self.alphas_cumprod, np.float64)
+    if bar.ndim != 1 or not len(bar) or not ((0 < bar) & (bar < 1)).all():
+      raise ValueError('alphas_cumprod must be [T] numbers in (0, 1)')
+    self.alphas_cumprod = tuple(bar.tolist())
+    super().__post_init__()
+
+  @property
+  def sample_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of what it denoises."""
+    return self.inner.sample_shape
+
+  @property
+  def conditions(self) -> tuple[denoiser.Condition, ...]:
+    """Those of the inner model."""
+    return self.inner.conditions
+
+  def __call__(self, x: jax.Array, t: jax.Array, *conditions: jax.Array,
+               **named: Any) -> jax.Array:
+    predicted = self.inner(x, t, *conditions, **named)
+    # The roots in float64: 1 - alphabar cancels near t = 0.
+    bar = np.asarray(self.alphas_cumprod)
+    at = lambda table: jnp.asarray(table, x.dtype)[
+        t.astype(jnp.int32)][:, None, None, None]
+    signal, sigma = at(np.sqrt(bar)), at(np.sqrt(1 - bar))
+    if self.predicts == VELOCITY:
+      return signal * predicted + sigma * x
+    return (x - signal * predicted) / sigma
