@@ -29,8 +29,8 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
   """Picks the wanted state dict of those in the file."""
   roots = sorted(name.removesuffix(_LANDMARK) for name in tensors
                  if name.endswith(_LANDMARK))
-  # '0.module.' is the trained model, '4.' its moving average.
-  if len(roots) > 1 and roots not in (['0.', '4.'], ['0.module.', '4.']):
+  # '0.' is the trained model, '4.' its moving average.
+  if len(roots) > 1 and roots != ['0.', '4.']:
     raise ValueError(f'it holds several models, below {roots}: save the one '
                      'that is wanted alone')
   root = roots[-1] if ema else roots[0]

@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 
 from msfp_jax.convert import naming
+from msfp_jax.convert import source
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
@@ -61,7 +62,7 @@ def select(tensors: Mapping[str, LazyTensor], ema: bool
   averaged = {
       name: tensor for name, tensor in naming.below(
           tensors, root.removesuffix(_RAW) + _EMA).items()
-      if name.startswith('diffusion_model')}
+      if _flat(name).startswith('diffusion_model')}
   if averaged and ema:
     found = _averaged(found, averaged)
   elif ema:
@@ -76,15 +77,30 @@ def _averaged(raw, averaged):
   """Gives the moving averages the names of the weights that they belong to."""
   # LitEma drops the dots, which cannot be put back; so they are dropped here
   # too.
-  dotless = {f'diffusion_model{name.replace(".", "")}': name for name in raw}
-  unknown = [name for name in averaged if name not in dotless]
-  absent = [name for flat, name in dotless.items() if flat not in averaged]
+  dotless = {_flat(f'diffusion_model.{name}'): name for name in raw}
+  flat = {}
+  unknown = []
+  for name, tensor in averaged.items():
+    if _flat(name) not in dotless or _flat(name) in flat:
+      unknown.append(name)
+    flat[_flat(name)] = tensor
+  absent = [name for key, name in dotless.items() if key not in flat]
   if unknown or absent:
     raise ValueError(
         'the moving average does not fit the weights: it has '
         f'{sorted(unknown)} beside them, and lacks {sorted(absent)}; '
         'ema=False takes the weights')
-  return {name: averaged[flat] for flat, name in dotless.items()}
+  return {name: flat[key] for key, name in dotless.items()}
+
+
+def _flat(name):
+  """A name without dots, and without what wrappers add to it."""
+  # Without its dots `model_ema.diffusion_model._orig_mod.out` is one word, so
+  # that the parts cannot be told by them.
+  name = name.replace('.', '')
+  for part in source.WRAPPERS:
+    name = name.replace(part, '')
+  return name
 
 
 def config(tensors: Mapping[str, LazyTensor],

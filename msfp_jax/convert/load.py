@@ -116,7 +116,7 @@ def _opened(path, config, ema):
   """Opens a checkpoint: names and shapes tell what it is."""
   # Only when all that is known are values read, one tensor at a time.
   try:
-    source = _open(path, config, _UNET_PARTS)
+    source = _open(path, config, _UNET_PARTS, ema is not False)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{error}; give a file, a folder, or one of '
                             f'{sorted(native.SHIPPED)}') from error
@@ -219,9 +219,9 @@ def _some(source):
           else 'it holds no tensors')
 
 
-def _open(path, config, parts):
+def _open(path, config, parts, ema=True):
   if isinstance(path, str | pathlib.Path):
-    return source_lib.open_source(path, config, parts)
+    return source_lib.open_source(path, config, parts, ema)
   raise TypeError(f'path must be a string or a Path, got {type(path).__name__}')
 
 

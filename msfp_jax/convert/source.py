@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from absl import logging
 import numpy as np
 import safetensors
 import yaml
@@ -14,8 +15,11 @@ from msfp_jax.convert import tensors as tensors_lib
 from msfp_jax.convert import torch_file
 from msfp_jax.convert.tensors import LazyTensor
 
+# Parts of names by torch.compile and by DataParallel, see `_unwrapped`.
+WRAPPERS = ('_orig_mod', 'module')
 _TORCH_SUFFIXES = ('.ckpt', '.pth', '.pt', '.bin')
 # The file names of diffusers and of its sharded form, best first.
+# That is the moving average where a folder has weights that are `non_ema` too.
 _WEIGHTS = (
     'diffusion_pytorch_model.safetensors',
     'diffusion_pytorch_model.safetensors.index.json',
@@ -24,6 +28,13 @@ _WEIGHTS = (
     'diffusion_pytorch_model.bin', 'diffusion_pytorch_model.bin.index.json',
     'diffusion_pytorch_model.fp16.bin',
     'model.safetensors')
+_NON_AVERAGED = (
+    'diffusion_pytorch_model.non_ema.safetensors',
+    'diffusion_pytorch_model.non_ema.safetensors.index.json',
+    'diffusion_pytorch_model.safetensors.index.non_ema.json',
+    'diffusion_pytorch_model.non_ema.bin')
+# Folder of the moving average, beside that of the weights.
+_AVERAGED_SUFFIX = '_ema'
 SAFETENSORS_DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
     'BF16': tensors_lib.BFLOAT16, 'I64': np.int64, 'I32': np.int32,
@@ -49,7 +60,7 @@ class Source:
 
 def open_source(path: str | pathlib.Path,
                 config: str | pathlib.Path | None = None,
-                parts: tuple[str, ...] = ()) -> Source:
+                parts: tuple[str, ...] = (), ema: bool = True) -> Source:
   """Opens a checkpoint without reading its tensors.
 
   Args:
@@ -58,6 +69,8 @@ def open_source(path: str | pathlib.Path,
     config: a config.json or a CompVis yaml that describes the model; by
       default the config.json (diffusers) or config.yaml beside it.
     parts: names of the sub-folders of a pipeline that are wanted.
+    ema: of folders that hold both, whether to open the moving average
+      (`unet_ema` beside `unet`) or the weights (files that are `non_ema`).
 
   Raises:
     FileNotFoundError: no such file or folder, or one without weights.
@@ -65,10 +78,11 @@ def open_source(path: str | pathlib.Path,
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
-    path = _weights_in(path, parts)
+    path = _weights_in(path, parts, ema)
   elif not path.is_file():
     raise FileNotFoundError(f'no checkpoint at {path}')
   tensors, metadata = _read(path)
+  tensors = _unwrapped(tensors, path)
   if config is None:
     config = _config_beside(path, tensors)
   return Source(path, tensors, metadata,
@@ -86,16 +100,44 @@ def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
                if (path.parent / name).is_file()), None)
 
 
-def _weights_in(folder: pathlib.Path, parts: tuple[str, ...]) -> pathlib.Path:
+def _weights_in(folder: pathlib.Path, parts: tuple[str, ...], ema: bool
+                ) -> pathlib.Path:
   """Looks for the file with the weights in a folder of diffusers."""
-  folders = [folder / part for part in parts] + [folder]
-  for place in folders:
-    for name in _WEIGHTS:
+  places = [folder / part for part in parts] + [folder]
+  if ema:
+    # Also of a folder that is itself a part.
+    averaged = [place.with_name(place.name + _AVERAGED_SUFFIX)
+                for place in places if place.name in parts]
+    places, names = averaged + places, _WEIGHTS
+  else:
+    names = _NON_AVERAGED + _WEIGHTS
+  for place in places:
+    for name in names:
       if (place / name).is_file():
+        if ema and place in averaged:
+          logging.info('took the moving average, %s; ema=False takes the '
+                       'weights', place)
         return place / name
   raise FileNotFoundError(
       f'no weights in {folder}: none of its folders {list(parts)} and not '
       f'itself has one of {list(_WEIGHTS)}')
+
+
+def _unwrapped(tensors: Mapping[str, LazyTensor], path: pathlib.Path
+               ) -> dict[str, LazyTensor]:
+  """Takes the parts of names off that wrappers of a model add.
+
+  torch.compile adds `_orig_mod.` and DataParallel `module.`, wherever in a
+  model the wrapped one stands.
+  """
+  found, came_from = {}, {}
+  for name, tensor in tensors.items():
+    plain = '.'.join(part for part in name.split('.') if part not in WRAPPERS)
+    if plain in found:
+      raise ValueError(f'{path}: {came_from[plain]} and {name} are one tensor '
+                       'by name; save the model that is wanted alone')
+    found[plain], came_from[plain] = tensor, name
+  return found
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
