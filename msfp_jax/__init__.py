@@ -4,6 +4,7 @@ The public names. MSFP, TALoRA and DFA are those of arXiv 2505.21591.
 """
 
 from msfp_jax.convert import load_first_stage
+from msfp_jax.convert import load_plan
 from msfp_jax.convert import load_pretrained
 from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
@@ -24,7 +25,7 @@ from msfp_jax.quant.spec import QuantSpec
 __all__ = [
     'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'RECIPES',
     'Recipe', 'calibrate', 'fake_quant', 'load', 'load_first_stage',
-    'load_pretrained', 'make_plan', 'make_schedule', 'pack', 'quantize',
-    'sample', 'save',
+    'load_plan', 'load_pretrained', 'make_plan', 'make_schedule', 'pack',
+    'quantize', 'sample', 'save',
 ]
 __version__ = '0.1.0'

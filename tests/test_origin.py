@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pathlib
+import re
 
 import checkpoints
 import families
@@ -15,6 +17,7 @@ import tiny
 import yaml
 
 from configs import common
+import msfp_jax as msfp
 from msfp_jax import convert
 from msfp_jax import diffusion
 from msfp_jax.convert import native
@@ -338,6 +341,30 @@ def test_a_yaml_goes_before_a_schedulers_file(tmp_path):
   file.write_text(yaml.safe_dump(content))
   model, _ = convert.load_pretrained(str(tmp_path / 'm.safetensors'))
   assert model.predicts == 'v'
+
+
+def test_the_plan_of_a_checkpoint_in_one_line(tmp_path):
+  checkpoints.save_diffusers(
+      tmp_path / 'f', checkpoints.state_of('unet2d'),
+      families.CONFIGS['unet2d'])
+  (tmp_path / 'f' / scheduler.FILE).write_text(json.dumps(
+      schedulers.PUBLISHED['stable-diffusion-v1-4']))
+  schedule = diffusion.make_schedule(**STABLE_DIFFUSION)
+  for typed, expected in (
+      ({}, diffusion.plms_plan(schedule, 20)),
+      ({'num_steps': 5, 'name': 'ddim', 'eta': 1.0}, diffusion.ddim_plan(
+          schedule, 5, eta=1.0, convention='compvis'))):
+    plan = msfp.load_plan(str(tmp_path / 'f'), **typed)
+    assert plan.to_dict() == expected.to_dict()
+
+
+def test_docs_have_every_key_of_a_schedulers_file():
+  """Used, harmless or refused: one row for each, and no row for others."""
+  text = (pathlib.Path(__file__).parents[1] / 'docs/checkpoints.md').read_text()
+  table = text.split('Keys of `scheduler_config.json`')[1].split('\n\n')[1]
+  found = [key for row in table.splitlines()[2:]
+           for key in re.findall(r'`(\w+)`', row.split('|')[1])]
+  assert sorted(found) == sorted(scheduler.KEYS)
 
 
 def test_the_shipped_model_says_nothing():

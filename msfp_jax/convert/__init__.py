@@ -3,9 +3,10 @@
 from msfp_jax.convert.load import abstract_autoencoder
 from msfp_jax.convert.load import load_first_stage
 from msfp_jax.convert.load import load_origin
+from msfp_jax.convert.load import load_plan
 from msfp_jax.convert.load import load_pretrained
 from msfp_jax.convert.native import abstract_params
 from msfp_jax.convert.native import save_pretrained
 
 __all__ = ['abstract_autoencoder', 'abstract_params', 'load_first_stage',
-           'load_origin', 'load_pretrained', 'save_pretrained']
+           'load_origin', 'load_plan', 'load_pretrained', 'save_pretrained']

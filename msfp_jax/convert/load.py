@@ -9,6 +9,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
+from msfp_jax import diffusion
 from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
@@ -95,6 +96,25 @@ def load_origin(path: str, config: str | None = None) -> origin_lib.Origin:
   if opened.family is None:
     return native.load_origin(opened.source.path)
   return opened.origin
+
+
+def load_plan(path: str, config: str | None = None, num_steps: int = 20,
+              **typed: Any) -> diffusion.SamplerPlan:
+  """The sampler that a checkpoint was made for, on its own schedule.
+
+  Args:
+    path: as of `load_pretrained`.
+    config: likewise.
+    num_steps: of the sampler.
+    **typed: options of `diffusion.make_plan` that go before the checkpoint's,
+      also `name`.
+
+  Raises:
+    As `load_pretrained`; ValueError for a sampler that is none of ours where
+    no name is given, and for options that it does not have.
+  """
+  return origin_lib.choose(load_origin(path, config), {}, {
+      'num_steps': num_steps} | typed).plan
 
 
 @dataclasses.dataclass(frozen=True)
