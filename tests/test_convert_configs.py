@@ -77,6 +77,45 @@ def test_the_scale_of_kl_latents_where_nothing_tells_it(tmp_path, naming):
     assert (model.config.scale, model.config.shift) == (scale, shift)
 
 
+@pytest.mark.parametrize('key, value', [
+    ('act_fn', 'gelu'), ('norm_type', 'spatial'), ('_class_name', 'Dreamt'),
+    ('mid_block_add_attention', False), ('lookup_from_codebook', True),
+    ('latents_mean', [0.1] * 4), ('latents_std', [2.0] * 4),
+    ('use_post_quant_conv', False), ('tiling', 3),
+    ('down_block_types', ['DownEncoderBlock2D', 'KDownBlock2D']),
+    ('up_block_types', ['UpDecoderBlock2D', 'AttnUpDecoderBlock2D'])])
+def test_what_a_first_stage_does_not_have_is_named_by_its_key(
+    tmp_path, key, value):
+  config = families.STAGES['kl']
+  path = checkpoints.write(
+      tmp_path / 'vae.safetensors',
+      foreign.diffusers_first_stage(families.state_of(config), config))
+  content = {'_class_name': 'AutoencoderKL', 'force_upcast': True,
+             'down_block_types': ['DownEncoderBlock2D'] * 3,
+             'norm_num_groups': 32, 'scaling_factor': 0.18215}
+  (tmp_path / 'config.json').write_text(json.dumps(content))
+  assert convert.load_first_stage(path)[0].config == config
+  (tmp_path / 'config.json').write_text(json.dumps(content | {key: value}))
+  with pytest.raises(ValueError, match='this autoencoder has no: .*' + (
+      'other levels' if key == 'up_block_types' else key)) as error:
+    convert.load_first_stage(path)
+  assert len(str(error.value)) < 500
+
+
+def test_a_scale_that_diffusers_gives_every_vq_model_is_said(tmp_path, caplog):
+  config = families.STAGES['vq']
+  path = checkpoints.write(
+      tmp_path / 'vq.safetensors',
+      foreign.diffusers_first_stage(families.state_of(config), config))
+  for scale, said in ((1.0, False), (0.18215, True)):
+    (tmp_path / 'config.json').write_text(json.dumps({
+        '_class_name': 'VQModel', 'scaling_factor': scale,
+        'num_vq_embeddings': 16}))
+    caplog.clear()
+    assert convert.load_first_stage(path)[0].config.scale == scale
+    assert ('writes into every VQModel' in caplog.text) == said
+
+
 def test_an_original_yaml_of_ddim(tmp_path):
   """A yaml of ermongroup/ddim tells what shapes do not: side and attention."""
   config = families.CONFIGS['ddim']

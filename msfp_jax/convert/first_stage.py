@@ -42,24 +42,67 @@ def config(tensors: Mapping[str, LazyTensor],
     scale: of the checkpoint that the autoencoder came in.
   """
   given = given or {}
-  for field in ('latents_mean', 'latents_std'):
-    if given.get(field) is not None:
-      raise ValueError(f'the configuration has {field}: only one scale and '
-                       'shift for all channels are supported')
   # What is stated wins over what shapes tell.
   named = is_diffusers(tensors)
+  if named:
+    _check_supported(given)
   found = _from_json(given) if named else _from_yaml(given)
   if _STRUCTURE - found.keys():
     found = _shapes(tensors, named) | found
   if scale is None:
     scale = given.get('scaling_factor', _compvis_scale(given))
   shift = given.get('shift_factor')
+  if found['kind'] == autoencoder.VQ and given.get(
+      'scaling_factor') == _STABLE_DIFFUSION_SCALE:
+    logging.warning(
+        'its config.json has scaling_factor=%s, which diffusers writes into '
+        'every VQModel whatever it was trained with: if decoded images are '
+        'wrong, take it out of the file', _STABLE_DIFFUSION_SCALE)
   if scale is None and found['kind'] == autoencoder.KL:
     scale, shift = _published_scale(found['z_channels'], found['quant_conv'])
   return AutoencoderConfig(
       norm_groups=given.get('norm_num_groups', 32),
       scale=1.0 if scale is None else float(scale),
       shift=float(shift or 0.0), **found)
+
+
+# Keys of config.json, with the values that our autoencoder computes; of what
+# stands in a list, each.
+_SUPPORTED = {
+    '_class_name': ('AutoencoderKL', 'VQModel'),
+    'act_fn': ('silu', 'swish'), 'norm_type': ('group',),
+    'mid_block_add_attention': (True,), 'lookup_from_codebook': (False,),
+    'latents_mean': (None,), 'latents_std': (None,),
+    'down_block_types': ('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
+    'up_block_types': ('UpDecoderBlock2D', 'AttnUpDecoderBlock2D')}
+# Keys that are read, and those that change nothing of what is computed.
+_READ = frozenset({
+    'in_channels', 'out_channels', 'block_out_channels', 'layers_per_block',
+    'latent_channels', 'norm_num_groups', 'scaling_factor', 'shift_factor',
+    'use_quant_conv', 'use_post_quant_conv', 'num_vq_embeddings',
+    'vq_embed_dim'})
+_HARMLESS = frozenset({
+    '_diffusers_version', '_name_or_path', 'sample_size', 'force_upcast'})
+KEYS = _SUPPORTED.keys() | _READ | _HARMLESS
+
+
+def _check_supported(given):
+  """Raises ValueError, by key, for what our autoencoder does not have."""
+  listed = lambda value: value if isinstance(value, list) else [value]
+  odd = [f'{key}={given[key]!r} (only {list(allowed)})'
+         for key, allowed in _SUPPORTED.items() if key in given
+         and any(value not in allowed for value in listed(given[key]))]
+  odd += [f'{key}={given[key]!r} (unknown)' for key in given.keys() - KEYS]
+  if given.get('use_quant_conv', True) != given.get(
+      'use_post_quant_conv', given.get('use_quant_conv', True)):
+    odd.append('use_quant_conv and use_post_quant_conv that differ')
+  # Ours has attention at the same levels on both ways.
+  down, up = (['Attn' in str(name) for name in listed(given.get(key, []))]
+              for key in ('down_block_types', 'up_block_types'))
+  if down and up and down != up[::-1]:
+    odd.append('attention at other levels up than down')
+  if odd:
+    raise ValueError('this autoencoder has no: ' + '; '.join(sorted(odd)))
 
 
 # What shapes tell as well.
