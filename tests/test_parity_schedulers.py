@@ -30,20 +30,23 @@ CONFIG = UNetConfig(image_size=8, ch=8, ch_mult=(1, 2), num_res_blocks=1,
 STEPS = 20
 
 
-def weights():
+def weights(predicts_data=False):
   """Random weights of a model whose samples do not double every error.
 
   Where x_0 is clipped, a step is nearly the model itself, and 20 times a random
-  model is chaos: rounding becomes 1e-3. One that predicts less does not.
+  model is chaos: rounding becomes 1e-3. One that predicts less does not. One of
+  x_0 is asked for more, for else there would be nothing but rounding to see.
   """
+  size = 0.4 if predicts_data else 0.05
   state = families.state_of(CONFIG, 31)
-  return state | {name: 0.05 * state[name]
+  return state | {name: size * state[name]
                   for name in ('conv_out.weight', 'conv_out.bias')}
 
 
 def write(folder, fields):
   """Writes a pipeline: a UNet with random weights, and its scheduler."""
-  checkpoints.save_pipeline(folder, weights(), CONFIG)
+  state = weights(fields.get('predict_epsilon') is False)
+  checkpoints.save_pipeline(folder, state, CONFIG)
   (folder / 'scheduler').mkdir()
   (folder / 'scheduler' / scheduler.FILE).write_text(json.dumps(fields))
 
@@ -61,12 +64,13 @@ def theirs(folder, steps, noise, monkeypatch, kind=None):
   import torch
   path = folder / 'scheduler'
   fields = json.loads((path / scheduler.FILE).read_text())
-  if fields.pop('predict_epsilon', True) is False:
+  predicts_data = fields.pop('predict_epsilon', True) is False
+  if predicts_data:
     fields['prediction_type'] = 'sample'  # which is what it meant
   kind = getattr(diffusers, kind or fields['_class_name'])
   stepper = kind.from_config(fields)
   stepper.set_timesteps(steps)
-  unet = diffusers_oracle.unet(CONFIG, weights())
+  unet = diffusers_oracle.unet(CONFIG, weights(predicts_data))
   x = torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
   position = [0]
   monkeypatch.setattr(
