@@ -38,7 +38,8 @@ def test_a_list_of_ermongroup(tmp_path, raw, averaged):
       {raw + n: v for n, v in weights.items()}, {'lr': 1e-4}, 3, 4,
       {averaged + n: v for n, v in mean.items()}])
   assert_loads(path, 'ddim', mean)
-  assert_loads(path, 'ddim', weights, ema=False)
+  if raw != averaged:
+    assert_loads(path, 'ddim', weights, ema=False)
 
 
 @pytest.mark.parametrize('raw, averaged', [
@@ -67,7 +68,8 @@ def test_a_file_of_lightning(tmp_path, raw, averaged, caplog):
   with caplog.at_level(logging.INFO):
     assert_loads(path, name, mean)
   assert 'no moving average' not in caplog.text
-  assert_loads(path, name, weights, ema=False)
+  if not raw[0]:  # once is enough, loading takes a second
+    assert_loads(path, name, weights, ema=False)
 
 
 @pytest.mark.parametrize('folder', ['', 'unet'])
