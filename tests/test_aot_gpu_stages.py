@@ -18,7 +18,6 @@ from benchmarks.gpu import sampling
 from benchmarks.gpu import state as state_lib
 from benchmarks.gpu import tuning
 from configs import cifar10
-from msfp_jax import diffusion
 from msfp_jax.diffusion import origin
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.tune import finetune
