@@ -113,7 +113,7 @@ class PackedModel:
     """A layer at a position of the plan, traced or not: with one bank."""
     bank = (jnp.asarray(self.choices[name])[index]
             if name in self.choices else 0)
-    return jax.tree.map(jnp.asarray, self.layers[name]).at(index, bank)
+    return jax.device_put(self.layers[name]).at(index, bank)
 
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from msfp_jax.quant import functional
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
+from msfp_jax.quant.quantizers import compiled
 from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.quant.quantizers import Quantizer
 
@@ -109,6 +110,7 @@ class Block(Quantizer):
   def cuts(self):
     return self.zero_point is not None, False
 
+  @compiled
   def quantize(self, x, axis=-1):
     x = jnp.asarray(x, jnp.float32)
     axes = _SHARED[self.shared][0 if axis == -1 else 1]

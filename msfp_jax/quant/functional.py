@@ -33,7 +33,12 @@ def nearest_level(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:
   does.
   """
   x, fmt = _check(x, fmt)
-  return _nearest(*_normalize(x, *_affine(x.shape, scale, zero_point)), fmt)
+  return _nearest_level(fmt, x, *_affine(x.shape, scale, zero_point))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _nearest_level(fmt, x, scale, zero_point=None):
+  return _nearest(*_normalize(x, scale, zero_point), fmt)
 
 
 # Elements that are quantized at once by `nearest_level_in_pieces`.
@@ -60,14 +65,9 @@ def nearest_level_in_pieces(x, fmt: FPFormat | str, scale, zero_point=None
   parts = [flat(x), flat(scale)]
   if zero_point is not None:
     parts.append(flat(zero_point))
-  levels = [_nearest_piece(FPFormat.parse(fmt), *piece)
+  levels = [_nearest_level(FPFormat.parse(fmt), *piece)
             for piece in zip(*parts, strict=True)]
   return np.concatenate(levels)[:x.size].reshape(x.shape)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nearest_piece(fmt, x, scale, zero_point=None):
-  return nearest_level(x, fmt, scale, zero_point)
 
 
 def fake_quant(x, fmt: FPFormat | str, scale, zero_point=0) -> jax.Array:

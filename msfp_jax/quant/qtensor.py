@@ -22,6 +22,7 @@ for a group of neighbours: `group` of them for scale and zero point,
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -45,6 +46,9 @@ from msfp_jax.quant.numbers import FPFormat
 # are counted from the end everywhere, so that an axis of banks in front, [h, I,
 # O], changes nothing.
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
+# For methods of many operations: called by themselves, every one of these would
+# be compiled for every shape. In other programs it changes nothing.
+_compiled = functools.partial(jax.jit, inline=True)
 SHIFT_BITS = 3  # a shift is 0 to 4, of 3 bits to 5
 
 
@@ -186,6 +190,7 @@ class QTensor:
     axis = whole.ndim + self.axis
     return jax.lax.slice_in_dim(whole, 0, self.length, axis=axis)
 
+  @_compiled
   def dequantize(self) -> jax.Array:
     """The elements themselves, float32."""
     levels = self.levels()
@@ -194,6 +199,7 @@ class QTensor:
       return x
     return x + self.spread(jnp.asarray(self.zero_point, jnp.float32))
 
+  @_compiled
   def with_levels_of(self, x: jax.Array) -> 'QTensor':
     """The tensor with the levels that are nearest to x, at the same scales."""
     zero = (0 if self.zero_point is None

@@ -26,6 +26,10 @@ from msfp_jax.quant.qtensor import QTensor
 FULL_BITS = 32
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
 
+# For a `quantize` of many operations: called by itself, every one of these would
+# be compiled for every shape. In other programs it changes nothing.
+compiled = functools.partial(jax.jit, static_argnames='axis', inline=True)
+
 
 class Quantizer:
   """The base of all quantizers; subclasses define `bits` and `quantize`.
@@ -225,7 +229,7 @@ class Static(Quantizer):
       return self.quantize(kernels, axis=-2)
     levels = functional.nearest_level_in_pieces(
         kernels, self.fmt, self.scale, self.zero_point)
-    return self._tensor(jnp.asarray(levels), axis=-2)
+    return self._tensor(jnp.asarray(levels, jnp.float32), axis=-2)
 
   def fake_quant(self, x, axis=-1):
     self._check_step()

@@ -17,6 +17,7 @@ from msfp_jax.quant.block import Block
 from msfp_jax.quant.block import grouped
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
+from msfp_jax.quant.quantizers import compiled
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
 
@@ -85,6 +86,7 @@ class Suppressed(Quantizer):
       raise ValueError(f'{self.bits} bits of {wide}: must be '
                        f'{numbers.MIN_BITS} to {wide.bits - 1}')
 
+  @compiled
   def quantize(self, x, axis=-1):
     x = jnp.asarray(x, jnp.float32)
     whole = self.inner.quantize(x, axis)
