@@ -21,7 +21,7 @@ DEPTHS = (256, 192, 128, 64)
 SPLITS = (1, 2, 4, 8)
 _DEPTH, _FEW_ROWS_DEPTH, _FEW_ROWS = 128, 256, 64
 # A step's sums and all before them are both in registers where those are
-# scaled by group, and a step is one group.
+# scaled by group, and a step is one group, or several.
 MOST_ROWS_OF_GROUPS, _DEPTH_OF_GROUPS = 128, 64
 _MAX_STAGES = 6
 _BARRIERS = 1024  # bytes, more than they take
@@ -62,14 +62,34 @@ def stored_rows(rows: int, out_dtype, by_row: bool = False) -> int:
   return max(stored // 2, 8) if by_row else stored
 
 
-def most_stages(rows: int, depth: int, out_dtype) -> int:
-  """The most stages that fit into shared memory beside the epilogue's tiles."""
+def bytes_of_groups(group: int, flag_group: int) -> int:
+  """Bytes for 64 codes of K of a block's scales of groups, and its FLAGs.
+
+  Args:
+    group: neighbours that share a scale, a multiple of 16; 0 for no groups.
+    flag_group: likewise of FLAGs.
+  """
+  each = lambda size: _DEPTH_OF_GROUPS // math.gcd(
+      size, _DEPTH_OF_GROUPS) if size else 0
+  return CHANNELS * (4 * each(group) + each(flag_group))
+
+
+def most_stages(rows: int, depth: int, out_dtype, beside: int = 0) -> int:
+  """The most stages that fit into shared memory beside the epilogue's tiles.
+
+  Args:
+    rows, depth: of a block.
+    out_dtype: of y.
+    beside: bytes that there are for 64 codes of K, of `bytes_of_groups`.
+  """
   # Two slots for each of two warpgroups; then tiles of codes, half a byte each,
   # and of x.
   stored = (4 * stored_rows(rows, out_dtype) * WARPGROUP_CHANNELS
             * jnp.dtype(out_dtype).itemsize)
   free = SHARED_MEMORY - _BARRIERS - stored
-  return min(_MAX_STAGES, free // (CHANNELS * depth // 2 + rows * depth))
+  stage = CHANNELS * depth // 2 + rows * depth + (
+      beside * depth // _DEPTH_OF_GROUPS)
+  return min(_MAX_STAGES, free // stage)
 
 
 def multiprocessors() -> int:
@@ -78,7 +98,8 @@ def multiprocessors() -> int:
 
 
 def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-               splittable: bool, grouped: bool = False) -> Iterator[Blocks]:
+               splittable: bool, grouped: bool = False, beside: int = 0
+               ) -> Iterator[Blocks]:
   """The sensible blocks, one depth for each number of rows and split.
 
   Sums are split until there is a block for every multiprocessor.
@@ -91,6 +112,7 @@ def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
     out_dtype: of y.
     splittable: whether sums may be split.
     grouped: whether they are scaled by group.
+    beside: as for `most_stages`.
   """
   for tile in ROWS:
     # A tile that is twice as high as y is worse than the one before.
@@ -110,7 +132,8 @@ def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
         break
       if steps % split == 0:
         dtype = jnp.float32 if split > 1 else out_dtype
-        yield Blocks(tile, depth, most_stages(tile, depth, dtype), split)
+        stages = most_stages(tile, depth, dtype, beside)
+        yield Blocks(tile, depth, stages, split)
 
 
 def cost(blocks: Blocks, rows: int, channels: int, length: int,
@@ -136,10 +159,10 @@ def cost(blocks: Blocks, rows: int, channels: int, length: int,
 
 
 def choose(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-           splittable: bool, grouped: bool = False) -> Blocks:
+           splittable: bool, grouped: bool = False, beside: int = 0) -> Blocks:
   """The candidate of the least `cost` on the default device."""
   return min(
       candidates(rows, channels, row_length, taps, out_dtype, splittable,
-                 grouped),
+                 grouped, beside),
       key=lambda blocks: cost(blocks, rows, channels, taps * row_length,
                               multiprocessors()))

@@ -12,6 +12,7 @@ Rows and channels beyond the arrays are zeros to TMA, and are not written.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -61,6 +62,10 @@ from msfp_jax.quant.numbers import FPFormat
 # The grid goes through the channels for this many tiles of rows at a time, so
 # that neighbours share what they read, through the L2 cache.
 _BAND = 8
+# Columns of a register's tile.
+_TILE = decode_lib.LEAST_GROUP
+# What there is one of for each channel, the first axis of y^T.
+_BY_CHANNEL = plgpu.Layout.WGMMA.reduce(1)
 # Of plgpu.load: an argument until 0.10, deprecated since.
 _INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 
@@ -76,47 +81,98 @@ class Taps:
   pitch: int = 0
 
 
-def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
-  """Makes the decoder: packed bytes `shape` to levels `[rows, 2 columns]`."""
+def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str,
+                      base: int):
+  """Makes the decoder: packed bytes `shape` to levels `[rows, 2 columns]`.
+
+  Args:
+    shape: of the bytes.
+    fmt: of the codes.
+    carrier: of the levels.
+    base: as for `decode_lib.shifted`.
+
+  Returns:
+    decode(packed, flags, group): flags is empty, or has FLAGs `[rows]` of
+    neighbouring groups of equal size; of group (first, size) alone levels are
+    not 0, and of all where it is None.
+  """
   # Written in MLIR, as Pallas has neither prmt nor arithmetic of 8-bit vectors.
   # Bytes are loaded in the layout of an 8-bit operand, 4 to a register.
   rows, columns = shape
   dtype = carriers.DTYPES[carrier][0]
   words = decode_lib.tables(fmt, carrier)
   layout = plgpu.Layout.WGMMA_8BIT
+  i32 = ir.IntegerType.get_signless
 
-  @plgpu.inline_mgpu(
-      arg_types=(layout,),
-      return_type=plgpu.ShapeDtypeStruct(
-          (rows, 2 * columns), dtype, layout=layout))
-  def decode(ctx, packed):
-    del ctx
-    i32 = ir.IntegerType.get_signless(32)
+  def constant(value):
+    signed = int(np.uint32(value).astype(np.int32))
+    return arith.constant(i32(32), ir.IntegerAttr.get(i32(32), signed))
 
-    def constant(value):
-      signed = int(np.uint32(value).astype(np.int32))
-      return arith.constant(i32, ir.IntegerAttr.get(i32, signed))
+  ops = decode_lib.Ops(
+      xor=arith.xori, both=arith.andi, less=arith.subi,
+      shift_right=lambda word, n: arith.shrui(word, constant(n)),
+      shift_left=arith.shli,
+      permute=lambda low, high, selector: llvm.inline_asm(
+          i32(32), [low, high, selector], 'prmt.b32 $0, $1, $2, $3;',
+          '=r,r,r,r'),
+      constant=constant)
 
-    ops = decode_lib.Ops(
-        xor=arith.xori,
-        shift_right=lambda word, n: arith.shrui(word, constant(n)),
-        permute=lambda low, high, selector: llvm.inline_asm(
-            i32, [low, high, selector], 'prmt.b32 $0, $1, $2, $3;',
-            '=r,r,r,r'),
-        constant=constant)
-    vector = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
-    shape = packed.layout.registers_shape((rows, 2 * columns))
-    registers = np.empty(shape, dtype=object)
+  def by_register(packed, flags, group):
+    """(where, levels) of the registers of the result, in words of 4 levels."""
     for index, register in np.ndenumerate(packed.registers):
-      word = mgpu.utils.bitcast(register, i32)
-      for half, levels in enumerate(decode_lib.decode(word, words, ops)):
+      halves = decode_lib.decode(
+          mgpu.utils.bitcast(register, i32(32)), words, ops)
+      for half, levels in enumerate(halves):
         # The second axis counts tiles of 16 columns, 32 once decoded. Row and
         # lane stay: `decode_lib.prepare` has ordered the codes for that.
-        where = (index[0], 2 * index[1] + half, *index[2:])
+        column = 2 * index[1] + half
+        if group and column * _TILE // group[1] != group[0]:
+          levels = constant(0)
+        elif flags:
+          # A thread has two rows of a tile, and the FLAGs of both.
+          flag = flags[column * len(flags) // (2 * columns // _TILE)]
+          flag = mgpu.utils.bitcast(
+              flag.registers[0, 0, index[4], 0, 0], i32(32))
+          levels = decode_lib.shifted(levels, flag, ops, base)
+        yield (index[0], column, *index[2:]), levels
+
+  def decode(packed, flags=(), group=None):
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, *[_BY_CHANNEL] * len(flags)),
+        return_type=plgpu.ShapeDtypeStruct(
+            (rows, 2 * columns), dtype, layout=layout))
+    def in_registers(ctx, packed, *flags):
+      del ctx
+      vector = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
+      shape = packed.layout.registers_shape((rows, 2 * columns))
+      registers = np.empty(shape, dtype=object)
+      for where, levels in by_register(packed, flags, group):
         registers[where] = mgpu.utils.bitcast(levels, vector)
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=packed.layout,
-        _is_signed=True if carrier == 'int8' else None)
+      return mgpu.FragmentedArray(
+          _registers=registers, _layout=packed.layout,
+          _is_signed=True if carrier == 'int8' else None)
+
+    return in_registers(packed, *flags)
+
+  return decode
+
+
+def _decode_interpreted(fmt: FPFormat, carrier: str, base: int):
+  """The same for the interpreter, which has no registers."""
+
+  def decode(packed, flags=(), group=None):
+    if flags:
+      each = 2 * packed.shape[1] // len(flags) // _TILE
+      flags = jnp.repeat(jnp.stack(flags, -1), each, axis=-1)
+    else:
+      flags = None
+    levels = decode_lib.decode_array(packed, fmt, carrier, flags, base)
+    if group is None:
+      return levels
+    mine = lax.broadcasted_iota(
+        jnp.int32, levels.shape, 1) // group[1] == group[0]
+    return jnp.where(mine, levels, jnp.zeros((), levels.dtype))
 
   return decode
 
@@ -131,9 +187,24 @@ def _tiled(width: int, dtype) -> tuple:
           plgpu.SwizzleTransform(swizzle))
 
 
-def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
-            carrier: str, rows: int, taps: Taps, out_dtype, blocks: Blocks,
-            multiprocessors: int, interpret=None) -> jax.Array:
+class Grouped(NamedTuple):
+  """What there is of the weights for every group, or None.
+
+  Groups are of 16, 32 or 64 neighbours along K, as many as 64 rows have here.
+
+  Attributes:
+    scales: float32 `[K / group, N']`; blocks are then of depth 64.
+    flags: uint8 `[K / group, N']`, QuaRTZ's.
+  """
+
+  scales: jax.Array | None = None
+  flags: jax.Array | None = None
+
+
+def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
+            fmt: FPFormat, carrier: str, rows: int, taps: Taps, out_dtype,
+            blocks: Blocks, multiprocessors: int, base: int = 0, interpret=None
+            ) -> jax.Array:
   """Runs the kernel.
 
   Args:
@@ -143,12 +214,12 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
       of 128; rows `[M']`, M' the next multiple of blocks.rows; shift `[N']`, or
       `[N', period + blocks.rows]`, which has for row m of y column m modulo the
       period.
-    groups: float32 `[K / 64 * N']`, scales of the weights of each step, for
-      blocks of depth 64; or None.
+    grouped: of the weights.
     rows: M, the rows of y, a multiple of 8.
     taps: the rows of x that each sums over.
     out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
     multiprocessors: of the device.
+    base: as for `decode_lib.shifted`.
     interpret: plgpu's parameters of the interpreter, or None.
 
   Returns:
@@ -162,7 +233,6 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
   per_tap = x.shape[1] // depth
   steps = taps.height * per_tap // blocks.split
   tiles = pl.cdiv(channels, CHANNELS), pl.cdiv(rows, tile)
-  beyond = tiles[0] * CHANNELS  # N'
   stored = blocks_lib.stored_rows(
       tile, out_dtype, by_row=end is not None and any(
           part is not None for part in end.rows))
@@ -170,12 +240,15 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
   w_tile = _tiled(depth // 2, codes.dtype)
   part = x_tile[0].tiling[1]  # a swizzled tile of x; of depth 256 a half
   if interpret is None:
-    decode = _decode_registers((WARPGROUP_CHANNELS, part // 2), fmt, carrier)
+    decode = _decode_registers(
+        (WARPGROUP_CHANNELS, part // 2), fmt, carrier, base)
   else:
-    decode = functools.partial(
-        decode_lib.decode_array, fmt=fmt, carrier=carrier)
+    decode = _decode_interpreted(fmt, carrier, base)
+  # Rows of scales and of FLAGs for a step.
+  per_step = jax.tree.map(
+      lambda of: of.shape[0] * depth // (codes.shape[1] * 2), grouped)
 
-  def kernel(w_gmem, x_gmem, end_gmem, groups_gmem, y_gmem, y_smem,
+  def kernel(w_gmem, x_gmem, end_gmem, grouped_gmem, y_gmem, y_smem,
              levels_smem=None):
     warpgroup = lax.axis_index('warpgroup')
     mine = pl.ds(warpgroup * WARPGROUP_CHANNELS, WARPGROUP_CHANNELS)
@@ -202,13 +275,24 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
                   transforms=w_tile, memory_space=plgpu.SMEM),
               plgpu.BlockSpec(
                   (pl.Element(tile), depth), lambda k: x_block(first_step + k),
-                  transforms=x_tile, memory_space=plgpu.SMEM)])
+                  transforms=x_tile, memory_space=plgpu.SMEM),
+              *[plgpu.BlockSpec(
+                  (count, CHANNELS), lambda k: (first_step + k, first_channel),
+                  memory_space=plgpu.SMEM)
+                for count in jax.tree.leaves(per_step)]])
 
-    def multiply(_, w_smem, x_smem, acc):
+    def multiply(_, w_smem, x_smem, *rest, group=None):
+      *grouped_smem, acc = rest
       # In parts, so that one is decoded while another is multiplied.
       packed = w_smem[mine]
       for start in range(0, depth, part):
-        levels = decode(packed[:, start // 2:(start + part) // 2])
+        flags = ()
+        if per_step.flags:
+          each = per_step.flags * part // depth
+          flags = [load(grouped_smem[-1].at[start * each // part + i, mine],
+                        _BY_CHANNEL).astype(jnp.int32) for i in range(each)]
+        levels = decode(
+            packed[:, start // 2:(start + part) // 2], flags, group)
         if interpret is not None:
           levels_smem[warpgroup] = levels
           levels = levels_smem.at[warpgroup]
@@ -217,20 +301,23 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
       plgpu.wgmma_wait(0)
       return acc
 
-    def multiply_group(first_channel, first_step, indices, w_smem, x_smem,
-                       total):
-      # The sums of a step are those of a group: they are scaled as they leave
-      # the tensor cores, and added in float32.
-      def sums(acc):
-        multiply(indices, w_smem, x_smem, acc)
-        return acc[...]
+    def multiply_groups(indices, w_smem, x_smem, scales_smem, *rest):
+      *flags_smem, total = rest
+      # The sums of a group are scaled as they leave the tensor cores, and added
+      # in float32. These sum no fewer than 64 products: of a smaller group the
+      # levels of the others are 0.
+      for i in range(per_step.scales):
+        group = None if per_step.scales == 1 else (i, depth // per_step.scales)
 
-      values = pl.run_scoped(
-          sums, plgpu.ACC((WARPGROUP_CHANNELS, tile), acc_dtype))
-      scales = spread(
-          groups_gmem, pl.ds((first_step + indices[0]) * beyond + channels_of(
-              first_channel), WARPGROUP_CHANNELS), 0, tile)
-      return total + values.astype(jnp.float32) * scales
+        def sums(acc, group=group):
+          multiply(indices, w_smem, x_smem, *flags_smem, acc, group=group)
+          return acc[...]
+
+        values = pl.run_scoped(
+            sums, plgpu.ACC((WARPGROUP_CHANNELS, tile), acc_dtype))
+        total += values.astype(jnp.float32) * spread(
+            scales_smem, (i, mine), 0, tile)
+      return total
 
     def channels_of(channel):
       return channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
@@ -284,7 +371,8 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
     # which are needed is asked of a pipeline that does nothing.
     @functools.partial(
         pl.run_scoped, collective_axes='warpgroup',
-        allocations=pipeline(nothing, nothing).get_allocations(w_gmem, x_gmem))
+        allocations=pipeline(nothing, nothing).get_allocations(
+            w_gmem, x_gmem, *jax.tree.leaves(grouped_gmem)))
     def _(allocations):
 
       # Persistent: no more blocks than multiprocessors, each of which computes
@@ -299,7 +387,7 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
         # Sums live in the computing warpgroups alone: 64 x T values are T / 2
         # registers of each of its 128 threads.
         def compute(evaluate):
-          if groups is not None:
+          if per_step.scales:
             total = evaluate(plgpu.layout_cast(
                 jnp.zeros((WARPGROUP_CHANNELS, tile), jnp.float32),
                 plgpu.Layout.WGMMA))
@@ -314,10 +402,10 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
             store(acc[...], channel, row * tile,
                   (share,) if end_gmem is None else ())
 
-        body = multiply if groups is None else functools.partial(
-            multiply_group, channel, share * steps)
+        body = multiply_groups if per_step.scales else multiply
         pipeline(body, compute, channel, row * tile, share * steps)(
-            w_gmem, x_gmem, allocations=allocations)
+            w_gmem, x_gmem, *jax.tree.leaves(grouped_gmem),
+            allocations=allocations)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -340,4 +428,4 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
       compiler_params=plgpu.CompilerParams(
           lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
       scratch_types=scratch, **options)
-  return call(codes, x, end, groups)
+  return call(codes, x, end, grouped)

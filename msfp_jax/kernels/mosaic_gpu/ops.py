@@ -33,8 +33,8 @@ from msfp_jax.quant.qtensor import QTensor
 CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
             for name in ('int8', 'fp8')}
 _INTERPRETED_SINCE = (0, 11)  # the first jax whose interpreter runs the kernel
-# TMA reads tiles of 8 rows.
-_ROWS = 8
+# TMA reads tiles of 8 rows, and rows of multiples of 16 bytes.
+_ROWS, _TMA_BYTES = 8, 16
 
 prepare, weight_base = decode_lib.prepare, decode_lib.weight_base
 lay_out = layout_lib.lay_out
@@ -59,7 +59,8 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            rows: Rows = epilogue.NO_ROWS,
            columns: Columns = epilogue.NO_COLUMNS,
-           groups=None, group: int = 0,
+           groups=None, group: int = 0, flags=None, flag_group: int = 0,
+           wide: FPFormat | None = None,
            blocks: blocks_lib.Blocks | None = None, interpret=False):
   """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
@@ -72,7 +73,11 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     out_dtype: float32 or bfloat16.
     rows, columns: of the epilogue, `[M]` and `[N]`.
     groups: float32 `[ceil(K / group), N]`, scales of the weights; or None.
-    group: how many along K share one of them, a multiple of 64.
+    group: how many along K share one of them, a multiple of 16.
+    flags: uint8 `[ceil(K / flag_group), N]`, of QuaRTZ's weights, which are
+      shifted by them, 0 to 4; or None.
+    flag_group: how many along K share one of them, a multiple of 16.
+    wide: the integers that shifted weights are, of at most 8 bits.
     blocks: how to cut the work; else as `blocks.choose` says.
     interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
       has no register operands: decoding is the same bit expression in JAX.
@@ -86,21 +91,23 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     ValueError: with the words of `why_not`.
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         group=group, interpret=interpret)
+         group=group, flag_group=flag_group, wide=wide, interpret=interpret)
   # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
   # level 0.
   length, row_length = x.shape[0], 2 * codes.shape[1]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, row_length - x.shape[1])))
   y = _product(x, codes, Epilogue(scale, shift, rows, columns), x.shape[0],
-               kernel_lib.Taps(), fmt, out_dtype, blocks, interpret,
-               _by_step(groups, group, row_length))
+               kernel_lib.Taps(), fmt, wide, out_dtype, blocks, interpret,
+               _grouped(groups, group, flags, flag_group, row_length),
+               blocks_lib.bytes_of_groups(group, flag_group))
   return y[:length]
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          rows: Rows = epilogue.NO_ROWS,
          columns: Columns = epilogue.NO_COLUMNS,
-         groups=None, group: int = 0,
+         groups=None, group: int = 0, flags=None, flag_group: int = 0,
+         wide: FPFormat | None = None,
          blocks: blocks_lib.Blocks | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -114,7 +121,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     padding: zeros ((above, below), (left, right)).
     rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
     groups: float32 `[kh, kw, ceil(C / group), N]`, or None.
-    group: as for `matmul`.
+    flags: uint8 `[kh, kw, ceil(C / flag_group), N]`, or None.
+    group, flag_group, wide: as for `matmul`.
     out_dtype, blocks, interpret: as for `matmul`.
 
   Returns:
@@ -125,16 +133,17 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   """
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, strides=strides,
-         padding=padding, blocks=blocks, group=group, interpret=interpret)
-  window = codes.shape[1:3]
+         padding=padding, blocks=blocks, group=group, flag_group=flag_group,
+         wide=wide, interpret=interpret)
+  window, row_length = codes.shape[1:3], 2 * codes.shape[3]
   size = output_size(x.shape[1:3], window, strides, padding)
-  x = jnp.pad(x, ((0, 0),) * 3 + ((0, 2 * codes.shape[3] - x.shape[3]),))
+  x = jnp.pad(x, ((0, 0),) * 3 + ((0, row_length - x.shape[3]),))
   # From here on a convolution is a product of rows of pixels: all images below
   # each other, `image` rows of `pitch` pixels each, with the window's columns
   # as channels. A row of y sums over `height` rows of x, each `pitch` further.
   x, height = _lay_out(x, window, strides, padding, size)
-  batch, image, pitch, row_length = x.shape
-  x = x.reshape(-1, row_length)
+  batch, image, pitch, _ = x.shape
+  x = x.reshape(-1, x.shape[3])
   length = x.shape[0]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, 0)))
   # All by as many rows of y as an image of x has, those that are cut off too.
@@ -146,8 +155,10 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
       lambda part: jnp.pad(part, ((0, 0), *around)).reshape(-1), rows)
   y = _product(x, codes.reshape(codes.shape[0], -1),
                Epilogue(scale, shift, rows, columns), x.shape[0],
-               kernel_lib.Taps(height, pitch), fmt, out_dtype, blocks,
-               interpret, _by_step(groups, group, 2 * codes.shape[3]))
+               kernel_lib.Taps(height, pitch), fmt, wide, out_dtype, blocks,
+               interpret,
+               _grouped(groups, group, flags, flag_group, row_length),
+               blocks_lib.bytes_of_groups(group, flag_group))
   # Below and beside each image lie pixels whose windows left it.
   y = y[:length].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
@@ -204,28 +215,42 @@ def _lay_out(x, window, strides, padding, size):
   return x, 1
 
 
-def _by_step(groups, group, row_length):
-  """Scales `[..., n, N]` of groups, one for each step of `DEPTH` codes."""
-  if groups is None:
+def _grouped(groups, group, flags, flag_group, row_length):
+  return kernel_lib.Grouped(_by_group(groups, group, row_length),
+                            _by_group(flags, flag_group, row_length))
+
+
+def _by_group(parts, group, row_length):
+  """What groups have, `[..., n, N]`, one for each group that a step knows.
+
+  Returns:
+    `[K' / size, N']` for groups of 16, 32 or 64; N' as TMA reads it. FLAGs
+    of a contraction that needs no padding are what they are in a file.
+  """
+  if parts is None:
     return None
-  steps = row_length // decode_lib.DEPTH
-  groups = jnp.repeat(groups, group // decode_lib.DEPTH, axis=-2)
-  groups = groups[..., :steps, :]
-  return groups.reshape(-1, groups.shape[-1])
+  size = math.gcd(group, decode_lib.DEPTH)
+  parts = jnp.repeat(parts, group // size, axis=-2)
+  parts = parts[..., :row_length // size, :]
+  missing = row_length // size - parts.shape[-2]
+  parts = jnp.pad(parts, [(0, 0)] * (parts.ndim - 2) + [
+      (0, missing), (0, -parts.shape[-1] % _TMA_BYTES)])
+  return parts.reshape(-1, parts.shape[-1])
 
 
-def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret,
-             groups):
+def _product(x, codes, end, length, taps, fmt, wide, out_dtype, blocks,
+             interpret, grouped, beside):
   """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = end.scale.shape[0]
   carrier = CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
     blocks = blocks_lib.choose(
         length, channels, x.shape[1], taps.height, out_dtype,
-        end.shift.ndim == 1, groups is not None)
+        end.shift.ndim == 1, grouped.scales is not None, beside)
   call = functools.partial(
       kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=length,
-      taps=taps, blocks=blocks,
+      taps=taps, blocks=blocks, grouped=grouped,
+      base=weight_base(wide, carrier) if wide else 0,
       multiprocessors=blocks_lib.multiprocessors(),
       interpret=plgpu.InterpretGPUParams() if interpret else None)
   if blocks.split > 1:
@@ -235,11 +260,8 @@ def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret,
         part, (0, length - part.shape[0]))[:, None], end.rows)
     y = epilogue.finish(sums[:, :channels], *end[:2], by_row, end.columns)
     return y.astype(out_dtype)
-  if groups is not None:
-    groups = jnp.pad(
-        groups, ((0, 0), (0, -channels % blocks_lib.CHANNELS))).reshape(-1)
-  y = call(_whole_blocks(end, length, blocks.rows, carrier, groups is not None),
-           groups, out_dtype=out_dtype)
+  y = call(_whole_blocks(end, length, blocks.rows, carrier,
+                         grouped.scales is not None), out_dtype=out_dtype)
   return y[:, :channels]
 
 
@@ -265,6 +287,7 @@ def _whole_blocks(end, length, tile, carrier, grouped):
 
 def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
             strides=(1, 1), padding=((0, 0), (0, 0)), group: int = 0,
+            flag_group: int = 0, wide: FPFormat | None = None,
             blocks: blocks_lib.Blocks | None = None,
             interpret=False) -> str | None:
   """Why the kernels do not take an operation; None if they do.
@@ -272,27 +295,42 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
   Args:
     op: 'matmul' or 'conv'.
     x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, group, blocks, interpret: as for the
-      operation.
+    fmt, out_dtype, strides, padding, group, flag_group, wide, blocks,
+      interpret: as for the operation.
 
   Returns:
     The reason and the way out, for an error message. Where the default device
     is no GPU, what no GPU does is left to the caller.
   """
   return (_why_not_device(interpret)
-          or _why_not_types(x, codes, fmt, out_dtype)
+          or _why_not_types(x, codes, fmt, wide, out_dtype)
           or _why_not_shapes(op, x, codes, strides, padding)
-          or _why_not_sums(x, codes, fmt)
-          or _why_not_blocks(x, codes, strides, out_dtype, blocks, group))
+          or _why_not_sums(x, codes, wide or fmt)
+          or _why_not_blocks(x, codes, strides, out_dtype, blocks, group,
+                             flag_group))
 
 
 def why_not_groups(weight: QTensor) -> str | None:
   """Why weights with scales of groups are not taken; None if they are."""
   # Sums of a group leave the tensor cores before they are scaled.
-  if weight.group % decode_lib.DEPTH:
-    return (f'it sums {decode_lib.DEPTH} products and more at a time, and '
-            f'scales of these weights change every {weight.group}; use the '
-            f'XLA implementation')
+  return _why_not_size(weight.group, 'scales')
+
+
+def why_not_shifts(weight: QTensor) -> str | None:
+  """Why QuaRTZ's weights are not taken; None if they are."""
+  # Shifted by at most 4, codes of 4 bits fit a byte.
+  if weight.numbers.exponent_bits != 1 or weight.numbers.bits > 8:
+    return (f'it shifts integers to at most 8 bits, and those of these weights '
+            f'are {weight.fmt} and become {weight.numbers}; use the XLA '
+            f'implementation')
+  return _why_not_size(weight.shift_group, 'FLAGs')
+
+
+def _why_not_size(group, what):
+  if group % decode_lib.LEAST_GROUP:
+    return (f'a register has codes of {decode_lib.LEAST_GROUP} neighbours, and '
+            f'{what} of these weights change every {group}; take a multiple of '
+            f'{decode_lib.LEAST_GROUP}, or the XLA implementation')
   return None
 
 
@@ -324,11 +362,14 @@ def _why_not_device(interpret):
   return None
 
 
-def _why_not_types(x, codes, fmt, out_dtype):
+def _why_not_types(x, codes, fmt, wide, out_dtype):
   if np.dtype(x.dtype) not in CARRIERS:
     return (f'x is {x.dtype}: the GPU kernels multiply int8 and '
             f'float8_e4m3fn; carry the activations in one of these, or use '
             f'the XLA implementation')
+  if wide and x.dtype != jnp.int8:
+    return (f'x is {x.dtype}: weights in {fmt} with FLAGs are shifted to int8; '
+            f'carry the activations in int8')
   if reason := checks.format_of_weights(
       fmt, CARRIERS[np.dtype(x.dtype)], 'GPU'):
     return reason
@@ -358,7 +399,7 @@ def _why_not_sums(x, codes, fmt):
   return checks.sums(x, length, fmt)
 
 
-def _why_not_blocks(x, codes, strides, out_dtype, blocks, group):
+def _why_not_blocks(x, codes, strides, out_dtype, blocks, group, flag_group):
   if blocks is None:
     return None
   if group and (blocks.depth != decode_lib.DEPTH or blocks.split > 1
@@ -380,7 +421,9 @@ def _why_not_blocks(x, codes, strides, out_dtype, blocks, group):
             f'their number a multiple of the split')
   if blocks.split > 1:
     out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
-  most = blocks_lib.most_stages(blocks.rows, blocks.depth, out_dtype)
+  most = blocks_lib.most_stages(
+      blocks.rows, blocks.depth, out_dtype,
+      blocks_lib.bytes_of_groups(group, flag_group))
   if not 1 <= blocks.stages <= most:
     return f'{blocks}: 1 to {most} stages fit into shared memory'
   return None
