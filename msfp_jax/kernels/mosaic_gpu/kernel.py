@@ -188,20 +188,28 @@ def _tiled(width: int, dtype) -> tuple:
 
 
 class Grouped(NamedTuple):
-  """What there is of the weights for every group, or None.
+  """What there is for every group of neighbours along K, or None.
 
-  Groups are of 16, 32 or 64 neighbours along K, as many as 64 rows have here.
+  Groups are of 16, 32 or 64; those of scales are alike. With scales, blocks
+  are of depth 64.
 
   Attributes:
-    scales: float32 `[K / group, N']`; blocks are then of depth 64.
-    flags: uint8 `[K / group, N']`, QuaRTZ's.
+    scales: of weights, float32 `[K / group, N']`.
+    inputs: scales of x, float32 `[C / group, R]`.
+    flags: QuaRTZ's, of weights, uint8 `[K / group, N']`.
   """
 
   scales: jax.Array | None = None
+  inputs: jax.Array | None = None
   flags: jax.Array | None = None
 
+  @property
+  def scaled(self) -> bool:
+    """Whether the sums of a group are."""
+    return self.scales is not None or self.inputs is not None
 
-def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
+
+def product(x, codes, end: Epilogue | None, *, grouped: Grouped,
             fmt: FPFormat, carrier: str, rows: int, taps: Taps, out_dtype,
             blocks: Blocks, multiprocessors: int, base: int = 0, interpret=None
             ) -> jax.Array:
@@ -214,7 +222,7 @@ def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
       of 128; rows `[M']`, M' the next multiple of blocks.rows; shift `[N']`, or
       `[N', period + blocks.rows]`, which has for row m of y column m modulo the
       period.
-    grouped: of the weights.
+    grouped: what differs by group.
     rows: M, the rows of y, a multiple of 8.
     taps: the rows of x that each sums over.
     out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
@@ -244,9 +252,13 @@ def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
         (WARPGROUP_CHANNELS, part // 2), fmt, carrier, base)
   else:
     decode = _decode_interpreted(fmt, carrier, base)
-  # Rows of scales and of FLAGs for a step.
-  per_step = jax.tree.map(
-      lambda of: of.shape[0] * depth // (codes.shape[1] * 2), grouped)
+  # Rows of scales and of FLAGs for a step: as many as of x or of weights.
+  count = lambda part, length: (
+      None if part is None else part.shape[0] * depth // length)
+  per_step = Grouped(count(grouped.scales, 2 * codes.shape[1]),
+                     count(grouped.inputs, x.shape[1]),
+                     count(grouped.flags, 2 * codes.shape[1]))
+  in_groups = jax.tree.structure(grouped)
 
   def kernel(w_gmem, x_gmem, end_gmem, grouped_gmem, y_gmem, y_smem,
              levels_smem=None):
@@ -276,10 +288,17 @@ def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
               plgpu.BlockSpec(
                   (pl.Element(tile), depth), lambda k: x_block(first_step + k),
                   transforms=x_tile, memory_space=plgpu.SMEM),
-              *[plgpu.BlockSpec(
-                  (count, CHANNELS), lambda k: (first_step + k, first_channel),
-                  memory_space=plgpu.SMEM)
-                for count in jax.tree.leaves(per_step)]])
+              *jax.tree.leaves(beside(x_block, first_channel, first_step))])
+
+    def beside(x_block, first_channel, first_step):
+      of_weights = lambda count: count and plgpu.BlockSpec(
+          (count, CHANNELS), lambda k: (first_step + k, first_channel),
+          memory_space=plgpu.SMEM)
+      of_inputs = per_step.inputs and plgpu.BlockSpec(
+          (per_step.inputs, pl.Element(tile)),
+          lambda k: x_block(first_step + k)[::-1], memory_space=plgpu.SMEM)
+      return Grouped(of_weights(per_step.scales), of_inputs,
+                     of_weights(per_step.flags))
 
     def multiply(_, w_smem, x_smem, *rest, group=None):
       *grouped_smem, acc = rest
@@ -301,22 +320,27 @@ def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
       plgpu.wgmma_wait(0)
       return acc
 
-    def multiply_groups(indices, w_smem, x_smem, scales_smem, *rest):
-      *flags_smem, total = rest
+    def multiply_groups(indices, w_smem, x_smem, *rest):
+      *grouped_smem, total = rest
+      smem = jax.tree.unflatten(in_groups, grouped_smem)
       # The sums of a group are scaled as they leave the tensor cores, and added
       # in float32. These sum no fewer than 64 products: of a smaller group the
       # levels of the others are 0.
-      for i in range(per_step.scales):
-        group = None if per_step.scales == 1 else (i, depth // per_step.scales)
+      groups = per_step.scales or per_step.inputs
+      for i in range(groups):
 
-        def sums(acc, group=group):
-          multiply(indices, w_smem, x_smem, *flags_smem, acc, group=group)
+        def sums(acc, group=(i, depth // groups)):
+          multiply(indices, w_smem, x_smem, *grouped_smem, acc,
+                   group=group if groups > 1 else None)
           return acc[...]
 
-        values = pl.run_scoped(
-            sums, plgpu.ACC((WARPGROUP_CHANNELS, tile), acc_dtype))
-        total += values.astype(jnp.float32) * spread(
-            scales_smem, (i, mine), 0, tile)
+        values = pl.run_scoped(sums, plgpu.ACC(
+            (WARPGROUP_CHANNELS, tile), acc_dtype)).astype(jnp.float32)
+        if smem.scales is not None:
+          values *= spread(smem.scales, (i, mine), 0, tile)
+        if smem.inputs is not None:
+          values *= spread(smem.inputs, (i, slice(None)), 1, tile)
+        total += values
       return total
 
     def channels_of(channel):
@@ -387,7 +411,7 @@ def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
         # Sums live in the computing warpgroups alone: 64 x T values are T / 2
         # registers of each of its 128 threads.
         def compute(evaluate):
-          if per_step.scales:
+          if grouped.scaled:
             total = evaluate(plgpu.layout_cast(
                 jnp.zeros((WARPGROUP_CHANNELS, tile), jnp.float32),
                 plgpu.Layout.WGMMA))
@@ -402,7 +426,7 @@ def product(x, codes, end: Epilogue | None, grouped: Grouped = Grouped(), *,
             store(acc[...], channel, row * tile,
                   (share,) if end_gmem is None else ())
 
-        body = multiply_groups if per_step.scales else multiply
+        body = multiply_groups if grouped.scaled else multiply
         pipeline(body, compute, channel, row * tile, share * steps)(
             w_gmem, x_gmem, *jax.tree.leaves(grouped_gmem),
             allocations=allocations)

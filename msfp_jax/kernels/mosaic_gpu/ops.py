@@ -39,7 +39,8 @@ _ROWS, _TMA_BYTES = 8, 16
 prepare, weight_base = decode_lib.prepare, decode_lib.weight_base
 lay_out = layout_lib.lay_out
 LAYOUT = layout_lib.Hopper
-CARRIERS_OF_GROUPS = ('int8', 'fp8')
+# Inputs with scales of groups are levels, and the kernel scales their sums.
+CARRIERS_OF_GROUPS, SCALES_INPUTS = ('int8', 'fp8'), True
 
 
 def carriers_of(device_kind: str) -> tuple[str, ...]:
@@ -59,8 +60,8 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            rows: Rows = epilogue.NO_ROWS,
            columns: Columns = epilogue.NO_COLUMNS,
-           groups=None, group: int = 0, flags=None, flag_group: int = 0,
-           wide: FPFormat | None = None,
+           groups=None, group: int = 0, inputs=None, input_group: int = 0,
+           flags=None, flag_group: int = 0, wide: FPFormat | None = None,
            blocks: blocks_lib.Blocks | None = None, interpret=False):
   """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
@@ -74,6 +75,8 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     rows, columns: of the epilogue, `[M]` and `[N]`.
     groups: float32 `[ceil(K / group), N]`, scales of the weights; or None.
     group: how many along K share one of them, a multiple of 16.
+    inputs: float32 `[M, ceil(K / input_group)]`, scales of x; or None.
+    input_group: as `group`, of x.
     flags: uint8 `[ceil(K / flag_group), N]`, of QuaRTZ's weights, which are
       shifted by them, 0 to 4; or None.
     flag_group: how many along K share one of them, a multiple of 16.
@@ -91,23 +94,28 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     ValueError: with the words of `why_not`.
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         group=group, flag_group=flag_group, wide=wide, interpret=interpret)
+         group=group, input_group=input_group, flag_group=flag_group,
+         wide=wide, interpret=interpret)
   # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
   # level 0.
   length, row_length = x.shape[0], 2 * codes.shape[1]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, row_length - x.shape[1])))
+  sizes = _sizes(group, input_group, flag_group)
+  if inputs is not None:
+    inputs = _along(inputs, -1, input_group, sizes.scaled_size, row_length)
+    inputs = jnp.pad(inputs, ((0, -length % _ROWS), (0, 0))).T
   y = _product(x, codes, Epilogue(scale, shift, rows, columns), x.shape[0],
                kernel_lib.Taps(), fmt, wide, out_dtype, blocks, interpret,
-               _grouped(groups, group, flags, flag_group, row_length),
-               blocks_lib.bytes_of_groups(group, flag_group))
+               _grouped(groups, group, inputs, flags, flag_group, row_length,
+                        sizes), sizes)
   return y[:length]
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          rows: Rows = epilogue.NO_ROWS,
          columns: Columns = epilogue.NO_COLUMNS,
-         groups=None, group: int = 0, flags=None, flag_group: int = 0,
-         wide: FPFormat | None = None,
+         groups=None, group: int = 0, inputs=None, input_group: int = 0,
+         flags=None, flag_group: int = 0, wide: FPFormat | None = None,
          blocks: blocks_lib.Blocks | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -121,8 +129,9 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     padding: zeros ((above, below), (left, right)).
     rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
     groups: float32 `[kh, kw, ceil(C / group), N]`, or None.
+    inputs: float32 `[B, H, W, ceil(C / input_group)]`, or None.
     flags: uint8 `[kh, kw, ceil(C / flag_group), N]`, or None.
-    group, flag_group, wide: as for `matmul`.
+    group, input_group, flag_group, wide: as for `matmul`.
     out_dtype, blocks, interpret: as for `matmul`.
 
   Returns:
@@ -133,11 +142,19 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   """
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, strides=strides,
-         padding=padding, blocks=blocks, group=group, flag_group=flag_group,
-         wide=wide, interpret=interpret)
+         padding=padding, blocks=blocks, group=group,
+         input_group=input_group, flag_group=flag_group, wide=wide,
+         interpret=interpret)
   window, row_length = codes.shape[1:3], 2 * codes.shape[3]
   size = output_size(x.shape[1:3], window, strides, padding)
   x = jnp.pad(x, ((0, 0),) * 3 + ((0, row_length - x.shape[3]),))
+  sizes = _sizes(group, input_group, flag_group)
+  if inputs is not None:
+    # As x itself, with groups for channels.
+    inputs = _along(inputs, -1, input_group, sizes.scaled_size, row_length)
+    inputs = _lay_out(inputs, window, strides, padding, size)[0]
+    inputs = inputs.reshape(-1, inputs.shape[3])
+    inputs = jnp.pad(inputs, ((0, -len(inputs) % _ROWS), (0, 0))).T
   # From here on a convolution is a product of rows of pixels: all images below
   # each other, `image` rows of `pitch` pixels each, with the window's columns
   # as channels. A row of y sums over `height` rows of x, each `pitch` further.
@@ -157,8 +174,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
                Epilogue(scale, shift, rows, columns), x.shape[0],
                kernel_lib.Taps(height, pitch), fmt, wide, out_dtype, blocks,
                interpret,
-               _grouped(groups, group, flags, flag_group, row_length),
-               blocks_lib.bytes_of_groups(group, flag_group))
+               _grouped(groups, group, inputs, flags, flag_group, row_length,
+                        sizes), sizes)
   # Below and beside each image lie pixels whose windows left it.
   y = y[:length].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
@@ -215,38 +232,49 @@ def _lay_out(x, window, strides, padding, size):
   return x, 1
 
 
-def _grouped(groups, group, flags, flag_group, row_length):
-  return kernel_lib.Grouped(_by_group(groups, group, row_length),
-                            _by_group(flags, flag_group, row_length))
+def _sizes(group, input_group, flag_group):
+  """The groups of an operation."""
+  return blocks_lib.Groups(math.gcd(group, input_group), flag_group,
+                           group > 0, input_group > 0)
 
 
-def _by_group(parts, group, row_length):
-  """What groups have, `[..., n, N]`, one for each group that a step knows.
+def _grouped(groups, group, inputs, flags, flag_group, row_length, sizes):
+  """What differs by group, as the kernel reads it; `inputs` already is.
 
-  Returns:
-    `[K' / size, N']` for groups of 16, 32 or 64; N' as TMA reads it. FLAGs
-    of a contraction that needs no padding are what they are in a file.
+  FLAGs of a contraction that needs no padding are what they are in a file.
   """
-  if parts is None:
-    return None
-  size = math.gcd(group, decode_lib.DEPTH)
-  parts = jnp.repeat(parts, group // size, axis=-2)
-  parts = parts[..., :row_length // size, :]
-  missing = row_length // size - parts.shape[-2]
-  parts = jnp.pad(parts, [(0, 0)] * (parts.ndim - 2) + [
-      (0, missing), (0, -parts.shape[-1] % _TMA_BYTES)])
-  return parts.reshape(-1, parts.shape[-1])
+
+  def of_weights(part, group, size):
+    if part is None:
+      return None
+    part = _along(part, -2, group, size, row_length)
+    part = part.reshape(-1, part.shape[-1])
+    return jnp.pad(part, ((0, 0), (0, -part.shape[-1] % _TMA_BYTES)))
+
+  return kernel_lib.Grouped(
+      of_weights(groups, group, sizes.scaled_size), inputs,
+      of_weights(flags, flag_group, sizes.flagged_size))
+
+
+def _along(part, axis, group, size, row_length):
+  """An entry for each `group` along K -> one for each `size`, for all of K."""
+  part = jnp.repeat(part, group // size, axis=axis)
+  count, axis = row_length // size, part.ndim + axis
+  part = jax.lax.slice_in_dim(part, 0, min(count, part.shape[axis]), axis=axis)
+  widths = [(0, 0)] * part.ndim
+  widths[axis] = (0, count - part.shape[axis])
+  return jnp.pad(part, widths)
 
 
 def _product(x, codes, end, length, taps, fmt, wide, out_dtype, blocks,
-             interpret, grouped, beside):
+             interpret, grouped, sizes):
   """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = end.scale.shape[0]
   carrier = CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
     blocks = blocks_lib.choose(
         length, channels, x.shape[1], taps.height, out_dtype,
-        end.shift.ndim == 1, grouped.scales is not None, beside)
+        end.shift.ndim == 1, sizes)
   call = functools.partial(
       kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=length,
       taps=taps, blocks=blocks, grouped=grouped,
@@ -261,7 +289,7 @@ def _product(x, codes, end, length, taps, fmt, wide, out_dtype, blocks,
     y = epilogue.finish(sums[:, :channels], *end[:2], by_row, end.columns)
     return y.astype(out_dtype)
   y = call(_whole_blocks(end, length, blocks.rows, carrier,
-                         grouped.scales is not None), out_dtype=out_dtype)
+                         grouped.scaled), out_dtype=out_dtype)
   return y[:, :channels]
 
 
@@ -287,7 +315,8 @@ def _whole_blocks(end, length, tile, carrier, grouped):
 
 def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
             strides=(1, 1), padding=((0, 0), (0, 0)), group: int = 0,
-            flag_group: int = 0, wide: FPFormat | None = None,
+            input_group: int = 0, flag_group: int = 0,
+            wide: FPFormat | None = None,
             blocks: blocks_lib.Blocks | None = None,
             interpret=False) -> str | None:
   """Why the kernels do not take an operation; None if they do.
@@ -295,8 +324,8 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
   Args:
     op: 'matmul' or 'conv'.
     x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, group, flag_group, wide, blocks,
-      interpret: as for the operation.
+    fmt, out_dtype, strides, padding, group, input_group, flag_group, wide,
+      blocks, interpret: as for the operation.
 
   Returns:
     The reason and the way out, for an error message. Where the default device
@@ -306,45 +335,39 @@ def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
           or _why_not_types(x, codes, fmt, wide, out_dtype)
           or _why_not_shapes(op, x, codes, strides, padding)
           or _why_not_sums(x, codes, wide or fmt)
-          or _why_not_blocks(x, codes, strides, out_dtype, blocks, group,
-                             flag_group))
+          or _why_not_blocks(x, codes, strides, out_dtype, blocks,
+                             _sizes(group, input_group, flag_group)))
 
 
 def why_not_groups(weight: QTensor) -> str | None:
   """Why weights with scales of groups are not taken; None if they are."""
   # Sums of a group leave the tensor cores before they are scaled.
-  return _why_not_size(weight.group, 'scales')
+  return _why_not_size(weight.group, 'scales of these weights')
+
+
+def why_not_input_groups(tensor: QTensor) -> str | None:
+  """Why inputs with scales of groups are not taken; None if they are."""
+  # A zero of a group would meet that group's sum of weights.
+  carried = carriers.carry(tensor.numbers, 'int8')
+  if tensor.zero_point is not None or carried and carried.lowest_offset:
+    return (f'it scales the sums of a group of inputs, to which it does not '
+            f'add what their zeros make, and those of this layer, '
+            f'{tensor.numbers}, have such; use the XLA implementation')
+  return _why_not_size(tensor.group, 'scales of these inputs')
 
 
 def why_not_shifts(weight: QTensor) -> str | None:
   """Why QuaRTZ's weights are not taken; None if they are."""
-  # Shifted by at most 4, codes of 4 bits fit a byte.
-  if weight.numbers.exponent_bits != 1 or weight.numbers.bits > 8:
-    return (f'it shifts integers to at most 8 bits, and those of these weights '
-            f'are {weight.fmt} and become {weight.numbers}; use the XLA '
-            f'implementation')
-  return _why_not_size(weight.shift_group, 'FLAGs')
+  return checks.shifts(weight) or _why_not_size(
+      weight.shift_group, 'FLAGs of these weights')
 
 
 def _why_not_size(group, what):
-  if group % decode_lib.LEAST_GROUP:
-    return (f'a register has codes of {decode_lib.LEAST_GROUP} neighbours, and '
-            f'{what} of these weights change every {group}; take a multiple of '
+  if not group or group % decode_lib.LEAST_GROUP:
+    return (f'a register has levels of {decode_lib.LEAST_GROUP} neighbours, '
+            f'and {what} change every {group or "tap"}; take a multiple of '
             f'{decode_lib.LEAST_GROUP}, or the XLA implementation')
   return None
-
-
-def why_not_input_groups(tensor: QTensor) -> str | None:
-  """Why inputs with scales of groups are not taken: none are."""
-  return ('it scales the sums of a group by the weights alone, and inputs of '
-          f'this layer have scales of {tensor.scale.shape}; use the XLA '
-          'implementation')
-
-
-def why_not_shifts(weight: QTensor) -> str | None:
-  """Why weights with shifts are not taken: none are."""
-  return (f'it decodes weights without shifts, and those of this layer are '
-          f'{weight.fmt} shifted to {weight.wide}; use the XLA implementation')
 
 
 def _why_not_device(interpret):
@@ -368,10 +391,10 @@ def _why_not_types(x, codes, fmt, wide, out_dtype):
             f'float8_e4m3fn; carry the activations in one of these, or use '
             f'the XLA implementation')
   if wide and x.dtype != jnp.int8:
-    return (f'x is {x.dtype}: weights in {fmt} with FLAGs are shifted to int8; '
-            f'carry the activations in int8')
+    return (f'x is {x.dtype}: weights in {fmt} with FLAGs are shifted in int8; '
+            f'carry the activations in that too')
   if reason := checks.format_of_weights(
-      fmt, CARRIERS[np.dtype(x.dtype)], 'GPU'):
+      fmt, CARRIERS[np.dtype(x.dtype)], 'GPU', wide):
     return reason
   if codes.dtype != jnp.uint8:
     return f'codes are {codes.dtype}, not uint8; see mosaic_gpu.prepare'
@@ -399,14 +422,15 @@ def _why_not_sums(x, codes, fmt):
   return checks.sums(x, length, fmt)
 
 
-def _why_not_blocks(x, codes, strides, out_dtype, blocks, group, flag_group):
+def _why_not_blocks(x, codes, strides, out_dtype, blocks, groups):
   if blocks is None:
     return None
-  if group and (blocks.depth != decode_lib.DEPTH or blocks.split > 1
-                or blocks.rows > blocks_lib.MOST_ROWS_OF_GROUPS):
+  if groups.scaled and (blocks.depth != decode_lib.DEPTH or blocks.split > 1):
     return (f'{blocks}: scales of groups ask for a depth of '
-            f'{decode_lib.DEPTH}, no split, and at most '
-            f'{blocks_lib.MOST_ROWS_OF_GROUPS} rows')
+            f'{decode_lib.DEPTH}, and no split')
+  if blocks.rows > groups.most_rows or blocks.depth > groups.most_depth:
+    return (f'{blocks}: {groups} have registers for at most '
+            f'{groups.most_rows} rows and a depth of {groups.most_depth}')
   # As `_lay_out` will cut K: into rows of the window, where they are walked.
   window = codes.shape[1:-1]
   taps = window[0] if window and tuple(strides) == (1, 1) else 1
@@ -422,8 +446,7 @@ def _why_not_blocks(x, codes, strides, out_dtype, blocks, group, flag_group):
   if blocks.split > 1:
     out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
   most = blocks_lib.most_stages(
-      blocks.rows, blocks.depth, out_dtype,
-      blocks_lib.bytes_of_groups(group, flag_group))
+      blocks.rows, blocks.depth, out_dtype, groups)
   if not 1 <= blocks.stages <= most:
     return f'{blocks}: 1 to {most} stages fit into shared memory'
   return None
