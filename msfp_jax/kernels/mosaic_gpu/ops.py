@@ -249,7 +249,7 @@ def _grouped(groups, group, inputs, flags, flag_group, row_length, sizes):
       return None
     part = _along(part, -2, group, size, row_length)
     part = part.reshape(-1, part.shape[-1])
-    return jnp.pad(part, ((0, 0), (0, -part.shape[-1] % _TMA_BYTES)))
+    return _lengthened(part, 1, -part.shape[1] % _TMA_BYTES)
 
   return kernel_lib.Grouped(
       of_weights(groups, group, sizes.scaled_size), inputs,
@@ -258,11 +258,20 @@ def _grouped(groups, group, inputs, flags, flag_group, row_length, sizes):
 
 def _along(part, axis, group, size, row_length):
   """An entry for each `group` along K -> one for each `size`, for all of K."""
-  part = jnp.repeat(part, group // size, axis=axis)
+  if group != size:
+    part = jnp.repeat(part, group // size, axis=axis)
   count, axis = row_length // size, part.ndim + axis
-  part = jax.lax.slice_in_dim(part, 0, min(count, part.shape[axis]), axis=axis)
+  if part.shape[axis] > count:
+    part = jax.lax.slice_in_dim(part, 0, count, axis=axis)
+  return _lengthened(part, axis, count - part.shape[axis])
+
+
+def _lengthened(part, axis, missing):
+  """Zeros behind an axis; the array itself where none are missing."""
+  if not missing:
+    return part
   widths = [(0, 0)] * part.ndim
-  widths[axis] = (0, count - part.shape[axis])
+  widths[axis] = (0, missing)
   return jnp.pad(part, widths)
 
 
