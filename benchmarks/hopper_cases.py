@@ -35,6 +35,7 @@ class Case:
     size: height and width of the images; 0 for a matrix product.
     flag_group: neighbours that share a FLAG of QuaRTZ's weights; 0 for weights
       in E2M1.
+    more: whether it is also measured with scales by token and by group.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Case:
   n: int
   size: int = 0
   flag_group: int = 0
+  more: bool = False
 
   @property
   def x_shape(self) -> tuple[int, ...]:
@@ -81,12 +83,12 @@ class Case:
 
 
 CASES = (
-    Case('large', 8192, 8192, 8192), Case('few 16', 16, 8192, 8192),
+    Case('large', 8192, 8192, 8192), Case('few 16', 16, 8192, 8192, more=True),
     Case('few 64', 64, 8192, 8192), Case('few 128', 128, 8192, 8192),
-    Case('conv SD 64', 8, 320, 320, 64), Case('conv SD 32', 8, 640, 640, 32),
+    Case('conv SD 64', 8, 320, 320, 64), Case('conv SD 32', 8, 640, 640, 32, more=True),
     Case('conv SD 16', 8, 1280, 1280, 16), Case('conv SD 8', 8, 1280, 1280, 8),
     Case('conv SD up', 8, 960, 320, 64),
-    Case('DiT qkv', 2048, 1152, 3456), Case('DiT fc1', 2048, 1152, 4608),
+    Case('DiT qkv', 2048, 1152, 3456), Case('DiT fc1', 2048, 1152, 4608, more=True),
     Case('DiT fc2', 2048, 4608, 1152), Case('SD proj 64', 32768, 320, 320),
     Case('SD geglu 64', 32768, 320, 2560), Case('SD geglu 32', 8192, 640, 5120),
     Case('quartz large', 8192, 8192, 8192, flag_group=16),
@@ -157,7 +159,8 @@ def methods(case: Case) -> Iterator[Method]:
     return
   for carrier in ('int8', 'fp8'):
     yield Method(f'packed {carrier}, chosen', carrier, packed, True)
-  yield from more_methods(case)
+  if case.more:
+    yield from more_methods(case)
   for blocks in other_blocks(case):
     name = f'{blocks.rows}x{blocks.depth}x{blocks.stages}/{blocks.split}'
     yield Method(f'packed int8, {name}', 'int8',

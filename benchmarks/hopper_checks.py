@@ -68,7 +68,8 @@ def _multiply(x, codes, fmt=E2M1, blocks=None, **options) -> np.ndarray:
   run = jax.jit(functools.partial(
       mosaic_gpu.matmul, fmt=fmt, out_dtype=jnp.float32, blocks=blocks,
       **options))
-  prepared = mosaic_gpu.prepare(layout_lib.pack_halves(codes), len(codes))
+  prepared = mosaic_gpu.prepare(
+      layout_lib.pack_halves(codes), len(codes), fmt.signed)
   return np.asarray(run(x, prepared, ones, 0 * ones))
 
 

@@ -97,6 +97,14 @@ def test_convolutions():
           np.int64(x), integers(codes, flags, 16), (1, 1), BORDERS, (1, 1))))
 
 
+def test_scales_of_groups_take_room_of_stages():
+  """By the shapes of what a step has: scales in float32, FLAGs in bytes."""
+  groups = blocks_lib.Groups(16, 0, weights=True, inputs=True)
+  # 4 groups of 64 codes, 128 channels and 64 rows.
+  assert groups.bytes(64) == 4 * 4 * (128 + 64)
+  assert blocks_lib.Groups(48, 128, weights=True).bytes(64) == 4 * 4 * 128 + 128
+
+
 def test_they_lower():
   column = ((320,), jnp.float32)
   text = lower(
@@ -128,8 +136,7 @@ def test_flags_lie_in_device_memory_as_in_a_file():
     ({'input_group': 64}, (96, 64, 2), 'at most 64 rows'),
     ({'flag_group': 16, 'wide': INT8}, (16, 256, 2), 'a depth of 128'),
     ({'group': 64}, (16, 64, 2, 2), 'no split'),
-    # 64 rows of x and 128 codes fit 20 times, with their scales 16 times.
-    ({'group': 16}, (8, 64, 19), 'stages fit')])
+    ({'flag_group': 16, 'wide': INT8}, (16, 64, 6), '1 to 5 stages fit')])
 def test_why_not_blocks(groups, blocks, reason):
   x = jax.ShapeDtypeStruct((16, 256), jnp.int8)
   codes = jax.ShapeDtypeStruct((64, 128), jnp.uint8)

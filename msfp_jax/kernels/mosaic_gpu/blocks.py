@@ -25,7 +25,8 @@ _DEPTH, _FEW_ROWS_DEPTH, _FEW_ROWS = 128, 256, 64
 # spill registers (tests/test_aot_gpu.py).
 MOST_ROWS_OF_GROUPS, _DEPTH_OF_GROUPS = 128, 64
 MOST_ROWS_OF_SMALL_GROUPS, MOST_ROWS_OF_INPUTS = 96, 64
-_MAX_STAGES = 6
+# With 6 stages and FLAGs, blocks of 8 rows spill registers.
+_MAX_STAGES, _MAX_STAGES_OF_FLAGS = 6, 5
 _BARRIERS = 1024  # bytes, more than they take
 # The model's constants, in the time of one row of 128 channels over 128 codes
 # of K: what a step takes without its rows, and adding split sums up in XLA.
@@ -135,7 +136,8 @@ def most_stages(rows: int, depth: int, out_dtype, groups: Groups = NO_GROUPS
   free = SHARED_MEMORY - _BARRIERS - stored
   stage = CHANNELS * depth // 2 + rows * depth + (
       groups.bytes(rows) * depth // _DEPTH_OF_GROUPS)
-  return min(_MAX_STAGES, free // stage)
+  most = _MAX_STAGES_OF_FLAGS if groups.flagged else _MAX_STAGES
+  return min(most, free // stage)
 
 
 def multiprocessors() -> int:

@@ -4,7 +4,8 @@ Weights stay packed in device memory, in a layout of their own (`prepare`), and
 are decoded in registers to int8 or float8_e4m3fn. A convolution is a matrix
 product whose K runs over the window: XLA lays the columns of the window side by
 side, as channels, and the kernel walks down its rows. With strides XLA lays
-out the whole window.
+out the whole window. QuaRTZ's FLAGs shift levels in registers; scales of groups
+multiply a group's sums.
 
 The kernel is kernel.py, the layout of the weights decode.py.
 """
