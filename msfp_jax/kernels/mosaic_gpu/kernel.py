@@ -17,19 +17,14 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
-import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import epilogue
 from msfp_jax.kernels.epilogue import Epilogue
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
-from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_gpu import registers
 from msfp_jax.kernels.mosaic_gpu.blocks import Blocks
 from msfp_jax.kernels.mosaic_gpu.blocks import CHANNELS
 from msfp_jax.kernels.mosaic_gpu.blocks import WARPGROUP_CHANNELS
@@ -62,10 +57,6 @@ from msfp_jax.quant.numbers import FPFormat
 # The grid goes through the channels for this many tiles of rows at a time, so
 # that neighbours share what they read, through the L2 cache.
 _BAND = 8
-# Columns of a register's tile.
-_TILE = decode_lib.LEAST_GROUP
-# What there is one of for each channel, the first axis of y^T.
-_BY_CHANNEL = plgpu.Layout.WGMMA.reduce(1)
 # Of plgpu.load: an argument until 0.10, deprecated since.
 _INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 
@@ -79,102 +70,6 @@ class Taps:
 
   height: int = 1
   pitch: int = 0
-
-
-def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str,
-                      base: int):
-  """Makes the decoder: packed bytes `shape` to levels `[rows, 2 columns]`.
-
-  Args:
-    shape: of the bytes.
-    fmt: of the codes.
-    carrier: of the levels.
-    base: as for `decode_lib.shifted`.
-
-  Returns:
-    decode(packed, flags, group): flags is empty, or has FLAGs `[rows]` of
-    neighbouring groups of equal size; of group (first, size) alone levels are
-    not 0, and of all where it is None.
-  """
-  # Written in MLIR, as Pallas has neither prmt nor arithmetic of 8-bit vectors.
-  # Bytes are loaded in the layout of an 8-bit operand, 4 to a register.
-  rows, columns = shape
-  dtype = carriers.DTYPES[carrier][0]
-  words = decode_lib.tables(fmt, carrier)
-  layout = plgpu.Layout.WGMMA_8BIT
-  i32 = ir.IntegerType.get_signless
-
-  def constant(value):
-    signed = int(np.uint32(value).astype(np.int32))
-    return arith.constant(i32(32), ir.IntegerAttr.get(i32(32), signed))
-
-  ops = decode_lib.Ops(
-      xor=arith.xori, both=arith.andi, less=arith.subi,
-      shift_right=lambda word, n: arith.shrui(word, constant(n)),
-      shift_left=arith.shli,
-      permute=lambda low, high, selector: llvm.inline_asm(
-          i32(32), [low, high, selector], 'prmt.b32 $0, $1, $2, $3;',
-          '=r,r,r,r'),
-      constant=constant)
-
-  def by_register(packed, flags, group):
-    """(where, levels) of the registers of the result, in words of 4 levels."""
-    for index, register in np.ndenumerate(packed.registers):
-      halves = decode_lib.decode(
-          mgpu.utils.bitcast(register, i32(32)), words, ops)
-      for half, levels in enumerate(halves):
-        # The second axis counts tiles of 16 columns, 32 once decoded. Row and
-        # lane stay: `decode_lib.prepare` has ordered the codes for that.
-        column = 2 * index[1] + half
-        if group and column * _TILE // group[1] != group[0]:
-          levels = constant(0)
-        elif flags:
-          # A thread has two rows of a tile, and the FLAGs of both.
-          flag = flags[column * len(flags) // (2 * columns // _TILE)]
-          flag = mgpu.utils.bitcast(
-              flag.registers[0, 0, index[4], 0, 0], i32(32))
-          levels = decode_lib.shifted(levels, flag, ops, base)
-        yield (index[0], column, *index[2:]), levels
-
-  def decode(packed, flags=(), group=None):
-
-    @plgpu.inline_mgpu(
-        arg_types=(layout, *[_BY_CHANNEL] * len(flags)),
-        return_type=plgpu.ShapeDtypeStruct(
-            (rows, 2 * columns), dtype, layout=layout))
-    def in_registers(ctx, packed, *flags):
-      del ctx
-      vector = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
-      shape = packed.layout.registers_shape((rows, 2 * columns))
-      registers = np.empty(shape, dtype=object)
-      for where, levels in by_register(packed, flags, group):
-        registers[where] = mgpu.utils.bitcast(levels, vector)
-      return mgpu.FragmentedArray(
-          _registers=registers, _layout=packed.layout,
-          _is_signed=True if carrier == 'int8' else None)
-
-    return in_registers(packed, *flags)
-
-  return decode
-
-
-def _decode_interpreted(fmt: FPFormat, carrier: str, base: int):
-  """The same for the interpreter, which has no registers."""
-
-  def decode(packed, flags=(), group=None):
-    if flags:
-      each = 2 * packed.shape[1] // len(flags) // _TILE
-      flags = jnp.repeat(jnp.stack(flags, -1), each, axis=-1)
-    else:
-      flags = None
-    levels = decode_lib.decode_array(packed, fmt, carrier, flags, base)
-    if group is None:
-      return levels
-    mine = lax.broadcasted_iota(
-        jnp.int32, levels.shape, 1) // group[1] == group[0]
-    return jnp.where(mine, levels, jnp.zeros((), levels.dtype))
-
-  return decode
 
 
 def _tiled(width: int, dtype) -> tuple:
@@ -227,7 +122,7 @@ def product(x, codes, end: Epilogue | None, *, grouped: Grouped,
     taps: the rows of x that each sums over.
     out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
     multiprocessors: of the device.
-    base: as for `decode_lib.shifted`.
+    base: as for `decode.shifted`.
     interpret: plgpu's parameters of the interpreter, or None.
 
   Returns:
@@ -248,10 +143,10 @@ def product(x, codes, end: Epilogue | None, *, grouped: Grouped,
   w_tile = _tiled(depth // 2, codes.dtype)
   part = x_tile[0].tiling[1]  # a swizzled tile of x; of depth 256 a half
   if interpret is None:
-    decode = _decode_registers(
+    decode = registers.decoder(
         (WARPGROUP_CHANNELS, part // 2), fmt, carrier, base)
   else:
-    decode = _decode_interpreted(fmt, carrier, base)
+    decode = registers.interpreted(fmt, carrier, base)
   # Rows of scales and of FLAGs for a step: as many as of x or of weights.
   count = lambda part, length: (
       None if part is None else part.shape[0] * depth // length)
@@ -308,8 +203,10 @@ def product(x, codes, end: Epilogue | None, *, grouped: Grouped,
         flags = ()
         if per_step.flags:
           each = per_step.flags * part // depth
-          flags = [load(grouped_smem[-1].at[start * each // part + i, mine],
-                        _BY_CHANNEL).astype(jnp.int32) for i in range(each)]
+          first = start * each // part
+          flags = [
+              load(grouped_smem[-1].at[first + i, mine], registers.BY_CHANNEL
+                   ).astype(jnp.int32) for i in range(each)]
         levels = decode(
             packed[:, start // 2:(start + part) // 2], flags, group)
         if interpret is not None:

@@ -7,11 +7,11 @@ side, as channels, and the kernel walks down its rows. With strides XLA lays
 out the whole window. QuaRTZ's FLAGs shift levels in registers; scales of groups
 multiply a group's sums.
 
-The kernel is kernel.py, the layout of the weights decode.py.
+The kernel is kernel.py, the layout of the weights decode.py, how they are
+decoded in registers registers.py; what is not taken limits.py says.
 """
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import checks
 from msfp_jax.kernels import epilogue
 from msfp_jax.kernels.epilogue import Columns
 from msfp_jax.kernels.epilogue import Epilogue
@@ -28,17 +27,17 @@ from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
 from msfp_jax.kernels.mosaic_gpu import layout as layout_lib
+from msfp_jax.kernels.mosaic_gpu import limits
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.qtensor import QTensor
 
-CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
-            for name in ('int8', 'fp8')}
-_INTERPRETED_SINCE = (0, 11)  # the first jax whose interpreter runs the kernel
 # TMA reads tiles of 8 rows, and rows of multiples of 16 bytes.
 _ROWS, _TMA_BYTES = 8, 16
 
 prepare, weight_base = decode_lib.prepare, decode_lib.weight_base
 lay_out = layout_lib.lay_out
+why_not, why_not_groups = limits.why_not, limits.why_not_groups
+why_not_input_groups = limits.why_not_input_groups
+why_not_shifts = limits.why_not_shifts
 LAYOUT = layout_lib.Hopper
 # Inputs with scales of groups are levels, and the kernel scales their sums.
 CARRIERS_OF_GROUPS, SCALES_INPUTS = ('int8', 'fp8'), True
@@ -101,7 +100,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
   # level 0.
   length, row_length = x.shape[0], 2 * codes.shape[1]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, row_length - x.shape[1])))
-  sizes = _sizes(group, input_group, flag_group)
+  sizes = limits.groups_of(group, input_group, flag_group)
   if inputs is not None:
     inputs = _along(inputs, -1, input_group, sizes.scaled_size, row_length)
     inputs = jnp.pad(inputs, ((0, -length % _ROWS), (0, 0))).T
@@ -147,9 +146,9 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          input_group=input_group, flag_group=flag_group, wide=wide,
          interpret=interpret)
   window, row_length = codes.shape[1:3], 2 * codes.shape[3]
-  size = output_size(x.shape[1:3], window, strides, padding)
+  size = limits.output_size(x.shape[1:3], window, strides, padding)
   x = jnp.pad(x, ((0, 0),) * 3 + ((0, row_length - x.shape[3]),))
-  sizes = _sizes(group, input_group, flag_group)
+  sizes = limits.groups_of(group, input_group, flag_group)
   if inputs is not None:
     # As x itself, with groups for channels.
     inputs = _along(inputs, -1, input_group, sizes.scaled_size, row_length)
@@ -180,13 +179,6 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   # Below and beside each image lie pixels whose windows left it.
   y = y[:length].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
-
-
-def output_size(size: tuple[int, int], window: tuple[int, int], strides,
-                padding) -> tuple[int, int]:
-  """Height and width of a convolution's result."""
-  return tuple((s + sum(p) - w) // stride + 1 for s, w, stride, p in zip(
-      size, window, strides, padding, strict=True))
 
 
 def _lay_out(x, window, strides, padding, size):
@@ -233,12 +225,6 @@ def _lay_out(x, window, strides, padding, size):
   return x, 1
 
 
-def _sizes(group, input_group, flag_group):
-  """The groups of an operation."""
-  return blocks_lib.Groups(math.gcd(group, input_group), flag_group,
-                           group > 0, input_group > 0)
-
-
 def _grouped(groups, group, inputs, flags, flag_group, row_length, sizes):
   """What differs by group, as the kernel reads it; `inputs` already is.
 
@@ -280,7 +266,7 @@ def _product(x, codes, end, length, taps, fmt, wide, out_dtype, blocks,
              interpret, grouped, sizes):
   """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = end.scale.shape[0]
-  carrier = CARRIERS[np.dtype(x.dtype)]
+  carrier = limits.CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
     blocks = blocks_lib.choose(
         length, channels, x.shape[1], taps.height, out_dtype,
@@ -323,145 +309,6 @@ def _whole_blocks(end, length, tile, carrier, grouped):
   return Epilogue(whole(end.scale), whole(shift), rows, columns)
 
 
-def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
-            strides=(1, 1), padding=((0, 0), (0, 0)), group: int = 0,
-            input_group: int = 0, flag_group: int = 0,
-            wide: FPFormat | None = None,
-            blocks: blocks_lib.Blocks | None = None,
-            interpret=False) -> str | None:
-  """Why the kernels do not take an operation; None if they do.
-
-  Args:
-    op: 'matmul' or 'conv'.
-    x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, group, input_group, flag_group, wide,
-      blocks, interpret: as for the operation.
-
-  Returns:
-    The reason and the way out, for an error message. Where the default device
-    is no GPU, what no GPU does is left to the caller.
-  """
-  return (_why_not_device(interpret)
-          or _why_not_types(x, codes, fmt, wide, out_dtype)
-          or _why_not_shapes(op, x, codes, strides, padding)
-          or _why_not_sums(x, codes, wide or fmt)
-          or _why_not_blocks(x, codes, strides, out_dtype, blocks,
-                             _sizes(group, input_group, flag_group)))
-
-
-def why_not_groups(weight: QTensor) -> str | None:
-  """Why weights with scales of groups are not taken; None if they are."""
-  # Sums of a group leave the tensor cores before they are scaled.
-  return _why_not_size(weight.group, 'scales of these weights')
-
-
-def why_not_input_groups(tensor: QTensor) -> str | None:
-  """Why inputs with scales of groups are not taken; None if they are."""
-  # A zero of a group would meet that group's sum of weights.
-  carried = carriers.carry(tensor.numbers, 'int8')
-  if tensor.zero_point is not None or carried and carried.lowest_offset:
-    return (f'it scales the sums of a group of inputs, to which it does not '
-            f'add what their zeros make, and those of this layer, '
-            f'{tensor.numbers}, have such; use the XLA implementation')
-  return _why_not_size(tensor.group, 'scales of these inputs')
-
-
-def why_not_shifts(weight: QTensor) -> str | None:
-  """Why QuaRTZ's weights are not taken; None if they are."""
-  return checks.shifts(weight) or _why_not_size(
-      weight.shift_group, 'FLAGs of these weights')
-
-
-def _why_not_size(group, what):
-  if not group or group % decode_lib.LEAST_GROUP:
-    return (f'a register has levels of {decode_lib.LEAST_GROUP} neighbours, '
-            f'and {what} change every {group or "tap"}; take a multiple of '
-            f'{decode_lib.LEAST_GROUP}, or the XLA implementation')
-  return None
-
-
-def _why_not_device(interpret):
-  if interpret:
-    if jax.__version_info__ < _INTERPRETED_SINCE:
-      return (f'jax {jax.__version__} does not interpret the GPU kernels; use '
-              f'jax 0.11 or later, or the XLA implementation')
-    return None
-  capability = getattr(jax.devices()[0], 'compute_capability', None)
-  if capability and capability != '9.0':
-    return (f'{jax.devices()[0].device_kind} has compute capability '
-            f'{capability}: the kernels are made of the instructions of 9.0 '
-            f'(H100, H200), which later GPUs dropped; use the XLA '
-            f'implementation')
-  return None
-
-
-def _why_not_types(x, codes, fmt, wide, out_dtype):
-  if np.dtype(x.dtype) not in CARRIERS:
-    return (f'x is {x.dtype}: the GPU kernels multiply int8 and '
-            f'float8_e4m3fn; carry the activations in one of these, or use '
-            f'the XLA implementation')
-  if wide and x.dtype != jnp.int8:
-    return (f'x is {x.dtype}: weights in {fmt} with FLAGs are shifted in int8; '
-            f'carry the activations in that too')
-  if reason := checks.format_of_weights(
-      fmt, CARRIERS[np.dtype(x.dtype)], 'GPU', wide):
-    return reason
-  if codes.dtype != jnp.uint8:
-    return f'codes are {codes.dtype}, not uint8; see mosaic_gpu.prepare'
-  return checks.out_dtype(out_dtype)
-
-
-def _why_not_shapes(op, x, codes, strides, padding):
-  if reason := checks.axes(op, x, codes):
-    return reason
-  length = x.shape[-1]
-  padded = length + -length % decode_lib.DEPTH
-  if 2 * codes.shape[-1] != padded or codes.shape[0] % decode_lib.CHANNELS:
-    return (f'{length} channels of x {x.shape} need codes of shape [N, ..., '
-            f'{padded // 2}], N a multiple of {decode_lib.CHANNELS}, but they '
-            f'are {codes.shape}; see mosaic_gpu.prepare; grouped convolutions '
-            f'are left to XLA')
-  if op == 'conv':
-    size = output_size(x.shape[1:3], codes.shape[1:3], strides, padding)
-    return checks.window(size, codes.shape[1:3], strides, padding, x)
-  return None
-
-
-def _why_not_sums(x, codes, fmt):
-  length = x.shape[-1] * math.prod(codes.shape[1:-1])
-  return checks.sums(x, length, fmt)
-
-
-def _why_not_blocks(x, codes, strides, out_dtype, blocks, groups):
-  if blocks is None:
-    return None
-  if groups.scaled and (blocks.depth != decode_lib.DEPTH or blocks.split > 1):
-    return (f'{blocks}: scales of groups ask for a depth of '
-            f'{decode_lib.DEPTH}, and no split')
-  if blocks.rows > groups.most_rows or blocks.depth > groups.most_depth:
-    return (f'{blocks}: {groups} have registers for at most '
-            f'{groups.most_rows} rows and a depth of {groups.most_depth}')
-  # As `_lay_out` will cut K: into rows of the window, where they are walked.
-  window = codes.shape[1:-1]
-  taps = window[0] if window and tuple(strides) == (1, 1) else 1
-  row_length = 2 * math.prod(codes.shape[1:]) // taps
-  if (blocks.rows not in blocks_lib.ROWS
-      or blocks.depth not in blocks_lib.DEPTHS):
-    return (f'{blocks}: rows must be one of {blocks_lib.ROWS}, depth of '
-            f'{blocks_lib.DEPTHS}')
-  if row_length % blocks.depth or (
-      taps * row_length // blocks.depth) % blocks.split:
-    return (f'{blocks}: rows of {row_length} codes must be whole steps, and '
-            f'their number a multiple of the split')
-  if blocks.split > 1:
-    out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
-  most = blocks_lib.most_stages(
-      blocks.rows, blocks.depth, out_dtype, groups)
-  if not 1 <= blocks.stages <= most:
-    return f'{blocks}: 1 to {most} stages fit into shared memory'
-  return None
-
-
 def _check(op, x, codes, **settings):
-  if reason := why_not(op, x, codes, **settings):
+  if reason := limits.why_not(op, x, codes, **settings):
     raise ValueError(reason)
