@@ -145,7 +145,9 @@ def compile_case(case: Case, method: Method, sharding) -> None:
     weights = (-(-n // 64) * 64, *window, -(-case.k // 64) * 32)
   shapes = ((case.x_shape, dtype), (weights, np.uint8 if method.packed
                                     else dtype), ((n,), np.float32),
-            ((n,), np.float32))
+            ((n,), np.float32), *[
+                (shape, np.uint8 if name == 'flags' else np.float32)
+                for name, shape in method.more.items()])
   jax.jit(method.function).trace(*(
       jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
   ).lower(lowering_platforms=('cuda',)).compile()

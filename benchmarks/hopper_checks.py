@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels.epilogue import Columns
+from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
 from msfp_jax.quant import layout as layout_lib
@@ -56,14 +58,18 @@ def check() -> Iterator[tuple[str, bool]]:
   yield from _blocks(rng)
   yield _subnormals(rng)
   yield from _convolutions(rng)
+  yield from _by_row(rng)
+  yield from _groups(rng)
 
 
-def _multiply(x, codes, fmt=E2M1, blocks=None) -> np.ndarray:
+def _multiply(x, codes, fmt=E2M1, blocks=None, **options) -> np.ndarray:
   """Multiplies x by codes `[K, N]`, in float32."""
   ones = np.ones(codes.shape[1], np.float32)
   run = jax.jit(functools.partial(
-      mosaic_gpu.matmul, fmt=fmt, out_dtype=jnp.float32, blocks=blocks))
-  prepared = mosaic_gpu.prepare(layout_lib.pack_halves(codes), len(codes))
+      mosaic_gpu.matmul, fmt=fmt, out_dtype=jnp.float32, blocks=blocks,
+      **options))
+  prepared = mosaic_gpu.prepare(
+      layout_lib.pack_halves(codes), len(codes), fmt.signed)
   return np.asarray(run(x, prepared, ones, 0 * ones))
 
 
@@ -125,3 +131,41 @@ def _convolutions(rng) -> Iterator[tuple[str, bool]]:
                          ones, shift))
       yield (f'convolution of stride {stride} in {carrier}', bool(
           (np.abs(y - want - shift) <= bound * magnitude).all()))
+
+
+def _by_row(rng) -> Iterator[tuple[str, bool]]:
+  """Checks scales by token and weights less an offset, all exact."""
+  fmt = FPFormat.parse('UE2M2')
+  codes = rng.integers(0, 16, (320, 200), np.uint8)
+  levels = carriers.carry(fmt, 'int8').values()[codes]
+  x = rng.integers(-128, 128, (100, 320)).astype(np.int8)
+  scale = np.ldexp(np.float32(1), rng.integers(-3, 3, 100))
+  offset = rng.integers(0, 29, 200).astype(np.float32)
+  wide = x.astype(np.float64)
+  y = _multiply(x, codes, fmt, rows=Rows(
+      scale=scale, total=wide.sum(1).astype(np.float32)),
+                columns=Columns(offset=offset))
+  yield ('scales by token, unsigned weights with zero points',
+         np.array_equal(y, wide @ (levels - offset) * scale[:, None]))
+
+
+def _groups(rng) -> Iterator[tuple[str, bool]]:
+  """Checks what differs by group, of powers of two, so that it is exact."""
+  codes = rng.integers(0, 16, (320, 200), np.uint8)
+  x = rng.integers(-7, 8, (100, 320)).astype(np.int8)
+  integers = np.where(codes & 8, -1.0, 1.0) * (codes & 7)
+  for group in (16, 32, 64):
+    power = lambda *shape: np.ldexp(np.float32(1), rng.integers(-3, 3, shape))
+    of_w, of_x = power(320 // group, 200), power(100, 320 // group)
+    scaled = integers * of_w.repeat(group, 0)
+    options = {'fmt': FPFormat.parse('E1M2'), 'groups': of_w, 'group': group}
+    yield (f'scales of weights in groups of {group}', np.array_equal(
+        _multiply(x, codes, **options), x @ scaled))
+    yield (f'scales of both in groups of {group}', np.array_equal(
+        _multiply(x, codes, **options, inputs=of_x, input_group=group),
+        x * of_x.repeat(group, 1) @ scaled))
+    flags = rng.integers(0, 5, (320 // group, 200), np.uint8)
+    yield (f"QuaRTZ's FLAGs of {group}", np.array_equal(
+        _multiply(x, codes, FPFormat.parse('E1M2'), flags=flags,
+                  flag_group=group, wide=FPFormat.parse('E1M6')),
+        x @ np.ldexp(integers, flags.repeat(group, 0))))

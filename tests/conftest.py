@@ -8,6 +8,12 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
+# Pallas's interpreter of GPUs has a thread a warpgroup, three for ours, each of
+# which waits for the others on a thread of XLA's pool. That has one a core, or
+# as many as this says, and with two the third warpgroup would never run.
+if jax.__version_info__ >= (0, 11):
+  os.environ.setdefault('NPROC', str(max(4, os.cpu_count())))
+
 _COMPILED = pathlib.Path(__file__).parents[1] / '.pytest_cache/jax'
 _LARGEST = 2**30  # bytes, after which it starts anew
 

@@ -121,23 +121,65 @@ def test_unsigned_weights_and_scales_by_row(build, carrier, rows, mapped):
 
 
 @pytest.mark.parametrize('carrier', MULTIPLY)
-@pytest.mark.parametrize('rows', [128, 64, 8])
-def test_groups_of_weights(build, carrier, rows):
+@pytest.mark.parametrize('rows, group, inputs', [
+    (128, 64, False), (64, 64, False), (8, 64, False), (128, 32, False),
+    (96, 16, False), (8, 16, False), (64, 64, True), (64, 16, True),
+    (8, 16, True)])
+def test_scales_of_groups(build, carrier, rows, group, inputs):
   """Sums that are scaled by group and those of a group fit the registers."""
 
-  def conv(x, codes, scale, shift, groups, *terms):
+  def conv(x, codes, scale, shift, groups, of_inputs, *terms):
+    options = {'inputs': of_inputs, 'input_group': group} if inputs else {}
     return mosaic_gpu.conv(
         x, codes, scale, shift, fmt=E2M1, out_dtype=jnp.bfloat16,
-        strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups, group=64,
+        strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups, group=group,
         blocks=blocks_lib.Blocks(rows, 64, 4), rows=Rows(*terms[:2]),
-        columns=Columns(*terms[2:]))
+        columns=Columns(*terms[2:]), **options)
 
-  column = ((320,), jnp.float32)
+  column, count = ((320,), jnp.float32), 320 // group
   said = build(
       conv, ((8, 64, 64, 320), carriers.DTYPES[carrier][0]),
       ((320, 3, 3, 160), jnp.uint8), column, ((64, 64, 320), jnp.float32),
-      ((3, 3, 5, 320), jnp.float32), *[((8, 64, 64), jnp.float32)] * 2, column)
+      ((3, 3, count, 320), jnp.float32), ((8, 64, 64, count), jnp.float32),
+      *[((8, 64, 64), jnp.float32)] * 2, column)
   check(said, carrier, rows)
+
+
+@pytest.mark.parametrize('fmt, wide', [('E1M2', 'E1M6'), ('UE1M3', 'UE1M7')])
+@pytest.mark.parametrize('rows, depth, group, split', [
+    (256, 128, 16, 1), (64, 128, 32, 1), (8, 128, 16, 2), (128, 64, 64, 1)])
+def test_flags(build, rows, depth, group, split, fmt, wide):
+  stages = blocks_lib.most_stages(
+      rows, depth, jnp.float32, blocks_lib.Groups(flagged=group))
+  said = build(
+      lambda x, codes, flags, *end: mosaic_gpu.matmul(
+          x, codes, *end, flags=flags, flag_group=group,
+          fmt=FPFormat.parse(fmt), wide=FPFormat.parse(wide),
+          out_dtype=jnp.float32,
+          blocks=blocks_lib.Blocks(rows, depth, stages, split)),
+      ((500, 3072), jnp.int8), ((320, 1536), jnp.uint8),
+      ((3072 // group, 320), jnp.uint8), ((320,), jnp.float32),
+      ((320,), jnp.float32))
+  check(said, 'int8', rows)
+
+
+def test_flags_and_scales_of_groups(build):
+  """All that the registers of a block may have to hold."""
+
+  def matmul(x, codes, groups, inputs, flags, *terms):
+    return mosaic_gpu.matmul(
+        x, codes, *terms[:2], fmt=FPFormat.parse('E1M2'),
+        wide=FPFormat.parse('E1M6'), out_dtype=jnp.bfloat16, groups=groups,
+        group=32, inputs=inputs, input_group=32, flags=flags, flag_group=16,
+        rows=Rows(*terms[2:4]), columns=Columns(*terms[4:]),
+        blocks=blocks_lib.Blocks(64, 64, 4))
+
+  column, row = ((320,), jnp.float32), ((500,), jnp.float32)
+  said = build(
+      matmul, ((500, 3072), jnp.int8), ((320, 1536), jnp.uint8),
+      ((96, 320), jnp.float32), ((500, 96), jnp.float32),
+      ((192, 320), jnp.uint8), column, column, row, row, column)
+  check(said, 'int8', 64)
 
 
 def test_rows_are_summed_where_they_are_quantized(hopper):

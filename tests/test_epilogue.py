@@ -75,6 +75,16 @@ CASES = {
         (2, 5, 6, 64), (3, 3, 64, 9), 'E2M1', 'E2M1', padding=1,
         inputs=block('UE2M2', 'image'),
         weights=block('E2M1', 'group', 32, 'e8m0')),
+    'groups of 16 in bfloat16': Case(
+        (9, 144), (144, 9), 'E2M1', 'UE2M2', act_zero=-0.3, weights=block(
+            'E1M2', 'group', 16, 'bf16')),
+    'groups of both, zeros of weights': Case(
+        (9, 80), (80, 9), 'UE2M2', 'E2M1', zero=-1.0,
+        inputs=block('E1M2', 'group', 16, 'bf16')),
+    'groups of both': Case(
+        (9, 160), (160, 9), 'E2M1', 'E2M1',
+        inputs=block('E1M2', 'group', 64, 'bf16'),
+        weights=block('E1M2', 'group', 32, 'bf16')),
     'far levels': dense('UE4M0', 'E2M1', zero=-1.0),
 }
 
@@ -92,7 +102,7 @@ def chip_cases():
   for name, chip in itertools.product(CASES, CARRIERS):
     taken = CARRIERS[chip]
     if 'FP4' in name:
-      taken = {'mosaic_tpu': ('bf16',), 'mosaic_gpu': ()}[chip]
+      taken = ('bf16',) if chip == 'mosaic_tpu' else taken
     elif 'groups' in name:
       taken = {'mosaic_tpu': (), 'mosaic_gpu': taken}[chip]
     elif '8 bits' in name:

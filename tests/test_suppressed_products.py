@@ -161,7 +161,7 @@ def test_recipes_run_packed_as_simulated(recipe, part):
 
 @pytest.mark.parametrize('implementation, weights', [
     ('mosaic_tpu', 'plain weights'), ('mosaic_gpu', 'plain weights'),
-    ('mosaic_tpu', 'weights too')])
+    ('mosaic_tpu', 'weights too'), ('mosaic_gpu', 'weights too')])
 def test_kernels_take_its_inputs_and_weights(implementation, weights):
   inputs, of_w = PRODUCTS[weights]
   layer = layer_of(W[0, 0], of_w, inputs)

@@ -11,7 +11,8 @@ and XLA elsewhere.
 This is the one module that knows the chips' kernels. A chip is a folder, named
 in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
 `weight_unit`, `weight_base`, `why_not_groups`, `why_not_input_groups`,
-`why_not_shifts`, `CARRIERS_OF_GROUPS`, `lay_out` and `LAYOUT`.
+`why_not_shifts`, `CARRIERS_OF_GROUPS`, `SCALES_INPUTS` (whether it multiplies
+sums by scales of groups of inputs, which else XLA does), `lay_out`, `LAYOUT`.
 """
 
 from collections.abc import Sequence
@@ -168,6 +169,8 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
     op, rows = 'conv', tuple(shape)
     more = {'strides': geometry.strides, 'padding': geometry.padding}
   more['group'] = weight.group if grouped else 0
+  if groups and ops.SCALES_INPUTS:
+    more['input_group'] = tensor.group
   if weight.shift is not None:
     more |= {'flag_group': weight.shift_group, 'wide': weight.wide}
   x = jax.ShapeDtypeStruct(rows, carriers.DTYPES[carrier][0])

@@ -23,6 +23,7 @@ import functools
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import choice
@@ -202,8 +203,11 @@ def _run_winograd(layer, x, geometry):
 def _run_kernel(layer, x, geometry, implementation, carrier):
   ops, weight = choice.ops_of(implementation), layer.weight
   tensor = layer.input.quantize(x, axis=-1)
-  v = (carriers.scaled_operand if carriers.has_groups(tensor)
-       else carriers.operand)(tensor, carrier)
+  grouped = carriers.has_groups(tensor)
+  by_kernel = grouped and ops.SCALES_INPUTS
+  # What the epilogue sees of an input whose scales stay in the sum has them.
+  v = (carriers.scaled_operand(tensor, 'f32' if by_kernel else carrier)
+       if grouped else carriers.operand(tensor, carrier))
   end = epilogue.make(
       v, weight, layer.bias, geometry, carrier, _sums_of(layer, carrier),
       ops.weight_unit(weight.numbers, carrier),
@@ -216,6 +220,12 @@ def _run_kernel(layer, x, geometry, implementation, carrier):
   if weight.shift is not None:
     options |= {'flags': weight.shift, 'flag_group': weight.shift_group,
                 'wide': weight.wide}
+  if by_kernel:
+    v = carriers.operand(tensor, carrier)
+    scale = jnp.asarray(tensor.scale, jnp.float32) * np.float32(
+        carriers.carry(tensor.numbers, carrier).unit)
+    options |= {'inputs': scale if geometry else scale.reshape(
+        -1, scale.shape[-1]), 'input_group': tensor.group}
   if geometry is None:
     rows = jax.tree.map(lambda part: part.reshape(-1), end.rows)
     out = ops.matmul(v.v.reshape(-1, v.v.shape[-1]), codes, end.scale,

@@ -21,9 +21,12 @@ DEPTHS = (256, 192, 128, 64)
 SPLITS = (1, 2, 4, 8)
 _DEPTH, _FEW_ROWS_DEPTH, _FEW_ROWS = 128, 256, 64
 # A step's sums and all before them are both in registers where those are
-# scaled by group, and a step is one group.
+# scaled by group, and a step is one group, or several. More than these rows
+# spill registers (tests/test_aot_gpu.py).
 MOST_ROWS_OF_GROUPS, _DEPTH_OF_GROUPS = 128, 64
-_MAX_STAGES = 6
+MOST_ROWS_OF_SMALL_GROUPS, MOST_ROWS_OF_INPUTS = 96, 64
+# With 6 stages and FLAGs, blocks of 8 rows spill registers.
+_MAX_STAGES, _MAX_STAGES_OF_FLAGS = 6, 5
 _BARRIERS = 1024  # bytes, more than they take
 # The model's constants, in the time of one row of 128 channels over 128 codes
 # of K: what a step takes without its rows, and adding split sums up in XLA.
@@ -62,14 +65,79 @@ def stored_rows(rows: int, out_dtype, by_row: bool = False) -> int:
   return max(stored // 2, 8) if by_row else stored
 
 
-def most_stages(rows: int, depth: int, out_dtype) -> int:
-  """The most stages that fit into shared memory beside the epilogue's tiles."""
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """How many neighbours along K share what; 0 where nothing is by group.
+
+  Attributes:
+    scaled: a scale, of weights or of x, a multiple of 16.
+    flagged: a FLAG, likewise.
+    weights, inputs: whether these have scales of groups.
+  """
+
+  scaled: int = 0
+  flagged: int = 0
+  weights: bool = False
+  inputs: bool = False
+
+  @property
+  def scaled_size(self) -> int:
+    """That of a group as a step knows it, of which it has one or more."""
+    return math.gcd(self.scaled, _DEPTH_OF_GROUPS)
+
+  @property
+  def flagged_size(self) -> int:
+    return math.gcd(self.flagged, _DEPTH_OF_GROUPS)
+
+  @property
+  def most_rows(self) -> int:
+    """Of a block, whose registers hold sums, those before, and scales."""
+    if not self.scaled:
+      return ROWS[-1]
+    if self.inputs:
+      return MOST_ROWS_OF_INPUTS
+    few = self.scaled_size < _DEPTH_OF_GROUPS // 2
+    return MOST_ROWS_OF_SMALL_GROUPS if few else MOST_ROWS_OF_GROUPS
+
+  @property
+  def most_depth(self) -> int:
+    """Of a step, whose registers hold FLAGs as well."""
+    if self.scaled:
+      return _DEPTH_OF_GROUPS
+    return _DEPTH if self.flagged else DEPTHS[0]
+
+  def bytes(self, rows: int) -> int:
+    """What 64 codes of K of a block have in shared memory beside them."""
+    if self.scaled:
+      scales = 4 * (CHANNELS * self.weights + rows * self.inputs) * (
+          _DEPTH_OF_GROUPS // self.scaled_size)
+    else:
+      scales = 0
+    return scales + (CHANNELS * _DEPTH_OF_GROUPS // self.flagged_size
+                     if self.flagged else 0)
+
+
+NO_GROUPS = Groups()
+
+
+def most_stages(rows: int, depth: int, out_dtype, groups: Groups = NO_GROUPS
+                ) -> int:
+  """The most stages that fit into shared memory beside the epilogue's tiles.
+
+  Args:
+    rows, depth: of a block.
+    out_dtype: of y.
+    groups: of what there is by group.
+  """
   # Two slots for each of two warpgroups; then tiles of codes, half a byte each,
   # and of x.
   stored = (4 * stored_rows(rows, out_dtype) * WARPGROUP_CHANNELS
             * jnp.dtype(out_dtype).itemsize)
   free = SHARED_MEMORY - _BARRIERS - stored
-  return min(_MAX_STAGES, free // (CHANNELS * depth // 2 + rows * depth))
+  stage = CHANNELS * depth // 2 + rows * depth + (
+      groups.bytes(rows) * depth // _DEPTH_OF_GROUPS)
+  most = _MAX_STAGES_OF_FLAGS if groups.flagged else _MAX_STAGES
+  return min(most, free // stage)
 
 
 def multiprocessors() -> int:
@@ -78,7 +146,8 @@ def multiprocessors() -> int:
 
 
 def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-               splittable: bool, grouped: bool = False) -> Iterator[Blocks]:
+               splittable: bool, groups: Groups = NO_GROUPS
+               ) -> Iterator[Blocks]:
   """The sensible blocks, one depth for each number of rows and split.
 
   Sums are split until there is a block for every multiprocessor.
@@ -90,27 +159,29 @@ def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
     taps: rows of x that go into a row of y.
     out_dtype: of y.
     splittable: whether sums may be split.
-    grouped: whether they are scaled by group.
+    groups: as for `most_stages`.
   """
   for tile in ROWS:
     # A tile that is twice as high as y is worse than the one before.
     if tile > ROWS[0] and tile >= 2 * rows:
       break
-    if grouped and tile > MOST_ROWS_OF_GROUPS:
+    if tile > groups.most_rows:
       break
     most = _FEW_ROWS_DEPTH if tile <= _FEW_ROWS else _DEPTH
-    most = _DEPTH_OF_GROUPS if grouped else most
+    most = min(most, groups.most_depth)
     depth = next(d for d in DEPTHS if d <= most and row_length % d == 0)
     steps = taps * row_length // depth
     # Splits end where they would make two blocks for every multiprocessor.
     whole = math.ceil(rows / tile) * math.ceil(channels / CHANNELS)
     for split in SPLITS:
       if split > 1 and (
-          not splittable or grouped or whole * split >= 2 * multiprocessors()):
+          not splittable or groups.scaled
+          or whole * split >= 2 * multiprocessors()):
         break
       if steps % split == 0:
         dtype = jnp.float32 if split > 1 else out_dtype
-        yield Blocks(tile, depth, most_stages(tile, depth, dtype), split)
+        stages = most_stages(tile, depth, dtype, groups)
+        yield Blocks(tile, depth, stages, split)
 
 
 def cost(blocks: Blocks, rows: int, channels: int, length: int,
@@ -136,10 +207,10 @@ def cost(blocks: Blocks, rows: int, channels: int, length: int,
 
 
 def choose(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-           splittable: bool, grouped: bool = False) -> Blocks:
+           splittable: bool, groups: Groups = NO_GROUPS) -> Blocks:
   """The candidate of the least `cost` on the default device."""
   return min(
       candidates(rows, channels, row_length, taps, out_dtype, splittable,
-                 grouped),
+                 groups),
       key=lambda blocks: cost(blocks, rows, channels, taps * row_length,
                               multiprocessors()))

@@ -15,6 +15,9 @@ is 0, is stored as +0.
 Codes abcd of unsigned formats are stored as d|abc: two that differ in d alone
 need bytes of the same sign. Most have none. UE3M1 in int8 is stored less 128,
 and of its 16 levels 0 to 192 the last two, 128 and 192, are then not negative.
+
+A register that comes out of it has 4 neighbours of one channel, which lie in
+one group of 16, so that QuaRTZ's FLAG is one number for all of it (`shifted`).
 """
 
 from collections.abc import Callable
@@ -32,13 +35,19 @@ from msfp_jax.quant.numbers import FPFormat
 # in registers, and N to one of the tiles in which TMA stores y.
 DEPTH = 64
 CHANNELS = 64
+# Neighbours along K of which a register holds a part: no scale and no FLAG may
+# change within.
+LEAST_GROUP = 16
 
 
 class Ops(NamedTuple):
   """The 32-bit operations of `decode`, which NumPy, JAX and MLIR each bring."""
 
   xor: Callable[[Any, Any], Any]
+  both: Callable[[Any, Any], Any]  # bitwise and
+  less: Callable[[Any, Any], Any]
   shift_right: Callable[[Any, int], Any]
+  shift_left: Callable[[Any, Any], Any]
   permute: Callable[[Any, Any, Any], Any]  # prmt(bytes 0-3, 4-7, selector)
   constant: Callable[[int], Any]
 
@@ -89,6 +98,34 @@ def decode(word, words: tuple[int, int, int, int], ops: Ops) -> tuple[Any, Any]:
   return tuple(halves)
 
 
+# -7, 5, -1, 3 by FLAG 2, a byte each, the first in the lowest bits:
+#
+#   levels        00000011 11111111 00000101 11111001
+#   word << 2     00001111 11111100 00010111 11100100    11: from its neighbour
+#   mask          11111100 11111100 11111100 11111100
+#   shifted       00001100 11111100 00010100 11100100    12, -4, 20, -28
+def shifted(levels, flag, ops: Ops, base: int):
+  """QuaRTZ's decompression: the 4 bytes of a word, times 2^flag.
+
+  Args:
+    levels: codes of 4 bits as int8, -7 to 7 or 0 to 15.
+    flag: 0 to 4.
+    ops: that both take.
+    base: 128 to subtract it afterwards, where levels without sign reach 240;
+      else 0.
+
+  Returns:
+    What is always int8: -112 to 112, or 0 to 240 less 128.
+  """
+  # Each byte's upper bits leave it for the next one, whose lower bits they
+  # become: those are masked. 0x100 - 2^flag is the mask of a byte, four of
+  # which, less what leaves the word, are:
+  mask = ops.less(ops.constant(0x01010100),
+                  ops.shift_left(ops.constant(0x01010101), flag))
+  word = ops.both(ops.shift_left(levels, flag), mask)
+  return ops.xor(word, ops.constant(0x80808080)) if base else word
+
+
 def _permute(xp, low, high, selector):
   """Does what PTX's prmt.b32 does in its default mode, on uint32 arrays."""
   table = xp.stack([(word >> np.uint32(8 * i)) & np.uint32(255)
@@ -105,20 +142,34 @@ def _permute(xp, low, high, selector):
 
 def array_ops(xp) -> Ops:
   """The operations on uint32 arrays of NumPy or JAX."""
-  return Ops(lambda a, b: a ^ b, lambda a, n: a >> np.uint32(n),
+  return Ops(lambda a, b: a ^ b, lambda a, b: a & b, lambda a, b: a - b,
+             lambda a, n: a >> np.uint32(n), lambda a, n: a << n,
              lambda low, high, sel: _permute(xp, low, high, sel),
              lambda value: xp.uint32(value))
 
 
-def decode_array(packed, fmt: FPFormat, carrier: str):
+def decode_array(packed, fmt: FPFormat, carrier: str, flags=None,
+                 base: int = 0):
   """Decodes prepared bytes `[..., K / 2]` to levels `[..., K]` in the carrier.
 
   What the kernel computes, in NumPy or JAX.
+
+  Args:
+    packed: uint8, from `prepare`.
+    fmt: of the codes.
+    carrier: 'int8' or 'fp8'.
+    flags: `[..., K / 16]`, by which `shifted` multiplies levels; or None.
+    base: as for `shifted`.
   """
   xp = jnp if isinstance(packed, jax.Array) else np
   groups = packed.reshape(*packed.shape[:-1], -1, 4, 4).astype(np.uint32)
   word = sum(groups[..., i] << np.uint32(8 * i) for i in range(4))
-  halves = decode(word, tables(fmt, carrier), array_ops(xp))
+  ops = array_ops(xp)
+  halves = decode(word, tables(fmt, carrier), ops)
+  if flags is not None:
+    flags = flags.reshape(*word.shape[:-1], 2, 1).astype(np.uint32)
+    halves = [shifted(half, flags[..., i, :], ops, base)
+              for i, half in enumerate(halves)]
   levels = xp.stack([  # [..., group, half, lane, byte]
       xp.stack([half >> np.uint32(8 * i) for i in range(4)], axis=-1)
       for half in halves], axis=-3).astype(np.uint8)

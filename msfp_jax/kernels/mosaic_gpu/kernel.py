@@ -12,23 +12,19 @@ Rows and channels beyond the arrays are zeros to TMA, and are not written.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
-from jaxlib.mlir.dialects import llvm
-import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import epilogue
 from msfp_jax.kernels.epilogue import Epilogue
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
-from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
+from msfp_jax.kernels.mosaic_gpu import registers
 from msfp_jax.kernels.mosaic_gpu.blocks import Blocks
 from msfp_jax.kernels.mosaic_gpu.blocks import CHANNELS
 from msfp_jax.kernels.mosaic_gpu.blocks import WARPGROUP_CHANNELS
@@ -76,51 +72,6 @@ class Taps:
   pitch: int = 0
 
 
-def _decode_registers(shape: tuple[int, int], fmt: FPFormat, carrier: str):
-  """Makes the decoder: packed bytes `shape` to levels `[rows, 2 columns]`."""
-  # Written in MLIR, as Pallas has neither prmt nor arithmetic of 8-bit vectors.
-  # Bytes are loaded in the layout of an 8-bit operand, 4 to a register.
-  rows, columns = shape
-  dtype = carriers.DTYPES[carrier][0]
-  words = decode_lib.tables(fmt, carrier)
-  layout = plgpu.Layout.WGMMA_8BIT
-
-  @plgpu.inline_mgpu(
-      arg_types=(layout,),
-      return_type=plgpu.ShapeDtypeStruct(
-          (rows, 2 * columns), dtype, layout=layout))
-  def decode(ctx, packed):
-    del ctx
-    i32 = ir.IntegerType.get_signless(32)
-
-    def constant(value):
-      signed = int(np.uint32(value).astype(np.int32))
-      return arith.constant(i32, ir.IntegerAttr.get(i32, signed))
-
-    ops = decode_lib.Ops(
-        xor=arith.xori,
-        shift_right=lambda word, n: arith.shrui(word, constant(n)),
-        permute=lambda low, high, selector: llvm.inline_asm(
-            i32, [low, high, selector], 'prmt.b32 $0, $1, $2, $3;',
-            '=r,r,r,r'),
-        constant=constant)
-    vector = ir.VectorType.get((4,), mgpu.utils.dtype_to_ir_type(dtype))
-    shape = packed.layout.registers_shape((rows, 2 * columns))
-    registers = np.empty(shape, dtype=object)
-    for index, register in np.ndenumerate(packed.registers):
-      word = mgpu.utils.bitcast(register, i32)
-      for half, levels in enumerate(decode_lib.decode(word, words, ops)):
-        # The second axis counts tiles of 16 columns, 32 once decoded. Row and
-        # lane stay: `decode_lib.prepare` has ordered the codes for that.
-        where = (index[0], 2 * index[1] + half, *index[2:])
-        registers[where] = mgpu.utils.bitcast(levels, vector)
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=packed.layout,
-        _is_signed=True if carrier == 'int8' else None)
-
-  return decode
-
-
 def _tiled(width: int, dtype) -> tuple:
   """The transforms of a tile in shared memory, of rows of `width` elements."""
   # wgmma and TMA know tiles of 8 rows of 32, 64 or 128 bytes, whose 16-byte
@@ -131,9 +82,32 @@ def _tiled(width: int, dtype) -> tuple:
           plgpu.SwizzleTransform(swizzle))
 
 
-def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
-            carrier: str, rows: int, taps: Taps, out_dtype, blocks: Blocks,
-            multiprocessors: int, interpret=None) -> jax.Array:
+class Grouped(NamedTuple):
+  """What there is for every group of neighbours along K, or None.
+
+  Groups are of 16, 32 or 64; those of scales are alike. With scales, blocks
+  are of depth 64.
+
+  Attributes:
+    scales: of weights, float32 `[K / group, N']`.
+    inputs: scales of x, float32 `[C / group, R]`.
+    flags: QuaRTZ's, of weights, uint8 `[K / group, N']`.
+  """
+
+  scales: jax.Array | None = None
+  inputs: jax.Array | None = None
+  flags: jax.Array | None = None
+
+  @property
+  def scaled(self) -> bool:
+    """Whether the sums of a group are."""
+    return self.scales is not None or self.inputs is not None
+
+
+def product(x, codes, end: Epilogue | None, *, grouped: Grouped,
+            fmt: FPFormat, carrier: str, rows: int, taps: Taps, out_dtype,
+            blocks: Blocks, multiprocessors: int, base: int = 0, interpret=None
+            ) -> jax.Array:
   """Runs the kernel.
 
   Args:
@@ -143,12 +117,12 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
       of 128; rows `[M']`, M' the next multiple of blocks.rows; shift `[N']`, or
       `[N', period + blocks.rows]`, which has for row m of y column m modulo the
       period.
-    groups: float32 `[K / 64 * N']`, scales of the weights of each step, for
-      blocks of depth 64; or None.
+    grouped: what differs by group.
     rows: M, the rows of y, a multiple of 8.
     taps: the rows of x that each sums over.
     out_dtype: float32 or bfloat16; the sums' dtype for plain sums.
     multiprocessors: of the device.
+    base: as for `decode.shifted`.
     interpret: plgpu's parameters of the interpreter, or None.
 
   Returns:
@@ -162,7 +136,6 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
   per_tap = x.shape[1] // depth
   steps = taps.height * per_tap // blocks.split
   tiles = pl.cdiv(channels, CHANNELS), pl.cdiv(rows, tile)
-  beyond = tiles[0] * CHANNELS  # N'
   stored = blocks_lib.stored_rows(
       tile, out_dtype, by_row=end is not None and any(
           part is not None for part in end.rows))
@@ -170,12 +143,19 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
   w_tile = _tiled(depth // 2, codes.dtype)
   part = x_tile[0].tiling[1]  # a swizzled tile of x; of depth 256 a half
   if interpret is None:
-    decode = _decode_registers((WARPGROUP_CHANNELS, part // 2), fmt, carrier)
+    decode = registers.decoder(
+        (WARPGROUP_CHANNELS, part // 2), fmt, carrier, base)
   else:
-    decode = functools.partial(
-        decode_lib.decode_array, fmt=fmt, carrier=carrier)
+    decode = registers.interpreted(fmt, carrier, base)
+  # Rows of scales and of FLAGs for a step: as many as of x or of weights.
+  count = lambda part, length: (
+      None if part is None else part.shape[0] * depth // length)
+  per_step = Grouped(count(grouped.scales, 2 * codes.shape[1]),
+                     count(grouped.inputs, x.shape[1]),
+                     count(grouped.flags, 2 * codes.shape[1]))
+  in_groups = jax.tree.structure(grouped)
 
-  def kernel(w_gmem, x_gmem, end_gmem, groups_gmem, y_gmem, y_smem,
+  def kernel(w_gmem, x_gmem, end_gmem, grouped_gmem, y_gmem, y_smem,
              levels_smem=None):
     warpgroup = lax.axis_index('warpgroup')
     mine = pl.ds(warpgroup * WARPGROUP_CHANNELS, WARPGROUP_CHANNELS)
@@ -202,13 +182,33 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
                   transforms=w_tile, memory_space=plgpu.SMEM),
               plgpu.BlockSpec(
                   (pl.Element(tile), depth), lambda k: x_block(first_step + k),
-                  transforms=x_tile, memory_space=plgpu.SMEM)])
+                  transforms=x_tile, memory_space=plgpu.SMEM),
+              *jax.tree.leaves(beside(x_block, first_channel, first_step))])
 
-    def multiply(_, w_smem, x_smem, acc):
+    def beside(x_block, first_channel, first_step):
+      of_weights = lambda count: count and plgpu.BlockSpec(
+          (count, CHANNELS), lambda k: (first_step + k, first_channel),
+          memory_space=plgpu.SMEM)
+      of_inputs = per_step.inputs and plgpu.BlockSpec(
+          (per_step.inputs, pl.Element(tile)),
+          lambda k: x_block(first_step + k)[::-1], memory_space=plgpu.SMEM)
+      return Grouped(of_weights(per_step.scales), of_inputs,
+                     of_weights(per_step.flags))
+
+    def multiply(_, w_smem, x_smem, *rest, group=None):
+      *grouped_smem, acc = rest
       # In parts, so that one is decoded while another is multiplied.
       packed = w_smem[mine]
       for start in range(0, depth, part):
-        levels = decode(packed[:, start // 2:(start + part) // 2])
+        flags = ()
+        if per_step.flags:
+          each = per_step.flags * part // depth
+          first = start * each // part
+          flags = [
+              load(grouped_smem[-1].at[first + i, mine], registers.BY_CHANNEL
+                   ).astype(jnp.int32) for i in range(each)]
+        levels = decode(
+            packed[:, start // 2:(start + part) // 2], flags, group)
         if interpret is not None:
           levels_smem[warpgroup] = levels
           levels = levels_smem.at[warpgroup]
@@ -217,20 +217,28 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
       plgpu.wgmma_wait(0)
       return acc
 
-    def multiply_group(first_channel, first_step, indices, w_smem, x_smem,
-                       total):
-      # The sums of a step are those of a group: they are scaled as they leave
-      # the tensor cores, and added in float32.
-      def sums(acc):
-        multiply(indices, w_smem, x_smem, acc)
-        return acc[...]
+    def multiply_groups(indices, w_smem, x_smem, *rest):
+      *grouped_smem, total = rest
+      smem = jax.tree.unflatten(in_groups, grouped_smem)
+      # The sums of a group are scaled as they leave the tensor cores, and added
+      # in float32. These sum no fewer than 64 products: of a smaller group the
+      # levels of the others are 0.
+      groups = per_step.scales or per_step.inputs
+      for i in range(groups):
 
-      values = pl.run_scoped(
-          sums, plgpu.ACC((WARPGROUP_CHANNELS, tile), acc_dtype))
-      scales = spread(
-          groups_gmem, pl.ds((first_step + indices[0]) * beyond + channels_of(
-              first_channel), WARPGROUP_CHANNELS), 0, tile)
-      return total + values.astype(jnp.float32) * scales
+        def sums(acc, group=(i, depth // groups)):
+          multiply(indices, w_smem, x_smem, *grouped_smem, acc,
+                   group=group if groups > 1 else None)
+          return acc[...]
+
+        values = pl.run_scoped(sums, plgpu.ACC(
+            (WARPGROUP_CHANNELS, tile), acc_dtype)).astype(jnp.float32)
+        if smem.scales is not None:
+          values *= spread(smem.scales, (i, mine), 0, tile)
+        if smem.inputs is not None:
+          values *= spread(smem.inputs, (i, slice(None)), 1, tile)
+        total += values
+      return total
 
     def channels_of(channel):
       return channel * CHANNELS + warpgroup * WARPGROUP_CHANNELS
@@ -284,7 +292,8 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
     # which are needed is asked of a pipeline that does nothing.
     @functools.partial(
         pl.run_scoped, collective_axes='warpgroup',
-        allocations=pipeline(nothing, nothing).get_allocations(w_gmem, x_gmem))
+        allocations=pipeline(nothing, nothing).get_allocations(
+            w_gmem, x_gmem, *jax.tree.leaves(grouped_gmem)))
     def _(allocations):
 
       # Persistent: no more blocks than multiprocessors, each of which computes
@@ -299,7 +308,7 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
         # Sums live in the computing warpgroups alone: 64 x T values are T / 2
         # registers of each of its 128 threads.
         def compute(evaluate):
-          if groups is not None:
+          if grouped.scaled:
             total = evaluate(plgpu.layout_cast(
                 jnp.zeros((WARPGROUP_CHANNELS, tile), jnp.float32),
                 plgpu.Layout.WGMMA))
@@ -314,10 +323,10 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
             store(acc[...], channel, row * tile,
                   (share,) if end_gmem is None else ())
 
-        body = multiply if groups is None else functools.partial(
-            multiply_group, channel, share * steps)
+        body = multiply_groups if grouped.scaled else multiply
         pipeline(body, compute, channel, row * tile, share * steps)(
-            w_gmem, x_gmem, allocations=allocations)
+            w_gmem, x_gmem, *jax.tree.leaves(grouped_gmem),
+            allocations=allocations)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -340,4 +349,4 @@ def product(x, codes, end: Epilogue | None, groups=None, *, fmt: FPFormat,
       compiler_params=plgpu.CompilerParams(
           lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
       scratch_types=scratch, **options)
-  return call(codes, x, end, groups)
+  return call(codes, x, end, grouped)

@@ -4,13 +4,14 @@ Weights stay packed in device memory, in a layout of their own (`prepare`), and
 are decoded in registers to int8 or float8_e4m3fn. A convolution is a matrix
 product whose K runs over the window: XLA lays the columns of the window side by
 side, as channels, and the kernel walks down its rows. With strides XLA lays
-out the whole window.
+out the whole window. QuaRTZ's FLAGs shift levels in registers; scales of groups
+multiply a group's sums.
 
-The kernel is kernel.py, the layout of the weights decode.py.
+The kernel is kernel.py, the layout of the weights decode.py, how they are
+decoded in registers registers.py; what is not taken limits.py says.
 """
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
-from msfp_jax.kernels import checks
 from msfp_jax.kernels import epilogue
 from msfp_jax.kernels.epilogue import Columns
 from msfp_jax.kernels.epilogue import Epilogue
@@ -27,19 +27,20 @@ from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
 from msfp_jax.kernels.mosaic_gpu import layout as layout_lib
+from msfp_jax.kernels.mosaic_gpu import limits
 from msfp_jax.quant.numbers import FPFormat
-from msfp_jax.quant.qtensor import QTensor
 
-CARRIERS = {np.dtype(carriers.DTYPES[name][0]): name
-            for name in ('int8', 'fp8')}
-_INTERPRETED_SINCE = (0, 11)  # the first jax whose interpreter runs the kernel
-# TMA reads tiles of 8 rows.
-_ROWS = 8
+# TMA reads tiles of 8 rows, and rows of multiples of 16 bytes.
+_ROWS, _TMA_BYTES = 8, 16
 
 prepare, weight_base = decode_lib.prepare, decode_lib.weight_base
 lay_out = layout_lib.lay_out
+why_not, why_not_groups = limits.why_not, limits.why_not_groups
+why_not_input_groups = limits.why_not_input_groups
+why_not_shifts = limits.why_not_shifts
 LAYOUT = layout_lib.Hopper
-CARRIERS_OF_GROUPS = ('int8', 'fp8')
+# Inputs with scales of groups are levels, and the kernel scales their sums.
+CARRIERS_OF_GROUPS, SCALES_INPUTS = ('int8', 'fp8'), True
 
 
 def carriers_of(device_kind: str) -> tuple[str, ...]:
@@ -59,7 +60,8 @@ def weight_unit(fmt: FPFormat, carrier: str) -> float:
 def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
            rows: Rows = epilogue.NO_ROWS,
            columns: Columns = epilogue.NO_COLUMNS,
-           groups=None, group: int = 0,
+           groups=None, group: int = 0, inputs=None, input_group: int = 0,
+           flags=None, flag_group: int = 0, wide: FPFormat | None = None,
            blocks: blocks_lib.Blocks | None = None, interpret=False):
   """(x @ weights) * scale + shift, and what `epilogue.finish` has beside it.
 
@@ -72,7 +74,13 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     out_dtype: float32 or bfloat16.
     rows, columns: of the epilogue, `[M]` and `[N]`.
     groups: float32 `[ceil(K / group), N]`, scales of the weights; or None.
-    group: how many along K share one of them, a multiple of 64.
+    group: how many along K share one of them, a multiple of 16.
+    inputs: float32 `[M, ceil(K / input_group)]`, scales of x; or None.
+    input_group: as `group`, of x.
+    flags: uint8 `[ceil(K / flag_group), N]`, of QuaRTZ's weights, which are
+      shifted by them, 0 to 4; or None.
+    flag_group: how many along K share one of them, a multiple of 16.
+    wide: the integers that shifted weights are, of at most 8 bits.
     blocks: how to cut the work; else as `blocks.choose` says.
     interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
       has no register operands: decoding is the same bit expression in JAX.
@@ -86,21 +94,28 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     ValueError: with the words of `why_not`.
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         group=group, interpret=interpret)
+         group=group, input_group=input_group, flag_group=flag_group,
+         wide=wide, interpret=interpret)
   # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
   # level 0.
   length, row_length = x.shape[0], 2 * codes.shape[1]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, row_length - x.shape[1])))
+  sizes = limits.groups_of(group, input_group, flag_group)
+  if inputs is not None:
+    inputs = _along(inputs, -1, input_group, sizes.scaled_size, row_length)
+    inputs = jnp.pad(inputs, ((0, -length % _ROWS), (0, 0))).T
   y = _product(x, codes, Epilogue(scale, shift, rows, columns), x.shape[0],
-               kernel_lib.Taps(), fmt, out_dtype, blocks, interpret,
-               _by_step(groups, group, row_length))
+               kernel_lib.Taps(), fmt, wide, out_dtype, blocks, interpret,
+               _grouped(groups, group, inputs, flags, flag_group, row_length,
+                        sizes), sizes)
   return y[:length]
 
 
 def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
          rows: Rows = epilogue.NO_ROWS,
          columns: Columns = epilogue.NO_COLUMNS,
-         groups=None, group: int = 0,
+         groups=None, group: int = 0, inputs=None, input_group: int = 0,
+         flags=None, flag_group: int = 0, wide: FPFormat | None = None,
          blocks: blocks_lib.Blocks | None = None, interpret=False):
   """A 2-D convolution of x and weights, times scale, plus shift.
 
@@ -114,7 +129,9 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
     padding: zeros ((above, below), (left, right)).
     rows, columns: of the epilogue, `[B, H', W']` and `[N]`.
     groups: float32 `[kh, kw, ceil(C / group), N]`, or None.
-    group: as for `matmul`.
+    inputs: float32 `[B, H, W, ceil(C / input_group)]`, or None.
+    flags: uint8 `[kh, kw, ceil(C / flag_group), N]`, or None.
+    group, input_group, flag_group, wide: as for `matmul`.
     out_dtype, blocks, interpret: as for `matmul`.
 
   Returns:
@@ -125,16 +142,25 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   """
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, strides=strides,
-         padding=padding, blocks=blocks, group=group, interpret=interpret)
-  window = codes.shape[1:3]
-  size = output_size(x.shape[1:3], window, strides, padding)
-  x = jnp.pad(x, ((0, 0),) * 3 + ((0, 2 * codes.shape[3] - x.shape[3]),))
+         padding=padding, blocks=blocks, group=group,
+         input_group=input_group, flag_group=flag_group, wide=wide,
+         interpret=interpret)
+  window, row_length = codes.shape[1:3], 2 * codes.shape[3]
+  size = limits.output_size(x.shape[1:3], window, strides, padding)
+  x = jnp.pad(x, ((0, 0),) * 3 + ((0, row_length - x.shape[3]),))
+  sizes = limits.groups_of(group, input_group, flag_group)
+  if inputs is not None:
+    # As x itself, with groups for channels.
+    inputs = _along(inputs, -1, input_group, sizes.scaled_size, row_length)
+    inputs = _lay_out(inputs, window, strides, padding, size)[0]
+    inputs = inputs.reshape(-1, inputs.shape[3])
+    inputs = jnp.pad(inputs, ((0, -len(inputs) % _ROWS), (0, 0))).T
   # From here on a convolution is a product of rows of pixels: all images below
   # each other, `image` rows of `pitch` pixels each, with the window's columns
   # as channels. A row of y sums over `height` rows of x, each `pitch` further.
   x, height = _lay_out(x, window, strides, padding, size)
-  batch, image, pitch, row_length = x.shape
-  x = x.reshape(-1, row_length)
+  batch, image, pitch, _ = x.shape
+  x = x.reshape(-1, x.shape[3])
   length = x.shape[0]
   x = jnp.pad(x, ((0, -length % _ROWS), (0, 0)))
   # All by as many rows of y as an image of x has, those that are cut off too.
@@ -146,18 +172,13 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
       lambda part: jnp.pad(part, ((0, 0), *around)).reshape(-1), rows)
   y = _product(x, codes.reshape(codes.shape[0], -1),
                Epilogue(scale, shift, rows, columns), x.shape[0],
-               kernel_lib.Taps(height, pitch), fmt, out_dtype, blocks,
-               interpret, _by_step(groups, group, 2 * codes.shape[3]))
+               kernel_lib.Taps(height, pitch), fmt, wide, out_dtype, blocks,
+               interpret,
+               _grouped(groups, group, inputs, flags, flag_group, row_length,
+                        sizes), sizes)
   # Below and beside each image lie pixels whose windows left it.
   y = y[:length].reshape(batch, image, pitch, -1)
   return y[:, :size[0], :size[1]]
-
-
-def output_size(size: tuple[int, int], window: tuple[int, int], strides,
-                padding) -> tuple[int, int]:
-  """Height and width of a convolution's result."""
-  return tuple((s + sum(p) - w) // stride + 1 for s, w, stride, p in zip(
-      size, window, strides, padding, strict=True))
 
 
 def _lay_out(x, window, strides, padding, size):
@@ -204,28 +225,56 @@ def _lay_out(x, window, strides, padding, size):
   return x, 1
 
 
-def _by_step(groups, group, row_length):
-  """Scales `[..., n, N]` of groups, one for each step of `DEPTH` codes."""
-  if groups is None:
-    return None
-  steps = row_length // decode_lib.DEPTH
-  groups = jnp.repeat(groups, group // decode_lib.DEPTH, axis=-2)
-  groups = groups[..., :steps, :]
-  return groups.reshape(-1, groups.shape[-1])
+def _grouped(groups, group, inputs, flags, flag_group, row_length, sizes):
+  """What differs by group, as the kernel reads it; `inputs` already is.
+
+  FLAGs of a contraction that needs no padding are what they are in a file.
+  """
+
+  def of_weights(part, group, size):
+    if part is None:
+      return None
+    part = _along(part, -2, group, size, row_length)
+    part = part.reshape(-1, part.shape[-1])
+    return _lengthened(part, 1, -part.shape[1] % _TMA_BYTES)
+
+  return kernel_lib.Grouped(
+      of_weights(groups, group, sizes.scaled_size), inputs,
+      of_weights(flags, flag_group, sizes.flagged_size))
 
 
-def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret,
-             groups):
+def _along(part, axis, group, size, row_length):
+  """An entry for each `group` along K -> one for each `size`, for all of K."""
+  if group != size:
+    part = jnp.repeat(part, group // size, axis=axis)
+  count, axis = row_length // size, part.ndim + axis
+  if part.shape[axis] > count:
+    part = jax.lax.slice_in_dim(part, 0, count, axis=axis)
+  return _lengthened(part, axis, count - part.shape[axis])
+
+
+def _lengthened(part, axis, missing):
+  """Zeros behind an axis; the array itself where none are missing."""
+  if not missing:
+    return part
+  widths = [(0, 0)] * part.ndim
+  widths[axis] = (0, missing)
+  return jnp.pad(part, widths)
+
+
+def _product(x, codes, end, length, taps, fmt, wide, out_dtype, blocks,
+             interpret, grouped, sizes):
   """Runs the kernel on rows of pixels `[R, C]`, with what is left to XLA."""
   channels = end.scale.shape[0]
-  carrier = CARRIERS[np.dtype(x.dtype)]
+  carrier = limits.CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
     blocks = blocks_lib.choose(
         length, channels, x.shape[1], taps.height, out_dtype,
-        end.shift.ndim == 1, groups is not None)
+        end.shift.ndim == 1, sizes)
   call = functools.partial(
       kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=length,
-      taps=taps, blocks=blocks,
+      taps=taps, blocks=blocks, grouped=grouped,
+      base=weight_base(wide, carrier) if wide else 0,
       multiprocessors=blocks_lib.multiprocessors(),
       interpret=plgpu.InterpretGPUParams() if interpret else None)
   if blocks.split > 1:
@@ -235,11 +284,8 @@ def _product(x, codes, end, length, taps, fmt, out_dtype, blocks, interpret,
         part, (0, length - part.shape[0]))[:, None], end.rows)
     y = epilogue.finish(sums[:, :channels], *end[:2], by_row, end.columns)
     return y.astype(out_dtype)
-  if groups is not None:
-    groups = jnp.pad(
-        groups, ((0, 0), (0, -channels % blocks_lib.CHANNELS))).reshape(-1)
-  y = call(_whole_blocks(end, length, blocks.rows, carrier, groups is not None),
-           groups, out_dtype=out_dtype)
+  y = call(_whole_blocks(end, length, blocks.rows, carrier,
+                         grouped.scaled), out_dtype=out_dtype)
   return y[:, :channels]
 
 
@@ -263,129 +309,6 @@ def _whole_blocks(end, length, tile, carrier, grouped):
   return Epilogue(whole(end.scale), whole(shift), rows, columns)
 
 
-def why_not(op: str, x, codes, *, fmt: FPFormat, out_dtype=jnp.float32,
-            strides=(1, 1), padding=((0, 0), (0, 0)), group: int = 0,
-            blocks: blocks_lib.Blocks | None = None,
-            interpret=False) -> str | None:
-  """Why the kernels do not take an operation; None if they do.
-
-  Args:
-    op: 'matmul' or 'conv'.
-    x, codes: as for the operation; only shapes and dtypes are looked at.
-    fmt, out_dtype, strides, padding, group, blocks, interpret: as for the
-      operation.
-
-  Returns:
-    The reason and the way out, for an error message. Where the default device
-    is no GPU, what no GPU does is left to the caller.
-  """
-  return (_why_not_device(interpret)
-          or _why_not_types(x, codes, fmt, out_dtype)
-          or _why_not_shapes(op, x, codes, strides, padding)
-          or _why_not_sums(x, codes, fmt)
-          or _why_not_blocks(x, codes, strides, out_dtype, blocks, group))
-
-
-def why_not_groups(weight: QTensor) -> str | None:
-  """Why weights with scales of groups are not taken; None if they are."""
-  # Sums of a group leave the tensor cores before they are scaled.
-  if weight.group % decode_lib.DEPTH:
-    return (f'it sums {decode_lib.DEPTH} products and more at a time, and '
-            f'scales of these weights change every {weight.group}; use the '
-            f'XLA implementation')
-  return None
-
-
-def why_not_input_groups(tensor: QTensor) -> str | None:
-  """Why inputs with scales of groups are not taken: none are."""
-  return ('it scales the sums of a group by the weights alone, and inputs of '
-          f'this layer have scales of {tensor.scale.shape}; use the XLA '
-          'implementation')
-
-
-def why_not_shifts(weight: QTensor) -> str | None:
-  """Why weights with shifts are not taken: none are."""
-  return (f'it decodes weights without shifts, and those of this layer are '
-          f'{weight.fmt} shifted to {weight.wide}; use the XLA implementation')
-
-
-def _why_not_device(interpret):
-  if interpret:
-    if jax.__version_info__ < _INTERPRETED_SINCE:
-      return (f'jax {jax.__version__} does not interpret the GPU kernels; use '
-              f'jax 0.11 or later, or the XLA implementation')
-    return None
-  capability = getattr(jax.devices()[0], 'compute_capability', None)
-  if capability and capability != '9.0':
-    return (f'{jax.devices()[0].device_kind} has compute capability '
-            f'{capability}: the kernels are made of the instructions of 9.0 '
-            f'(H100, H200), which later GPUs dropped; use the XLA '
-            f'implementation')
-  return None
-
-
-def _why_not_types(x, codes, fmt, out_dtype):
-  if np.dtype(x.dtype) not in CARRIERS:
-    return (f'x is {x.dtype}: the GPU kernels multiply int8 and '
-            f'float8_e4m3fn; carry the activations in one of these, or use '
-            f'the XLA implementation')
-  if reason := checks.format_of_weights(
-      fmt, CARRIERS[np.dtype(x.dtype)], 'GPU'):
-    return reason
-  if codes.dtype != jnp.uint8:
-    return f'codes are {codes.dtype}, not uint8; see mosaic_gpu.prepare'
-  return checks.out_dtype(out_dtype)
-
-
-def _why_not_shapes(op, x, codes, strides, padding):
-  if reason := checks.axes(op, x, codes):
-    return reason
-  length = x.shape[-1]
-  padded = length + -length % decode_lib.DEPTH
-  if 2 * codes.shape[-1] != padded or codes.shape[0] % decode_lib.CHANNELS:
-    return (f'{length} channels of x {x.shape} need codes of shape [N, ..., '
-            f'{padded // 2}], N a multiple of {decode_lib.CHANNELS}, but they '
-            f'are {codes.shape}; see mosaic_gpu.prepare; grouped convolutions '
-            f'are left to XLA')
-  if op == 'conv':
-    size = output_size(x.shape[1:3], codes.shape[1:3], strides, padding)
-    return checks.window(size, codes.shape[1:3], strides, padding, x)
-  return None
-
-
-def _why_not_sums(x, codes, fmt):
-  length = x.shape[-1] * math.prod(codes.shape[1:-1])
-  return checks.sums(x, length, fmt)
-
-
-def _why_not_blocks(x, codes, strides, out_dtype, blocks, group):
-  if blocks is None:
-    return None
-  if group and (blocks.depth != decode_lib.DEPTH or blocks.split > 1
-                or blocks.rows > blocks_lib.MOST_ROWS_OF_GROUPS):
-    return (f'{blocks}: scales of groups ask for a depth of '
-            f'{decode_lib.DEPTH}, no split, and at most '
-            f'{blocks_lib.MOST_ROWS_OF_GROUPS} rows')
-  # As `_lay_out` will cut K: into rows of the window, where they are walked.
-  window = codes.shape[1:-1]
-  taps = window[0] if window and tuple(strides) == (1, 1) else 1
-  row_length = 2 * math.prod(codes.shape[1:]) // taps
-  if (blocks.rows not in blocks_lib.ROWS
-      or blocks.depth not in blocks_lib.DEPTHS):
-    return (f'{blocks}: rows must be one of {blocks_lib.ROWS}, depth of '
-            f'{blocks_lib.DEPTHS}')
-  if row_length % blocks.depth or (
-      taps * row_length // blocks.depth) % blocks.split:
-    return (f'{blocks}: rows of {row_length} codes must be whole steps, and '
-            f'their number a multiple of the split')
-  if blocks.split > 1:
-    out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
-  most = blocks_lib.most_stages(blocks.rows, blocks.depth, out_dtype)
-  if not 1 <= blocks.stages <= most:
-    return f'{blocks}: 1 to {most} stages fit into shared memory'
-  return None
-
-
 def _check(op, x, codes, **settings):
-  if reason := why_not(op, x, codes, **settings):
+  if reason := limits.why_not(op, x, codes, **settings):
     raise ValueError(reason)

@@ -32,7 +32,7 @@ from msfp_jax.quant.qtensor import QTensor
 weight_unit, weight_base = decode_lib.weight_unit, decode_lib.weight_base
 why_not_shifts = checks.shifts
 LAYOUT = layout_lib.Nibbles
-CARRIERS_OF_GROUPS = ('bf16',)
+CARRIERS_OF_GROUPS, SCALES_INPUTS = ('bf16',), False
 # What they add to the significant bits of a level; a product has no more than
 # both its sides together.
 _SHORT_SCALES = {np.dtype(jnp.float8_e4m3fn): 4,
