@@ -26,8 +26,8 @@ from msfp_jax.quant.qtensor import QTensor
 FULL_BITS = 32
 _static = lambda **options: flax.struct.field(pytree_node=False, **options)
 
-# For a `quantize` of many operations: called by itself, every one of these would
-# be compiled for every shape. In other programs it changes nothing.
+# For a `quantize` of many operations: called by itself, each of these would be
+# compiled for every shape. In other programs it changes nothing.
 compiled = functools.partial(jax.jit, static_argnames='axis', inline=True)
 
 
