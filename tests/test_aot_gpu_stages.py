@@ -5,6 +5,7 @@ ends, up and down. Needs JAX's plugin for CUDA and nvcc; run by `make aot`.
 """
 
 import dataclasses
+import pathlib
 
 import jax
 from jax.experimental import topologies
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import hopper
 from benchmarks import packed_models
 from benchmarks.gpu import sampling
 from benchmarks.gpu import state as state_lib
@@ -26,6 +26,7 @@ from msfp_jax.tune import pretrain
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 CONFIG = UNetConfig(image_size=16, ch=64, ch_mult=(1, 2), num_res_blocks=1,
                     attn_resolutions=(8,), dropout=0.0)
+TARGET = pathlib.Path(__file__).parent / 'h200.txtpb'
 # Float32 without TF32 is the same program with other products.
 WAYS = ('packed', 'bfloat16', 'float32, TF32', 'simulated')
 
@@ -37,7 +38,7 @@ def hopper_device():
   jax.config.update('jax_platforms', 'cpu')
   topology = topologies.get_topology_desc(
       platform='cuda', topology='1x1x1',
-      target_config=hopper.TARGET.read_text())
+      target_config=TARGET.read_text())
   return jax.sharding.NamedSharding(
       topologies.make_mesh(topology, (1,), ('x',)),
       jax.sharding.PartitionSpec())
