@@ -94,12 +94,17 @@ def quantize(params, act):
   """Returns {layer: packed}, and the parameters with quantized kernels."""
   weights = interception.leaves(params, 'kernel')
   biases = interception.leaves(params, 'bias')
-  packed = {name: kernel_cases.prepared(QLayer(
-      weight_of(kernel).quantize(kernel, axis=-2).packed(), act,
-      biases.get(name))) for name, kernel in weights.items()}
-  return packed, interception.replace(params, 'kernel', {
+  # In one program each: not one for every layer's shape.
+  tensors = kernel_cases.jit(lambda weights: {
+      name: weight_of(kernel).quantize(kernel, axis=-2)
+      for name, kernel in weights.items()})(weights)
+  quantized = kernel_cases.jit(lambda weights: {
       name: weight_of(kernel).fake_quant(kernel, axis=-2)
-      for name, kernel in weights.items()})
+      for name, kernel in weights.items()})(weights)
+  packed = {name: kernel_cases.prepared(QLayer(
+      tensor.packed(), act, biases.get(name)))
+            for name, tensor in tensors.items()}
+  return packed, interception.replace(params, 'kernel', quantized)
 
 
 def by_flax(model, params, act, *inputs):

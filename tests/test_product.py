@@ -1,8 +1,11 @@
 """Products with scales of every kind, against float64."""
 
+import functools
+
 import jax.numpy as jnp
 from kernel_cases import Case
 from kernel_cases import conv_case
+from kernel_cases import jit
 import kernel_oracle
 import numpy as np
 import pytest
@@ -70,6 +73,10 @@ EVERYWHERE = ('images with zero points', 'tokens with zero points',
               'groups of weights alone', 'static, by channel')
 
 
+def each(case, x, *layers, **options):
+  return [case.apply(x, layer, **options) for layer in layers]
+
+
 @pytest.mark.parametrize('name, geometry', [
     pytest.param(name, geometry, marks=(
         () if name in EVERYWHERE and geometry in ('dense', '3x3, borders')
@@ -83,9 +90,9 @@ def test_every_kind_of_scale(name, geometry):
   for implementation, carrier in WAYS:
     if carrier == 'int8' and name == '8 bits':
       continue
-    simulated, packed = (np.asarray(case.apply(
-        case.x, layer, implementation=implementation, carrier=carrier))
-                         for layer in (case.layer, case.packed))
+    simulated, packed = jit(functools.partial(
+        each, case, implementation=implementation, carrier=carrier))(
+            case.x, case.layer, case.packed)
     case.assert_close(simulated, rtol=1e-6)
     np.testing.assert_array_equal(packed, simulated)
 
