@@ -21,6 +21,7 @@ from typing import Any
 
 from absl import flags
 from absl import logging
+import jax
 import ml_collections
 
 from msfp_jax.base import files
@@ -148,6 +149,10 @@ def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
     files.write_json(_result(folder), evaluated(
         deployed, folder.name, config.quant.weight_bits,
         config.quant.act_bits))
+    # A row's programs are of no use to the next: kept, those of dozens of rows
+    # would fill the memory.
+    del deployed
+    jax.clear_caches()
     progress.update(done)
 
 
