@@ -117,3 +117,19 @@ def test_two_models_in_one_file_by_a_wrapper_alone(tmp_path):
       'module.conv_in.bias': tensors['conv_in.bias']})
   with pytest.raises(ValueError, match='conv_in.bias and.*one tensor by name'):
     convert.load_pretrained(path)
+
+
+def test_the_origin_of_weights_whose_average_does_not_fit(tmp_path):
+  """ema=False, the way out that the message names, is one for both."""
+  name = 'ldm_beds'
+  weights, mean = sets(name)
+  content = foreign.ldm_checkpoint(weights, families.CONFIGS[name],
+                                   averaged=mean)
+  del content['state_dict'][next(
+      n for n in content['state_dict'] if n.startswith('model_ema.diff'))]
+  path = tmp_path / 'model.ckpt'
+  torch_writer.save_zip(path, content)
+  checkpoints.write_yaml(path, families.CONFIGS[name])
+  with pytest.raises(ValueError, match='ema=False takes the weights'):
+    convert.load_origin(str(path))
+  assert convert.load_origin(str(path), ema=False).sampler == 'ddim'

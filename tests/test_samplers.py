@@ -255,3 +255,10 @@ def test_the_last_step_of_ddpm_adds_noise_above_t_0():
   assert plans['small'].noise_std[-1] == 0
   np.testing.assert_allclose(
       plans['large'].noise_std[-1], np.sqrt(1 - BAR[99]), rtol=1e-9)
+
+
+def test_trailing_steps_never_pass_the_end():
+  """Rounding errors of arange leave one more with 61 of 1000, and others."""
+  for number in range(1, 1000):
+    found = diffusion.ddim_timesteps(1000, number, 'trailing')
+    assert len(found) == number and found[0] >= 0, number

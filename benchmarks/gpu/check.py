@@ -68,6 +68,7 @@ def main(unused_argv) -> None:
     late = True
     child.terminate()
     child.wait()
+    outcomes.forget_unfinished(written, known)
   found = outcomes.read(written)
   result = summary(found)
   runner.write(folder / runner.FOUND, result)

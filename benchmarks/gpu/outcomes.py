@@ -24,6 +24,18 @@ def read(path: pathlib.Path) -> dict[str, dict]:
   return found
 
 
+def forget_unfinished(path: pathlib.Path, known: pathlib.Path) -> None:
+  """Drops tests that have only begun, but for those that `known` has.
+
+  For where time ended them, and not what they did: a later call runs them.
+  """
+  earlier = read(known)
+  rows = [{'test': test} | row for test, row in read(path).items()
+          if row['outcome'] != 'began' or test in earlier]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows),
+                  encoding='utf-8')
+
+
 def _write(**row) -> None:
   # Opened anew: every line is on the disk before the next test begins.
   with open(os.environ[WRITTEN], 'a', encoding='utf-8') as file:

@@ -34,7 +34,7 @@ def convert(source: str, target: str) -> None:
   if not target.endswith('.safetensors'):
     raise ValueError(f'DST is {target}: it must end in .safetensors')
   model, params = load.load_pretrained(source, _CONFIG.value, _EMA.value)
-  origin = load.load_origin(source, _CONFIG.value)
+  origin = load.load_origin(source, _CONFIG.value, _EMA.value)
   native.save_pretrained(target, model, params, origin, source=source)
   parameter_overview.log_parameter_overview(params)
   logging.info('wrote %s', target)

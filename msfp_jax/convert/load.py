@@ -76,7 +76,8 @@ def load_pretrained(path: str, config: str | None = None,
   return _as_noise(model, opened.origin), params
 
 
-def load_origin(path: str, config: str | None = None) -> origin_lib.Origin:
+def load_origin(path: str, config: str | None = None,
+                ema: bool | None = None) -> origin_lib.Origin:
   """The schedule and the sampler that a checkpoint was made for.
 
   They come from the scheduler_config.json beside the weights or in the
@@ -86,13 +87,15 @@ def load_origin(path: str, config: str | None = None) -> origin_lib.Origin:
   Args:
     path: as of `load_pretrained`; no tensors of weights are read.
     config: likewise.
+    ema: likewise: a moving average that does not fit is refused where it is
+      wanted.
 
   Raises:
     As `load_pretrained`.
   """
   if str(path) in native.SHIPPED:
     return native.load_origin(path)
-  opened = _opened(path, config, None)
+  opened = _opened(path, config, ema)
   if opened.family is None:
     return native.load_origin(opened.source.path)
   return opened.origin

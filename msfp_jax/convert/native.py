@@ -150,7 +150,10 @@ def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:
   """
   file, _, metadata = _opened(path)
   if 'origin' not in metadata:
-    return origin_lib.Origin()
+    # Of a file whose maker did not tell, its name, for a warning; the shipped
+    # models are of the schedule that is taken.
+    shipped = file in SHIPPED.values()
+    return origin_lib.Origin('' if shipped else str(file))
   try:
     found = origin_lib.Origin.from_json(metadata['origin'])
     return dataclasses.replace(found, source=str(file))

@@ -89,7 +89,8 @@ def read(path: pathlib.Path) -> Origin:
   """
   try:
     return _origin(source_lib.read_config(path), str(path))
-  except ValueError as error:
+  except (TypeError, ValueError) as error:
+    # A TypeError: a list or an object where a name stands, without a hash.
     raise ValueError(f'{path}: {error}' if str(path) not in str(error)
                      else str(error)) from error
 
@@ -117,7 +118,10 @@ def _origin(given: Mapping[str, Any], source: str) -> Origin:
   if kind == 'PNDMScheduler':  # other classes know no steps to skip
     given = {'skip_prk_steps': False} | dict(given)
   for sampler, only in ONLY_OF.items():
-    if odd := _odd(given, only):
+    odd = _odd(given, only)
+    if sampler == 'plms' and given.get('predict_epsilon') is False:
+      odd.append('predict_epsilon=False')
+    if odd:
       refused[sampler] = f'the sampler {sampler!r} has no ' + '; '.join(odd)
     else:
       options[sampler] = _options(given, sampler)

@@ -57,7 +57,9 @@ def ddim_timesteps(num_train_steps: int, num_steps: int,
     steps = (grid**2).astype(np.int64)
   elif spacing == 'trailing':
     # Not linspace: rounding errors of arange decide ties, and so do they there.
-    down = np.arange(num_train_steps, 0, -num_train_steps / num_steps)
+    # They may leave one more, next to 0, which would be t = -1.
+    down = np.arange(
+        num_train_steps, 0, -num_train_steps / num_steps)[:num_steps]
     return np.round(down)[::-1].astype(np.int64) - 1
   elif spacing == 'linspace':
     return np.linspace(0, num_train_steps - 1, num_steps).round().astype(

@@ -63,7 +63,9 @@ def _timesteps(total: int, num_steps: int, spacing: str, offset: int
     return np.linspace(0, total - 1, num_steps + 1).round().astype(
         np.int64)[:0:-1]
   if spacing == 'trailing':
-    return np.arange(total, 0, -total / num_steps).round().astype(np.int64) - 1
+    # Rounding errors of arange may leave one more, next to 0.
+    down = np.arange(total, 0, -total / num_steps)[:num_steps]
+    return down.round().astype(np.int64) - 1
   if spacing != 'leading':
     raise ValueError(f"spacing {spacing!r}: must be 'linspace', 'leading' or "
                      "'trailing' of this sampler")

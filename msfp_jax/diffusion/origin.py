@@ -112,7 +112,7 @@ def choose(origin: Origin, schedule: Mapping[str, Any],
   if why := origin.refused.get(name):
     raise ValueError(f'{origin.source}: {why}')
   own = dict(origin.options.get(name, {}))
-  if 'convention' in typed:
+  if typed.get('convention', own.get('convention')) != own.get('convention'):
     own.pop('offset', None)  # a convention has its own
   options = own | {field: value for field, value in typed.items()
                    if field != 'name'}

@@ -125,7 +125,8 @@ def load(path: str | os.PathLike) -> Reference:
         raise ValueError('its provenance is no JSON object')
       # What is neither sealed nor of known origin is another tool's.
       if provenance or seal.KEY in arrays:
-        seal.check('it', str(arrays[seal.KEY]) if seal.KEY in arrays else None,
+        seal.check(str(path),
+                   str(arrays[seal.KEY]) if seal.KEY in arrays else None,
                    lambda: _digest(arrays), 'make the statistics anew')
   except FileNotFoundError:
     raise FileNotFoundError(f'no statistics file at {path}') from None

@@ -94,9 +94,9 @@ class QuantSpec:
           content['format'])
       if read is None:
         raise ValueError(f'format {content["format"]!r}, expected {_FORMAT!r}')
-      seal.check('it', content.pop(seal.KEY, None), lambda: _digest(content),
-                 f'calibrate again; if it was changed on purpose, delete '
-                 f'{seal.KEY!r} from it')
+      seal.check('this spec', content.pop(seal.KEY, None),
+                 lambda: _digest(content), 'calibrate again; if it was '
+                 f'changed on purpose, delete {seal.KEY!r} from it')
       layers = {row['layer']: read(row) for row in content['layers']}
       return cls(content['recipe'], layers)
     except (AttributeError, json.JSONDecodeError, KeyError, TypeError,

@@ -39,7 +39,8 @@ _RULES = {
     **dict.fromkeys(('num_samples', 'batch_size', 'pictures'),
                     arguments.COUNT),
     'layer_images': arguments.COUNT_OR_NONE,
-    'vectors': (lambda value: value == 0 or value >= registry.LEAST_VECTORS,
+    'vectors': (lambda value: arguments.COUNT_OR_NONE[0](value) and (
+        value == 0 or value >= registry.LEAST_VECTORS),
                 f'0 or at least {registry.LEAST_VECTORS}'),
     'keep': arguments.one_of(('', *sample_store.FORMS)),
     'preprocessing': arguments.one_of(preprocess.CONVENTIONS),
@@ -148,6 +149,8 @@ def results_head(config: ml_collections.ConfigDict,
   # Options that do nothing are left out.
   more = {field: sampler[field] for field in ('offset', 'clip')
           if sampler.get(field)}
+  if sampler.get('variance', 'small') != 'small':
+    more['variance'] = sampler['variance']
   return {
       'dataset': config.data.path or config.data.name,
       'num_samples': config.eval.num_samples,
@@ -301,6 +304,8 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   # it, into the folder that it may delete.
   scorer = make() if cfg.reference or images is None else None
   samples = {
+      # Not of the config alone: the rest is as the checkpoint has it.
+      'plan': experiment.plan.to_dict(),
       'num_samples': cfg.num_samples, 'batch_size': cfg.batch_size,
       'devices': jax.device_count(), 'backend': jax.default_backend(),
       'jax': jax.__version__}

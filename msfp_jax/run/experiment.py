@@ -239,7 +239,8 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   # First, for it takes no time: a sampler that there is not ends the run here.
   chosen = origin_lib.choose(
       teacher.load_origin(config.pretrained, workdir,
-                          described_by=config.pretrained_config),
+                          described_by=config.pretrained_config,
+                          ema=config.ema),
       config.schedule, config.sampler)
   model, params = teacher.load(
       config.pretrained, workdir, described_by=config.pretrained_config,

@@ -49,12 +49,13 @@ def load(path: str, workdir: str, *, described_by: str, ema: bool,
       path or _trained(workdir), described_by or None, ema)
 
 
-def load_origin(path: str, workdir: str, *, described_by: str
+def load_origin(path: str, workdir: str, *, described_by: str, ema: bool
                 ) -> origin_lib.Origin:
   """The schedule and the sampler that the teacher of `load` was made for."""
   if path == RANDOM:
     return origin_lib.Origin()
-  return convert.load_origin(path or _trained(workdir), described_by or None)
+  return convert.load_origin(
+      path or _trained(workdir), described_by or None, ema)
 
 
 def _trained(workdir: str) -> str:

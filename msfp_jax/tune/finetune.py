@@ -32,7 +32,8 @@ _RULES = {
     'num_updates': arguments.COUNT_OR_NONE,
     **dict.fromkeys(('batch_size', 'rank', 'save_every', 'log_every'),
                     arguments.COUNT),
-    'num_banks': (lambda value: value in range(1, MOST_BANKS + 1),
+    'num_banks': (lambda value: (
+        arguments.COUNT[0](value) and value <= MOST_BANKS),
                   f'a whole number from 1 to {MOST_BANKS}'),
     'gamma': arguments.one_of(losses.GAMMAS),
     'base_weight': arguments.one_of(student_lib.BASES),
