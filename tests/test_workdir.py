@@ -1,5 +1,6 @@
 """The folder of a run: what it must hold; tests/experiment/ has its claims."""
 
+import ml_collections
 import pytest
 
 from msfp_jax.base import errors
@@ -29,3 +30,20 @@ def test_packed_needs_the_file(tmp_path):
     workdir.check_packed(str(tmp_path))
   (tmp_path / workdir.PACKED_FILE).touch()
   workdir.check_packed(str(tmp_path))
+
+
+def test_what_the_checkpoint_said_must_be_as_it_was(tmp_path):
+  """A file beside the weights that changed is no longer the run's."""
+  config = ml_collections.ConfigDict({'seed': 0})
+  taken = {'sampler': {'name': 'ddim', 'offset': 0}, 'plan': 'a'}
+  workdir.prepare(config, str(tmp_path), taken=taken)
+  (tmp_path / 'quant_spec.json').write_text('{}')
+  # What is not known yet changes nothing, and forgets nothing.
+  workdir.prepare(config, str(tmp_path))
+  workdir.prepare(config, str(tmp_path), taken=taken)
+  other = {'sampler': {'name': 'ddim', 'offset': 1}, 'plan': 'b'}
+  with pytest.raises(errors.WorkdirError) as error:
+    workdir.check(config, str(tmp_path), taken=other)
+  assert str(error.value).splitlines()[1:] == [
+      "  taken.plan: 'a' there, 'b' now",
+      '  taken.sampler.offset: 0 there, 1 now']

@@ -207,14 +207,14 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
          command: str) -> dict[str, Any]:
   """`run` with settings that were looked at."""
-  fields = workdir_lib.check(config, workdir)
+  fields = json.loads(config.to_json_best_effort())
   experiment = experiment_lib.load(config, workdir)
   experiment = experiment.looking_ahead(methods_lib.recipes_of(cfg.rows))
   meter = measure.Meter(experiment, cfg.layer_images, cfg.timing)
   folder = pathlib.Path(workdir) / 'eval'
   scorer = _claim_and_score(
       experiment, cfg, (config.data.name, config.data.path), folder,
-      lambda: workdir_lib.prepare(config, workdir))
+      lambda: workdir_lib.prepare(config, workdir, taken=experiment.taken))
   if cfg.num_samples < scorer.least_samples:
     raise ValueError(
         f'config.eval.num_samples={cfg.num_samples}: features '

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
+import hashlib
+import json
 from typing import Any
 
 from absl import logging
@@ -126,6 +128,13 @@ class Experiment:
   def sample_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of what the model denoises."""
     return self.model.sample_shape
+
+  @property
+  def taken(self) -> dict[str, Any]:
+    """The sampler as it is, part of which the checkpoint may have said."""
+    plan = json.dumps(self.plan.to_dict()).encode()
+    return {'sampler': dict(self.sampler),
+            'plan': hashlib.sha256(plan).hexdigest()[:16]}
 
   def key(self, use: int) -> jax.Array:
     """The key of one use of the seed, such as SAMPLES."""

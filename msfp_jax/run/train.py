@@ -59,7 +59,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str,
     return
   experiment = experiment_lib.load(config, workdir)
   _check_gamma(experiment.schedule, experiment.plan, experiment.finetune)
-  workdir_lib.prepare(config, workdir)
+  workdir_lib.prepare(config, workdir, taken=experiment.taken)
   # Its numbers survive as text, bit for bit: a run that resumes from the file
   # works with the same ones.
   spec = calibrated_spec(experiment, workdir)

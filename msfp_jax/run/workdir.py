@@ -1,6 +1,6 @@
 """The folder of a run: whose it is, and whether it has what is asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import pathlib
@@ -15,6 +15,8 @@ from msfp_jax.base import lock as lock_lib
 
 # The packed model.
 PACKED_FILE = 'packed.safetensors'
+# Of config.json: what is no field of the config.
+TAKEN = 'taken'
 
 
 @contextlib.contextmanager
@@ -39,18 +41,20 @@ def hold(workdir: str) -> Iterator[None]:
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str,
-            free: tuple[str, ...] = ('eval',)) -> dict[str, Any]:
+            free: tuple[str, ...] = ('eval',),
+            taken: Mapping[str, Any] | None = None) -> dict[str, Any]:
   """Claims a workdir: writes config.json, or checks that it is the same.
 
   Args, returns and raises as `check`, and OSError where it cannot be written.
   """
-  new = check(config, workdir, free)
+  new = check(config, workdir, free, taken)
   files.write_json(pathlib.Path(workdir) / 'config.json', new)
   return new
 
 
 def check(config: ml_collections.ConfigDict, workdir: str,
-          free: tuple[str, ...] = ('eval',)) -> dict[str, Any]:
+          free: tuple[str, ...] = ('eval',),
+          taken: Mapping[str, Any] | None = None) -> dict[str, Any]:
   """Checks that nothing in a workdir was made by another config.
 
   A config.json alone claims nothing: its run was refused, or had no time.
@@ -60,9 +64,12 @@ def check(config: ml_collections.ConfigDict, workdir: str,
     workdir: which need not exist.
     free: parts of the config that may change between runs of one workdir, as
       they do not reach into what is stored there.
+    taken: what the run works with where the config says nothing, as far as it
+      is known yet; a file beside the checkpoint may say it, and change.
 
   Returns:
-    What config.json is to hold: the config as plain values.
+    What config.json is to hold: the config as plain values, and under TAKEN
+    what was taken, now or before.
 
   Raises:
     errors.WorkdirError: it was made by another config; the differences are
@@ -70,6 +77,8 @@ def check(config: ml_collections.ConfigDict, workdir: str,
   """
   path = pathlib.Path(workdir) / 'config.json'
   new = json.loads(config.to_json_best_effort())
+  if taken is not None:
+    new[TAKEN] = json.loads(json.dumps(taken))
   # What else is there was made by the config of config.json.
   if path.is_file() and any(file.name not in (path.name, lock_lib.NAME)
                             for file in path.parent.iterdir()):
@@ -81,10 +90,13 @@ def check(config: ml_collections.ConfigDict, workdir: str,
       raise errors.WorkdirError(
           f'{path} is damaged ({error}); delete the workdir, or restore the '
           'file') from error
+    if TAKEN in old:
+      new.setdefault(TAKEN, old[TAKEN])
     # Field by field: the message says what to undo, and not only that they
     # differ.
     differences = [
-        line for key in sorted(old.keys() | new.keys()) if key not in free
+        line for key in sorted(old.keys() | new.keys())
+        if key not in free and (key != TAKEN or key in old)
         for line in _differences(old.get(key), new.get(key), key)]
     if differences:
       raise errors.WorkdirError(
