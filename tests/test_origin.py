@@ -386,3 +386,44 @@ class Given(nn.Module):
 
   def __call__(self, x, t):
     return self.value
+
+
+@pytest.mark.parametrize('fields, expected', [
+    ({'linear_start': '1e-4'}, 1e-4), ({'linear_start': 1}, 1.0),
+    ({'linear_start': 'low'}, None), ({'linear_start': True}, None),
+    ({'linear_start': [1e-4]}, None), ({'timesteps': '1000'}, 1e-4),
+    ({'timesteps': 999.5}, None)])
+def test_numbers_that_yaml_reads_as_text(fields, expected):
+  """PyYAML takes 1e-4 for text, the training that wrote it did not."""
+  if expected is None:
+    with pytest.raises(ValueError, match=f'{next(iter(fields))}=.*a number'):
+      training_of('ldm', compvis(**fields))
+  else:
+    found = training_of('ldm', compvis(**fields)).schedule
+    assert found['beta_start'] == expected
+    assert found['num_train_steps'] == 1000
+
+
+def test_a_cosine_has_no_betas():
+  cosine = training_of('ldm', compvis(beta_schedule='cosine'))
+  with pytest.raises(ValueError, match='schedule.beta_start=0.001.*no betas'):
+    choose(cosine, schedule_beta_start=1e-3)
+  chosen = choose(Origin(), schedule_name='cosine')
+  assert chosen.schedule_fields.keys() == {'name', 'num_train_steps'}
+
+
+@pytest.mark.parametrize('predicts', ['v', 'x0'])
+def test_between_two_steps_the_schedule_is_on_a_line(predicts):
+  """Real timesteps get their own noise level; outside of it all is NaN."""
+  bar = np.array([0.9, 0.5, 0.1])
+  given = np.random.default_rng(0).normal(size=(5, 2, 2, 1)).astype(np.float32)
+  x = jnp.ones((5, 2, 2, 1))
+  t = jnp.asarray([0.25, 1.5, 2.0, -0.5, 2.5])
+  found = AsNoise(Given(jnp.asarray(given)), predicts, tuple(bar)).apply(
+      {}, x, t)
+  level = np.array([0.8, 0.3, 0.1])[:, None, None, None]
+  signal, sigma = np.sqrt(level), np.sqrt(1 - level)
+  expected = (signal * given[:3] + sigma if predicts == 'v'
+              else (1 - signal * given[:3]) / sigma)
+  np.testing.assert_allclose(found[:3], expected, rtol=1e-5, atol=1e-6)
+  assert np.isnan(found[3:]).all()

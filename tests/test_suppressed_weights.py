@@ -14,6 +14,7 @@ import pytest
 from msfp_jax import kernels
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import choice
+from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant import layout as layout_lib
@@ -228,3 +229,18 @@ def test_integers_alone_are_shifted():
   x = jax.ShapeDtypeStruct((2, 64), jnp.float8_e4m3fn)
   assert 'shifted to E1M6, which fp8 does not hold' in mosaic_tpu.why_not(
       'matmul', x, layer.weight.data, fmt=E1M2, wide=INT8, flag_group=16)
+
+
+@pytest.mark.parametrize('missing', [
+    {'flag_group': 0}, {'wide': None}, {'flags': None},
+    {'groups': np.ones((4, 8), np.float32)}, {'group': 16}])
+@pytest.mark.parametrize('ops', [mosaic_tpu, mosaic_gpu])
+def test_what_belongs_together_comes_together(ops, missing):
+  """FLAGs without their group or format would be left out in silence."""
+  x = jnp.zeros((8, 64), jnp.int8)
+  given = {'flags': np.ones((4, 8), np.uint8), 'flag_group': 16,
+           'wide': FPFormat.parse('E1M6')} | missing
+  with pytest.raises(ValueError, match='all three, or none|both, or neither'):
+    ops.matmul(x, np.zeros((32, 8), np.uint8), jnp.ones(8), jnp.zeros(8),
+               fmt=FPFormat.parse('E1M2'), out_dtype=jnp.float32,
+               interpret=True, **given)

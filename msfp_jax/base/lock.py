@@ -42,7 +42,6 @@ def hold(folder: str | os.PathLike) -> Iterator[None]:
   """
   folder = pathlib.Path(folder)
   made = [path for path in (folder, *folder.parents) if not path.exists()]
-  folder.mkdir(parents=True, exist_ok=True)
   path = folder / NAME
   try:
     file = _locked(path)
@@ -62,10 +61,16 @@ def hold(folder: str | os.PathLike) -> Iterator[None]:
 
 def _locked(path: pathlib.Path) -> IO[str] | None:
   """The open file whose lock is held; None where there are no locks."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   if fcntl is None:
     return None
   while True:
-    file = path.open('a+')
+    try:
+      file = path.open('a+')
+    except FileNotFoundError:
+      # Also where another holder has removed the folder that it had made.
+      path.parent.mkdir(parents=True, exist_ok=True)
+      continue
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

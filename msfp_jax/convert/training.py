@@ -112,11 +112,12 @@ def _from_yaml(params):
   if params.get('given_betas') is not None:
     raise ValueError('given_betas of the configuration are not supported')
   name = _shape(params, 'beta_schedule', _COMPVIS)
-  found = {'name': name, 'num_train_steps': params.get('timesteps', 1000)}
+  found = {'name': name, 'num_train_steps': _number(
+      params, 'timesteps', 1000)}
   if name == 'cosine':
-    return found | {'offset': params.get('cosine_s', 8e-3)}
-  return found | {'beta_start': params.get('linear_start', 1e-4),
-                  'beta_end': params.get('linear_end', 2e-2)}
+    return found | {'offset': _number(params, 'cosine_s', 8e-3)}
+  return found | {'beta_start': _number(params, 'linear_start', 1e-4),
+                  'beta_end': _number(params, 'linear_end', 2e-2)}
 
 
 def _ermongroup(given):
@@ -125,9 +126,24 @@ def _ermongroup(given):
   if not part:
     return _LINEAR
   return {'name': _shape(part, 'beta_schedule', _DDIM),
-          'num_train_steps': part.get('num_diffusion_timesteps', 1000),
-          'beta_start': part.get('beta_start', 1e-4),
-          'beta_end': part.get('beta_end', 0.02)}
+          'num_train_steps': _number(part, 'num_diffusion_timesteps', 1000),
+          'beta_start': _number(part, 'beta_start', 1e-4),
+          'beta_end': _number(part, 'beta_end', 0.02)}
+
+
+def _number(fields, key, default):
+  """A field as a number of the default's type, also where YAML read text."""
+  value = fields.get(key, default)
+  # YAML 1.1 reads 1e-4, without a point, as text; what trained the model did
+  # not.
+  try:
+    found = type(default)(value)
+  except (TypeError, ValueError):
+    found = None
+  if found is None or isinstance(value, bool) or (
+      not isinstance(value, str) and found != value):
+    raise ValueError(f'{key}={value!r}: must be a number such as {default}')
+  return found
 
 
 def _shape(fields, key, names):

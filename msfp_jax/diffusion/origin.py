@@ -136,10 +136,18 @@ def _schedule_fields(origin, typed):
           f'{origin.source} has the betas of its schedule one by one: to take '
           f'another, set all of config.schedule, not {sorted(typed)} alone')
     return typed or own
-  # An offset is the cosine's alone.
+  # An offset is the cosine's alone, and betas are what it has not.
   if typed.get('name', own.get('name')) != own.get('name'):
     own.pop('offset', None)
-  return SCHEDULE | own | typed
+  fields = SCHEDULE | own | typed
+  if fields['name'] == 'cosine':
+    betas = {'beta_start', 'beta_end'}
+    if odd := sorted(betas & typed.keys()):
+      raise ValueError(f'config.schedule.{odd[0]}={typed[odd[0]]}: the cosine '
+                       'schedule has no betas to choose; leave it out, or set '
+                       'config.schedule.name as well')
+    fields = {key: value for key, value in fields.items() if key not in betas}
+  return fields
 
 
 def _log(what, origin, own, fields, typed):

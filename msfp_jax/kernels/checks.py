@@ -47,6 +47,23 @@ def shifts(weight: QTensor) -> str | None:
   return None
 
 
+def together(groups, group: int, flags, flag_group: int,
+             wide: FPFormat | None) -> str | None:
+  """Why arguments are refused: of those that belong together some are missing.
+
+  Args:
+    groups, group, flags, flag_group, wide: of an operation.
+  """
+  if (groups is None) != (not group):
+    return (f'group={group} {"without" if groups is None else "with"} scales '
+            'of groups: both, or neither')
+  if len({flags is None, not flag_group, wide is None}) > 1:
+    return (f'flag_group={flag_group}, wide={wide} '
+            f'{"without" if flags is None else "with"} flags: all three, or '
+            'none')
+  return None
+
+
 def out_dtype(dtype) -> str | None:
   """Why a result's dtype is refused: both write float32 and bfloat16."""
   if np.dtype(dtype) in _OUT_DTYPES:

@@ -24,7 +24,8 @@ class AsNoise(nn.Module):
   model. Parameters and layer names are the inner model's.
 
   Attributes:
-    inner: a model of (x, t, *conditions), t being steps of its schedule.
+    inner: a model of (x, t, *conditions), t being steps of its schedule, whole
+      or between two. Of a t that the schedule does not have all is NaN.
     predicts: 'v' or 'x0'.
     alphas_cumprod: alphabar_t of the schedule that it was trained on, `[T]`,
       each in (0, 1).
@@ -62,11 +63,18 @@ class AsNoise(nn.Module):
   def __call__(self, x: jax.Array, t: jax.Array, *conditions: jax.Array,
                **named: Any) -> jax.Array:
     predicted = self.inner(x, t, *conditions, **named)
-    # The roots in float64: 1 - alphabar cancels near t = 0.
-    bar = np.asarray(self.alphas_cumprod)
-    at = lambda table: jnp.asarray(table, x.dtype)[
-        t.astype(jnp.int32)][:, None, None, None]
-    signal, sigma = at(np.sqrt(bar)), at(np.sqrt(1 - bar))
+    # In float64, as 1 - alphabar cancels near t = 0; between two steps both
+    # are on a line, so that they still add up to 1.
+    bar = np.asarray(self.alphas_cumprod, np.float64)
+    at = lambda table: jnp.sqrt(_between(table, t)).astype(
+        x.dtype)[:, None, None, None]
+    signal, sigma = at(bar), at(1 - bar)
     if self.predicts == VELOCITY:
       return signal * predicted + sigma * x
     return (x - signal * predicted) / sigma
+
+
+def _between(table: np.ndarray, t: jax.Array) -> jax.Array:
+  """The table `[T]` at real positions `[B]`, float32; NaN outside of it."""
+  found = jnp.interp(t.astype(jnp.float32), np.arange(len(table)), table)
+  return jnp.where((t >= 0) & (t <= len(table) - 1), found, jnp.nan)

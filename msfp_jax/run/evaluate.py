@@ -199,8 +199,9 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   experiment_lib.check(config)
   check(cfg)
   workdir_lib.check(config, workdir)
-  methods_lib.check_rows(cfg.rows, workdir, config.finetune.num_updates)
   with workdir_lib.hold(workdir):
+    # Held, so that no training ends in between.
+    methods_lib.check_rows(cfg.rows, workdir, config.finetune.num_updates)
     return _run(config, cfg, workdir, command)
 
 

@@ -105,6 +105,9 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
     # By rows, as parts of a study may run side by side.
     for folder in todo:
       stack.enter_context(workdir_lib.hold(str(folder)))
+    # Another part may have finished some before they were held.
+    todo = {folder: config for folder, config in todo.items()
+            if not _result(folder).is_file()}
     _run_rows(study, base, cfg, todo, seed, workdir)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import checks
 from msfp_jax.kernels import epilogue
 from msfp_jax.kernels.epilogue import Columns
 from msfp_jax.kernels.epilogue import Epilogue
@@ -95,7 +96,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
          group=group, input_group=input_group, flag_group=flag_group,
-         wide=wide, interpret=interpret)
+         wide=wide, interpret=interpret, groups=groups, flags=flags)
   # Rows to a multiple of 8; K to that of the codes, which `prepare` padded by
   # level 0.
   length, row_length = x.shape[0], 2 * codes.shape[1]
@@ -144,7 +145,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, strides=strides,
          padding=padding, blocks=blocks, group=group,
          input_group=input_group, flag_group=flag_group, wide=wide,
-         interpret=interpret)
+         interpret=interpret, groups=groups, flags=flags)
   window, row_length = codes.shape[1:3], 2 * codes.shape[3]
   size = limits.output_size(x.shape[1:3], window, strides, padding)
   x = jnp.pad(x, ((0, 0),) * 3 + ((0, row_length - x.shape[3]),))
@@ -309,6 +310,8 @@ def _whole_blocks(end, length, tile, carrier, grouped):
   return Epilogue(whole(end.scale), whole(shift), rows, columns)
 
 
-def _check(op, x, codes, **settings):
-  if reason := limits.why_not(op, x, codes, **settings):
+def _check(op, x, codes, *, groups, flags, **settings):
+  if reason := checks.together(
+      groups, settings['group'], flags, settings['flag_group'],
+      settings['wide']) or limits.why_not(op, x, codes, **settings):
     raise ValueError(reason)

@@ -102,7 +102,8 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
     ValueError: with the words of `why_not`.
   """
   _check('matmul', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
-         group=group, flag_group=flag_group, wide=wide)
+         group=group, flag_group=flag_group, wide=wide, groups=groups,
+         flags=flags)
   (m, _), (packed, n) = x.shape, codes.shape
   cut = limits.cut(x, codes, out_dtype, blocks, blocks_lib.generation(),
                    limits.beside(group, flag_group))
@@ -228,7 +229,7 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
   strides, padding = tuple(strides), tuple(map(tuple, padding))
   _check('conv', x, codes, fmt=fmt, out_dtype=out_dtype, blocks=blocks,
          strides=strides, padding=padding, group=group, flag_group=flag_group,
-         wide=wide)
+         wide=wide, groups=groups, flags=flags)
   # A 1x1 window needs no patches: its pixels are rows of a product, at strides
   # every other one. Only a map of shifts is beyond `matmul`.
   if limits.is_matmul(codes, padding) and shift.ndim == 1:
@@ -249,6 +250,8 @@ def conv(x, codes, scale, shift, *, fmt: FPFormat, strides, padding, out_dtype,
           blocks_lib.generation(), limits.beside(group, flag_group)))
 
 
-def _check(op, x, codes, **settings):
-  if reason := why_not(op, x, codes, **settings):
+def _check(op, x, codes, *, groups, flags, **settings):
+  if reason := checks.together(
+      groups, settings['group'], flags, settings['flag_group'],
+      settings['wide']) or why_not(op, x, codes, **settings):
     raise ValueError(reason)
