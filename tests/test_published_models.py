@@ -129,6 +129,20 @@ def test_the_real_first_stages_are_told_by_their_shapes(
     assert first_stage.rename(found, config)[0].keys() == shapes.keys()
 
 
+@pytest.mark.parametrize('change', [
+    {'ch_mult': (1, 2, 4), 'z_channels': 3, 'embed_dim': 3},  # KL-f4
+    {'z_channels': 16, 'embed_dim': 16}, {'quant_conv': False},
+    {'in_channels': 1}, {'attn_levels': (3,)}, {'embed_dim': 8}])
+def test_a_first_stage_of_other_shapes_has_no_published_scale(change):
+  config = AutoencoderConfig(**change)
+  shapes = unet_oracle.shapes_of(load.abstract_autoencoder(Autoencoder(config)))
+  state = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
+  found = first_stage.select(lazy(foreign.compvis_first_stage(state, config)))
+  with pytest.raises(ValueError, match='nothing tells the scale'):
+    first_stage.config(found)
+  assert first_stage.config(found, scale=1.0) == config
+
+
 @pytest.mark.slow
 def test_stable_diffusion_2_without_a_configuration_warns(caplog):
   config, family, rename, *_ = REAL['sd2']

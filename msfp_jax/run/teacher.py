@@ -115,7 +115,8 @@ def random_params(abstract: Any, seed: int) -> Any:
 
 
 def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
-                 described_by: str, fields: Mapping[str, Any], seed: int
+                 described_by: str, scale: float | None, shift: float | None,
+                 fields: Mapping[str, Any], seed: int
                  ) -> tuple[Callable[[jax.Array], jax.Array],
                             tuple[int, int, int]]:
   """The decoder of a first stage, jitted, and the (H, W, C) that it makes.
@@ -124,6 +125,8 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
     path: of a checkpoint, or RANDOM.
     latent_shape: (h, w, c) of what the model denoises.
     described_by: the file that tells the checkpoint's configuration, or ''.
+    scale: of the latents; None: as the checkpoint says.
+    shift: likewise.
     fields: of a random one's `AutoencoderConfig`.
     seed: of a random one.
 
@@ -134,7 +137,8 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
     stage = autoencoder.Autoencoder(autoencoder.AutoencoderConfig(**fields))
     params = random_params(convert.abstract_autoencoder(stage), seed)
   else:
-    stage, params = convert.load_first_stage(path, described_by or None)
+    stage, params = convert.load_first_stage(
+        path, described_by or None, scale, shift)
   height, width, channels = latent_shape
   if stage.config.embed_dim != channels:
     raise ValueError(
