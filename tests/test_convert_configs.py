@@ -14,6 +14,8 @@ import unet_oracle
 import yaml
 
 from msfp_jax import convert
+from msfp_jax.convert import load
+from msfp_jax.convert.tensors import LazyTensor
 
 
 def test_a_yaml_tells_what_shapes_do_not(tmp_path):
@@ -235,3 +237,45 @@ def test_half_precision_shards_of_torch_save(tmp_path):
   expected = unet_oracle.from_state_dict(
       config, {n: v.astype(np.float16) for n, v in state.items()})
   jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize('stated, shape', [
+    (48, (48, 48)), ([48, 48], (48, 48)), ([48, 64], (48, 64)),
+    ([64, 48], (64, 48))])
+@pytest.mark.parametrize('name', ['unet2d', 'ldm_beds', 'ddim'])
+def test_height_and_width_are_as_the_configuration_says(name, stated, shape):
+  family, state, given = sided(name, stated)
+  config = family.config(state, given)
+  assert family.MODEL(config).sample_shape[:2] == shape
+  # Attention stands at the same levels whatever the sides.
+  square = family.config(state, sided(name, 32)[2])
+  if name != 'ddim':  # whose yaml says at which side
+    assert [shape[0] >> i in config.attn_resolutions for i in range(2)] == [
+        32 >> i in square.attn_resolutions for i in range(2)]
+
+
+@pytest.mark.parametrize('stated', [
+    [48], [48, 48, 48], '48', [48.0, 48.0], -8, [0, 8], True, {'height': 8}])
+@pytest.mark.parametrize('name', ['unet2d', 'ldm_beds', 'ddim'])
+def test_sides_that_are_none(name, stated):
+  family, state, given = sided(name, stated)
+  with pytest.raises(ValueError, match=r'(sample|image)_size=.*height and'):
+    family.config(state, given)
+
+
+def sided(name, stated):
+  """A family, tensors in its names, and a configuration with these sides."""
+  config = families.CONFIGS[name]
+  state = families.state_of(config)
+  if name == 'unet2d':
+    found = foreign.diffusers(state, config)
+    given = foreign.diffusers_config(config) | {'sample_size': stated}
+  elif name == 'ldm_beds':
+    found, given = foreign.ldm(state, config), foreign.compvis_yaml(config)
+    given['model']['params']['image_size'] = stated
+  else:
+    found, given = state, {'model': {}, 'data': {'image_size': stated}}
+  family = load.FAMILIES[{'unet2d': 'diffusers', 'ldm_beds': 'ldm'}.get(
+      name, name)]
+  tensors = {n: LazyTensor.of(v) for n, v in found.items()}
+  return family, family.select(tensors, False), given

@@ -92,7 +92,8 @@ def _from_yaml(given):
     if not model.get('resamp_with_conv', True):
       raise ValueError('the configuration has resamp_with_conv=False; only '
                        'True is supported')
-    return {'image_size': side} | {
+    sides = naming.sides(side, 'data.image_size')
+    return sides | {
         ours: model[field] for field, ours in _FIELDS.items()
         if field in model}
   except (KeyError, TypeError, AttributeError):

@@ -72,11 +72,12 @@ def config(tensors: Mapping[str, LazyTensor],
     found |= {field: shapes[field] for field in absent}
   attended = found.pop('attended')
   # Without one, the published models' sides: Stable Diffusion's and CIFAR-10's.
-  side = given.get('sample_size') or (64 if found['context_dim'] else 32)
-  side = side if isinstance(side, int) else max(side)
+  sides = naming.sides(
+      given.get('sample_size') or (64 if found['context_dim'] else 32),
+      'sample_size')
   return UNetConfig(**found | _heads(given, found) | {
-      'image_size': side,
-      'attn_resolutions': tuple(side >> i for i in attended),
+      **sides,
+      'attn_resolutions': tuple(sides['image_size'] >> i for i in attended),
       'norm_groups': given.get('norm_num_groups', 32),
       'norm_eps': given.get('norm_eps', 1e-5),
       'dropout': given.get('dropout', 0.0),

@@ -218,7 +218,7 @@ def _from_yaml(config):
   if 'use_scale_shift_norm' in params:
     found['time_injection'] = (
         'scale_shift' if params['use_scale_shift_norm'] else 'add')
-  return found | {'image_size': side} | _heads(params)
+  return found | naming.sides(side, 'image_size') | _heads(params)
 
 
 def _heads(params):

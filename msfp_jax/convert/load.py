@@ -70,6 +70,8 @@ def load_pretrained(path: str, config: str | None = None,
     logging.warning('%s: %s', opened.origin.source, why)
   named, leftover = family.rename(opened.tensors, found)
   model = family.MODEL(found)
+  if opened.origin.predicts != prediction.NOISE:
+    native.check_prediction(model)
   params = restore.restore(
       named, native.abstract_params(model), str(source.path), restore.TORCH,
       leftover)

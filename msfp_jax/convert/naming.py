@@ -75,6 +75,26 @@ def single(value: Any, field: str) -> int | None:
   return value
 
 
+def sides(value: Any, field: str) -> dict[str, int]:
+  """The height and width of a model's images, as fields of `UNetConfig`.
+
+  Args:
+    value: one number of square images, or a list of height and width.
+    field: that it stands in, for the message.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  both = [value, value] if isinstance(value, int) else value
+  if (not isinstance(both, list | tuple) or len(both) != 2
+      or not all(type(side) is int and side > 0 for side in both)):
+    raise ValueError(f'{field}={value!r}: must be one number of pixels, or '
+                     'height and width')
+  height, width = both
+  return {'image_size': height} | (
+      {} if width == height else {'image_width': width})
+
+
 def below(tensors: Mapping[str, LazyTensor], prefix: str
           ) -> dict[str, LazyTensor]:
   """The tensors whose names begin with a prefix, which is taken off."""

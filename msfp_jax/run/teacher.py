@@ -40,13 +40,17 @@ def load(path: str, workdir: str, *, described_by: str, ema: bool,
 
   Raises:
     errors.WorkdirError: the workdir holds none.
-    FileNotFoundError, ValueError: see `convert.load_pretrained`.
+    FileNotFoundError, ValueError: see `convert.load_pretrained`; ValueError
+      too for a model that no sampler steps, see `convert.check_prediction`.
   """
   if path == RANDOM:
     model = new_model(fields)
+    convert.check_prediction(model)
     return model, random_params(convert.abstract_params(model), seed)
-  return convert.load_pretrained(
+  model, params = convert.load_pretrained(
       path or _trained(workdir), described_by or None, ema)
+  convert.check_prediction(model)
+  return model, params
 
 
 def load_origin(path: str, workdir: str, *, described_by: str
@@ -94,6 +98,7 @@ def untrained(fields: Mapping[str, Any], images: data.Images) -> unet.UNet:
     raise ValueError(
         f'config.model is {registry.to_dict(model)}: only UNets that take no '
         'labels and no context are trained here; set config.pretrained')
+  convert.check_prediction(model)
   check_images(images, model.sample_shape)
   return model
 
