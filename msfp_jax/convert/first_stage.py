@@ -86,29 +86,30 @@ def _shapes(tensors, named):
   """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   level = r'encoder\.down_blocks' if named else r'encoder\.down'
   block = r'resnets' if named else r'block'
-  ch = tensors['encoder.conv_in.weight'].shape[0]
+  ch = naming.size(tensors, 'encoder.conv_in.weight', 0)
   first = ('encoder.down_blocks.{}.resnets.0.conv1.weight' if named
            else 'encoder.down.{}.block.0.conv1.weight')
   levels = naming.indices(tensors, rf'{level}\.(\d+)\.{block}')
   # A KL encoder gives mean and log variance: twice the latent's channels.
-  latent = tensors['encoder.conv_out.weight'].shape[0]
-  codebook = tensors.get('quantize.embedding.weight')
+  latent = naming.size(tensors, 'encoder.conv_out.weight', 0)
+  codebook = naming.size_if_any(tensors, 'quantize.embedding.weight', 0)
   # Its inputs are the latents; without one, the encoder's result is.
-  post = tensors.get('post_quant_conv.weight')
+  post = naming.size_if_any(tensors, 'post_quant_conv.weight', 1)
   return {
       'kind': autoencoder.KL if codebook is None else autoencoder.VQ,
-      'in_channels': tensors['encoder.conv_in.weight'].shape[1],
-      'out_channels': tensors['decoder.conv_out.weight'].shape[0],
+      'in_channels': naming.size(tensors, 'encoder.conv_in.weight', 1),
+      'out_channels': naming.size(tensors, 'decoder.conv_out.weight', 0),
       'ch': ch,
-      'ch_mult': tuple(tensors[first.format(i)].shape[0] // ch for i in levels),
+      'ch_mult': tuple(
+          naming.size(tensors, first.format(i), 0) // ch for i in levels),
       'num_res_blocks': len(naming.indices(
           tensors, rf'{level}\.0\.{block}\.(\d+)\.conv1')),
       'attn_levels': tuple(naming.indices(
           tensors, rf'{level}\.(\d+)\.att')),
-      'z_channels': tensors[_LANDMARK].shape[1],
+      'z_channels': naming.size(tensors, _LANDMARK, 1),
       'embed_dim': (latent // (2 if codebook is None else 1) if post is None
-                    else post.shape[1]),
-      'codebook_size': 0 if codebook is None else codebook.shape[0],
+                    else post),
+      'codebook_size': codebook or 0,
       'quant_conv': post is not None,
   }
 
@@ -177,6 +178,8 @@ def held_scale(tensors: Mapping[str, LazyTensor]) -> float | None:
   tensor = tensors.get('scale_factor')
   if tensor is None:
     return None
+  if tensor.refused:
+    raise ValueError(f'scale_factor {tensor.refused}')
   if math.prod(tensor.shape) != 1:
     raise ValueError(f'scale_factor has shape {tensor.shape}: must be a number')
   return float(tensor.read().item())

@@ -240,8 +240,10 @@ def _wants_ema(config):
 
 def _some(source):
   names = sorted(source.tensors)
-  return (f'{len(names)} tensors, such as {names[:3]}' if names
-          else 'it holds no tensors')
+  if not names:
+    return 'it holds no tensors'
+  return (f'{len(names)} tensors, such as {names[:3]}'
+          + (f'; beside them {source.beside}' if source.beside else ''))
 
 
 def _open(path, config, parts, ema=True):

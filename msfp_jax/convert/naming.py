@@ -75,6 +75,26 @@ def single(value: Any, field: str) -> int | None:
   return value
 
 
+def size(tensors: Mapping[str, LazyTensor], name: str, axis: int) -> int:
+  """The length of one axis of a tensor.
+
+  Raises:
+    KeyError: there is none of this name.
+    ValueError: it has no such axis, or an empty one; names the tensor.
+  """
+  shape = tensors[name].shape
+  if len(shape) <= axis or not shape[axis]:
+    kind = f'has shape {list(shape)}' if shape else 'is a scalar'
+    raise ValueError(f'{name} {kind}, and no length of axis {axis}')
+  return shape[axis]
+
+
+def size_if_any(tensors: Mapping[str, LazyTensor], name: str, axis: int
+                ) -> int | None:
+  """`size` of a tensor that a model need not have; None without it."""
+  return size(tensors, name, axis) if name in tensors else None
+
+
 def sides(value: Any, field: str) -> dict[str, int]:
   """The height and width of a model's images, as fields of `UNetConfig`.
 
