@@ -135,6 +135,13 @@ def test_a_model_that_needs_an_odd_tensor_names_it(tmp_path):
   assert f'{bias} is sparse: save it with .to_dense()' in str(error.value)
   assert f'{weight} is an expanded view' in str(error.value)
   assert 'missing' not in str(error.value)
+  # Also where nothing but its shape is asked for, which is not known.
+  name = UTILS + '_rebuild_nested_tensor'
+  torch_writer.save_zip(tmp_path / 'm.pth', with_calls(
+      lambda call: state | {'conv_in.weight': call(name, TENSOR)}, name),
+                        extra=[name])
+  with pytest.raises(ValueError, match='conv_in.weight is nested: save'):
+    convert.load_pretrained(str(tmp_path / 'm.pth'))
 
 
 def safetensors_with(path, tensors, odd):

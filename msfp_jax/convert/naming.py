@@ -84,6 +84,9 @@ def size(tensors: Mapping[str, LazyTensor], name: str, axis: int) -> int:
   """
   shape = tensors[name].shape
   if len(shape) <= axis or not shape[axis]:
+    # Of some that are not read, not even the shape is known.
+    if tensors[name].refused:
+      raise ValueError(f'{name} {tensors[name].refused}')
     kind = f'has shape {list(shape)}' if shape else 'is a scalar'
     raise ValueError(f'{name} {kind}, and no length of axis {axis}')
   return shape[axis]
