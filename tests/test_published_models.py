@@ -11,6 +11,7 @@ from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
 from msfp_jax.convert import ldm
 from msfp_jax.convert import load
+from msfp_jax.convert import training
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.autoencoder import Autoencoder
 from msfp_jax.models.autoencoder import AutoencoderConfig
@@ -147,5 +148,7 @@ def test_a_first_stage_of_other_shapes_has_no_published_scale(change):
 def test_stable_diffusion_2_without_a_configuration_warns(caplog):
   config, family, rename, *_ = REAL['sd2']
   with caplog.at_level('WARNING'):
-    family.config(lazy(rename(zeros(config), config)), None)
+    tensors = lazy(rename(zeros(config), config))
+    training.origin('diffusers', 'sd2.safetensors', None, tensors,
+                    family.config(tensors, None))
   assert 'predicts the noise' in caplog.text
