@@ -46,6 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Latent diffusion: checkpoint of the first stage, which decodes.
   config.first_stage = ''
   config.first_stage_config = ''  # as pretrained_config, of the first stage
+  # Its latents are (z - shift) * scale. None: as its checkpoint says.
+  config.first_stage_scale = ml_collections.config_dict.placeholder(float)
+  config.first_stage_shift = ml_collections.config_dict.placeholder(float)
   # Of a random first stage.
   config.autoencoder = ml_collections.ConfigDict(
       {'num_res_blocks': 2, 'norm_groups': 32})

@@ -224,7 +224,9 @@ def test_first_stages_tensor_for_tensor(tmp_path, config, naming):
       extra = {'scale_factor': np.array(config.scale, np.float32)}
     path = tmp_path / 'model.ckpt'
     torch_writer.save_zip(path, {'state_dict': tensors | extra})
-  model, params = convert.load_first_stage(str(path))
+  # Alone, in CompVis' names, nothing tells it.
+  typed = {'scale': config.scale} if naming == 'compvis' else {}
+  model, params = convert.load_first_stage(str(path), **typed)
   assert model.config.scale == pytest.approx(config.scale)
   expected = unet_oracle.restore(abstract, state)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
@@ -247,7 +249,7 @@ def test_every_damage_of_a_first_stage_is_listed(tmp_path, stage, rename):
   tensors[turned] = tensors[turned].swapaxes(0, 1)
   with pytest.raises(ValueError) as error:
     convert.load_first_stage(
-        checkpoints.write(tmp_path / 'a.safetensors', tensors))
+        checkpoints.write(tmp_path / 'a.safetensors', tensors), scale=1.0)
   message = str(error.value)
   for text, count in (('missing ', 1), ('unexpected ', 1),
                       ('the model wants', 2), ('holds no weights', 1)):

@@ -14,6 +14,8 @@ import unet_oracle
 import yaml
 
 from msfp_jax import convert
+from msfp_jax.convert import load
+from msfp_jax.convert.tensors import LazyTensor
 
 
 def test_a_yaml_tells_what_shapes_do_not(tmp_path):
@@ -60,60 +62,6 @@ def test_an_architecture_that_is_not_ours(tmp_path, field, value):
   with pytest.raises(ValueError, match=rf'(?s)f/diffusion.*{value}'
                      if isinstance(value, str) else 'this UNet has no'):
     convert.load_pretrained(str(tmp_path / 'f'))
-
-
-@pytest.mark.parametrize('naming', ['compvis', 'diffusers'])
-def test_the_scale_of_kl_latents_where_nothing_tells_it(tmp_path, naming):
-  """Old config.json of Stable Diffusion's lack it; it is never 1."""
-  for name, scale, shift in (('kl', 0.18215, 0.0),
-                             ('kl, shift', 0.3611, 0.1159)):
-    config = families.STAGES[name]
-    rename = {'compvis': foreign.compvis_first_stage,
-              'diffusers': foreign.diffusers_first_stage}[naming]
-    path = checkpoints.write(tmp_path / 'vae.safetensors',
-                 rename(families.state_of(config), config))
-    (tmp_path / 'config.json').write_text('{"_class_name": "AutoencoderKL"}')
-    model, _ = convert.load_first_stage(path)
-    assert (model.config.scale, model.config.shift) == (scale, shift)
-
-
-@pytest.mark.parametrize('key, value', [
-    ('act_fn', 'gelu'), ('norm_type', 'spatial'), ('_class_name', 'Dreamt'),
-    ('mid_block_add_attention', False), ('lookup_from_codebook', True),
-    ('latents_mean', [0.1] * 4), ('latents_std', [2.0] * 4),
-    ('use_post_quant_conv', False), ('tiling', 3),
-    ('down_block_types', ['DownEncoderBlock2D', 'KDownBlock2D']),
-    ('up_block_types', ['UpDecoderBlock2D', 'AttnUpDecoderBlock2D'])])
-def test_what_a_first_stage_does_not_have_is_named_by_its_key(
-    tmp_path, key, value):
-  config = families.STAGES['kl']
-  path = checkpoints.write(
-      tmp_path / 'vae.safetensors',
-      foreign.diffusers_first_stage(families.state_of(config), config))
-  content = {'_class_name': 'AutoencoderKL', 'force_upcast': True,
-             'down_block_types': ['DownEncoderBlock2D'] * 3,
-             'norm_num_groups': 32, 'scaling_factor': 0.18215}
-  (tmp_path / 'config.json').write_text(json.dumps(content))
-  assert convert.load_first_stage(path)[0].config == config
-  (tmp_path / 'config.json').write_text(json.dumps(content | {key: value}))
-  with pytest.raises(ValueError, match='this autoencoder has no: .*' + (
-      'other levels' if key == 'up_block_types' else key)) as error:
-    convert.load_first_stage(path)
-  assert len(str(error.value)) < 500
-
-
-def test_a_scale_that_diffusers_gives_every_vq_model_is_said(tmp_path, caplog):
-  config = families.STAGES['vq']
-  path = checkpoints.write(
-      tmp_path / 'vq.safetensors',
-      foreign.diffusers_first_stage(families.state_of(config), config))
-  for scale, said in ((1.0, False), (0.18215, True)):
-    (tmp_path / 'config.json').write_text(json.dumps({
-        '_class_name': 'VQModel', 'scaling_factor': scale,
-        'num_vq_embeddings': 16}))
-    caplog.clear()
-    assert convert.load_first_stage(path)[0].config.scale == scale
-    assert ('writes into every VQModel' in caplog.text) == said
 
 
 def test_an_original_yaml_of_ddim(tmp_path):
@@ -281,44 +229,6 @@ def test_several_models_in_one_file(tmp_path):
     convert.load_pretrained(path)
 
 
-def test_latents_with_a_scale_for_every_channel(tmp_path):
-  config = families.STAGES['kl']
-  path = checkpoints.write(tmp_path / 'vae.safetensors',
-                           foreign.diffusers_first_stage(
-                               families.state_of(config), config))
-  (tmp_path / 'config.json').write_text('{"latents_mean": [1, 2, 3, 4]}')
-  with pytest.raises(ValueError, match='latents_mean'):
-    convert.load_first_stage(path)
-
-
-@pytest.mark.parametrize('naming', ['compvis', 'diffusers'])
-def test_a_first_stage_described_by_a_config(tmp_path, naming):
-  config = families.STAGES['vq, attention']
-  rename = {'compvis': foreign.compvis_first_stage,
-            'diffusers': foreign.diffusers_first_stage}[naming]
-  path = checkpoints.write(tmp_path / 'vq.safetensors',
-                           rename(families.state_of(config), config))
-  if naming == 'compvis':
-    content = {'model': {'params': {'embed_dim': 4, 'n_embed': 8, 'ddconfig': {
-        'double_z': False, 'z_channels': 4, 'resolution': 32, 'in_channels': 3,
-        'out_ch': 3, 'ch': 32, 'ch_mult': [1, 2], 'num_res_blocks': 1,
-        'attn_resolutions': [16], 'dropout': 0.0}}}}
-    file, key = tmp_path / 'config.yaml', 'ch_mult'
-    inner = content['model']['params']['ddconfig']
-  else:
-    content = inner = {
-        '_class_name': 'VQModel', 'block_out_channels': [32, 64],
-        'layers_per_block': 1, 'latent_channels': 4, 'num_vq_embeddings': 8,
-        'down_block_types': ['DownEncoderBlock2D', 'AttnDownEncoderBlock2D']}
-    file, key = tmp_path / 'config.json', 'block_out_channels'
-  file.write_text(json.dumps(content))
-  assert convert.load_first_stage(path)[0].config == config
-  inner[key] = [1, 3] if naming == 'compvis' else [32, 96]
-  file.write_text(json.dumps(content))
-  with pytest.raises(ValueError, match='does not fit'):
-    convert.load_first_stage(path)
-
-
 def test_half_precision_shards_of_torch_save(tmp_path):
   state, config = checkpoints.state_of('unet2d'), families.CONFIGS['unet2d']
   checkpoints.save_diffusers_half(tmp_path / 'f', state, config)
@@ -327,3 +237,45 @@ def test_half_precision_shards_of_torch_save(tmp_path):
   expected = unet_oracle.from_state_dict(
       config, {n: v.astype(np.float16) for n, v in state.items()})
   jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize('stated, shape', [
+    (48, (48, 48)), ([48, 48], (48, 48)), ([48, 64], (48, 64)),
+    ([64, 48], (64, 48))])
+@pytest.mark.parametrize('name', ['unet2d', 'ldm_beds', 'ddim'])
+def test_height_and_width_are_as_the_configuration_says(name, stated, shape):
+  family, state, given = sided(name, stated)
+  config = family.config(state, given)
+  assert family.MODEL(config).sample_shape[:2] == shape
+  # Attention stands at the same levels whatever the sides.
+  square = family.config(state, sided(name, 32)[2])
+  if name != 'ddim':  # whose yaml says at which side
+    assert [shape[0] >> i in config.attn_resolutions for i in range(2)] == [
+        32 >> i in square.attn_resolutions for i in range(2)]
+
+
+@pytest.mark.parametrize('stated', [
+    [48], [48, 48, 48], '48', [48.0, 48.0], -8, [0, 8], True, {'height': 8}])
+@pytest.mark.parametrize('name', ['unet2d', 'ldm_beds', 'ddim'])
+def test_sides_that_are_none(name, stated):
+  family, state, given = sided(name, stated)
+  with pytest.raises(ValueError, match=r'(sample|image)_size=.*height and'):
+    family.config(state, given)
+
+
+def sided(name, stated):
+  """A family, tensors in its names, and a configuration with these sides."""
+  config = families.CONFIGS[name]
+  state = families.state_of(config)
+  if name == 'unet2d':
+    found = foreign.diffusers(state, config)
+    given = foreign.diffusers_config(config) | {'sample_size': stated}
+  elif name == 'ldm_beds':
+    found, given = foreign.ldm(state, config), foreign.compvis_yaml(config)
+    given['model']['params']['image_size'] = stated
+  else:
+    found, given = state, {'model': {}, 'data': {'image_size': stated}}
+  family = load.FAMILIES[{'unet2d': 'diffusers', 'ldm_beds': 'ldm'}.get(
+      name, name)]
+  tensors = {n: LazyTensor.of(v) for n, v in found.items()}
+  return family, family.select(tensors, False), given

@@ -375,3 +375,16 @@ def test_a_schedule_has_no_values_between_its_steps():
   with pytest.raises(ValueError, match='float32, and must be integers'):
     diffusion.add_noise(ddpm_schedule(), jnp.asarray(noise()),
                         jnp.asarray(noise()), jnp.asarray([1.5, 2.0]))
+
+
+@pytest.mark.parametrize('shape, message', [
+    ((2, 3, 3, 4), 'takes 2 channels and makes 4: it predicts a variance too'),
+    ((2, 3, 3, 1), 'takes 2 channels and makes 1: 1 channels are a condition'),
+    ((2, 3, 3, 3), 'takes 2 channels and makes 3: a sampler needs'),
+    ((2, 3, 1, 2), r'makes \[2, 3, 1, 2\] of \[2, 3, 3, 2\]'),
+    ((), r'makes \[\]')])
+def test_a_model_whose_output_is_not_the_noise(shape, message):
+  """One that broadcasts would sample in silence."""
+  plan = diffusion.make_plan(ddpm_schedule(), 'ddim', num_steps=2)
+  with pytest.raises(ValueError, match=message):
+    diffusion.sample(lambda x, t, index: jnp.zeros(shape), plan, noise())

@@ -98,6 +98,9 @@ def test_rows_that_there_are():
 def test_all_stands_for_every_recipe_once():
   every = tuple(recipes.RECIPES)
   assert methods.expand(('fp', 'all', 'packed')) == ('fp', *every, 'packed')
+  assert methods.expand(('fp,msfp',)) == ('fp', 'msfp')
+  assert methods.expand('fp, msfp:w6a6,') == ('fp', 'msfp:w6a6')
+  assert methods.expand('fp,all,packed') == ('fp', *every, 'packed')
   found = methods.expand(('msfp', 'fp', 'all'))
   assert found[:2] == ('msfp', 'fp') and len(found) == len(every) + 1
   assert sorted(found) == sorted(('fp', *every))

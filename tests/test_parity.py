@@ -12,7 +12,7 @@ import pytest
 import unet_oracle
 
 from msfp_jax import diffusion
-from msfp_jax.convert import first_stage
+from msfp_jax.convert import first_stage_keys
 from msfp_jax.models.unet import UNetConfig
 
 pytestmark = pytest.mark.parity
@@ -76,7 +76,7 @@ def test_every_key_of_first_stages_is_known():
   for kind in (diffusers.AutoencoderKL, diffusers.VQModel):
     keys = inspect.signature(kind.__init__).parameters.keys() - {'self'}
     assert 'act_fn' in keys
-    assert keys <= first_stage.KEYS
+    assert keys <= first_stage_keys.KEYS
 
 
 SCHEDULERS = {

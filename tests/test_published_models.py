@@ -11,6 +11,7 @@ from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
 from msfp_jax.convert import ldm
 from msfp_jax.convert import load
+from msfp_jax.convert import training
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.autoencoder import Autoencoder
 from msfp_jax.models.autoencoder import AutoencoderConfig
@@ -129,9 +130,25 @@ def test_the_real_first_stages_are_told_by_their_shapes(
     assert first_stage.rename(found, config)[0].keys() == shapes.keys()
 
 
+@pytest.mark.parametrize('change', [
+    {'ch_mult': (1, 2, 4), 'z_channels': 3, 'embed_dim': 3},  # KL-f4
+    {'z_channels': 16, 'embed_dim': 16}, {'quant_conv': False},
+    {'in_channels': 1}, {'attn_levels': (3,)}, {'embed_dim': 8}])
+def test_a_first_stage_of_other_shapes_has_no_published_scale(change):
+  config = AutoencoderConfig(**change)
+  shapes = unet_oracle.shapes_of(load.abstract_autoencoder(Autoencoder(config)))
+  state = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
+  found = first_stage.select(lazy(foreign.compvis_first_stage(state, config)))
+  with pytest.raises(ValueError, match='nothing tells the scale'):
+    first_stage.config(found)
+  assert first_stage.config(found, scale=1.0) == config
+
+
 @pytest.mark.slow
 def test_stable_diffusion_2_without_a_configuration_warns(caplog):
   config, family, rename, *_ = REAL['sd2']
   with caplog.at_level('WARNING'):
-    family.config(lazy(rename(zeros(config), config)), None)
+    tensors = lazy(rename(zeros(config), config))
+    training.origin('diffusers', 'sd2.safetensors', None, tensors,
+                    family.config(tensors, None))
   assert 'predicts the noise' in caplog.text

@@ -8,6 +8,7 @@ import pytest
 
 from msfp_jax.base import errors
 from msfp_jax.models.guided import Guided
+from msfp_jax.models.prediction import AsNoise
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.run import teacher
@@ -83,6 +84,40 @@ def test_a_training_that_no_evaluation_could_follow_is_refused():
     teacher.untrained(FIELDS | {'image_size': 0}, images(8, 10, 1))
   with pytest.raises(ValueError, match='16 x 16 .* 8 x 8'):
     teacher.untrained(FIELDS, images(16, 16, 1))
+
+
+CHANNELS = [
+    ((3, 6), 'takes 3 channels and makes 6: it predicts a variance too'),
+    ((9, 4), 'takes 9 channels and makes 4: 5 channels are a condition'),
+    ((7, 3), 'takes 7 channels and makes 3: 4 channels are a condition'),
+    ((3, 4), 'takes 3 channels and makes 4: a sampler needs')]
+
+
+@pytest.mark.parametrize('channels, message', CHANNELS)
+def test_a_model_of_more_or_less_than_the_noise(
+    tmp_path, monkeypatch, channels, message):
+  """Trained here, random, or of a checkpoint: in words, before it samples."""
+  fields = dict(zip(('in_channels', 'out_channels'), channels, strict=True))
+  model = UNet(dataclasses.replace(CONFIG, **fields))
+  with pytest.raises(ValueError, match=message):
+    teacher.untrained(FIELDS | fields, images(8, 8, 3))
+  with pytest.raises(ValueError, match=message):
+    teacher.load('random', '', described_by='', ema=True,
+                 fields=FIELDS | fields, seed=0)
+  for found in (model, AsNoise(model, 'v', (0.9, 0.5))):
+    monkeypatch.setattr(teacher.convert, 'load_pretrained',
+                        lambda *unused, found=found: (found, {}))
+    with pytest.raises(ValueError, match=message):
+      teacher.load('a.ckpt', '', described_by='', ema=True, fields={}, seed=0)
+
+
+def test_a_wide_model_samples_wide_images():
+  model = teacher.new_model(FIELDS | {'image_width': 12})
+  assert model.sample_shape == (8, 12, 1)
+  assert teacher.new_model(model.to_dict()) == model
+  assert 'image_width' not in UNLABELLED.to_dict()
+  with pytest.raises(ValueError, match='image side 11'):
+    teacher.new_model(FIELDS | {'image_width': 11})
 
 
 def test_only_unconditional_models_are_trained():

@@ -11,8 +11,10 @@ import torch_writer
 
 from msfp_jax.base import pickles
 from msfp_jax.convert import torch_file
+from msfp_jax.convert import torch_tensors
 from msfp_jax.convert.tensors import flatten
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.convert.tensors import Storage
 
 both_formats = pytest.mark.parametrize('save', torch_writer.SAVERS.values(),
                                        ids=torch_writer.SAVERS)
@@ -218,9 +220,9 @@ def test_other_files(tmp_path):
     (0, (3,), (30,)), (0, (2, 2), (1,)), (0, ('a',), (1,)), (0, (-1,), (1,)),
 ])
 def test_views_beyond_their_storage(offset, shape, strides):
-  storage = torch_file.Storage(np.dtype(np.float32), 60)
+  storage = Storage(np.dtype(np.float32), 60)
   with pytest.raises(torch_file.TorchFileError, match='tensor of shape'):
-    torch_file._rebuild_tensor(storage, offset, shape, strides)
+    torch_tensors.rebuild_tensor(storage, offset, shape, strides)
 
 
 def test_reading_one_tensor_reads_only_its_bytes(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ import torch_writer
 
 from msfp_jax.base import pickles
 from msfp_jax.convert import torch_file
+from msfp_jax.convert import torch_tensors
+from msfp_jax.convert.tensors import Storage
 
 LONG_LIST = b'](' + b'K\x01' * 10_000 + b'e'
 LONG_TEXT = b'X' + (20_000).to_bytes(4, 'little') + b'x' * 20_000
@@ -64,11 +66,11 @@ def test_a_shape_that_the_pickle_changes_afterwards(tmp_path):
 
 
 def test_shapes_of_dimensions_that_do_not_count(tmp_path):
-  storage = torch_file.Storage(np.dtype(np.float32), 60, lambda first, count: (
+  storage = Storage(np.dtype(np.float32), 60, lambda first, count: (
       np.arange(60, dtype=np.float32)[first:first + count]))
-  tensor = torch_file._rebuild_tensor(storage, 1, [1, 5], [2**61, 2])
+  tensor = torch_tensors.rebuild_tensor(storage, 1, [1, 5], [2**61, 2])
   np.testing.assert_array_equal(tensor.read(), [[1, 3, 5, 7, 9]])
-  tensor = torch_file._rebuild_tensor(storage, 0, (0, 7), (2**61, 2**61))
+  tensor = torch_tensors.rebuild_tensor(storage, 0, (0, 7), (2**61, 2**61))
   assert tensor.read().shape == (0, 7)
 
 
@@ -76,9 +78,11 @@ def test_shapes_of_dimensions_that_do_not_count(tmp_path):
     ((100_000_000_000,), (0,)), ((61,), (0,)), ((8, 8), (0, 1)),
     ((2**40, 2**40), (0, 0))])
 def test_tensors_larger_than_their_storage(shape, strides):
-  storage = torch_file.Storage(np.dtype(np.float32), 60)
-  with pytest.raises(torch_file.TorchFileError, match='larger .*contiguous'):
-    torch_file._rebuild_tensor(storage, 0, shape, strides)
+  storage = Storage(np.dtype(np.float32), 60)
+  tensor = torch_tensors.rebuild_tensor(storage, 0, shape, strides)
+  assert 'expanded view of 60 elements' in tensor.refused
+  with pytest.raises(ValueError, match='contiguous'):
+    tensor.read()
 
 
 ENDLESS = ('x',)
@@ -106,9 +110,9 @@ def test_references_are_neither_printed_nor_hashed(pid, message):
     ENDLESS, [ENDLESS], (2**100_000,), (1,) * 1000, 5, {1: 1}],
     ids=lambda shape: type(shape).__name__)
 def test_shapes_are_sizes(shape):
-  storage = torch_file.Storage(np.dtype(np.float32), 60)
+  storage = Storage(np.dtype(np.float32), 60)
   with pytest.raises(torch_file.TorchFileError, match='tensor of shape'):
-    torch_file._rebuild_tensor(storage, 0, shape, (1,))
+    torch_tensors.rebuild_tensor(storage, 0, shape, (1,))
 
 
 LEGACY_HEAD = b''.join(pickle.dumps(value, 2) for value in (

@@ -6,7 +6,9 @@ from msfp_jax.convert.load import load_origin
 from msfp_jax.convert.load import load_plan
 from msfp_jax.convert.load import load_pretrained
 from msfp_jax.convert.native import abstract_params
+from msfp_jax.convert.native import check_prediction
 from msfp_jax.convert.native import save_pretrained
 
-__all__ = ['abstract_autoencoder', 'abstract_params', 'load_first_stage',
-           'load_origin', 'load_plan', 'load_pretrained', 'save_pretrained']
+__all__ = ['abstract_autoencoder', 'abstract_params', 'check_prediction',
+           'load_first_stage', 'load_origin', 'load_plan', 'load_pretrained',
+           'save_pretrained']

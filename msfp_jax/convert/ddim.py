@@ -67,14 +67,15 @@ _STRUCTURE = frozenset({
 
 def _shapes(tensors):
   """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
-  ch = tensors['conv_in.weight'].shape[0]
+  ch = naming.size(tensors, 'conv_in.weight', 0)
   levels = naming.indices(tensors, r'down\.(\d+)\.block')
   return {
-      'in_channels': tensors['conv_in.weight'].shape[1],
-      'out_channels': tensors['conv_out.weight'].shape[0],
+      'in_channels': naming.size(tensors, 'conv_in.weight', 1),
+      'out_channels': naming.size(tensors, 'conv_out.weight', 0),
       'ch': ch,
-      'ch_mult': tuple(tensors[f'down.{i}.block.0.conv1.weight'].shape[0] // ch
-                       for i in levels),
+      'ch_mult': tuple(
+          naming.size(tensors, f'down.{i}.block.0.conv1.weight', 0) // ch
+          for i in levels),
       'num_res_blocks': len(naming.indices(
           tensors, r'down\.0\.block\.(\d+)\.conv1')),
   }
@@ -92,7 +93,8 @@ def _from_yaml(given):
     if not model.get('resamp_with_conv', True):
       raise ValueError('the configuration has resamp_with_conv=False; only '
                        'True is supported')
-    return {'image_size': side} | {
+    sides = naming.sides(side, 'data.image_size')
+    return sides | {
         ours: model[field] for field, ours in _FIELDS.items()
         if field in model}
   except (KeyError, TypeError, AttributeError):

@@ -72,11 +72,12 @@ def config(tensors: Mapping[str, LazyTensor],
     found |= {field: shapes[field] for field in absent}
   attended = found.pop('attended')
   # Without one, the published models' sides: Stable Diffusion's and CIFAR-10's.
-  side = given.get('sample_size') or (64 if found['context_dim'] else 32)
-  side = side if isinstance(side, int) else max(side)
+  sides = naming.sides(
+      given.get('sample_size') or (64 if found['context_dim'] else 32),
+      'sample_size')
   return UNetConfig(**found | _heads(given, found) | {
-      'image_size': side,
-      'attn_resolutions': tuple(side >> i for i in attended),
+      **sides,
+      'attn_resolutions': tuple(sides['image_size'] >> i for i in attended),
       'norm_groups': given.get('norm_num_groups', 32),
       'norm_eps': given.get('norm_eps', 1e-5),
       'dropout': given.get('dropout', 0.0),
@@ -190,14 +191,14 @@ def _values(given, field):
 def _shapes(tensors):
   """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   levels = naming.indices(tensors, r'down_blocks\.(\d+)\.')
-  out = [tensors[f'down_blocks.{i}.resnets.0.conv1.weight'].shape[0]
+  out = [naming.size(tensors, f'down_blocks.{i}.resnets.0.conv1.weight', 0)
          for i in levels]
   ch = out[0]
-  projection = tensors['down_blocks.0.resnets.0.time_emb_proj.weight'].shape[0]
-  labels = tensors.get('class_embedding.weight')
+  projection = naming.size(
+      tensors, 'down_blocks.0.resnets.0.time_emb_proj.weight', 0)
   return {
-      'in_channels': tensors['conv_in.weight'].shape[1],
-      'out_channels': tensors['conv_out.weight'].shape[0],
+      'in_channels': naming.size(tensors, 'conv_in.weight', 1),
+      'out_channels': naming.size(tensors, 'conv_out.weight', 0),
       'ch': ch, 'ch_mult': tuple(c // ch for c in out),
       'num_res_blocks': len(naming.indices(
           tensors, r'down_blocks\.0\.resnets\.(\d+)\.conv1')),
@@ -206,9 +207,10 @@ def _shapes(tensors):
       'resample': ('resblock' if 'down_blocks.0.downsamplers.0.conv1.weight'
                    in tensors else 'conv'),
       'time_injection': 'scale_shift' if projection == 2 * ch else 'add',
-      'num_classes': None if labels is None else labels.shape[0],
+      'num_classes': naming.size_if_any(
+          tensors, 'class_embedding.weight', 0),
       'context_dim': next(
-          (tensor.shape[1] for name, tensor in tensors.items()
+          (naming.size(tensors, name, 1) for name in tensors
            if name.endswith('attn2.to_k.weight')), None),
       'transformer_depth': 1 + max(naming.indices(
           tensors, r'mid_block\.attentions\.0\.transformer_blocks\.(\d+)'),

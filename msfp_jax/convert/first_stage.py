@@ -1,12 +1,14 @@
 """Checkpoints of VQ and KL autoencoders, in CompVis' or in diffusers' names."""
 
 from collections.abc import Mapping
+import math
 import re
 from typing import Any
 
 from absl import logging
 
 from msfp_jax.convert import diffusers_names
+from msfp_jax.convert import first_stage_keys as keys
 from msfp_jax.convert import naming
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models import autoencoder
@@ -32,77 +34,46 @@ def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 def config(tensors: Mapping[str, LazyTensor],
            given: Mapping[str, Any] | None = None,
-           scale: float | None = None) -> AutoencoderConfig:
+           held: float | None = None, scale: float | None = None,
+           shift: float | None = None) -> AutoencoderConfig:
   """The configuration, from config.json or yaml, and from shapes for the rest.
 
   Args:
     tensors: of the autoencoder, in either naming.
     given: diffusers' config.json or CompVis' yaml, of the whole model or of
       the first stage alone.
-    scale: of the checkpoint that the autoencoder came in.
+    held: the scale of the latents that the checkpoint around it holds.
+    scale: of the latents, whatever the files say; None: as they say.
+    shift: likewise.
+
+  Raises:
+    ValueError: it asks for what our autoencoder does not have; or nothing tells
+      the scale of the latents.
   """
   given = given or {}
   # What is stated wins over what shapes tell.
   named = is_diffusers(tensors)
   if named:
-    _check_supported(given)
+    keys.check_json(given)
   found = _from_json(given) if named else _from_yaml(given)
   if _STRUCTURE - found.keys():
     found = _shapes(tensors, named) | found
-  if scale is None:
-    scale = given.get('scaling_factor', _compvis_scale(given))
-  shift = given.get('shift_factor')
-  if found['kind'] == autoencoder.VQ and given.get(
-      'scaling_factor') == _STABLE_DIFFUSION_SCALE:
-    logging.warning(
-        'its config.json has scaling_factor=%s, which diffusers writes into '
-        'every VQModel whatever it was trained with: if decoded images are '
-        'wrong, take it out of the file', _STABLE_DIFFUSION_SCALE)
-  if scale is None and found['kind'] == autoencoder.KL:
-    scale, shift = _published_scale(found['z_channels'], found['quant_conv'])
+  stated = _stated_scale(given, found, held)
+  chosen = tuple(theirs if typed is None else typed for typed, theirs in zip(
+      (scale, shift), stated or (None, 0.0), strict=True))
+  if chosen[0] is None:
+    raise ValueError(
+        'nothing tells the scale of its latents, and no published model has '
+        'its shapes: pass its config.json (scaling_factor) or the yaml of the '
+        'whole model as config, or the number, config.first_stage_scale '
+        '(load_first_stage: scale); diffusers takes 0.18215 where a '
+        'config.json has none')
+  if stated and chosen != stated:
+    logging.info('latents have scale %s, shift %s, as asked for; the files say '
+                 '%s, %s', *chosen, *stated)
   return AutoencoderConfig(
-      norm_groups=given.get('norm_num_groups', 32),
-      scale=1.0 if scale is None else float(scale),
-      shift=float(shift or 0.0), **found)
-
-
-# Keys of config.json, with the values that our autoencoder computes; of what
-# stands in a list, each.
-_SUPPORTED = {
-    '_class_name': ('AutoencoderKL', 'VQModel'),
-    'act_fn': ('silu', 'swish'), 'norm_type': ('group',),
-    'mid_block_add_attention': (True,), 'lookup_from_codebook': (False,),
-    'latents_mean': (None,), 'latents_std': (None,),
-    'down_block_types': ('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
-    'up_block_types': ('UpDecoderBlock2D', 'AttnUpDecoderBlock2D')}
-# Keys that are read, and those that change nothing of what is computed.
-_READ = frozenset({
-    'in_channels', 'out_channels', 'block_out_channels', 'layers_per_block',
-    'latent_channels', 'norm_num_groups', 'scaling_factor', 'shift_factor',
-    'use_quant_conv', 'use_post_quant_conv', 'num_vq_embeddings',
-    'vq_embed_dim'})
-_HARMLESS = frozenset({
-    '_diffusers_version', '_name_or_path', 'sample_size', 'force_upcast'})
-KEYS = _SUPPORTED.keys() | _READ | _HARMLESS
-
-
-def _check_supported(given):
-  """Raises ValueError, by key, for what our autoencoder does not have."""
-  listed = lambda value: value if isinstance(value, list) else [value]
-  odd = [f'{key}={given[key]!r} (only {list(allowed)})'
-         for key, allowed in _SUPPORTED.items() if key in given
-         and any(value not in allowed for value in listed(given[key]))]
-  odd += [f'{key}={given[key]!r} (unknown)' for key in given.keys() - KEYS]
-  if given.get('use_quant_conv', True) != given.get(
-      'use_post_quant_conv', given.get('use_quant_conv', True)):
-    odd.append('use_quant_conv and use_post_quant_conv that differ')
-  # Ours has attention at the same levels on both ways.
-  down, up = (['Attn' in str(name) for name in listed(given.get(key, []))]
-              for key in ('down_block_types', 'up_block_types'))
-  if down and up and down != up[::-1]:
-    odd.append('attention at other levels up than down')
-  if odd:
-    raise ValueError('this autoencoder has no: ' + '; '.join(sorted(odd)))
+      norm_groups=given.get('norm_num_groups', 32), scale=float(chosen[0]),
+      shift=float(chosen[1]), **found)
 
 
 # What shapes tell as well.
@@ -115,29 +86,30 @@ def _shapes(tensors, named):
   """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
   level = r'encoder\.down_blocks' if named else r'encoder\.down'
   block = r'resnets' if named else r'block'
-  ch = tensors['encoder.conv_in.weight'].shape[0]
+  ch = naming.size(tensors, 'encoder.conv_in.weight', 0)
   first = ('encoder.down_blocks.{}.resnets.0.conv1.weight' if named
            else 'encoder.down.{}.block.0.conv1.weight')
   levels = naming.indices(tensors, rf'{level}\.(\d+)\.{block}')
   # A KL encoder gives mean and log variance: twice the latent's channels.
-  latent = tensors['encoder.conv_out.weight'].shape[0]
-  codebook = tensors.get('quantize.embedding.weight')
+  latent = naming.size(tensors, 'encoder.conv_out.weight', 0)
+  codebook = naming.size_if_any(tensors, 'quantize.embedding.weight', 0)
   # Its inputs are the latents; without one, the encoder's result is.
-  post = tensors.get('post_quant_conv.weight')
+  post = naming.size_if_any(tensors, 'post_quant_conv.weight', 1)
   return {
       'kind': autoencoder.KL if codebook is None else autoencoder.VQ,
-      'in_channels': tensors['encoder.conv_in.weight'].shape[1],
-      'out_channels': tensors['decoder.conv_out.weight'].shape[0],
+      'in_channels': naming.size(tensors, 'encoder.conv_in.weight', 1),
+      'out_channels': naming.size(tensors, 'decoder.conv_out.weight', 0),
       'ch': ch,
-      'ch_mult': tuple(tensors[first.format(i)].shape[0] // ch for i in levels),
+      'ch_mult': tuple(
+          naming.size(tensors, first.format(i), 0) // ch for i in levels),
       'num_res_blocks': len(naming.indices(
           tensors, rf'{level}\.0\.{block}\.(\d+)\.conv1')),
       'attn_levels': tuple(naming.indices(
           tensors, rf'{level}\.(\d+)\.att')),
-      'z_channels': tensors[_LANDMARK].shape[1],
+      'z_channels': naming.size(tensors, _LANDMARK, 1),
       'embed_dim': (latent // (2 if codebook is None else 1) if post is None
-                    else post.shape[1]),
-      'codebook_size': 0 if codebook is None else codebook.shape[0],
+                    else post),
+      'codebook_size': codebook or 0,
       'quant_conv': post is not None,
   }
 
@@ -160,55 +132,117 @@ def _from_json(given):
   return found
 
 
+# Fields of ddconfig that mean one of ours.
+_DDCONFIG = {'in_channels': 'in_channels', 'out_ch': 'out_channels', 'ch': 'ch',
+             'num_res_blocks': 'num_res_blocks', 'z_channels': 'z_channels'}
+
+
 def _from_yaml(given):
-  """Reads those fields of _STRUCTURE that a CompVis yaml states."""
-  try:
-    params = given['model']['params']
-  except (KeyError, TypeError):
-    return {}
+  """Reads those fields of _STRUCTURE that a CompVis yaml states.
+
+  Raises:
+    ValueError: it states what our autoencoder does not have.
+  """
   # An autoencoder's own yaml, or that of a latent diffusion model around it.
-  inside = params.get('first_stage_config', {}).get('params', {})
-  params = params if 'ddconfig' in params else inside
-  shape = params.get('ddconfig')
-  if shape is None:
+  model = given.get('model', {})
+  inside = 'ddconfig' not in _model_params(given)
+  if inside:
+    model = _model_params(given).get('first_stage_config') or {}
+  params = model.get('params') or {}
+  if 'ddconfig' not in params:
     return {}
-  found = {ours: shape[theirs] for ours, theirs in (
-      ('in_channels', 'in_channels'), ('out_channels', 'out_ch'), ('ch', 'ch'),
-      ('num_res_blocks', 'num_res_blocks'), ('z_channels', 'z_channels'))
-           if theirs in shape}
+  keys.check_yaml(model.get('target'), params, inside)
+  shape = params['ddconfig']
+  found = {ours: naming.single(shape[theirs], f'ddconfig.{theirs}')
+           for theirs, ours in _DDCONFIG.items() if theirs in shape}
   if 'ch_mult' in shape:
     found['ch_mult'] = tuple(shape['ch_mult'])
     if {'resolution', 'attn_resolutions'} <= shape.keys():
+      side = naming.single(shape['resolution'], 'ddconfig.resolution')
       found['attn_levels'] = tuple(
           i for i in range(len(shape['ch_mult']))
-          if shape['resolution'] >> i in shape['attn_resolutions'])
+          if side >> i in shape['attn_resolutions'])
   if 'embed_dim' in params:
-    found['embed_dim'] = params['embed_dim']
+    found['embed_dim'] = naming.single(params['embed_dim'], 'embed_dim')
   if 'n_embed' in params:
     found |= {'kind': autoencoder.VQ, 'codebook_size': params['n_embed']}
   return found
 
 
-def _published_scale(z: int, quant_conv: bool) -> tuple[float, float]:
-  """The published scale and shift of Stable Diffusion's latents, or of FLUX's.
+def held_scale(tensors: Mapping[str, LazyTensor]) -> float | None:
+  """The scale of the latents that a whole model's checkpoint holds, or None.
 
-  Neither is in its files: old config.json lack it, and CompVis keeps it in
-  the yaml of the whole model.
+  Raises:
+    ValueError: it is no single number.
   """
-  scale, shift = ((0.3611, 0.1159) if z == 16 and not quant_conv
-                  else (_STABLE_DIFFUSION_SCALE, 0.0))
-  logging.warning('nothing tells the scale of the latents: took %s, shift %s, '
-                  'as published; pass the yaml as config if yours differs',
-                  scale, shift)
+  tensor = tensors.get('scale_factor')
+  if tensor is None:
+    return None
+  if tensor.refused:
+    raise ValueError(f'scale_factor {tensor.refused}')
+  if math.prod(tensor.shape) != 1:
+    raise ValueError(f'scale_factor has shape {tensor.shape}: must be a number')
+  return float(tensor.read().item())
+
+
+def _stated_scale(given, found, held):
+  """Scale and shift of the latents as the files say them; None: they do not."""
+  if held is not None:
+    return held, 0.0
+  if given.get('scaling_factor') is not None:
+    factor = given['scaling_factor']
+    if found['kind'] == autoencoder.VQ and factor == _STABLE_DIFFUSION_SCALE:
+      logging.warning(
+          'its config.json has scaling_factor=%s, which diffusers writes into '
+          'every VQModel whatever it was trained with: if decoded images are '
+          'wrong, set config.first_stage_scale (1.0, if it is published as '
+          'VQ-f4 or VQ-f8)', factor)
+    return factor, given.get('shift_factor') or 0.0
+  outer = _model_params(given)
+  # Measured on the first batch of training, and kept in the checkpoint alone.
+  if outer.get('scale_by_std'):
+    return None
+  if 'scale_factor' in outer:
+    return outer['scale_factor'], 0.0
+  # What CompVis takes where the yaml of a whole model has none; VQ stages are
+  # published so.
+  if 'first_stage_config' in outer or found['kind'] == autoencoder.VQ:
+    return 1.0, 0.0
+  return _published_scale(found)
+
+
+# Scale and shift of the published KL first stages, which their own files may
+# lack: so do old config.json, and CompVis keeps it in the whole model's yaml.
+_PUBLISHED = {
+    'in_channels': 3, 'out_channels': 3, 'ch': 128, 'ch_mult': (1, 2, 4, 4),
+    'num_res_blocks': 2, 'attn_levels': ()}
+_PUBLISHED_SCALES = {  # by channels and quant_conv
+    (4, True): (_STABLE_DIFFUSION_SCALE, 0.0, 'Stable Diffusion 1 and 2', (
+        "SDXL's, of the same shapes, is 0.13025")),
+    (16, False): (0.3611, 0.1159, 'FLUX', (
+        "Stable Diffusion 3's, of the same shapes, is 1.5305, shift 0.0609"))}
+
+
+def _published_scale(found):
+  """Scale and shift of the published model of these shapes; None: none has."""
+  key = found['z_channels'], found['quant_conv']
+  if (key not in _PUBLISHED_SCALES or found['embed_dim'] != key[0]
+      or any(found[field] != value for field, value in _PUBLISHED.items())):
+    return None
+  scale, shift, name, other = _PUBLISHED_SCALES[key]
+  logging.warning('nothing tells the scale of the latents: took that of %s, '
+                  '%s, shift %s. %s: set config.first_stage_scale and '
+                  'first_stage_shift if yours differs', name, scale, shift,
+                  other)
   return scale, shift
 
 
-def _compvis_scale(given):
-  """The scale of the latents, model.params.scale_factor of a CompVis yaml."""
+def _model_params(given):
+  """model.params of a CompVis yaml; empty where there is none."""
   try:
-    return given['model']['params'].get('scale_factor')
-  except (KeyError, TypeError, AttributeError):
-    return None
+    return dict(given['model']['params'])
+  except (KeyError, TypeError, ValueError):
+    return {}
 
 
 def is_diffusers(tensors: Mapping[str, LazyTensor]) -> bool:

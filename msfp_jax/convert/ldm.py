@@ -117,13 +117,12 @@ def config(tensors: Mapping[str, LazyTensor],
     fields |= {field: shapes[field] for field in absent}
   if 'image_size' not in fields:
     fields |= _published(fields)
-  embedder = tensors.get('context_emb.weight')
   side, attended = fields['image_size'], fields.pop('attended')
   return UNetConfig(
       dropout=0.0, norm_eps=1e-5, downsample_padding=(1, 1),
       time_order='cos_sin', time_freq_shift=0,
       attn_resolutions=tuple(side >> i for i in attended),
-      context_classes=None if embedder is None else embedder.shape[0],
+      context_classes=naming.size_if_any(tensors, 'context_emb.weight', 0),
       **fields)
 
 
@@ -136,7 +135,7 @@ _STRUCTURE = frozenset({
 
 def _shapes(tensors):
   """Reads the fields of _STRUCTURE off the names and shapes of the tensors."""
-  ch = tensors['time_embed.0.weight'].shape[1]
+  ch = naming.size(tensors, 'time_embed.0.weight', 1)
   blocks = naming.indices(tensors, r'input_blocks\.(\d+)\.')
   # As many blocks up as down, and an up-sampling on each level but the finest.
   levels = 1 + sum(_is_upsample(tensors, n) for n in blocks)
@@ -145,22 +144,22 @@ def _shapes(tensors):
   resblock = not any(re.fullmatch(r'output_blocks\.\d+\.\d\.conv\.weight', name)
                      for name in tensors)
   first = [f'input_blocks.{1 + i * (res + 1)}' for i in range(levels)]
-  out = [tensors[f'{block}.0.out_layers.3.weight'].shape[0] for block in first]
+  out = [naming.size(tensors, f'{block}.0.out_layers.3.weight', 0)
+         for block in first]
   # Of the time to a scale and a shift for each channel, or to a sum alone.
-  projection = tensors['input_blocks.1.0.emb_layers.1.weight'].shape[0]
-  labels = tensors.get('label_emb.weight')
+  projection = naming.size(tensors, 'input_blocks.1.0.emb_layers.1.weight', 0)
   return {
-      'in_channels': tensors['input_blocks.0.0.weight'].shape[1],
-      'out_channels': tensors['out.2.weight'].shape[0],
+      'in_channels': naming.size(tensors, 'input_blocks.0.0.weight', 1),
+      'out_channels': naming.size(tensors, 'out.2.weight', 0),
       'ch': ch, 'ch_mult': tuple(c // ch for c in out), 'num_res_blocks': res,
       'attended': [i for i, block in enumerate(first)
                    if f'{block}.1.norm.weight' in tensors],
       'resample': 'resblock' if levels > 1 and resblock else 'conv',
       'time_injection': 'scale_shift' if projection == 2 * out[0] else 'add',
       'context_dim': next(
-          (tensor.shape[1] for name, tensor in tensors.items()
+          (naming.size(tensors, name, 1) for name in tensors
            if name.endswith('attn2.to_k.weight')), None),
-      'num_classes': None if labels is None else labels.shape[0],
+      'num_classes': naming.size_if_any(tensors, 'label_emb.weight', 0),
       'transformer_depth': 1 + max(naming.indices(
           tensors, r'middle_block\.1\.transformer_blocks\.(\d+)'), default=0),
   }
@@ -218,7 +217,7 @@ def _from_yaml(config):
   if 'use_scale_shift_norm' in params:
     found['time_injection'] = (
         'scale_shift' if params['use_scale_shift_norm'] else 'add')
-  return found | {'image_size': side} | _heads(params)
+  return found | naming.sides(side, 'image_size') | _heads(params)
 
 
 def _heads(params):
@@ -317,7 +316,7 @@ def _split_qkv(tensors, config):
     for i, part in enumerate('qkv'):
       found[f'{match[1]}.{part}.{match[2]}'] = LazyTensor(
           (channels, *tensor.shape[1:]), tensor.dtype,
-          _part_reader(tensor, config, i))
+          _part_reader(tensor, config, i), tensor.refused)
   return found
 
 

@@ -70,6 +70,8 @@ def load_pretrained(path: str, config: str | None = None,
     logging.warning('%s: %s', opened.origin.source, why)
   named, leftover = family.rename(opened.tensors, found)
   model = family.MODEL(found)
+  if opened.origin.predicts != prediction.NOISE:
+    native.check_prediction(model)
   params = restore.restore(
       named, native.abstract_params(model), str(source.path), restore.TORCH,
       leftover)
@@ -178,7 +180,8 @@ def _as_noise(model, origin):
       model, origin.predicts, tuple(origin.noise_schedule().alphas_cumprod))
 
 
-def load_first_stage(path: str, config: str | None = None
+def load_first_stage(path: str, config: str | None = None,
+                     scale: float | None = None, shift: float | None = None
                      ) -> tuple[autoencoder.Autoencoder, Any]:
   """Loads the autoencoder of a latent diffusion model.
 
@@ -186,20 +189,22 @@ def load_first_stage(path: str, config: str | None = None
     path: as of `load_pretrained`; also the checkpoint of a whole latent
       diffusion model, which holds its first stage.
     config: likewise.
+    scale: of the latents, where the files say none or a wrong one.
+    shift: likewise.
 
   Returns:
     The Flax model (methods `encode` and `decode`) and its parameters.
 
   Raises:
-    As `load_pretrained`.
+    As `load_pretrained`; ValueError where nothing tells the scale.
   """
   source = _open(path, config, _FIRST_STAGE_PARTS)
   if not first_stage.detect(source.tensors):
     raise ValueError(f'{source.path} holds no autoencoder: {_some(source)}')
   tensors = first_stage.select(source.tensors)
-  scale = source.tensors.get('scale_factor')
   model = autoencoder.Autoencoder(_configure(source, lambda: first_stage.config(
-      tensors, source.config, None if scale is None else scale.read().item())))
+      tensors, source.config, first_stage.held_scale(source.tensors), scale,
+      shift)))
   logging.info('%s: %s', source.path, model.config)
   named, leftover = first_stage.rename(tensors, model.config)
   return model, restore.restore(
@@ -238,8 +243,10 @@ def _wants_ema(config):
 
 def _some(source):
   names = sorted(source.tensors)
-  return (f'{len(names)} tensors, such as {names[:3]}' if names
-          else 'it holds no tensors')
+  if not names:
+    return 'it holds no tensors'
+  return (f'{len(names)} tensors, such as {names[:3]}'
+          + (f'; beside them {source.beside}' if source.beside else ''))
 
 
 def _open(path, config, parts, ema=True):

@@ -75,6 +75,49 @@ def single(value: Any, field: str) -> int | None:
   return value
 
 
+def size(tensors: Mapping[str, LazyTensor], name: str, axis: int) -> int:
+  """The length of one axis of a tensor.
+
+  Raises:
+    KeyError: there is none of this name.
+    ValueError: it has no such axis, or an empty one; names the tensor.
+  """
+  shape = tensors[name].shape
+  if len(shape) <= axis or not shape[axis]:
+    # Of some that are not read, not even the shape is known.
+    if tensors[name].refused:
+      raise ValueError(f'{name} {tensors[name].refused}')
+    kind = f'has shape {list(shape)}' if shape else 'is a scalar'
+    raise ValueError(f'{name} {kind}, and no length of axis {axis}')
+  return shape[axis]
+
+
+def size_if_any(tensors: Mapping[str, LazyTensor], name: str, axis: int
+                ) -> int | None:
+  """`size` of a tensor that a model need not have; None without it."""
+  return size(tensors, name, axis) if name in tensors else None
+
+
+def sides(value: Any, field: str) -> dict[str, int]:
+  """The height and width of a model's images, as fields of `UNetConfig`.
+
+  Args:
+    value: one number of square images, or a list of height and width.
+    field: that it stands in, for the message.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  both = [value, value] if isinstance(value, int) else value
+  if (not isinstance(both, list | tuple) or len(both) != 2
+      or not all(type(side) is int and side > 0 for side in both)):
+    raise ValueError(f'{field}={value!r}: must be one number of pixels, or '
+                     'height and width')
+  height, width = both
+  return {'image_size': height} | (
+      {} if width == height else {'image_width': width})
+
+
 def below(tensors: Mapping[str, LazyTensor], prefix: str
           ) -> dict[str, LazyTensor]:
   """The tensors whose names begin with a prefix, which is taken off."""

@@ -22,6 +22,7 @@ from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
 from msfp_jax.convert import tensors as tensors_lib
 from msfp_jax.diffusion import origin as origin_lib
+from msfp_jax.diffusion import sampling
 from msfp_jax.models import denoiser
 from msfp_jax.models import registry
 
@@ -178,10 +179,27 @@ def _opened(path):
 
 def abstract_params(model: denoiser.Denoiser) -> Any:
   """Shapes of the model's parameters, without making any."""
+  return _traced(model)[1]['params']
+
+
+def check_prediction(model: denoiser.Denoiser) -> None:
+  """Checks that a model makes of a sample what samplers need; nothing runs.
+
+  Raises:
+    ValueError: see `sampling.check_prediction`.
+  """
+  # What wraps a model of v computes with what it predicts, and needs the same.
+  model = getattr(model, 'inner', model)
+  predicted, _ = _traced(model)
+  sampling.check_prediction((1, *model.sample_shape), predicted.shape)
+
+
+def _traced(model):
+  """Shapes of what the model predicts of one sample, and of its variables."""
   x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
   t = jax.ShapeDtypeStruct((1,), jnp.float32)
   # By name: a model may have others of them, which it does not take.
   conditions = {condition.name: condition.abstract(1)
                 for condition in model.conditions}
   return jax.eval_shape(
-      model.init, jax.random.key(0), x, t, **conditions)['params']
+      model.init_with_output, jax.random.key(0), x, t, **conditions)

@@ -43,7 +43,8 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
 
   Raises:
     ValueError: tensors that are missing, unexpected, misshapen, of a type
-      that holds no weights, or not finite: all are listed.
+      that holds no weights, in a form that is not read, or not finite: all are
+      listed.
   """
   # All problems are collected first, so that a person sees them at once.
   flat = traverse_util.flatten_dict(abstract)
@@ -60,6 +61,9 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
     if name not in tensors:
       continue
     tensor = tensors[name]
+    if tensor.refused:
+      problems.append(f'{name} {tensor.refused}')
+      continue
     if not form.fits(tensor.shape, shapes[name]):
       problems.append(
           f'{name} is {tensor.shape}, the model wants {shapes[name]}')

@@ -11,8 +11,10 @@ import numpy as np
 import safetensors
 import yaml
 
+from msfp_jax.convert import contents
 from msfp_jax.convert import tensors as tensors_lib
 from msfp_jax.convert import torch_file
+from msfp_jax.convert import torch_tensors
 from msfp_jax.convert.tensors import LazyTensor
 
 # Parts of names by torch.compile and by DataParallel, see `_unwrapped`.
@@ -50,12 +52,14 @@ class Source:
     tensors: {dotted name: tensor}, still in the file.
     metadata: of a safetensors file's header.
     config: diffusers' config.json or CompVis' yaml; None where there is none.
+    beside: what a file of torch.save holds that is no tensor, for messages.
   """
 
   path: pathlib.Path
   tensors: Mapping[str, LazyTensor]
   metadata: Mapping[str, str]
   config: Mapping[str, Any] | None
+  beside: str = ''
 
 
 def open_source(path: str | pathlib.Path,
@@ -81,12 +85,12 @@ def open_source(path: str | pathlib.Path,
     path = _weights_in(path, parts, ema)
   elif not path.is_file():
     raise FileNotFoundError(f'no checkpoint at {path}')
-  tensors, metadata = _read(path)
+  tensors, metadata, beside = _read(path)
   tensors = _unwrapped(tensors, path)
   if config is None:
     config = _config_beside(path, tensors)
   return Source(path, tensors, metadata,
-                None if config is None else read_config(config))
+                None if config is None else read_config(config), beside)
 
 
 def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
@@ -140,17 +144,21 @@ def _unwrapped(tensors: Mapping[str, LazyTensor], path: pathlib.Path
   return found
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def _read(path: pathlib.Path
+          ) -> tuple[dict[str, LazyTensor], dict[str, str], str]:
   if path.name.endswith(('.index.json', '.index.fp16.json')):
-    return _read_shards(path), {}
+    return _read_shards(path), {}, ''
   if path.suffix == '.safetensors':
-    return read_safetensors(path)
+    return *read_safetensors(path), ''
   if path.suffix in _TORCH_SUFFIXES or _looks_like_torch(path):
     content = torch_file.load(path)
     if isinstance(content, Mapping) and isinstance(
         content.get('state_dict'), Mapping):
       content = content['state_dict']  # Lightning keeps much beside it
-    return tensors_lib.flatten(content), {}
+    tensors, told = tensors_lib.flatten(content), contents.told(content)
+    if told and not tensors:
+      raise ValueError(f'{path}: {told}')
+    return tensors, {}, told
   raise ValueError(f'{path}: expected a .safetensors file, one of torch.save '
                    f'({", ".join(_TORCH_SUFFIXES)}), or a folder')
 
@@ -177,8 +185,9 @@ def read_safetensors(path: pathlib.Path
         part = opened.get_slice(name)
         kind = part.get_dtype()
         if kind not in SAFETENSORS_DTYPES:
-          raise ValueError(f'{path}: {name} has type {kind}; convert it to '
-                           'float32, float16 or bfloat16 first')
+          found[name] = LazyTensor.odd(
+              tuple(part.get_shape()), torch_tensors.of_type(kind))
+          continue
         found[name] = LazyTensor(
             tuple(part.get_shape()), np.dtype(SAFETENSORS_DTYPES[kind]),
             _safetensors_reader(path, name))
@@ -197,7 +206,7 @@ def _safetensors_reader(path, name):
 def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
   """Opens the files that an index.json lists, as if they were one."""
   try:
-    places = json.loads(index.read_text())['weight_map']
+    places = json.loads(_text(index))['weight_map']
     files = sorted({str(file) for file in places.values()})
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{index} is no index of shards: {error!r}') from error
@@ -216,6 +225,11 @@ def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
   return found
 
 
+def _text(path):
+  """A text file in UTF-8, with or without the mark that Windows puts first."""
+  return path.read_text(encoding='utf-8-sig')
+
+
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
   """Reads a config.json, or a yaml without any of its tags resolved.
 
@@ -224,7 +238,7 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
   """
   path = pathlib.Path(path)
   try:
-    text = path.read_text()
+    text = _text(path)
     content = (json.loads(text) if path.suffix == '.json'
                else yaml.safe_load(text))
   except (ValueError, yaml.YAMLError) as error:

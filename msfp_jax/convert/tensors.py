@@ -14,16 +14,32 @@ class LazyTensor:
 
   A model of several gigabytes is thus converted tensor by tensor, and its
   family is told from names and shapes before anything is read.
+
+  Attributes:
+    shape: of its values.
+    dtype: of its values.
+    read: makes the array.
+    refused: why it cannot be read, behind its name: 'is sparse: ...'; '' of
+      all others. A file may hold such a tensor as long as no model needs it.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+  refused: str = ''
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':
     """Wraps an array that is in memory already."""
     return cls(array.shape, array.dtype, lambda: array)
+
+  @classmethod
+  def odd(cls, shape: tuple[int, ...], why: str) -> 'LazyTensor':
+    """One that cannot be read, for the reason `why`."""
+
+    def read():
+      raise ValueError(f'a tensor of shape {shape} {why}')
+    return cls(shape, np.dtype(np.void), read, why)
 
 
 @dataclasses.dataclass

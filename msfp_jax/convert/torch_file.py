@@ -6,7 +6,6 @@ pickle is read as data (`pickles.py`), the code of a script is not looked at,
 and tensors stay in the file until they are needed.
 """
 
-import math
 import pathlib
 import struct
 import sys
@@ -19,9 +18,11 @@ import numpy as np
 from msfp_jax.base import pickles
 from msfp_jax.base.pickle_names import shown
 from msfp_jax.base.pickles import Global
+from msfp_jax.convert import contents
+from msfp_jax.convert import torch_tensors
 from msfp_jax.convert.tensors import BFLOAT16
-from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.convert.tensors import Storage
+from msfp_jax.convert.torch_tensors import TorchFileError
 
 # The containers, and where their tensors lie:
 #
@@ -47,17 +48,15 @@ _DTYPES = {
     'ShortStorage': np.int16, 'CharStorage': np.int8,
     'ByteStorage': np.uint8, 'BoolStorage': np.bool_,
     'ComplexFloatStorage': np.complex64, 'ComplexDoubleStorage': np.complex128,
+    # Of tensors that `torch_tensors` refuses by name, by the bytes they take.
+    'QInt8Storage': np.int8, 'QUInt8Storage': np.uint8,
+    'QInt32Storage': np.int32, 'QUInt4x2Storage': np.uint8,
+    'QUInt2x4Storage': np.uint8, 'UntypedStorage': np.uint8,
 }
 
 # Deflate shrinks the pickle of a model about five times, of zeros a thousand.
 _MOST_INFLATED = 100
 _LONGEST_KEY = 255
-_MOST_DIMENSIONS = 32
-_LARGEST = 2**62  # what NumPy counts with
-
-
-class TorchFileError(pickles.PickleError):
-  """The file is no torch checkpoint, or is damaged; names what is wrong."""
 
 
 class _Scripted(dict, pickles.Buildable):
@@ -99,6 +98,9 @@ def _load_zip(path: pathlib.Path) -> Any:
     members = {info.filename: info for info in archive.infolist()}
     roots = [name.removesuffix('data.pkl') for name in members
              if name.endswith('/data.pkl') and name.count('/') == 1]
+    if not roots and members and all(n.endswith('.npy') for n in members):
+      raise TorchFileError(contents.arrays(
+          [name.removesuffix('.npy') for name in members]))
     if len(roots) != 1:
       raise TorchFileError(
           'a zip archive, but no checkpoint of torch.save: it holds '
@@ -126,7 +128,7 @@ def _load_zip(path: pathlib.Path) -> Any:
           dtype, count, _zip_reader(path, members[name], dtype, swap))
 
     with archive.open(f'{root}data.pkl') as file:
-      return pickles.read_pickle(file, _CALLS, resolve, _other)
+      return pickles.read_pickle(file, torch_tensors.CALLS, resolve, _other)
 
 
 def _check_member(info, size_on_disk):
@@ -211,15 +213,17 @@ def _load_legacy(path: pathlib.Path) -> Any:
     # A pickle of protocol 2 or later starts so; anything else is no torch file.
     if len(head) < 2 or head[0] != 0x80:
       raise TorchFileError('neither a zip archive nor a stream of pickles')
-    if pickles.read_pickle(file) != _LEGACY_MAGIC:
-      raise TorchFileError("a pickle, but without torch.save's magic number")
+    if (first := pickles.read_pickle(file)) != _LEGACY_MAGIC:
+      raise TorchFileError("a pickle, but without torch.save's magic number"
+                           + (f': {told}' if (told := contents.told(first))
+                              else ''))
     if (protocol := pickles.read_pickle(file)) != _LEGACY_PROTOCOL:
       raise TorchFileError(f'torch protocol {shown(protocol)}, expected '
                            f'{_LEGACY_PROTOCOL}')
     system = pickles.read_pickle(file)
     little = not isinstance(system, dict) or system.get('little_endian', True)
     swap = (sys.byteorder == 'little') != bool(little)
-    content = pickles.read_pickle(file, _CALLS, resolve)
+    content = pickles.read_pickle(file, torch_tensors.CALLS, resolve)
     keys = pickles.read_pickle(file)
     if not isinstance(keys, list) or not all(map(_is_key, keys)):
       raise TorchFileError('damaged: no list of storages')
@@ -266,7 +270,7 @@ def _parse_id(pid: Any) -> tuple[np.dtype, str, int]:
     raise TorchFileError(f'a storage of type {shown(kind)}, which is unknown')
   if not _is_key(key):
     raise TorchFileError(f'a storage called {shown(key)}, expected a string')
-  if not _is_size(count):
+  if not torch_tensors.is_size(count):
     raise TorchFileError(f'a storage of {shown(count)} elements')
   return np.dtype(_DTYPES[kind.name]), key, count
 
@@ -275,64 +279,8 @@ def _is_key(value):
   return isinstance(value, str) and len(value) <= _LONGEST_KEY
 
 
-def _is_size(value):
-  return isinstance(value, int) and 0 <= value < _LARGEST
-
-
 def _is_view(view, count):
   """Whether a view is (key, start, size) within `count` elements."""
   return (isinstance(view, tuple) and len(view) == 3
-          and all(map(_is_size, view[1:])) and sum(view[1:]) <= count)
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *unused) -> LazyTensor:
-  """Does what torch._utils._rebuild_tensor does, or its _v2, when read."""
-  if not isinstance(storage, Storage):
-    raise TorchFileError(f'a tensor made of {shown(storage)}')
-  text = f'a tensor of shape {shown(shape)}, strides {shown(strides)}'
-  if not _are_sizes(shape) or not _are_sizes(strides) or not _is_size(offset):
-    raise TorchFileError(text)
-  # The pickle could still append to its lists.
-  shape, strides = tuple(shape), tuple(strides)
-  if len(shape) != len(strides):
-    raise TorchFileError(text)
-  # Elements from the first to the last that the view touches.
-  count = 0
-  if 0 not in shape:
-    count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-  if offset + count > storage.count:
-    raise TorchFileError(f'{text} at {offset} reaches beyond its storage of '
-                         f'{storage.count} elements')
-  # With strides of 0 a few bytes could stand for any size.
-  if math.prod(shape) > storage.count:
-    raise TorchFileError(
-        f'{text} is larger than its storage of {storage.count} elements: '
-        'checkpoints hold no expanded tensors. Save it with .contiguous()')
-
-  def read():
-    flat = storage.read(offset, count)
-    if 0 in shape:
-      return flat.reshape(shape)
-    return np.lib.stride_tricks.as_strided(
-        flat, shape, [s * storage.dtype.itemsize if n > 1 else 0
-                      for n, s in zip(shape, strides, strict=True)],
-        writeable=False)
-  return LazyTensor(shape, storage.dtype, read)
-
-
-def _are_sizes(values):
-  return (isinstance(values, tuple | list) and len(values) <= _MOST_DIMENSIONS
-          and all(map(_is_size, values)))
-
-
-# Whether it requires a gradient, hooks and the like say nothing of its values.
-_CALLS = {
-    Global('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
-    Global('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    Global('torch._utils', '_rebuild_parameter'):
-        lambda data, *unused: data,
-    Global('torch._utils', '_rebuild_parameter_with_state'):
-        lambda data, *unused: data,
-    Global('torch.nn.parameter', 'Parameter'): lambda data, *unused: data,
-    Global('torch', 'Size'): tuple,
-}
+          and all(map(torch_tensors.is_size, view[1:]))
+          and sum(view[1:]) <= count)

@@ -225,10 +225,45 @@ def start(plan: SamplerPlan, x: jax.Array) -> Position:
   return Position(x, jnp.zeros((length, *x.shape), x.dtype))
 
 
+def check_prediction(noisy: tuple[int, ...], predicted: tuple[int, ...]
+                     ) -> None:
+  """Looks at the shape of what a model makes of a sample.
+
+  Args:
+    noisy: `[..., C]` of what it is given.
+    predicted: of what it returns.
+
+  Raises:
+    ValueError: they differ, in words for the models that are known to.
+  """
+  if predicted == noisy:
+    return
+  if predicted[:-1] != noisy[:-1]:
+    raise ValueError(f'the model makes {list(predicted)} of {list(noisy)}: a '
+                     'sampler needs the noise of every element')
+  taken, made = noisy[-1], predicted[-1]
+  why = 'a sampler needs the noise of every channel, and no more'
+  if made == 2 * taken:
+    why = ('it predicts a variance too, as trained with learn_sigma, and the '
+           f'samplers here use none; cut its last layer to the first {taken} '
+           'channels, the noise')
+  elif made < taken:
+    why = (f'{taken - made} channels are a condition, such as the mask and the '
+           'picture of inpainting or the small picture of super-resolution, '
+           'and the samplers here have none to give; take a model of the noise '
+           'alone')
+  raise ValueError(f'the model takes {taken} channels and makes {made}: {why}')
+
+
 def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
             eps: jax.Array, key: jax.Array | None) -> Position:
-  """One step of the sampler; `step` is one entry of `plan.steps()`."""
+  """One step of the sampler; `step` is one entry of `plan.steps()`.
+
+  Raises:
+    ValueError: eps is not like x; or noise is to be added, and there is no key.
+  """
   x, past = position.x, position.past
+  check_prediction(x.shape, eps.shape)
   if plan.multistep is None:
     new = step['x_coef'] * x - step['eps_factor'] * eps
     if plan.clip is not None:

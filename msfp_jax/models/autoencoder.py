@@ -5,6 +5,7 @@ without a timestep.
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -48,6 +49,9 @@ class AutoencoderConfig:
     if (self.kind == VQ) != bool(self.codebook_size):
       raise ValueError(f'kind {self.kind!r} with codebook_size='
                        f'{self.codebook_size}: a codebook belongs to {VQ!r}')
+    if not 0 < self.scale < math.inf or not math.isfinite(self.shift):
+      raise ValueError(f'scale={self.scale}, shift={self.shift} of latents: '
+                       'must be numbers, and the scale above 0')
 
   @property
   def stride(self) -> int:

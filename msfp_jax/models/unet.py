@@ -47,7 +47,8 @@ class UNetConfig:
     ValueError: a field contradicts another; the message names both.
   """
 
-  image_size: int = 32  # of the trained model; fixes where attention stands
+  # Height of the trained model's images; fixes where attention stands.
+  image_size: int = 32
   in_channels: int = 3
   out_channels: int = 3
   ch: int = 128  # channels of the finest level
@@ -69,6 +70,7 @@ class UNetConfig:
   context_dim: int | None = None
   context_classes: int | None = None  # the context is a class embedding
   transformer_depth: int = 1  # blocks of a spatial transformer
+  image_width: int | None = None  # of images that are not square
 
   def __post_init__(self):
     object.__setattr__(self, 'ch_mult', tuple(self.ch_mult))
@@ -92,7 +94,7 @@ class UNetConfig:
     if self.context_classes and not self.context_dim:
       raise ValueError(f'context_classes={self.context_classes} need a '
                        'context_dim')
-    self.check_size(self.image_size)
+    self.check_size(self.image_size, self.image_width or self.image_size)
     # Where attention will stand: at the listed resolutions, and in the middle.
     for i, mult in enumerate(self.ch_mult):
       attn = self.image_size // 2 ** i in self.attn_resolutions
@@ -135,8 +137,12 @@ class UNetConfig:
 
   def to_dict(self) -> dict[str, Any]:
     """The fields as plain JSON; `UNetConfig(**d)` is the inverse."""
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in dataclasses.asdict(self).items()}
+    fields = {k: list(v) if isinstance(v, tuple) else v
+              for k, v in dataclasses.asdict(self).items()}
+    # Files of square models stay as they were before there were others.
+    if self.image_width is None:
+      del fields['image_width']
+    return fields
 
 
 def timestep_embedding(t: jax.Array, dim: int, order: str = 'sin_cos',
@@ -237,7 +243,8 @@ class UNet(nn.Module):
   def sample_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of what it denoises."""
     cfg = self.config
-    return cfg.image_size, cfg.image_size, cfg.in_channels
+    width = cfg.image_width or cfg.image_size
+    return cfg.image_size, width, cfg.in_channels
 
   @property
   def conditions(self) -> tuple[denoiser.Condition, ...]:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from typing import Any
 
 from absl import logging
@@ -231,6 +232,24 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.first_stage={config.first_stage!r} without config.pretrained: '
         'a teacher that is trained here works on pixels')
+  _check_latents(config)
+
+
+def _check_latents(config):
+  """Raises ValueError for a scale of latents that none can have."""
+  scale, shift = config.first_stage_scale, config.first_stage_shift
+  if (scale, shift) == (None, None):
+    return
+  if config.first_stage in ('', teacher.RANDOM):
+    raise ValueError(
+        f'config.first_stage_scale={scale}, first_stage_shift={shift}, and '
+        f'config.first_stage={config.first_stage!r}: only the first stage of a '
+        'checkpoint has them')
+  if scale is not None and not 0 < scale < math.inf:
+    raise ValueError(f'config.first_stage_scale={scale}: must be a number '
+                     'above 0')
+  if shift is not None and not math.isfinite(shift):
+    raise ValueError(f'config.first_stage_shift={shift}: must be a number')
 
 
 def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
@@ -264,8 +283,9 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   if config.first_stage:
     decode, image_shape = teacher.load_decoder(
         config.first_stage, model.sample_shape,
-        described_by=config.first_stage_config, fields=config.autoencoder,
-        seed=config.seed)
+        described_by=config.first_stage_config,
+        scale=config.first_stage_scale, shift=config.first_stage_shift,
+        fields=config.autoencoder, seed=config.seed)
   # Against what is decoded: latents are not compared with images.
   if images is not None:
     teacher.check_images(images, image_shape)

@@ -78,12 +78,20 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
       experiment.model, experiment.params, spec, experiment.plan), spec)
 
 
-def expand(names: Sequence[str]) -> tuple[str, ...]:
-  """Names of rows with every recipe there is in place of 'all'.
+def expand(names: str | Sequence[str]) -> tuple[str, ...]:
+  """Names of rows, with every recipe there is in place of 'all'.
 
   What is behind 'all' goes to each of them: 'all:w6a6'. Recipes that are named
   beside it are rows once.
+
+  Args:
+    names: of rows; each may be several with commas between, as a command line
+      gives them: 'fp,msfp'.
   """
+  # No name has a comma in it. A string would otherwise be read by its letters.
+  names = [name.strip() for text in
+           ([names] if isinstance(names, str) else names)
+           for name in text.split(',') if name.strip()]
   found = []
   for name in names:
     every = re.fullmatch(rf'{ALL}([:+].*)?', name)

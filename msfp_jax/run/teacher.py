@@ -40,13 +40,17 @@ def load(path: str, workdir: str, *, described_by: str, ema: bool,
 
   Raises:
     errors.WorkdirError: the workdir holds none.
-    FileNotFoundError, ValueError: see `convert.load_pretrained`.
+    FileNotFoundError, ValueError: see `convert.load_pretrained`; ValueError
+      too for a model that no sampler steps, see `convert.check_prediction`.
   """
   if path == RANDOM:
     model = new_model(fields)
+    convert.check_prediction(model)
     return model, random_params(convert.abstract_params(model), seed)
-  return convert.load_pretrained(
+  model, params = convert.load_pretrained(
       path or _trained(workdir), described_by or None, ema)
+  convert.check_prediction(model)
+  return model, params
 
 
 def load_origin(path: str, workdir: str, *, described_by: str, ema: bool
@@ -95,6 +99,7 @@ def untrained(fields: Mapping[str, Any], images: data.Images) -> unet.UNet:
     raise ValueError(
         f'config.model is {registry.to_dict(model)}: only UNets that take no '
         'labels and no context are trained here; set config.pretrained')
+  convert.check_prediction(model)
   check_images(images, model.sample_shape)
   return model
 
@@ -116,7 +121,8 @@ def random_params(abstract: Any, seed: int) -> Any:
 
 
 def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
-                 described_by: str, fields: Mapping[str, Any], seed: int
+                 described_by: str, scale: float | None, shift: float | None,
+                 fields: Mapping[str, Any], seed: int
                  ) -> tuple[Callable[[jax.Array], jax.Array],
                             tuple[int, int, int]]:
   """The decoder of a first stage, jitted, and the (H, W, C) that it makes.
@@ -125,6 +131,8 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
     path: of a checkpoint, or RANDOM.
     latent_shape: (h, w, c) of what the model denoises.
     described_by: the file that tells the checkpoint's configuration, or ''.
+    scale: of the latents; None: as the checkpoint says.
+    shift: likewise.
     fields: of a random one's `AutoencoderConfig`.
     seed: of a random one.
 
@@ -135,7 +143,8 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
     stage = autoencoder.Autoencoder(autoencoder.AutoencoderConfig(**fields))
     params = random_params(convert.abstract_autoencoder(stage), seed)
   else:
-    stage, params = convert.load_first_stage(path, described_by or None)
+    stage, params = convert.load_first_stage(
+        path, described_by or None, scale, shift)
   height, width, channels = latent_shape
   if stage.config.embed_dim != channels:
     raise ValueError(

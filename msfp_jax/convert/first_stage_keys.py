@@ -1,0 +1,114 @@
+"""Keys of a first stage's config.json or yaml: read, harmless, or refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Keys of diffusers' config.json, with the values that our autoencoder computes;
+# of what stands in a list, each.
+_SUPPORTED = {
+    '_class_name': ('AutoencoderKL', 'VQModel'),
+    'act_fn': ('silu', 'swish'), 'norm_type': ('group',),
+    'mid_block_add_attention': (True,), 'lookup_from_codebook': (False,),
+    'latents_mean': (None,), 'latents_std': (None,),
+    'down_block_types': ('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
+    'up_block_types': ('UpDecoderBlock2D', 'AttnUpDecoderBlock2D')}
+# Keys that are read, and those that change nothing of what is computed.
+_READ = frozenset({
+    'in_channels', 'out_channels', 'block_out_channels', 'layers_per_block',
+    'latent_channels', 'norm_num_groups', 'scaling_factor', 'shift_factor',
+    'use_quant_conv', 'use_post_quant_conv', 'num_vq_embeddings',
+    'vq_embed_dim'})
+_HARMLESS = frozenset({
+    '_diffusers_version', '_name_or_path', 'sample_size', 'force_upcast'})
+KEYS = _SUPPORTED.keys() | _READ | _HARMLESS
+
+# The same of `ddconfig` in a CompVis yaml. `vanilla-xformers` is another way to
+# compute the same attention; `downsample_time` is AudioLDM's.
+_DDCONFIG = {
+    'resamp_with_conv': (True,), 'use_linear_attn': (False,),
+    'attn_type': ('vanilla', 'vanilla-xformers'), 'give_pre_end': (False,),
+    'tanh_out': (False,), 'downsample_time': (False,)}
+_DDCONFIG_READ = frozenset({
+    'double_z', 'z_channels', 'resolution', 'in_channels', 'out_ch', 'ch',
+    'ch_mult', 'num_res_blocks', 'attn_resolutions'})
+_DDCONFIG_HARMLESS = frozenset({'dropout'})
+# And of the parameters around it; `subband` and `time_shuffle` are AudioLDM's.
+# What is harmless belongs to training, or to indices into the codebook, which
+# nothing here returns.
+_AROUND = {'subband': (1,), 'time_shuffle': (1,)}
+_AROUND_READ = frozenset({'ddconfig', 'embed_dim', 'n_embed'})
+_AROUND_HARMLESS = frozenset({
+    'lossconfig', 'loss_config', 'ckpt_path', 'ignore_keys', 'image_key',
+    'monitor', 'colorize_nlabels', 'batch_resize_range', 'scheduler_config',
+    'lr_g_factor', 'base_learning_rate', 'remap', 'sane_index_shape',
+    'use_ema', 'ema_decay', 'learn_logvar'})
+# Classes by the last part of `target`.
+_KL_CLASSES = ('AutoencoderKL', 'AutoencoderKLInferenceWrapper',
+               'AutoencoderKLModeOnly')
+_VQ_CLASSES = ('VQModelInterface', 'VQModel')
+
+
+def check_json(given: Mapping[str, Any]) -> None:
+  """Looks at diffusers' config.json of an autoencoder.
+
+  Raises:
+    ValueError: by key, for what our autoencoder does not have.
+  """
+  odd = _odd(given, _SUPPORTED, KEYS)
+  if given.get('use_quant_conv', True) != given.get(
+      'use_post_quant_conv', given.get('use_quant_conv', True)):
+    odd.append('use_quant_conv and use_post_quant_conv that differ')
+  # Ours has attention at the same levels on both ways.
+  down, up = (['Attn' in str(name) for name in _listed(given.get(key, []))]
+              for key in ('down_block_types', 'up_block_types'))
+  if down and up and down != up[::-1]:
+    odd.append('attention at other levels up than down')
+  _refuse(odd)
+
+
+def check_yaml(target: str | None, params: Mapping[str, Any], inside: bool
+               ) -> None:
+  """Looks at CompVis' yaml of an autoencoder.
+
+  Args:
+    target: its class, dotted; None where the yaml has none.
+    params: the arguments of that class, `ddconfig` among them.
+    inside: whether it stands in the yaml of a latent diffusion model.
+
+  Raises:
+    ValueError: by key, for what our autoencoder does not have.
+  """
+  shape = params['ddconfig']
+  odd = [f'ddconfig.{text}' for text in _odd(
+      shape, _DDCONFIG, _DDCONFIG.keys() | _DDCONFIG_READ | _DDCONFIG_HARMLESS)]
+  odd += _odd(params, _AROUND,
+              _AROUND.keys() | _AROUND_READ | _AROUND_HARMLESS)
+  is_vq = 'n_embed' in params
+  # Mean and log variance: of KL, whose latents are drawn, and of it alone.
+  if shape.get('double_z', not is_vq) != (not is_vq):
+    odd.append(f'ddconfig.double_z={shape["double_z"]!r} '
+               f'({"with" if is_vq else "without"} n_embed)')
+  # Within a latent diffusion model a plain VQModel decodes latents without its
+  # codebook; its own yaml, of training, calls the same autoencoder so.
+  allowed = (*_KL_CLASSES, *_VQ_CLASSES[:1 if inside else None])
+  if target is not None and str(target).rpartition('.')[2] not in allowed:
+    odd.append(f'target={target!r} (only {list(allowed)})')
+  _refuse(odd)
+
+
+def _odd(given, supported, known):
+  """Texts of the keys whose values are not supported, or that nobody knows."""
+  odd = [f'{key}={given[key]!r} (only {list(allowed)})'
+         for key, allowed in supported.items() if key in given
+         and any(value not in allowed for value in _listed(given[key]))]
+  return odd + [f'{key}={given[key]!r} (unknown)'
+                for key in given.keys() - known]
+
+
+def _listed(value):
+  return value if isinstance(value, list) else [value]
+
+
+def _refuse(odd):
+  if odd:
+    raise ValueError('this autoencoder has no: ' + '; '.join(sorted(odd)))
