@@ -51,12 +51,13 @@ def stand_in(cache, remote, revision='main'):
 
   class HfApi:
 
-    def list_repo_files(self, repo_id, revision):
+    def model_info(self, repo_id, revision, timeout):
       if remote is None:
         raise ConnectionError('no route to the hub\nand more lines')
       if repo_id not in remote or revision not in (None, module.revision):
         raise LookupError(f'404: {repo_id} {revision}')
-      return list(remote[repo_id])
+      return types.SimpleNamespace(siblings=[
+          types.SimpleNamespace(rfilename=name) for name in remote[repo_id]])
 
   def snapshot_download(repo_id, revision, allow_patterns=None,
                         local_files_only=False):

@@ -20,6 +20,7 @@ from msfp_jax.convert import source
 
 PREFIX = 'hf:'
 _CONFIGS = ('config.json', 'scheduler_config.json', 'model_index.json')
+_SECONDS = 10  # for the hub's first answer, before the cache is asked
 _WEIGHT_SUFFIXES = ('.safetensors', '.ckpt', '.pth', '.pt', '.bin')
 
 
@@ -81,7 +82,10 @@ def fetch(text: str, parts: tuple[str, ...] = (), ema: bool = True
     ) from error
   where = {'repo_id': reference.repository, 'revision': reference.revision}
   try:
-    names = huggingface_hub.HfApi().list_repo_files(**where)
+    # Unlike a list of the files alone this is tried once: a machine without a
+    # network is told at once.
+    info = huggingface_hub.HfApi().model_info(**where, timeout=_SECONDS)
+    names = [file.rfilename for file in info.siblings]
   # Of many kinds, with the library's version: no network, switched off by
   # HF_HUB_OFFLINE, a name or a revision that is not there, a token that lacks.
   except Exception as error:
