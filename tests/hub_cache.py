@@ -1,9 +1,13 @@
-"""The hub's cache on the disk, and a stand-in for huggingface_hub."""
+"""The hub: its cache on the disk, a stand-in for its library, a small server.
+"""
 
 import fnmatch
 import hashlib
+import http.server
+import json
 import os
 import pathlib
+import threading
 import types
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
@@ -76,3 +80,56 @@ def stand_in(cache, remote, revision='main'):
   module.revision = revision
   module.HfApi, module.snapshot_download = HfApi, snapshot_download
   return module
+
+
+def serve(repository, files):
+  """Starts a server that answers as the hub does for one repository.
+
+  Args:
+    repository: OWNER/NAME.
+    files: {path: bytes}.
+
+  Returns:
+    (server, its address, list that grows by the paths of files downloaded).
+  """
+  downloaded = []
+  api, resolve = f'/api/models/{repository}', f'/{repository}/resolve/{COMMIT}/'
+  etag = lambda name: hashlib.sha1(files[name]).hexdigest()
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+
+    def do_GET(self):
+      path = self.path.split('?')[0]
+      name = path.removeprefix(resolve)
+      if path in (api, f'{api}/revision/main'):
+        self._answer(json.dumps({
+            'id': repository, 'sha': COMMIT,
+            'siblings': [{'rfilename': name} for name in files]}).encode())
+      elif path.startswith(f'{api}/tree/'):
+        self._answer(json.dumps([
+            {'type': 'file', 'path': name, 'size': len(content),
+             'oid': etag(name)} for name, content in files.items()]).encode())
+      elif path.startswith(resolve) and name in files:
+        if self.command == 'GET':
+          downloaded.append(name)
+        self._answer(files[name], ETag=f'"{etag(name)}"')
+      else:
+        self._answer(b'{}', 404)
+
+    do_HEAD = do_GET
+
+    def _answer(self, content, status=200, **headers):
+      self.send_response(status)
+      for key, value in ({'Content-Length': str(len(content)),
+                          'X-Repo-Commit': COMMIT} | headers).items():
+        self.send_header(key, value)
+      self.end_headers()
+      if self.command == 'GET':
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+      """Says nothing."""
+
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  return server, f'http://127.0.0.1:{server.server_port}', downloaded

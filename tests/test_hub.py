@@ -186,23 +186,46 @@ except FileNotFoundError as error:
 '''
 
 
+def read_in_a_process(text, **environment):
+  """Loads a model where the library sees these variables from the start."""
+  here = os.path.dirname(os.path.dirname(__file__))
+  return subprocess.run(
+      [sys.executable, '-c', READ, text], text=True, capture_output=True,
+      check=True, timeout=300, cwd=here,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize('kind', ['diffusers', 'pipeline'])
 def test_the_library_itself_offline(tmp_path, saved, kind):
   pytest.importorskip('huggingface_hub')
   hub_cache.fill(tmp_path / 'hub', REPOSITORY, saved[kind][0])
-  here = os.path.dirname(os.path.dirname(__file__))
-
-  def read(text):
-    return subprocess.run(
-        [sys.executable, '-c', READ, text], text=True, capture_output=True,
-        check=True, timeout=300, cwd=here, env=os.environ | {
-            'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1',
-            'JAX_PLATFORMS': 'cpu'})
-
-  found = read(f'hf:{REPOSITORY}')
+  environment = {'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1'}
+  found = read_in_a_process(f'hf:{REPOSITORY}', **environment)
   assert found.stdout.startswith('('), found.stdout + found.stderr
   assert 'taken from the cache' in found.stderr
-  absent = read('hf:google/absent').stdout
+  absent = read_in_a_process('hf:google/absent', **environment).stdout
   assert f'not in the cache, {tmp_path}/hub' in absent
   assert 'hf download google/absent --local-dir FOLDER' in absent
+
+
+@pytest.mark.parity
+def test_the_library_itself_downloads_and_then_needs_no_hub(tmp_path, saved):
+  """From a server of this machine; what is not read stays there."""
+  pytest.importorskip('huggingface_hub')
+  files = saved['diffusers_shards'][0]
+  server, address, downloaded = hub_cache.serve(
+      REPOSITORY, files | {'README.md': b'x', 'model.ckpt': b'x'})
+  environment = {'HF_HOME': str(tmp_path), 'HF_ENDPOINT': address}
+  try:
+    first = read_in_a_process(f'hf:{REPOSITORY}', **environment)
+    assert first.stdout.startswith('('), first.stdout + first.stderr
+    assert sorted(downloaded) == sorted(files)
+    read_in_a_process(f'hf:{REPOSITORY}', **environment)
+    assert len(downloaded) == len(files)  # the cache has them
+  finally:
+    server.shutdown()
+    server.server_close()
+  again = read_in_a_process(f'hf:{REPOSITORY}', **environment)
+  assert again.stdout == first.stdout
+  assert 'taken from the cache' in again.stderr
