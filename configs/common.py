@@ -36,8 +36,9 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   # Full-precision checkpoint to start from: a file, a folder, or the name of a
-  # shipped one. Empty: train one first, in the workdir. 'random': the
-  # untrained model of config.model, to try whether everything runs.
+  # shipped one, or hf:OWNER/NAME of the Hugging Face Hub (docs/checkpoints.md).
+  # Empty: train one first, in the workdir. 'random': the untrained model of
+  # config.model, to try whether everything runs.
   config.pretrained = ''
   # Of checkpoints that do not tell their own configuration: a CompVis yaml.
   config.pretrained_config = ''

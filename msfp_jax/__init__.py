@@ -3,6 +3,7 @@
 The public names. MSFP, TALoRA and DFA are those of arXiv 2505.21591.
 """
 
+import msfp_jax.base.quiet  # noqa: F401, isort: skip; before JAX
 from msfp_jax.convert import load_first_stage
 from msfp_jax.convert import load_plan
 from msfp_jax.convert import load_pretrained

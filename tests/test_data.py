@@ -1,6 +1,7 @@
 """Images in: the embedded digits, folders, .npz files, and what is refused."""
 
 import io
+import re
 import zipfile
 
 import numpy as np
@@ -158,6 +159,20 @@ def test_no_path():
 def test_unknown_name():
   with pytest.raises(ValueError, match="'cifar'.*cifar10.*digits.*images"):
     data.load('cifar')
+
+
+@pytest.mark.parametrize('shape, layout', [
+    ((4, 6, 1), '[H, W, C]'), ((4, 6, 3), '[H, W, C]'),
+    ((4, 6, 4), '[H, W, C]'), ((3, 4, 6), '[C, H, W]'),
+    ((4, 4, 6), '[C, H, W]')])
+def test_one_image_is_not_read_as_many_grey_ones(tmp_path, shape, layout):
+  np.savez(tmp_path / 'a.npz', images(*shape))
+  with pytest.raises(ValueError, match=re.escape(
+      f'{list(shape)} may be one image {layout} or {shape[0]} grey ones')):
+    data.load('images', str(tmp_path / 'a.npz'))
+  # The way out that the message names.
+  np.savez(tmp_path / 'a.npz', images(*shape, 1))
+  assert data.load('images', str(tmp_path / 'a.npz')).shape == (*shape, 1)
 
 
 @pytest.mark.parametrize('value', [0.5, np.nan])

@@ -21,9 +21,9 @@ def opened(monkeypatch):
   """Records the names of the files that are opened."""
   names, original = [], Image.open
 
-  def counted(file):
+  def counted(file, **options):
     names.append(file[-7:-4])
-    return original(file)
+    return original(file, **options)
 
   monkeypatch.setattr(images_lib.Image, 'open', counted)
   return names

@@ -154,6 +154,18 @@ def test_a_finished_run_does_nothing_more(tmp_path, reference):
   assert_same_run(tmp_path, run(tmp_path, step_fn=never), reference)
 
 
+@pytest.mark.parametrize('log_every', [1, 2, 9, 100])
+def test_the_first_step_alone_counts_as_compiling(
+    tmp_path, monkeypatch, log_every):
+  """However rarely scalars are fetched; and each step is told once."""
+  told = []
+  monkeypatch.setattr(
+      loop.progress_lib.Progress, 'update',
+      lambda self, step, **scalars: told.append(step))
+  run(tmp_path, save_every=100, log_every=log_every)
+  assert told == sorted({1, 9, *range(log_every, 10, log_every)})
+
+
 def test_a_longer_run_goes_on_from_a_shorter(tmp_path, reference):
   run(tmp_path, 4)  # the last step is saved although 3 does not divide it
   assert 4 in steps_on_disk(tmp_path)

@@ -64,3 +64,39 @@ def test_progress_of_long_and_of_standing_runs(caplog):
           'calibrate 1/2000 (0%) 0.2 steps/s ETA 2:46:35',
           'calibrate 1/2000 (0%) 0 steps/s ETA unknown',
       ]
+
+
+def test_compiling_is_said_before_and_is_in_no_rate(caplog):
+  """A first step of 45 s, then two steps a second."""
+  assert _progress(
+      caplog, [(45, 1, {}), (55, 21, {'loss': .5}), (65, 41, {})], 41,
+      compiles=True) == [
+          'calibrate: compiling; the first step can take a minute or more',
+          'calibrate 1/41 (2%) compiled and first done in 0:45',
+          'calibrate 21/41 (51%) 2.0 steps/s ETA 0:10 loss=0.5',
+          'calibrate 41/41 (100%) 2.0 steps/s took 1:05, the first 0:45']
+
+
+def test_a_quick_first_step_has_no_line(caplog):
+  assert _progress(
+      caplog, [(0.2, 1, {}), (10.2, 6, {}), (15.2, 11, {})], 11,
+      compiles=True)[1:] == [
+          'calibrate 6/11 (54%) 0.5 steps/s ETA 0:10',
+          'calibrate 11/11 (100%) 0.67 steps/s took 0:15']
+
+
+def test_a_single_step_has_no_rate(caplog):
+  """All that is known of its time has the compilation in it."""
+  assert _progress(caplog, [(11, 1, {'loss': .5})], 1, compiles=True)[1:] == [
+      'calibrate 1/1 (100%) took 0:11 loss=0.5']
+
+
+def test_a_resumed_run_compiles_too(caplog):
+  assert _progress(caplog, [(20, 51, {}), (25, 100, {})], 100, start=50,
+                   compiles=True)[1:] == [
+      'calibrate 51/100 (51%) compiled and first done in 0:20',
+      'calibrate 100/100 (100%) 9.8 steps/s took 0:25, the first 0:20']
+
+
+def test_what_is_done_already_compiles_nothing(caplog):
+  assert _progress(caplog, [], 40, start=40, compiles=True) == []

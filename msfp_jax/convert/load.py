@@ -13,6 +13,7 @@ from msfp_jax import diffusion
 from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
+from msfp_jax.convert import hub
 from msfp_jax.convert import ldm
 from msfp_jax.convert import native
 from msfp_jax.convert import restore
@@ -44,7 +45,8 @@ def load_pretrained(path: str, config: str | None = None,
   Args:
     path: a name in `native.SHIPPED`; a .safetensors file or one of torch.save
       (.ckpt, .pth, .bin, ema_cifar10); a folder of diffusers. Files of
-      torch.save are read as data: nothing in them runs.
+      torch.save are read as data: nothing in them runs. Or one of those in
+      the Hugging Face Hub, hf:OWNER/NAME[/PATH][@REVISION], see `hub`.
     config: a config.json or CompVis yaml that describes the model.
     ema: whether to take the moving average of the weights where the file has
       one; None: yes, unless the yaml says otherwise (`use_ema`).
@@ -251,6 +253,10 @@ def _some(source):
 
 def _open(path, config, parts, ema=True):
   if isinstance(path, str | pathlib.Path):
+    if hub.is_reference(config):
+      config = hub.fetch(str(config))
+    if hub.is_reference(path):
+      path = hub.fetch(str(path), parts, ema)
     return source_lib.open_source(path, config, parts, ema)
   raise TypeError(f'path must be a string or a Path, got {type(path).__name__}')
 

@@ -1,9 +1,10 @@
 """Opens checkpoints: files or folders of safetensors or torch, and configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import json
 import pathlib
+from pathlib import PurePath
 from typing import Any
 
 from absl import logging
@@ -104,24 +105,29 @@ def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
                if (path.parent / name).is_file()), None)
 
 
-def _weights_in(folder: pathlib.Path, parts: tuple[str, ...], ema: bool
-                ) -> pathlib.Path:
-  """Looks for the file with the weights in a folder of diffusers."""
+def candidates(folder: PurePath, parts: tuple[str, ...], ema: bool
+               ) -> Iterator[tuple[PurePath, bool]]:
+  """Where diffusers keeps weights: (file, whether an average), best first."""
   places = [folder / part for part in parts] + [folder]
+  averaged = []
   if ema:
     # Also of a folder that is itself a part.
     averaged = [place.with_name(place.name + _AVERAGED_SUFFIX)
                 for place in places if place.name in parts]
-    places, names = averaged + places, _WEIGHTS
-  else:
-    names = _NON_AVERAGED + _WEIGHTS
-  for place in places:
-    for name in names:
-      if (place / name).is_file():
-        if ema and place in averaged:
-          logging.info('took the moving average, %s; ema=False takes the '
-                       'weights', place)
-        return place / name
+  for place in averaged + places:
+    for name in _WEIGHTS if ema else _NON_AVERAGED + _WEIGHTS:
+      yield place / name, place in averaged
+
+
+def _weights_in(folder: pathlib.Path, parts: tuple[str, ...], ema: bool
+                ) -> pathlib.Path:
+  """Looks for the file with the weights in a folder of diffusers."""
+  for file, averaged in candidates(folder, parts, ema):
+    if file.is_file():
+      if averaged:
+        logging.info('took the moving average, %s; ema=False takes the '
+                     'weights', file.parent)
+      return file
   raise FileNotFoundError(
       f'no weights in {folder}: none of its folders {list(parts)} and not '
       f'itself has one of {list(_WEIGHTS)}')
@@ -203,18 +209,31 @@ def _safetensors_reader(path, name):
   return read
 
 
-def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
-  """Opens the files that an index.json lists, as if they were one."""
-  try:
-    places = json.loads(_text(index))['weight_map']
-    files = sorted({str(file) for file in places.values()})
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{index} is no index of shards: {error!r}') from error
+def shard_names(index: pathlib.Path) -> list[str]:
+  """The files that an index.json lists, all of them beside it.
+
+  Raises:
+    ValueError: it is no index, or lists others.
+  """
+  files = sorted({str(file) for file in _weight_map(index).values()})
   # A name with folders in it could lead out of the checkpoint's own.
   if odd := [f for f in files if pathlib.Path(f).name != f
              or not f.endswith(('.safetensors', '.bin'))]:
     raise ValueError(f'{index} names {odd}, which are no files of weights '
                      'beside it')
+  return files
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  try:
+    return dict(json.loads(_text(index))['weight_map'])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f'{index} is no index of shards: {error!r}') from error
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, LazyTensor]:
+  """Opens the files that an index.json lists, as if they were one."""
+  places, files = _weight_map(index), shard_names(index)
   if absent := [f for f in files if not (index.parent / f).is_file()]:
     raise FileNotFoundError(f'{index} names files that are absent: {absent}')
   found = {}

@@ -1,7 +1,6 @@
 """Images in files: an `.npz`, or a folder of pictures."""
 
 from collections.abc import Callable
-import os
 import pathlib
 import zipfile
 import zlib
@@ -9,18 +8,22 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from msfp_jax.data import folder
+from msfp_jax.data import images as images_lib
 from msfp_jax.data.images import EncodedImages
 from msfp_jax.data.images import Images
 
-_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
+# The axis of colours, of arrays of any kind of image.
+_CHANNELS = (1, 3, 4)
 
 
 def read(path: str) -> Images:
   """Reads an array of images, or opens a folder, decoded when asked for.
 
   Args:
-    path: a folder of image files of one size, or an `.npz` with one uint8
-      array `[N, H, W]` or `[N, H, W, C]`.
+    path: a folder of image files of one size (see `folder.find`, and
+      `images.suffixes`), or an `.npz` with one uint8 array `[N, H, W]` or
+      `[N, H, W, C]`.
 
   Raises:
     ValueError: files that do not hold such images; of a folder, those that
@@ -37,11 +40,26 @@ def read(path: str) -> Images:
     return _read_folder(root)
   images = _read_npz(root)
   if images.ndim == 3:
+    _refuse_single(root, images.shape)
     images = images[..., None]
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
     raise ValueError(f'{root}: images must be uint8 [N, H, W] or [N, H, W, C] '
                      f'with C = 1 or 3 and N > 0, got {images.shape}')
   return images
+
+
+def _refuse_single(path: pathlib.Path, shape: tuple[int, ...]) -> None:
+  """Raises ValueError for `[N, H, W]` that looks like one image in colours."""
+  if shape[-1] in _CHANNELS:
+    layout, whole = '[H, W, C]', [1, *shape]
+  elif shape[0] in _CHANNELS[1:]:
+    layout, whole = '[C, H, W]', [1, *shape[1:], shape[0]]
+  else:
+    return
+  raise ValueError(
+      f'{path}: {list(shape)} may be one image {layout} or {shape[0]} grey '
+      f'ones: save it as {whole} (transposed, not reshaped, if the colours '
+      f'come first), or as {[*shape, 1]}')
 
 
 def _read_npz(path: pathlib.Path) -> np.ndarray:
@@ -101,18 +119,11 @@ def _read_folder(root: pathlib.Path,
                  change: Callable[[Image.Image], Image.Image] = lambda i: i
                  ) -> EncodedImages:
   # Strings: a million paths are many times their size.
-  names = [
-      os.path.join(folder, name)
-      for folder, _, files in os.walk(root, onerror=_raise) for name in files
-      if os.path.splitext(name)[1].lower() in _SUFFIXES]
-  if not names:
-    raise ValueError(f'{root} holds no images ({", ".join(_SUFFIXES)})')
-  # In the order of paths: what is in a folder stays together.
-  names.sort(key=lambda name: name.replace(os.sep, '\0'))
+  suffixes = images_lib.suffixes()
+  contents = folder.find(root, suffixes)
+  if not (names := contents.files):
+    raise ValueError(
+        f'{root} holds no images, only: {contents.left_out() or "nothing"}; '
+        f'what is read are {", ".join(sorted(suffixes))}')
   return EncodedImages(
       len(names), lambda rows: [(names[i], names[i]) for i in rows], change)
-
-
-def _raise(error: OSError) -> None:
-  """For os.walk, which would otherwise skip a folder that it cannot read."""
-  raise error

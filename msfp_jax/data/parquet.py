@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msfp_jax.data import folder
 from msfp_jax.data.images import EncodedImages
 
 _KEPT_BYTES = 2**28
@@ -33,7 +34,10 @@ def read(path: str) -> EncodedImages:
       needs.
   """
   root = pathlib.Path(path).expanduser()
-  files = sorted(root.rglob('*.parquet')) if root.is_dir() else [root]
+  files = [root]
+  if root.is_dir():
+    files = [pathlib.Path(name) for name in
+             folder.find(root, ('.parquet',)).files]
   if not files or not files[0].is_file():
     raise FileNotFoundError(
         f'no .parquet at {root}: download the .parquet files of the data set '

@@ -134,7 +134,9 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   # NumPy would take all cores for each of them, and then wait for each other;
   # sums over one core's parts are also the same on any number of cores.
   layers = {}
-  progress = progress_lib.Progress(f'search {recipe}, layers', len(activations))
+  progress = progress_lib.Progress(
+      f'search {recipe}, layers', len(activations), unit='layers',
+      compiles=True)
   with (threadpoolctl.threadpool_limits(1, 'blas'),
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool):
     for name, layer in zip(

@@ -65,7 +65,9 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
       model, params, noise, jnp.zeros(len(noise)), *condition)
   run = jax.jit(functools.partial(watch, model, plan, count, tuple(needs)))
   seen, grams = [], {}
-  progress = progress_lib.Progress('gather activations, batches', len(batches))
+  progress = progress_lib.Progress(
+      'gather activations, batches', len(batches), unit='batches',
+      compiles=True)
   for i, batch in enumerate(batches):
     found = jax.device_get(run(params, batch, jax.random.fold_in(key, i)))
     # Summed at once: of a large UNet those of one batch take gigabytes.

@@ -1,7 +1,6 @@
 """Running a command: expected errors, needed flags, progress on stderr."""
 
 from collections.abc import Callable
-import logging as python_logging
 import os
 import sys
 from typing import TypeVar
@@ -12,6 +11,7 @@ from absl import logging
 import jax
 
 from msfp_jax.base import errors
+from msfp_jax.base import quiet
 
 _T = TypeVar('_T')
 
@@ -41,10 +41,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   """app.run with JAX's flags, and progress lines on stderr."""
   jax.config.config_with_absl()
   logging.set_verbosity(logging.INFO)
-  # orbax tells about every file it touches.
-  logging.get_absl_handler().addFilter(
-      lambda record: record.levelno > python_logging.INFO
-      or 'orbax' not in record.pathname)
+  logging.get_absl_handler().addFilter(quiet.worth_showing)
   app.run(main, flags_parser=_parse_flags)
 
 

@@ -129,7 +129,7 @@ def fill(experiment: experiment_lib.Experiment, drawer: generate.Drawer,
   # Progress counts what an earlier run drew.
   done = generate.num_batches(total, size) - len(missing)
   progress = progress_lib.Progress(
-      name, total, min(done * size, total), unit='images')
+      name, total, min(done * size, total), unit='images', compiles=True)
   for number, batch in zip(missing, batches, strict=True):
     samples.write(number, batch)
     done += 1

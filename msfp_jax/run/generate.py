@@ -140,7 +140,8 @@ def generate(draw: Drawer, num_samples: int, key: jax.Array,
     ValueError: num_samples < 1, or as `batches`.
   """
   size = draw.batch_size
-  progress = progress_lib.Progress(name, num_samples, unit='images')
+  progress = progress_lib.Progress(
+      name, num_samples, unit='images', compiles=True)
   images = []
   for batch in batches(draw, range(num_batches(num_samples, size)), key, name,
                        **options):

@@ -73,7 +73,8 @@ def run(
     start = int(state.step)
     writer.truncate_after(start)
     progress = progress_lib.Progress(
-        name, num_steps, start, images_per_step=images_per_step)
+        name, num_steps, start, images_per_step=images_per_step,
+        compiles=True)
     # Scalars stay on the device for log_every steps: to fetch them is to wait
     # for the step, and the next one could not be queued meanwhile.
     pending = []
@@ -94,6 +95,10 @@ def run(
       due = step % save_every == 0 or step == num_steps
       if due or step % log_every == 0:
         flush()
+      if pending and step == start + 1:
+        # Waits for it, this once: its time is that of compiling.
+        jax.block_until_ready(scalars)
+        progress.update(step)
       on_step(step, state)
       stopping = checkpointer.stop_requested
       if due or stopping:
