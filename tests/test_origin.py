@@ -427,3 +427,12 @@ def test_between_two_steps_the_schedule_is_on_a_line(predicts):
               else (1 - signal * given[:3]) / sigma)
   np.testing.assert_allclose(found[:3], expected, rtol=1e-5, atol=1e-6)
   assert np.isnan(found[3:]).all()
+
+
+@pytest.mark.parametrize('text', [
+    '[]', '3', '{"options": 3}', '{"options": {"ddim": 3}}',
+    '{"schedule": []}', '{"sampler": null}',
+    '{"unknown": 1}'])
+def test_a_text_that_is_no_origin(text):
+  with pytest.raises((TypeError, ValueError)):
+    Origin.from_json(text)

@@ -15,11 +15,11 @@ What comes back: with --pieces, after each stage all that a later call needs is
 in files of at most 15 MiB in that folder (results; teacher; cache), and
 --resume=FOLDER begins with what such files hold.
 
-What goes there: this repository, and
+What a machine without a network needs: this repository, and
 
-- wheels of what the machine lacks, which need no installing: pure Python is
-  read from them as they are. Beside JAX, Flax and optax, machines are likely to
-  lack three, 0.3 MB together:
+- wheels of what it lacks, which need no installing: pure Python is read from
+  them as they are. Beside JAX, Flax and optax these may be three, 0.3 MB
+  together:
 
       pip download --no-deps -d wheels clu ml_collections tensorboardX
 
@@ -56,6 +56,7 @@ _DRY = flags.DEFINE_bool('dry', False, 'Toy sizes, on a CPU.')
 
 
 def flags_of(stage: stages_lib.Stage) -> list[str]:
+  """The flags of this call that a stage gets as well."""
   return [*(['--dry'] if _DRY.value else []),
           *([f'--data={_DATA.value}']
             if stage.name == 'teacher' and _DATA.value else [])]

@@ -11,6 +11,7 @@ flags.mark_flag_as_required('folder')
 
 
 def folder() -> pathlib.Path:
+  """Where the stage writes; made where missing."""
   path = pathlib.Path(_FOLDER.value).absolute()
   path.mkdir(parents=True, exist_ok=True)
   return path

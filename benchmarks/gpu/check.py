@@ -32,6 +32,7 @@ def marked() -> list[str]:
 
 
 def command(dry: bool) -> list[str]:
+  """The call of pytest that runs the tests of a GPU; `dry`: a few of them."""
   parallel = importlib.util.find_spec('xdist') and not dry
   return [sys.executable, '-m', 'pytest', '-m', 'gpu and not slow', '-q',
           '-W', 'default', '-p', 'no:cacheprovider',

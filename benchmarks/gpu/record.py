@@ -35,6 +35,7 @@ class Record:
     self._about = before.get('machine') or machine.describe()
 
   def left(self) -> float:
+    """Seconds until nothing is begun any more."""
     return self._end - time.monotonic()
 
   def measure(self, name: str, function: Callable[[], Any],

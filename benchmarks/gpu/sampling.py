@@ -48,6 +48,7 @@ class Way:
   precision: str = 'float32'
 
   def lower(self, noise: Any) -> Any:
+    """The sampler from noise `[B, H, W, C]`, traced, to be compiled."""
     with jax.default_matmul_precision(self.precision):
       return jax.jit(
           self.function, compiler_options=kernels.compiler_options()).lower(
@@ -98,11 +99,13 @@ class Comparison:
     self._programs = {}
 
   def program(self, name: str) -> Any:
+    """A way's compiled sampler, compiled when it is first asked for."""
     if name not in self._programs:
       self._programs[name] = self._ways[name].lower(self._noise).compile()
     return self._programs[name]
 
   def row(self, name: str) -> dict[str, Any]:
+    """What is measured of a way, in turns with the packed one."""
     run = lambda name: lambda: self.program(name)(
         self._ways[name].arrays, self._noise)
     times = machine.rounds(

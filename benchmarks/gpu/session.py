@@ -43,9 +43,11 @@ class Session:
   start: float = dataclasses.field(default_factory=time.monotonic)
 
   def left(self) -> float:
+    """Seconds of the budget."""
     return self.budget - (time.monotonic() - self.start)
 
   def plan(self) -> list[str]:
+    """Lines that say what `run` would do now."""
     return stages_lib.plan(
         self.stages, runner.done(self.folder, self.stages), self.left())
 

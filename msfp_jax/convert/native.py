@@ -24,6 +24,7 @@ from msfp_jax.convert import tensors as tensors_lib
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.diffusion import sampling
 from msfp_jax.models import denoiser
+from msfp_jax.models import prediction
 from msfp_jax.models import registry
 
 FORMAT = 'msfp-jax/model/1'
@@ -157,6 +158,8 @@ def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:
     return origin_lib.Origin('' if shipped else str(file))
   try:
     found = origin_lib.Origin.from_json(metadata['origin'])
+    if found.predicts not in prediction.KINDS:
+      raise ValueError(f'predicts={found.predicts!r}')
     return dataclasses.replace(found, source=str(file))
   except (TypeError, ValueError) as error:
     raise ValueError(f'{file}: its header describes no origin of this version '

@@ -26,6 +26,9 @@ UNSET_SAMPLER = {'name': '', 'spacing': '', 'convention': '', 'offset': -1,
 SCHEDULE = {'name': 'linear', 'num_train_steps': 1000, 'beta_start': 1e-4,
             'beta_end': 0.02}
 SAMPLER = 'ddim'
+# Of Origin's fields, in JSON.
+_TYPES = {'source': str, 'schedule': dict, 'sampler': str, 'options': dict,
+          'refused': dict, 'predicts': str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,15 @@ class Origin:
   @classmethod
   def from_json(cls, text: str) -> 'Origin':
     """The inverse. Raises TypeError or ValueError for what it is not."""
-    return cls(**json.loads(text))
+    found = cls(**json.loads(text))
+    for field, kind in _TYPES.items():
+      value = getattr(found, field)
+      if not isinstance(value, kind):
+        raise TypeError(f'{field} is {value!r}, no {kind.__name__}')
+    if odd := [name for name, options in found.options.items()
+               if not isinstance(options, dict)]:
+      raise TypeError(f'options of {odd} are no objects')
+    return found
 
   def noise_schedule(self) -> NoiseSchedule:
     """The schedule that the model was trained on, as far as is known."""
@@ -111,12 +122,13 @@ def choose(origin: Origin, schedule: Mapping[str, Any],
   name = typed.get('name') or origin.sampler
   if why := origin.refused.get(name):
     raise ValueError(f'{origin.source}: {why}')
-  own = dict(origin.options.get(name, {}))
+  said = dict(origin.options.get(name, {}))
+  own = dict(said)
   if typed.get('convention', own.get('convention')) != own.get('convention'):
     own.pop('offset', None)  # a convention has its own
   options = own | {field: value for field, value in typed.items()
                    if field != 'name'}
-  _log('sampler', origin, {'name': origin.sampler} | own,
+  _log('sampler', origin, {'name': origin.sampler} | said,
        {'name': name} | options, typed)
   return Chosen(made, diffusion.make_plan(made, name, **options), fields,
                 {'name': name} | diffusion.sampler_defaults(name) | options)

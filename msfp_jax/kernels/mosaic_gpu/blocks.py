@@ -87,6 +87,7 @@ class Groups:
 
   @property
   def flagged_size(self) -> int:
+    """Neighbours of a step that share a FLAG."""
     return math.gcd(self.flagged, _DEPTH_OF_GROUPS)
 
   @property
