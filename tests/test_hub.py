@@ -123,7 +123,8 @@ def test_a_first_stage(connect, tmp_path):
   folder.mkdir()
   checkpoints.write(folder / WEIGHTS, foreign.diffusers_first_stage(
       families.state_of(config), config))
-  (folder / 'config.json').write_text('{"_class_name": "AutoencoderKL"}')
+  (folder / 'config.json').write_text(
+      '{"_class_name": "AutoencoderKL", "scaling_factor": 0.5}')
   expected = convert.load_first_stage(str(folder))[1]
   module = connect({REPOSITORY: {
       f'vae/{name}': content
