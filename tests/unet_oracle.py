@@ -3,6 +3,7 @@
 Written apart from `msfp_jax.convert`, which it helps to check.
 """
 
+import functools
 import json
 from pathlib import Path
 import re
@@ -29,6 +30,7 @@ TINY_RELATIVE = UNetConfig(
     num_classes=5)
 
 
+@functools.cache
 def abstract_params(config: UNetConfig):
   """The shapes of the parameters, at no cost."""
   side = config.image_size

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -214,6 +215,7 @@ def load_first_stage(path: str, config: str | None = None,
       leftover)
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_autoencoder(model: autoencoder.Autoencoder) -> Any:
   """The shapes of the autoencoder's parameters, without making any."""
   cfg = model.config

@@ -197,6 +197,9 @@ def check_prediction(model: denoiser.Denoiser) -> None:
   sampling.check_prediction((1, *model.sample_shape), predicted.shape)
 
 
+# Asked by who reads the file and by who checks the model; to trace a large one
+# takes seconds.
+@functools.lru_cache(maxsize=16)
 def _traced(model):
   """Shapes of what the model predicts of one sample, and of its variables."""
   x = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
