@@ -22,7 +22,9 @@ endif
 
 JAX_EXTRA ?=
 # Files are spread over processes (tests/conftest.py): compiling uses one core.
-WORKERS ?= -n auto --dist loadscope
+# In the order of their names: by the number of tests, as else, dear files with
+# few of them come last, and one process waits for the other.
+WORKERS ?= -n auto --dist loadscope --no-loadscope-reorder
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)

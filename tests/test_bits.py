@@ -33,7 +33,7 @@ class Pair(nn.Module):
 
 MODEL = Pair()
 X, T = jnp.zeros((1, 8, 8, 6)), jnp.zeros(1)
-PARAMS = MODEL.init(jax.random.key(0), X, T)['params']
+PARAMS = jax.jit(MODEL.init)(jax.random.key(0), X, T)['params']
 PLAN = diffusion.ddim_plan(diffusion.make_schedule(
     'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02), 2)
 SHAPES = {'conv': (1, 8, 8, 6), 'dense': (1, 4, 4, 4)}

@@ -248,7 +248,7 @@ def test_a_convolution_errs_less_at_its_own_output(groups, stride):
   x = rng.standard_normal((2, 12, 12, 4)).cumsum(1).cumsum(2)
   x = jnp.asarray(x * [0.2, 1, 0.5, 2], jnp.float32)
   model = Conv(groups, stride)
-  params = model.init(jax.random.key(0), x, jnp.zeros(2))['params']
+  params = jax.jit(model.init)(jax.random.key(0), x, jnp.zeros(2))['params']
   plan = diffusion.ddim_plan(tiny.SCHEDULE, 1)
   seen = observe.collect(model, params, plan, [x], key=jax.random.key(1),
                          needs=('gram',))['conv']

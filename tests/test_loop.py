@@ -248,8 +248,9 @@ def damage_step(workdir, step, damage):
 
 @with_orbax_noise
 @pytest.mark.parametrize('damage', [
-    truncate_all, truncate_largest, empty_all, zero_largest, delete_largest,
-    delete_metadata])
+    truncate_largest, empty_all, delete_metadata, *(
+        pytest.param(damage, marks=pytest.mark.slow)
+        for damage in (truncate_all, zero_largest, delete_largest))])
 def test_a_damaged_checkpoint_costs_only_its_steps(
     tmp_path, reference, caplog, damage):
   with pytest.raises(Crash):

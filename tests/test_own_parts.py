@@ -201,7 +201,8 @@ def test_weight_norm_is_refused_though_calibration_runs_no_model(monkeypatch):
   monkeypatch.setitem(
       msfp.RECIPES, 'dynamic', msfp.Recipe(DYNAMIC, DYNAMIC, DYNAMIC))
   noise = jnp.ones((1, *toy.SHAPE))
-  params = Normed().init(jax.random.key(0), noise, jnp.zeros(1))['params']
+  params = jax.jit(Normed().init)(
+      jax.random.key(0), noise, jnp.zeros(1))['params']
   options = {'recipe': 'dynamic', 'roles': {'any': '.*'}}
   spec = msfp.calibrate(Normed(), params, **options)
   packed = msfp.pack(Normed(), params, spec, toy.plan())

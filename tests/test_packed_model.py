@@ -239,7 +239,7 @@ class Deep(nn.Module):
 def test_deep_networks_are_equal_bit_for_bit():
   """A last bit that differs would move levels, more with every layer."""
   x, t = noise((8, 10, 14, 64)), jnp.zeros(8)
-  params = Deep().init(jax.random.key(0), x, t)['params']
+  params = jax.jit(Deep().init)(jax.random.key(0), x, t)['params']
   deployed = packed_lib.simulate(
       Deep(), params, tiny.by_hand(params), tiny.PLAN)
   packed = deployed.packed()
@@ -269,7 +269,7 @@ def test_decoded_weights_are_never_in_memory_at_once(num_banks):
   There is room for one of the 8 layers, and for the codes of a step's banks.
   """
   x = jnp.zeros((1, 1, 1, 256))
-  params = Heavy().init(jax.random.key(0), x, jnp.zeros(1))['params']
+  params = jax.jit(Heavy().init)(jax.random.key(0), x, jnp.zeros(1))['params']
   plan, spec = tiny.PLAN, tiny.by_hand(params)
   packed = packed_lib.pack(Heavy(), params, spec, plan)
   if num_banks > 1:
@@ -307,7 +307,7 @@ BLOCKS = {
                  else pytest.mark.slow) for name, weight in BLOCKS.items()])
 def test_what_is_packed_is_what_quantize_made(weight):
   """No second pass: every weight is bit for bit that of `quantize`."""
-  params = Deep().init(
+  params = jax.jit(Deep().init)(
       jax.random.key(0), noise((1, 4, 4, 40)), jnp.zeros(1))['params']
   spec = spec_lib.QuantSpec('mine', {
       name: spec_lib.LayerSpec('', '', weight, Full())

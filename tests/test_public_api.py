@@ -27,7 +27,7 @@ MODEL = UNet(UNetConfig(
 def setting():
   """A model, its parameters, a plan, starting noise, and a spec for them."""
   noise = tiny.noise(0, batch=2)
-  params = MODEL.init(jax.random.key(0), noise, jnp.zeros(2))['params']
+  params = jax.jit(MODEL.init)(jax.random.key(0), noise, jnp.zeros(2))['params']
   schedule = msfp.make_schedule(
       'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02)
   plan = msfp.make_plan(schedule, 'ddim', num_steps=2)
@@ -177,7 +177,7 @@ def test_a_model_and_a_recipe_of_ones_own(tmp_path, monkeypatch):
   monkeypatch.setitem(msfp.RECIPES, 'mine', msfp.Recipe(
       weight=msfp_signed.weight, nal=msfp_signed.nal, aal=msfp_signed.aal))
   model, noise = Own(), tiny.noise(0, batch=2)
-  params = model.init(jax.random.key(0), noise, jnp.zeros(2))
+  params = jax.jit(model.init)(jax.random.key(0), noise, jnp.zeros(2))
   spec = msfp.calibrate(
       model, params, recipe='mine', bits=6, batches=noise, plan=tiny.PLAN,
       roles={'all': '.*'})
@@ -220,7 +220,7 @@ def test_what_stands_around_goes_all_the_way(tmp_path, monkeypatch):
   monkeypatch.setitem(msfp.RECIPES, 'everything', msfp.Recipe(
       weight=searched, nal=searched, aal=searched, around=Everything()))
   model, noise = Own(), tiny.noise(0, batch=2)
-  params = model.init(jax.random.key(0), noise, jnp.zeros(2))
+  params = jax.jit(model.init)(jax.random.key(0), noise, jnp.zeros(2))
   spec = msfp.calibrate(
       model, params, recipe='everything', bits=8, batches=noise,
       plan=tiny.PLAN, roles={'all': '.*'})

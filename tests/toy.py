@@ -37,8 +37,8 @@ def plan():
 
 
 def params():
-  return Toy().init(jax.random.key(0), jnp.zeros((1, *SHAPE)),
-                    jnp.zeros((1,)))['params']
+  return jax.jit(Toy().init)(
+      jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros((1,)))['params']
 
 
 def quantizer(fmt, channels=None, zero_point=None):

@@ -77,6 +77,7 @@ def test_an_epoch_shows_every_image_once(tmp_path, folder, monkeypatch):
     assert len({image.tobytes() for image in epoch}) == 20
 
 
+@pytest.mark.slow
 def test_a_damaged_image_stops_the_run_by_name(tmp_path, folder):
   images = tmp_path / 'images'
   images.mkdir()
