@@ -78,8 +78,8 @@ def inputs(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
           jax.ShapeDtypeStruct((batch,), jnp.float32))
 
 
-def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
-  """The samplers, {name: (noise -> samples, bytes of the weights)}."""
+def full_precision(subject: Subject) -> Callable[..., Any]:
+  """(parameters of any dtype, noise) -> samples, by the model as it is."""
   plan, model = subject.packed.plan, subject.packed.model
 
   def run(params, x):
@@ -90,6 +90,12 @@ def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
             {'params': params}, x.astype(dtype), t).astype(jnp.float32),
         plan, x)
 
+  return run
+
+
+def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
+  """The samplers, {name: (noise -> samples, bytes of the weights)}."""
+  plan, run = subject.packed.plan, full_precision(subject)
   options = kernels.compiler_options()
   sample = jax.jit(run)
   like_packed = jax.jit(run, compiler_options=options)

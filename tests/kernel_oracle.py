@@ -152,3 +152,12 @@ def is_exact(weight: FPFormat, act: FPFormat, length: int,
     return False
   bound = carriers.EXACT_INT32 if carrier == 'int8' else carriers.EXACT_FLOAT32
   return length * carriers.magnitude(weight) * carriers.magnitude(act) <= bound
+
+
+def integers(codes, flags, group, signed=True):
+  """What QuaRTZ's codes and FLAGs stand for, by the definition, int64."""
+  codes = np.int64(codes)
+  if signed:
+    codes = np.where(codes & 8, -1, 1) * (codes & 7)
+  each = np.int64(flags).repeat(group, -2)[..., :codes.shape[-2], :]
+  return codes << each

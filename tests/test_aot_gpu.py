@@ -4,11 +4,10 @@ Needs JAX's plugin for CUDA and nvcc; run by `make aot`.
 """
 
 import functools
-import pathlib
 import re
 
+import hopper_target
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 from kernel_cases import quantized_with_totals
 import numpy as np
@@ -29,15 +28,7 @@ MULTIPLY = {'int8': 's32.s8.s8', 'fp8': 'f32.e4m3.e4m3'}
 @pytest.fixture(scope='module')
 def hopper():
   """Returns a sharding onto an H200 that is not there."""
-  pytest.importorskip('jax_cuda12_plugin')
-  # As in `make aot`, for who runs this file alone.
-  jax.config.update('jax_platforms', 'cpu')
-  topology = topologies.get_topology_desc(
-      platform='cuda', topology='1x1x1',
-      target_config=pathlib.Path(__file__).with_name('h200.txtpb').read_text())
-  return jax.sharding.NamedSharding(
-      topologies.make_mesh(topology, (1,), ('x',)),
-      jax.sharding.PartitionSpec())
+  return hopper_target.sharding()
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ ends, up and down. Needs JAX's plugin for CUDA and nvcc; run by `make aot`.
 """
 
 import dataclasses
-import pathlib
 
+import hopper_target
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from msfp_jax.tune import pretrain
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 CONFIG = UNetConfig(image_size=16, ch=64, ch_mult=(1, 2), num_res_blocks=1,
                     attn_resolutions=(8,), dropout=0.0)
-TARGET = pathlib.Path(__file__).parent / 'h200.txtpb'
 # Float32 without TF32 is the same program with other products.
 WAYS = ('packed', 'bfloat16', 'float32, TF32', 'simulated')
 
@@ -34,14 +32,7 @@ WAYS = ('packed', 'bfloat16', 'float32, TF32', 'simulated')
 @pytest.fixture(scope='module')
 def hopper_device():
   """Returns a sharding onto an H200 that is not there."""
-  pytest.importorskip('jax_cuda12_plugin')
-  jax.config.update('jax_platforms', 'cpu')
-  topology = topologies.get_topology_desc(
-      platform='cuda', topology='1x1x1',
-      target_config=TARGET.read_text())
-  return jax.sharding.NamedSharding(
-      topologies.make_mesh(topology, (1,), ('x',)),
-      jax.sharding.PartitionSpec())
+  return hopper_target.sharding()
 
 
 @pytest.fixture(scope='module')

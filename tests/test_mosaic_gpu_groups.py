@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import kernel_oracle
+from kernel_oracle import integers
 import numpy as np
 import pytest
 from test_mosaic_gpu import interpreted
@@ -30,15 +31,6 @@ from msfp_jax.quant.suppress import quartz
 E1M2, UE1M3, INT8, UINT8 = map(
     FPFormat.parse, ('E1M2', 'UE1M3', 'E1M6', 'UE1M7'))
 BORDERS = ((1, 1), (1, 1))
-
-
-def integers(codes, flags, group, signed=True):
-  """What codes and FLAGs stand for, by the definition, int64."""
-  codes = np.int64(codes)
-  if signed:
-    codes = np.where(codes & 8, -1, 1) * (codes & 7)
-  each = np.int64(flags).repeat(group, -2)[..., :codes.shape[-2], :]
-  return codes << each
 
 
 def draw(shape, group):

@@ -7,13 +7,9 @@ import re
 
 import checkpoints
 import families
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import schedulers
-import tiny
 import yaml
 
 from configs import common
@@ -22,14 +18,9 @@ from msfp_jax import convert
 from msfp_jax import diffusion
 from msfp_jax.convert import native
 from msfp_jax.convert import scheduler
-from msfp_jax.convert import training
-from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.diffusion.origin import Origin
-from msfp_jax.models import registry
-from msfp_jax.models.guided import Guided
 from msfp_jax.models.prediction import AsNoise
-from msfp_jax.models.unet import UNetConfig
 
 STABLE_DIFFUSION = {'name': 'scaled_linear', 'num_train_steps': 1000,
                     'beta_start': 0.00085, 'beta_end': 0.012}
@@ -182,128 +173,6 @@ def test_a_file_is_found_beside_and_in_the_pipeline(tmp_path, place):
       folder / scheduler.FILE).resolve()
 
 
-def training_of(family, given, tensors=None, **model):
-  config = UNetConfig(**{'image_size': 32} | model)
-  return training.origin(family, 'FILE', given, tensors or {}, config)
-
-
-def compvis(**fields):
-  return {'model': {'params': fields}}
-
-
-def betas_of(schedule):
-  """Betas as Lightning keeps them."""
-  return {'betas': LazyTensor.of(np.float32(
-      diffusion.make_schedule(**schedule).betas))}
-
-
-def test_a_compvis_yaml_has_the_schedule():
-  found = training_of('ldm', compvis(
-      linear_start=0.0015, linear_end=0.0205, timesteps=500))
-  assert found.schedule == {
-      'name': 'scaled_linear', 'num_train_steps': 500, 'beta_start': 0.0015,
-      'beta_end': 0.0205}
-  assert choose(found).sampler_fields.items() >= {
-      'name': 'ddim', 'convention': 'compvis', 'spacing': 'uniform'}.items()
-  # The defaults of the class, which an own yaml may leave out.
-  assert training_of('ldm', compvis()).schedule == {
-      'name': 'scaled_linear', 'num_train_steps': 1000, 'beta_start': 1e-4,
-      'beta_end': 2e-2}
-  cosine = training_of('ldm', compvis(beta_schedule='cosine', cosine_s=0.01))
-  assert choose(cosine).schedule_fields['offset'] == 0.01
-  for field, value in (('beta_schedule', 'sqrt'), ('given_betas', [0.1]),
-                       ('parameterization', 'logsnr')):
-    with pytest.raises(ValueError, match=field):
-      training_of('ldm', compvis(**{field: value}))
-
-
-@pytest.mark.parametrize('kind', ['eps', 'v', 'x0'])
-def test_a_compvis_yaml_has_the_parameterization(kind):
-  assert training_of(
-      'ldm', compvis(parameterization=kind)).predicts == kind
-
-
-def test_betas_in_the_file_win_over_a_yaml():
-  """They are what the model was trained on; by name where a name makes them."""
-  tensors = betas_of(STABLE_DIFFUSION)
-  found = training_of('ldm', compvis(linear_start=0.5, linear_end=0.6), tensors)
-  assert found.schedule == STABLE_DIFFUSION
-  odd = np.linspace(0.1, 0.4, 7)**3
-  tensors = {'betas': LazyTensor.of(np.float32(odd))}
-  found = training_of('ldm', None, tensors)
-  np.testing.assert_allclose(found.schedule['betas'], odd, rtol=1e-6)
-
-
-@pytest.mark.parametrize('family, model, end', [
-    ('ldm', {'ch': 224, 'ch_mult': (1, 2, 3, 4)}, 0.0195),
-    ('ldm', {'ch': 192, 'ch_mult': (1, 2, 2, 4, 4)}, 0.0155),
-    ('ldm', {'ch': 320, 'ch_mult': (1, 2, 4, 4), 'context_dim': 768}, 0.012),
-    ('diffusers', {'ch': 320, 'ch_mult': (1, 2, 4, 4), 'context_dim': 768},
-     0.012),
-    ('diffusers', {'ch': 128, 'ch_mult': (1, 2, 2, 2)}, 0.02),
-    ('ddim', {'ch': 32, 'ch_mult': (1, 2)}, 0.02)])
-def test_published_models_have_their_published_schedule(family, model, end):
-  assert training_of(family, None, **model).schedule['beta_end'] == end
-
-
-def test_a_schedule_that_nothing_tells_is_said(caplog):
-  found = training_of('diffusers', {'_class_name': 'UNet2DModel'}, ch=32,
-                      ch_mult=(1, 3))
-  assert choose(found).schedule_fields == origin_lib.SCHEDULE
-  assert 'nothing tells the schedule of FILE' in caplog.text
-
-
-def test_stable_diffusion_2_may_predict_v(caplog):
-  shapes = {'ch': 320, 'ch_mult': (1, 2, 4, 4), 'context_dim': 1024}
-  training_of('ldm', compvis(parameterization='v'), **shapes)
-  assert not caplog.text
-  training_of('ldm', None, **shapes)
-  assert 'or v (768): took the noise' in caplog.text
-
-
-def test_an_original_yaml_of_ddim_has_the_schedule():
-  found = training_of('ddim', {'diffusion': {
-      'beta_schedule': 'quad', 'beta_start': 0.001, 'beta_end': 0.03,
-      'num_diffusion_timesteps': 400}})
-  assert found.schedule == {
-      'name': 'scaled_linear', 'num_train_steps': 400, 'beta_start': 0.001,
-      'beta_end': 0.03}
-  with pytest.raises(ValueError, match="beta_schedule='jsd'"):
-    training_of('ddim', {'diffusion': {'beta_schedule': 'jsd'}})
-
-
-@pytest.mark.parametrize('predicts', ['v', 'x0'])
-def test_a_model_of_v_or_x0_becomes_one_of_the_noise(predicts):
-  """With x_t = a x_0 + s eps, what it predicts leads back to eps."""
-  bar = (0.9, 0.5, 0.01)
-  rng = np.random.default_rng(0)
-  x0, eps = rng.standard_normal((2, 3, 2, 2, 1))
-  t = np.array([0, 1, 2])
-  a, s = (np.sqrt(b)[:, None, None, None]
-          for b in (np.array(bar), 1 - np.array(bar)))
-  target = a * eps - s * x0 if predicts == 'v' else x0
-  model = AsNoise(Given(jnp.asarray(target, jnp.float32)), predicts, bar)
-  found = model.apply({}, jnp.asarray(a * x0 + s * eps, jnp.float32),
-                      jnp.asarray(t, jnp.float32))
-  np.testing.assert_allclose(found, eps, atol=2e-5)
-
-
-def test_a_table_of_alphabar_is_one():
-  for predicts, bar in (('eps', (0.5,)), ('v', ()), ('v', (1.0,)),
-                        ('v', (0.5, float('nan')))):
-    with pytest.raises(ValueError, match='predicts=|alphas_cumprod'):
-      AsNoise(tiny.UNET, predicts, bar)
-
-
-def test_files_know_models_of_v_also_with_guidance():
-  model = Guided(AsNoise(tiny.UNET, 'v', (0.9, 0.25)), 2.0, 3)
-  row = json.loads(json.dumps(registry.to_dict(model)))
-  assert registry.from_dict(row) == model
-  assert registry.from_dict(registry.to_dict(model.inner)) == model.inner
-  with pytest.raises(TypeError, match="'speed'"):
-    registry.from_dict(row | {'speed': 1})
-
-
 def test_a_flat_folder_of_v_is_a_model_of_the_noise(tmp_path):
   """And stays one in our own file, with its schedule and its sampler."""
   config = families.CONFIGS['unet2d']
@@ -377,56 +246,6 @@ def test_a_damaged_origin_in_a_file(tmp_path):
       'format': native.FORMAT, 'origin': '{"speed": 1}'})
   with pytest.raises(ValueError, match='describes no origin.*speed'):
     convert.load_origin(str(path))
-
-
-class Given(nn.Module):
-  """A model that predicts what it was given."""
-
-  value: jax.Array
-
-  def __call__(self, x, t):
-    return self.value
-
-
-@pytest.mark.parametrize('fields, expected', [
-    ({'linear_start': '1e-4'}, 1e-4), ({'linear_start': 1}, 1.0),
-    ({'linear_start': 'low'}, None), ({'linear_start': True}, None),
-    ({'linear_start': [1e-4]}, None), ({'timesteps': '1000'}, 1e-4),
-    ({'timesteps': 999.5}, None)])
-def test_numbers_that_yaml_reads_as_text(fields, expected):
-  """PyYAML takes 1e-4 for text, the training that wrote it did not."""
-  if expected is None:
-    with pytest.raises(ValueError, match=f'{next(iter(fields))}=.*a number'):
-      training_of('ldm', compvis(**fields))
-  else:
-    found = training_of('ldm', compvis(**fields)).schedule
-    assert found['beta_start'] == expected
-    assert found['num_train_steps'] == 1000
-
-
-def test_a_cosine_has_no_betas():
-  cosine = training_of('ldm', compvis(beta_schedule='cosine'))
-  with pytest.raises(ValueError, match='schedule.beta_start=0.001.*no betas'):
-    choose(cosine, schedule_beta_start=1e-3)
-  chosen = choose(Origin(), schedule_name='cosine')
-  assert chosen.schedule_fields.keys() == {'name', 'num_train_steps'}
-
-
-@pytest.mark.parametrize('predicts', ['v', 'x0'])
-def test_between_two_steps_the_schedule_is_on_a_line(predicts):
-  """Real timesteps get their own noise level; outside of it all is NaN."""
-  bar = np.array([0.9, 0.5, 0.1])
-  given = np.random.default_rng(0).normal(size=(5, 2, 2, 1)).astype(np.float32)
-  x = jnp.ones((5, 2, 2, 1))
-  t = jnp.asarray([0.25, 1.5, 2.0, -0.5, 2.5])
-  found = AsNoise(Given(jnp.asarray(given)), predicts, tuple(bar)).apply(
-      {}, x, t)
-  level = np.array([0.8, 0.3, 0.1])[:, None, None, None]
-  signal, sigma = np.sqrt(level), np.sqrt(1 - level)
-  expected = (signal * given[:3] + sigma if predicts == 'v'
-              else (1 - signal * given[:3]) / sigma)
-  np.testing.assert_allclose(found[:3], expected, rtol=1e-5, atol=1e-6)
-  assert np.isnan(found[3:]).all()
 
 
 @pytest.mark.parametrize('text', [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kernel_cases import jit
 from kernel_cases import prepared
 import kernel_oracle
+from kernel_oracle import integers
 import numpy as np
 import pytest
 
@@ -39,15 +40,6 @@ def draw(shape, group, wide):
       0, wide.bits - 3, (*shape[:-2], -(-shape[-2] // group), shape[-1]),
       dtype=np.uint8)
   return codes, flags, integers(codes, flags, group, wide.signed)
-
-
-def integers(codes, flags, group, signed=True):
-  """By the definition, int64."""
-  codes = np.int64(codes)
-  if signed:
-    codes = np.where(codes & 8, -1, 1) * (codes & 7)
-  each = np.int64(flags).repeat(group, -2)[..., :codes.shape[-2], :]
-  return codes << each
 
 
 def run(op, x, codes, flags, group, fmt=E1M2, wide=INT8, interpret=True,

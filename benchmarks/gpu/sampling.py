@@ -57,14 +57,7 @@ class Way:
 
 def ways(subject: packed_models.Subject) -> dict[str, Way]:
   """The ways, packed weights first: all others are compared with them."""
-  plan, model = subject.packed.plan, subject.packed.model
-
-  def plain(params, x):
-    dtype = jax.tree.leaves(params)[0].dtype
-    return diffusion.sample(
-        lambda x, t, index: model.apply(
-            {'params': params}, x.astype(dtype), t).astype(jnp.float32),
-        plan, x)
+  plan, plain = subject.packed.plan, packed_models.full_precision(subject)
 
   def of(packed):
     return Way(lambda arrays, x: diffusion.sample(
