@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 
 from msfp_jax.convert import naming
+from msfp_jax.convert import unet_yaml_keys
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
@@ -90,9 +91,7 @@ _FIELDS = {'in_channels': 'in_channels', 'out_ch': 'out_channels', 'ch': 'ch',
 def _from_yaml(given):
   try:
     model, side = given['model'], given['data']['image_size']
-    if not model.get('resamp_with_conv', True):
-      raise ValueError('the configuration has resamp_with_conv=False; only '
-                       'True is supported')
+    unet_yaml_keys.check_ermongroup(given)
     sides = naming.sides(side, 'data.image_size')
     return sides | {
         ours: model[field] for field, ours in _FIELDS.items()

@@ -1,13 +1,13 @@
 """UNets of diffusers: UNet2DModel and UNet2DConditionModel."""
 
 from collections.abc import Mapping
-import re
 from typing import Any
 
 from absl import logging
 
 from msfp_jax.convert import diffusers_names
 from msfp_jax.convert import naming
+from msfp_jax.convert import unet_keys
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
@@ -20,25 +20,6 @@ _ROOT = (
     (r'time_embedding\.linear_2', 'temb.dense.1'),
     (r'class_embedding', 'label_emb'), (r'conv_in', 'conv_in'),
     (r'conv_norm_out', 'norm_out'), (r'conv_out', 'conv_out'))
-
-# Fields of config.json: the values that our UNet computes. Others are refused.
-_SUPPORTED = {
-    'act_fn': ('silu', 'swish'), 'time_embedding_type': ('positional',),
-    'center_input_sample': (False,), 'mid_block_scale_factor': (1, 1.0),
-    'dual_cross_attention': (False,), 'only_cross_attention': (False,),
-    'class_embed_type': (None,), 'addition_embed_type': (None,),
-    'encoder_hid_dim': (None,), 'encoder_hid_dim_type': (None,),
-    'time_cond_proj_dim': (None,), 'timestep_post_act': (None,),
-    'time_embedding_act_fn': (None,), 'class_embeddings_concat': (False,),
-    'conv_in_kernel': (3,), 'conv_out_kernel': (3,),
-    'mid_block_only_cross_attention': (None, False),
-    'cross_attention_norm': (None,), 'attention_type': ('default',),
-    'reverse_transformer_layers_per_block': (None,),
-    'resnet_skip_time_act': (False,), 'resnet_out_scale_factor': (1, 1.0),
-    'add_attention': (True,), 'time_embedding_dim': (None,),
-    'mid_block_type': ('UNetMidBlock2D', 'UNetMidBlock2DCrossAttn'),
-}
-_BLOCK = re.compile(r'(Attn|CrossAttn|Resnet)?(Down|Up)(sample)?Block2D')
 
 
 def detect(tensors: Mapping[str, LazyTensor]) -> bool:
@@ -64,18 +45,16 @@ def config(tensors: Mapping[str, LazyTensor],
   if not given.keys() & {'_class_name', 'block_out_channels'}:
     raise ValueError('the configuration is no config.json of diffusers: it has '
                      'neither _class_name nor block_out_channels')
-  _check_supported(given)
-  found = _DEFAULTS | _structure(given)
+  kind = unet_keys.kind_of(given, _context_width(tensors) is not None)
+  unet_keys.check(given, kind)
+  found = _DEFAULTS | _structure(given, kind)
   # A field that the file leaves out is as the tensors have it.
   if absent := _STRUCTURE - found.keys():
     shapes = _shapes(tensors)
     found |= {field: shapes[field] for field in absent}
   attended = found.pop('attended')
-  # Without one, the published models' sides: Stable Diffusion's and CIFAR-10's.
-  sides = naming.sides(
-      given.get('sample_size') or (64 if found['context_dim'] else 32),
-      'sample_size')
-  return UNetConfig(**found | _heads(given, found) | {
+  sides = naming.sides(_stated_side(given, kind), 'sample_size')
+  return UNetConfig(**found | _heads(given, found, kind) | {
       **sides,
       'attn_resolutions': tuple(sides['image_size'] >> i for i in attended),
       'norm_groups': given.get('norm_num_groups', 32),
@@ -86,6 +65,15 @@ def config(tensors: Mapping[str, LazyTensor],
       'time_order': (
           'cos_sin' if given.get('flip_sin_to_cos', True) else 'sin_cos'),
       'time_freq_shift': given.get('freq_shift', 0)})
+
+
+def _stated_side(given, kind):
+  side = given.get('sample_size')
+  if side is None:
+    # The published models' sides: Stable Diffusion's and CIFAR-10's.
+    side = 64 if kind == unet_keys.CONDITIONAL else 32
+    logging.info('its config.json has no sample_size: took %d', side)
+  return side
 
 
 # What shapes tell as well, `attended` being the levels with attention.
@@ -105,7 +93,7 @@ _DEFAULTS = {'time_injection': 'add', 'num_classes': None,
              'transformer_depth': 1}
 
 
-def _structure(given):
+def _structure(given, kind):
   """Reads those fields of _STRUCTURE that config.json states."""
   found = {ours: naming.single(given[theirs], theirs)
            for theirs, ours in _FIELDS.items() if theirs in given}
@@ -115,77 +103,45 @@ def _structure(given):
       raise ValueError(f'block_out_channels={out}: {odd} are no multiples of '
                        'the first')
     found |= {'ch': out[0], 'ch_mult': tuple(c // out[0] for c in out)}
-  if 'down_block_types' in given:
-    types = given['down_block_types']
+  if types := unet_keys.block_types(given, 'down'):
     found['attended'] = [i for i, name in enumerate(types) if 'Attn' in name]
-    # Two spellings of one thing: block types, or how the plain types resample.
-    resnet = any(name.startswith('Resnet') for name in types)
-    found['resample'] = ('resblock' if resnet or 'resnet' in (
-        given.get('downsample_type'), given.get('upsample_type')) else 'conv')
-    conditional = any(name.startswith('CrossAttn') for name in types)
-    if not conditional:
-      found['context_dim'] = None
-    elif 'cross_attention_dim' in given:
-      found['context_dim'] = naming.single(
-          given['cross_attention_dim'], 'cross_attention_dim')
+    found['resample'] = ('resblock' if 'resnet' in unet_keys.resampling(
+        given, 'down') else 'conv')
+  if kind == unet_keys.PLAIN:
+    found['context_dim'] = None
+  elif 'cross_attention_dim' in given:
+    found['context_dim'] = naming.single(
+        given['cross_attention_dim'], 'cross_attention_dim')
   if 'resnet_time_scale_shift' in given:
     found['time_injection'] = {'default': 'add'}.get(
         given['resnet_time_scale_shift'], given['resnet_time_scale_shift'])
   return found
 
 
-def _heads(given, found):
+def _heads(given, found, kind):
   """Reads the attention heads: one number, or one width, for all levels."""
   # A field whose meaning depends on the class: of UNet2DModel it is the width
   # of a head, of UNet2DConditionModel the number of heads, by diffusers' own
   # error, which it keeps for compatibility.
-  width = given.get('attention_head_dim', 8)
-  if (found['context_dim'] is None
-      and 'Condition' not in given.get('_class_name', '')):
-    return {} if width is None else {'head_channels': width}
+  stated = given.get('attention_head_dim', 8)
+  if kind == unet_keys.PLAIN:
+    return {} if stated is None else {
+        'head_channels': naming.single(stated, 'attention_head_dim')}
   # There the field means the number of heads, one for all or by level.
-  counts = given.get('num_attention_heads') or width
-  if not isinstance(counts, list):
-    return {'num_heads': counts}
+  if not isinstance(stated, list):
+    return {'num_heads': naming.single(stated, 'attention_head_dim')}
   channels = [found['ch'] * mult for mult in found['ch_mult']]
-  if len(counts) != len(channels):
-    raise ValueError(f'attention_head_dim={counts}: expected one for each of '
+  if len(stated) != len(channels):
+    raise ValueError(f'attention_head_dim={stated}: expected one for each of '
                      f'{len(channels)} levels')
   # Stable Diffusion 2 has 5, 10, 20, 20 heads: one width, 64.
-  widths = {c // n for c, n in zip(channels, counts, strict=True)}
-  if len(set(counts)) == 1:
-    return {'num_heads': counts[0]}
+  widths = {c // n for c, n in zip(channels, stated, strict=True)}
+  if len(set(stated)) == 1:
+    return {'num_heads': stated[0]}
   if len(widths) == 1:
     return {'head_channels': widths.pop()}
-  raise ValueError(f'attention_head_dim={counts}: neither one number of heads '
+  raise ValueError(f'attention_head_dim={stated}: neither one number of heads '
                    'for all levels nor one width of a head')
-
-
-def _check_supported(given):
-  odd = [f'{field}={given[field]!r} (only {list(allowed)})'
-         for field, allowed in _SUPPORTED.items()
-         if any(value not in allowed for value in _values(given, field))]
-  odd += [f'block type {name!r}' for name in
-          (*given.get('down_block_types', ()), *given.get('up_block_types', ()))
-          if not _BLOCK.fullmatch(name)]
-  # Our UNet has attention at the same levels on both ways.
-  down = ['Attn' in name
-          for name in given.get('down_block_types', ())]
-  up = ['Attn' in name
-        for name in given.get('up_block_types', ())]
-  if down and up and down != up[::-1]:
-    odd.append('attention at other levels up than down')
-  norm = given.get('attn_norm_num_groups')
-  if norm not in (None, given.get('norm_num_groups', 32)):
-    odd.append(f'attn_norm_num_groups={norm}')
-  if odd:
-    raise ValueError('this UNet has no: ' + '; '.join(odd))
-
-
-def _values(given, field):
-  """The values of a field that is given once for all levels, or as a list."""
-  value = given.get(field, _SUPPORTED[field][0])
-  return value if isinstance(value, list) else [value]
 
 
 def _shapes(tensors):
@@ -209,13 +165,17 @@ def _shapes(tensors):
       'time_injection': 'scale_shift' if projection == 2 * ch else 'add',
       'num_classes': naming.size_if_any(
           tensors, 'class_embedding.weight', 0),
-      'context_dim': next(
-          (naming.size(tensors, name, 1) for name in tensors
-           if name.endswith('attn2.to_k.weight')), None),
+      'context_dim': _context_width(tensors),
       'transformer_depth': 1 + max(naming.indices(
           tensors, r'mid_block\.attentions\.0\.transformer_blocks\.(\d+)'),
           default=0),
   }
+
+
+def _context_width(tensors):
+  """The width of the context that the tensors attend to; None without."""
+  return next((naming.size(tensors, name, 1) for name in tensors
+               if name.endswith('attn2.to_k.weight')), None)
 
 
 # What shapes do not tell, of published models by width of the context,

@@ -17,6 +17,7 @@ from msfp_jax.models.autoencoder import AutoencoderConfig
 _LANDMARK = 'decoder.conv_in.weight'
 _INSIDE = 'first_stage_model.'  # within a checkpoint of latent diffusion
 _STABLE_DIFFUSION_SCALE = 0.18215
+_AVERAGE = 'model_ema.'
 
 
 def detect(tensors: Mapping[str, LazyTensor]) -> bool:
@@ -28,8 +29,14 @@ def select(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
   # Alone, or below `first_stage_model.` of a whole latent diffusion model.
   inside = _INSIDE + _LANDMARK in tensors
   found = naming.below(tensors, _INSIDE) if inside else dict(tensors)
+  # CompVis' trainings of an autoencoder may keep an average too (`use_ema`).
+  # They validate with it, but latent diffusion encodes its training's images,
+  # and decodes, with the weights: so must what stands behind its models.
+  if any(name.startswith(_AVERAGE) for name in found):
+    logging.info('left out the moving average of the first stage: latent '
+                 'diffusion is trained on latents of its weights')
   return {name: tensor for name, tensor in found.items()
-          if not name.startswith(('loss.', 'model_ema.'))}
+          if not name.startswith(('loss.', _AVERAGE))}
 
 
 def config(tensors: Mapping[str, LazyTensor],
@@ -126,9 +133,12 @@ def _from_json(given):
   if 'down_block_types' in given:
     found['attn_levels'] = tuple(
         i for i, name in enumerate(given['down_block_types']) if 'Attn' in name)
-  if given.get('num_vq_embeddings') and given.get('_class_name') == 'VQModel':
-    found |= {'kind': autoencoder.VQ,
-              'codebook_size': given['num_vq_embeddings']}
+  if given.get('_class_name') == 'VQModel':
+    found['kind'] = autoencoder.VQ
+    if 'num_vq_embeddings' in given:
+      found['codebook_size'] = given['num_vq_embeddings']
+    if given.get('vq_embed_dim') is not None:
+      found['embed_dim'] = given['vq_embed_dim']
   return found
 
 

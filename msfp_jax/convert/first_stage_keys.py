@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of diffusers' config.json, with the values that our autoencoder computes;
-# of what stands in a list, each.
+from msfp_jax.convert import key_check
+
+# Keys of diffusers' config.json, with the values that our autoencoder computes.
 _SUPPORTED = {
     '_class_name': ('AutoencoderKL', 'VQModel'),
     'act_fn': ('silu', 'swish'), 'norm_type': ('group',),
@@ -21,6 +22,7 @@ _READ = frozenset({
 _HARMLESS = frozenset({
     '_diffusers_version', '_name_or_path', 'sample_size', 'force_upcast'})
 KEYS = _SUPPORTED.keys() | _READ | _HARMLESS
+_BY_LEVEL = ('down_block_types', 'up_block_types')
 
 # The same of `ddconfig` in a CompVis yaml. `vanilla-xformers` is another way to
 # compute the same attention; `downsample_time` is AudioLDM's.
@@ -42,6 +44,8 @@ _AROUND_HARMLESS = frozenset({
     'monitor', 'colorize_nlabels', 'batch_resize_range', 'scheduler_config',
     'lr_g_factor', 'base_learning_rate', 'remap', 'sane_index_shape',
     'use_ema', 'ema_decay', 'learn_logvar'})
+DDCONFIG_KEYS = _DDCONFIG.keys() | _DDCONFIG_READ | _DDCONFIG_HARMLESS
+AROUND_KEYS = _AROUND.keys() | _AROUND_READ | _AROUND_HARMLESS
 # Classes by the last part of `target`.
 _KL_CLASSES = ('AutoencoderKL', 'AutoencoderKLInferenceWrapper',
                'AutoencoderKLModeOnly')
@@ -54,16 +58,16 @@ def check_json(given: Mapping[str, Any]) -> None:
   Raises:
     ValueError: by key, for what our autoencoder does not have.
   """
-  odd = _odd(given, _SUPPORTED, KEYS)
+  odd = key_check.odd(given, _SUPPORTED, KEYS, _BY_LEVEL)
   if given.get('use_quant_conv', True) != given.get(
       'use_post_quant_conv', given.get('use_quant_conv', True)):
     odd.append('use_quant_conv and use_post_quant_conv that differ')
   # Ours has attention at the same levels on both ways.
   down, up = (['Attn' in str(name) for name in _listed(given.get(key, []))]
-              for key in ('down_block_types', 'up_block_types'))
+              for key in _BY_LEVEL)
   if down and up and down != up[::-1]:
     odd.append('attention at other levels up than down')
-  _refuse(odd)
+  key_check.refuse('this autoencoder', odd)
 
 
 def check_yaml(target: str | None, params: Mapping[str, Any], inside: bool
@@ -79,10 +83,8 @@ def check_yaml(target: str | None, params: Mapping[str, Any], inside: bool
     ValueError: by key, for what our autoencoder does not have.
   """
   shape = params['ddconfig']
-  odd = [f'ddconfig.{text}' for text in _odd(
-      shape, _DDCONFIG, _DDCONFIG.keys() | _DDCONFIG_READ | _DDCONFIG_HARMLESS)]
-  odd += _odd(params, _AROUND,
-              _AROUND.keys() | _AROUND_READ | _AROUND_HARMLESS)
+  odd = key_check.odd(shape, _DDCONFIG, DDCONFIG_KEYS, place='ddconfig.')
+  odd += key_check.odd(params, _AROUND, AROUND_KEYS)
   is_vq = 'n_embed' in params
   # Mean and log variance: of KL, whose latents are drawn, and of it alone.
   if shape.get('double_z', not is_vq) != (not is_vq):
@@ -93,22 +95,8 @@ def check_yaml(target: str | None, params: Mapping[str, Any], inside: bool
   allowed = (*_KL_CLASSES, *_VQ_CLASSES[:1 if inside else None])
   if target is not None and str(target).rpartition('.')[2] not in allowed:
     odd.append(f'target={target!r} (only {list(allowed)})')
-  _refuse(odd)
-
-
-def _odd(given, supported, known):
-  """Texts of the keys whose values are not supported, or that nobody knows."""
-  odd = [f'{key}={given[key]!r} (only {list(allowed)})'
-         for key, allowed in supported.items() if key in given
-         and any(value not in allowed for value in _listed(given[key]))]
-  return odd + [f'{key}={given[key]!r} (unknown)'
-                for key in given.keys() - known]
+  key_check.refuse('this autoencoder', odd)
 
 
 def _listed(value):
   return value if isinstance(value, list) else [value]
-
-
-def _refuse(odd):
-  if odd:
-    raise ValueError('this autoencoder has no: ' + '; '.join(sorted(odd)))

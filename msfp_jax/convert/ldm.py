@@ -13,6 +13,7 @@ from absl import logging
 
 from msfp_jax.convert import naming
 from msfp_jax.convert import source
+from msfp_jax.convert import unet_yaml_keys
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
@@ -119,11 +120,11 @@ def config(tensors: Mapping[str, LazyTensor],
     fields |= _published(fields)
   side, attended = fields['image_size'], fields.pop('attended')
   return UNetConfig(
-      dropout=0.0, norm_eps=1e-5, downsample_padding=(1, 1),
+      norm_eps=1e-5, downsample_padding=(1, 1),
       time_order='cos_sin', time_freq_shift=0,
       attn_resolutions=tuple(side >> i for i in attended),
       context_classes=naming.size_if_any(tensors, 'context_emb.weight', 0),
-      **fields)
+      **{'dropout': 0.0} | fields)
 
 
 # What shapes tell as well, `attended` being the levels with attention.
@@ -172,11 +173,6 @@ def _is_upsample(tensors, n):
                       name) for name in tensors)
 
 
-# Fields of unet_config: the values that our UNet computes; else refused.
-_SUPPORTED = {
-    'use_new_attention_order': (False,), 'conv_resample': (True,),
-    'dims': (2,), 'n_embed': (None,), 'num_heads_upsample': (-1, None),
-    'disable_self_attentions': (None,)}
 _FACTORS = [2**i for i in range(16)]
 # Fields of unet_config that mean one of ours.
 _FIELDS = {
@@ -193,16 +189,14 @@ def _from_yaml(config):
     params = outer['unet_config']['params']
     # In unet_config Stable Diffusion's own yaml has "32 # unused".
     side = outer.get('image_size') or params['image_size']
+    unet_yaml_keys.check_compvis(config['model'])
   except (KeyError, TypeError, AttributeError):
     raise ValueError('the configuration has no model.params.unet_config.params '
                      'with image_size, as those of CompVis do') from None
-  odd = [f'{field}={params[field]!r} (only {list(allowed)})'
-         for field, allowed in _SUPPORTED.items()
-         if params.get(field, allowed[0]) not in allowed]
-  if odd:
-    raise ValueError('the configuration has ' + '; '.join(odd))
   found = {ours: naming.single(params[field], field)
            for field, ours in _FIELDS.items() if field in params}
+  if 'dropout' in params:
+    found['dropout'] = params['dropout']
   if 'channel_mult' in params:
     found['ch_mult'] = tuple(params['channel_mult'])
   if 'attention_resolutions' in params:

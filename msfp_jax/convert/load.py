@@ -249,8 +249,20 @@ def _some(source):
   names = sorted(source.tensors)
   if not names:
     return 'it holds no tensors'
+  kind = _class_beside(source)
   return (f'{len(names)} tensors, such as {names[:3]}'
-          + (f'; beside them {source.beside}' if source.beside else ''))
+          + (f'; beside them {source.beside}' if source.beside else '')
+          + (f'; its config.json says {kind}' if kind else ''))
+
+
+def _class_beside(source):
+  """The class in diffusers' config.json beside a file; '' without one."""
+  # Where the names are nobody's that is known, it was not looked for.
+  try:
+    found = source_lib.read_config(source.path.parent / 'config.json')
+  except (OSError, ValueError):
+    return ''
+  return str(found.get('_class_name', ''))
 
 
 def _open(path, config, parts, ema=True):

@@ -67,7 +67,8 @@ def single(value: Any, field: str) -> int | None:
   Raises:
     ValueError: it is neither.
   """
-  if isinstance(value, list | tuple) and len(set(value)) == 1:
+  if isinstance(value, list | tuple) and value and all(
+      other == value[0] for other in value):
     value = value[0]
   if value is not None and (not isinstance(value, int)
                             or isinstance(value, bool)):

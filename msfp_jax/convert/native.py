@@ -28,6 +28,9 @@ from msfp_jax.models import prediction
 from msfp_jax.models import registry
 
 FORMAT = 'msfp-jax/model/1'
+# Of the metadata alone, for those who read no tensors.
+_HEADER_KEY = 'header_digest'
+_WAY_OUT = 'restore it, or make it again'
 _ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 # Checkpoints that ship with the package, by the name users type.
 SHIPPED = {'digits16': _ASSETS / 'digits16.safetensors'}
@@ -85,6 +88,11 @@ def _digest(metadata, arrays):
       arrays)
 
 
+def _header_digest(metadata):
+  return _digest({key: value for key, value in metadata.items()
+                  if key != _HEADER_KEY}, {})
+
+
 def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
                     params: Any, origin: origin_lib.Origin | None = None,
                     **about: str) -> None:
@@ -111,7 +119,9 @@ def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
   metadata = {'format': FORMAT, 'model': json.dumps(row)}
   if origin is not None:
     metadata['origin'] = origin.to_json()
-  write_safetensors(path, flatten(params), metadata | about)
+  metadata |= about
+  write_safetensors(path, flatten(params), metadata | {
+      _HEADER_KEY: _header_digest(metadata)})
 
 
 def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
@@ -132,7 +142,7 @@ def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
   # The models of this package are older than the digest, and so may others be:
   # without it there is nothing to say.
   if seal.KEY in metadata:
-    check_seal(file, tensors, metadata, 'restore it, or make it again')
+    check_seal(file, tensors, metadata, _WAY_OUT)
   try:
     row = json.loads(metadata['model'])
     is_named = not registry.REGISTRY.keys().isdisjoint(row)
@@ -148,9 +158,13 @@ def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:
   """What a file of `save_pretrained` says of its schedule and its sampler.
 
   Raises:
-    As `load_pretrained`.
+    As `load_pretrained`; of damage, that of the header alone.
   """
-  file, _, metadata = _opened(path)
+  file, tensors, metadata = _opened(path)
+  # A header without a digest of its own is sealed with the tensors alone, for
+  # which they must be read.
+  if _HEADER_KEY not in metadata and seal.KEY in metadata:
+    check_seal(file, tensors, metadata, _WAY_OUT)
   if 'origin' not in metadata:
     # Of a file whose maker did not tell, its name, for a warning; the shipped
     # models are of the schedule that is taken.
@@ -177,6 +191,9 @@ def _opened(path):
   if metadata.get('format') != FORMAT:
     raise ValueError(f'{file} has format {metadata.get("format")!r}, expected '
                      f'{FORMAT!r}: it was not written by save_pretrained')
+  if _HEADER_KEY in metadata:
+    seal.check(str(file), metadata[_HEADER_KEY],
+               lambda: _header_digest(metadata), _WAY_OUT)
   return file, tensors, metadata
 
 

@@ -1,0 +1,41 @@
+"""Keys of a foreign configuration: none is passed over in silence.
+
+Each code base has its lists: keys that are read, keys of which only some values
+are computed here, and keys that change nothing. What is on none of them may be
+anything, and is refused.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+def odd(given: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]],
+        known: Collection[str], by_level: Collection[str] = (),
+        place: str = '') -> list[str]:
+  """Lists what of a configuration is not computed here, by key.
+
+  Args:
+    given: the configuration.
+    only: {key: the values of it that are computed}.
+    known: all keys with a meaning here, those of `only` among them.
+    by_level: those of `only` that may be lists, of which each value counts.
+    place: of the keys, for the texts: 'model.params.'.
+  """
+  texts = [
+      f'{place}{key}={given[key]!r} (only {list(allowed)})'
+      for key, allowed in only.items() if key in given
+      and any(value not in allowed for value in (
+          given[key] if key in by_level and isinstance(given[key], list)
+          else [given[key]]))]
+  return texts + [f'{place}{key}={given[key]!r} (unknown)'
+                  for key in given if key not in known]
+
+
+def refuse(what: str, texts: Collection[str]) -> None:
+  """Raises ValueError if there are texts; `what` is 'this UNet'."""
+  if not texts:
+    return
+  unknown = any(text.endswith('(unknown)') for text in texts)
+  raise ValueError(f'{what} has no: ' + '; '.join(sorted(texts)) + (
+      '. An unknown key that changes nothing of what the trained model '
+      'computes may be deleted from the file' if unknown else ''))
