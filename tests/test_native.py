@@ -30,7 +30,8 @@ def rewrite(path, change_tensors=lambda tensors: None,
   with safetensors.safe_open(path, 'np') as opened:
     metadata = opened.metadata()
     tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-  del metadata['digest']  # what is changed here would be damage to it
+  for key in ('digest', 'header_digest'):  # to which all this is damage
+    del metadata[key]
   change_tensors(tensors)
   change_metadata(metadata)
   path.write_bytes(safetensors.numpy.save(tensors, metadata))

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import pathlib
-import re
 
 import checkpoints
 import families
@@ -225,15 +223,6 @@ def test_the_plan_of_a_checkpoint_in_one_line(tmp_path):
           schedule, 5, eta=1.0, convention='compvis'))):
     plan = msfp.load_plan(str(tmp_path / 'f'), **typed)
     assert plan.to_dict() == expected.to_dict()
-
-
-def test_docs_have_every_key_of_a_schedulers_file():
-  """Used, harmless or refused: one row for each, and no row for others."""
-  text = (pathlib.Path(__file__).parents[1] / 'docs/checkpoints.md').read_text()
-  table = text.split('Keys of `scheduler_config.json`')[1].split('\n\n')[1]
-  found = [key for row in table.splitlines()[2:]
-           for key in re.findall(r'`(\w+)`', row.split('|')[1])]
-  assert sorted(found) == sorted(scheduler.KEYS)
 
 
 def test_the_shipped_model_says_nothing():

@@ -1,8 +1,11 @@
 """Published models are told by their shapes, at their real size."""
 
+import dataclasses
+
 import families
 import foreign
 import numpy as np
+import published_configs
 import pytest
 import unet_oracle
 
@@ -100,6 +103,26 @@ def test_the_real_models_are_told_by_their_shapes(
   assert not leftover
   assert {n: t.shape for n, t in named.items()}.keys() == (
       unet_oracle.state_dict_shapes(config).keys())
+
+
+DESCRIBED = {
+    'CIFAR10': (diffusers_unet, 'ddpm-cifar10-32'),
+    'STABLE_DIFFUSION_1': (diffusers_unet, 'sd1, diffusers'),
+    'STABLE_DIFFUSION_2': (diffusers_unet, 'sd2'),
+    'BEDROOMS': (ldm, 'bedrooms'), 'CHURCHES': (ldm, 'churches'),
+    'IMAGENET': (ldm, 'cin256-v2'),
+    'STABLE_1': (ldm, 'sd1'), 'STABLE_2': (ldm, 'sd2'),
+    'ERMONGROUP_CIFAR10': (ddim, 'cifar10'),
+    'ERMONGROUP_CELEBA': (ddim, 'celeba64')}
+
+
+@pytest.mark.parametrize('name', DESCRIBED)
+def test_the_real_configurations_tell_the_real_models(name):
+  """All that shapes tell is stated there, so that no tensors are needed."""
+  family, model = DESCRIBED[name]
+  # The classes' embedder is in the checkpoint alone.
+  expected = dataclasses.replace(REAL[model][0], context_classes=None)
+  assert family.config({}, getattr(published_configs, name)) == expected
 
 
 # As published: tensors and parameters of first stages.

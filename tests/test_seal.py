@@ -13,6 +13,7 @@ import toy
 
 from msfp_jax.base import seal
 from msfp_jax.convert import native
+from msfp_jax.diffusion.origin import Origin
 from msfp_jax.metrics import frechet
 from msfp_jax.metrics import stats_file
 from msfp_jax.models import unet
@@ -104,6 +105,26 @@ def test_a_teacher_of_ours_is_sealed(tmp_path):
   path.write_bytes(content)
   with pytest.raises(ValueError, match='is damaged, or was changed'):
     load()
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_damage_to_a_teachers_header_is_seen_without_its_tensors(
+    tmp_path, old):
+  path = tmp_path / 'model.safetensors'
+  origin = Origin('a', {'name': 'linear', 'beta_end': 0.02})
+  native.save_pretrained(path, tiny.UNET, tiny.params(tiny.UNET), origin)
+  assert native.load_origin(path).schedule['beta_end'] == 0.02
+  content = path.read_bytes()
+  if old:  # a header's digest by no name is none; then all of it is read
+    content = content.replace(b'header_digest', b'header_digost')
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='is damaged, or was changed'):
+      native.load_origin(path)
+  path.write_bytes(content.replace(b'0.02', b'0.03'))
+  with pytest.raises(ValueError, match='is damaged, or was changed'):
+    native.load_origin(path)
+  with pytest.raises(ValueError, match='is damaged, or was changed'):
+    native.load_pretrained(path)
 
 
 def test_older_files_load_with_a_warning(file, caplog):

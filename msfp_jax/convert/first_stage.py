@@ -129,6 +129,9 @@ def _from_json(given):
       ('quant_conv', 'use_quant_conv')) if theirs in given}
   if 'block_out_channels' in given:
     out = given['block_out_channels']
+    if odd := [c for c in out if c % out[0]]:
+      raise ValueError(f'block_out_channels={out}: {odd} are no multiples of '
+                       'the first')
     found |= {'ch': out[0], 'ch_mult': tuple(c // out[0] for c in out)}
   if 'down_block_types' in given:
     found['attn_levels'] = tuple(

@@ -1,0 +1,391 @@
+"""Every key of diffusers' classes does here what it does there, or is refused.
+
+For each key of a class's `__init__` there are other values than its default. A
+model with random weights is made by diffusers, saved, and loaded by us from
+the same files: either an error names the key, or both compute the same. A key
+that a later version of diffusers adds fails these tests, so that somebody
+thinks of it.
+"""
+
+import functools
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import unet_oracle
+
+from msfp_jax import convert
+from msfp_jax import diffusion
+from msfp_jax.convert import first_stage_keys
+from msfp_jax.convert import scheduler
+from msfp_jax.convert import unet_keys
+from msfp_jax.diffusion import origin as origin_lib
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings(
+    'ignore:__array__ impl:DeprecationWarning')]
+
+INVENTED = 'dreamt_of'
+# What is said where one of these keys has a value that is not ours.
+_SAID = {'down_block_types': 'block type|levels|resampling',
+         'up_block_types': 'block type|levels|resampling',
+         'downsample_type': 'resampling', 'upsample_type': 'resampling'}
+
+_SHARED = {
+    'sample_size': [16, [8, 16]], 'in_channels': [5], 'out_channels': [2],
+    'center_input_sample': [True], 'flip_sin_to_cos': [False],
+    'freq_shift': [1], 'mid_block_type': [None, 'UNetMidBlock2D'],
+    'block_out_channels': [[16, 16], [8, 12]], 'layers_per_block': [2],
+    'downsample_padding': [0, 2], 'mid_block_scale_factor': [2],
+    'dropout': [0.1], 'act_fn': ['swish', 'gelu'], 'norm_num_groups': [2],
+    'norm_eps': [1e-2], 'attention_head_dim': [4, None],
+    'time_embedding_type': ['fourier'], 'time_embedding_dim': [32, 64],
+    'resnet_time_scale_shift': ['scale_shift', 'ada_group'],
+    'class_embed_type': ['timestep', 'identity'], 'num_class_embeds': [5]}
+# Values of one key, or of several where one alone makes no model.
+UNETS = {
+    'UNet2DModel': (dict(
+        sample_size=8, block_out_channels=[8, 16], layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=2,
+        down_block_types=['AttnDownBlock2D', 'DownBlock2D'],
+        up_block_types=['UpBlock2D', 'AttnUpBlock2D']), _SHARED | {
+            'down_block_types': [
+                ['DownBlock2D', 'DownBlock2D'], ['SkipDownBlock2D'] * 2,
+                {'down_block_types': ['DownBlock2D', 'AttnDownBlock2D'],
+                 'up_block_types': ['AttnUpBlock2D', 'UpBlock2D']},
+                {'down_block_types': ['ResnetDownsampleBlock2D', 'DownBlock2D'],
+                 'up_block_types': ['ResnetUpsampleBlock2D', 'UpBlock2D']}],
+            'up_block_types': [['UpBlock2D', 'UpBlock2D']],
+            'downsample_type': ['resnet', {
+                'downsample_type': 'resnet', 'upsample_type': 'resnet',
+                'up_block_types': ['AttnUpBlock2D'] * 2,
+                'down_block_types': ['AttnDownBlock2D'] * 2}],
+            'upsample_type': ['resnet'], 'add_attention': [False],
+            'attn_norm_num_groups': [2, 4, {
+                'attn_norm_num_groups': 4,
+                'resnet_time_scale_shift': 'scale_shift'}],
+            'num_train_timesteps': [7, {
+                'num_train_timesteps': 1000,
+                'time_embedding_type': 'learned'}]}),
+    'UNet2DConditionModel': (dict(
+        sample_size=8, block_out_channels=[8, 16], layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=2, cross_attention_dim=6,
+        down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'],
+        up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D']), _SHARED | {
+            'down_block_types': [
+                ['SimpleCrossAttnDownBlock2D', 'DownBlock2D'],
+                ['AttnDownBlock2D', 'DownBlock2D'],
+                {'down_block_types': ['DownBlock2D'] * 2,
+                 'up_block_types': ['UpBlock2D'] * 2}],
+            'up_block_types': [['UpBlock2D', 'UpBlock2D']],
+            'attention_head_dim': [4, [1, 2], [2, 8], None],
+            'mid_block_type': [None, 'UNetMidBlock2D',
+                               'UNetMidBlock2DSimpleCrossAttn'],
+            'only_cross_attention': [True, [False, True]],
+            'cross_attention_dim': [4, [6, 6], [6, 4]],
+            'transformer_layers_per_block': [2, [1, 2]],
+            'reverse_transformer_layers_per_block': [[2, 1]],
+            'encoder_hid_dim': [3],
+            'encoder_hid_dim_type': [{'encoder_hid_dim_type': 'text_proj',
+                                      'encoder_hid_dim': 3}],
+            'num_attention_heads': [2], 'dual_cross_attention': [True],
+            'use_linear_projection': [True],
+            'class_embed_type': ['timestep', 'identity', {
+                'class_embed_type': 'projection',
+                'projection_class_embeddings_input_dim': 3}],
+            'addition_embed_type': ['text', {
+                'addition_embed_type': 'text_time',
+                'addition_time_embed_dim': 4,
+                'projection_class_embeddings_input_dim': 8}],
+            'addition_time_embed_dim': [4], 'upcast_attention': [True],
+            'resnet_skip_time_act': [True], 'resnet_out_scale_factor': [2.0],
+            'time_embedding_act_fn': ['silu'], 'timestep_post_act': ['silu'],
+            'time_cond_proj_dim': [8], 'conv_in_kernel': [5],
+            'conv_out_kernel': [1],
+            'projection_class_embeddings_input_dim': [3],
+            'attention_type': ['gated'], 'class_embeddings_concat': [True],
+            'mid_block_only_cross_attention': [True],
+            'cross_attention_norm': ['layer_norm'],
+            'addition_embed_type_num_heads': [2]}),
+}
+
+_STAGE = dict(
+    block_out_channels=[8, 16], norm_num_groups=4, scaling_factor=0.5,
+    sample_size=8, down_block_types=['DownEncoderBlock2D'] * 2,
+    up_block_types=['UpDecoderBlock2D'] * 2)
+_STAGES_SHARED = {
+    'in_channels': [1], 'out_channels': [2], 'layers_per_block': [2],
+    'block_out_channels': [[8, 8], [8, 12]], 'act_fn': ['swish', 'gelu'],
+    'latent_channels': [5], 'norm_num_groups': [2], 'sample_size': [16],
+    'scaling_factor': [0.25], 'force_upcast': [True, False],
+    'mid_block_add_attention': [False],
+    'down_block_types': [['AttnDownEncoderBlock2D', 'DownEncoderBlock2D'], {
+        'down_block_types': ['DownEncoderBlock2D', 'AttnDownEncoderBlock2D'],
+        'up_block_types': ['AttnUpDecoderBlock2D', 'UpDecoderBlock2D']}],
+    'up_block_types': [['UpDecoderBlock2D', 'AttnUpDecoderBlock2D']]}
+STAGES = {
+    'AutoencoderKL': (_STAGE, _STAGES_SHARED | {
+        'shift_factor': [0.3], 'latents_mean': [[0.1] * 4],
+        'latents_std': [[2.0] * 4],
+        'use_quant_conv': [False, {'use_quant_conv': False,
+                                   'use_post_quant_conv': False}],
+        'use_post_quant_conv': [False]}),
+    'VQModel': (_STAGE | {'num_vq_embeddings': 9}, _STAGES_SHARED | {
+        'num_vq_embeddings': [5], 'vq_embed_dim': [2],
+        'norm_type': ['spatial'], 'lookup_from_codebook': [True]}),
+}
+
+
+def cases(table):
+  """(class, key, {fields}) of every value, and of a key that nobody has."""
+  for kind, (_, values) in table.items():
+    for key, others in (values | {INVENTED: [1]}).items():
+      for i, value in enumerate(others):
+        yield pytest.param(
+            kind, key, value if isinstance(value, dict) else {key: value},
+            id=f'{kind}-{key}-{i}')
+
+
+def fields_of(table, kind):
+  """The config.json of a small model: all keys of the class, as it saves."""
+  import diffusers
+  stated = inspect.signature(getattr(diffusers, kind).__init__).parameters
+  defaults = {key: parameter.default for key, parameter in stated.items()
+              if key != 'self'}
+  return json.loads(json.dumps(defaults | table[kind][0])) | {
+      '_class_name': kind}
+
+
+def random_model(kind, fields, seed=0):
+  """Builds diffusers' model with random weights; None where it cannot."""
+  import diffusers
+  import torch
+  kind = getattr(diffusers, kind)
+  known = inspect.signature(kind.__init__).parameters
+  try:
+    model = kind(**{k: v for k, v in fields.items() if k in known})
+  except (ValueError, TypeError, AttributeError, KeyError,
+          ZeroDivisionError):
+    return None
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for tensor in model.parameters():
+      tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+  return model.eval()
+
+
+def written(folder, kind, fields, model):
+  """Saves a model, or in its place a tensor that is nobody's."""
+  import safetensors.torch
+  import torch
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(fields))
+  tensors = model.state_dict() if model else {'none': torch.zeros(1)}
+  safetensors.torch.save_file(
+      {n: t.contiguous().clone() for n, t in tensors.items()},
+      folder / 'diffusion_pytorch_model.safetensors')
+  return str(folder)
+
+
+def loaded(load, folder, kind, key, fields, base):
+  """Loads what diffusers saves; None where the key is refused by name."""
+  model = random_model(kind, fields)
+  # What diffusers cannot build either is refused before tensors are looked at.
+  path = written(folder, kind, fields, model or random_model(kind, base))
+  try:
+    ours = load(path)
+  except ValueError as error:
+    names = [_SAID.get(k, k) for k in fields if fields[k] != base.get(k)]
+    assert any(part in str(error) for name in names
+               for part in name.split('|')), error
+    return None
+  assert key != INVENTED and model is not None, key
+  return *ours, model
+
+
+@pytest.mark.parametrize('table, known', [
+    (UNETS, unet_keys.KEYS), (STAGES, first_stage_keys.KEYS)],
+                         ids=['unets', 'first stages'])
+def test_every_key_is_known_and_tried(table, known):
+  for kind, (_, values) in table.items():
+    keys = fields_of(table, kind).keys()
+    assert keys <= known
+    assert keys == values.keys() | {'_class_name'}, kind
+
+
+@functools.lru_cache(maxsize=4)
+def compiled(model):
+  return jax.jit(model.apply)
+
+
+@pytest.mark.parametrize('kind, key, change', cases(UNETS))
+def test_a_unets_key_does_what_it_does_there(tmp_path, kind, key, change):
+  import torch
+  base = fields_of(UNETS, kind)
+  found = loaded(convert.load_pretrained, tmp_path / 'f', kind, key,
+                 base | change, base)
+  if found is None:
+    return
+  ours, params, theirs = found
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, *ours.sample_shape)).astype(np.float32)
+  t = np.array([3, 500])
+  given = {}
+  if ours.config.by_class:
+    given['labels'] = np.array([0, 4])
+  if ours.config.by_context:
+    given['context'] = rng.standard_normal(
+        (2, 3, ours.config.context_dim)).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(
+        torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t), **{
+            {'labels': 'class_labels', 'context': 'encoder_hidden_states'}[
+                name]: torch.from_numpy(value) for name, value in given.items()
+        }).sample.permute(0, 2, 3, 1).numpy()
+  with jax.default_matmul_precision('highest'):
+    actual = compiled(ours)({'params': params}, x, t, **given)
+  assert unet_oracle.rel_l2(np.asarray(actual), expected) < 1e-5
+  # What changes no output may only be the side, or what training does.
+  stated = base.keys() & change.keys() & {'sample_size', 'dropout'}
+  if 'sample_size' in stated:
+    sides = change['sample_size']
+    assert ours.sample_shape[:2] == (
+        tuple(sides) if isinstance(sides, list) else (sides, sides))
+  if 'dropout' in stated:
+    assert ours.config.dropout == change['dropout']
+
+
+@pytest.mark.parametrize('kind, key, change', cases(STAGES))
+def test_a_first_stages_key_does_what_it_does_there(
+    tmp_path, kind, key, change):
+  import torch
+  base = fields_of(STAGES, kind)
+  fields = base | change
+  found = loaded(convert.load_first_stage, tmp_path / 'f', kind, key, fields,
+                 base)
+  if found is None:
+    return
+  ours, params, theirs = found
+  rng = np.random.default_rng(0)
+  images = rng.uniform(-1, 1, (2, 8, 8, fields['in_channels']))
+  latents = rng.standard_normal((2, 4, 4, ours.config.embed_dim))
+  scale, shift = fields['scaling_factor'], fields.get('shift_factor') or 0.0
+  nchw = lambda a: torch.from_numpy(a.astype(np.float32)).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    encoded = theirs.encode(nchw(images))
+    encoded = (encoded.latents if kind == 'VQModel'
+               else encoded.latent_dist.mean)
+    decoded = theirs.decode(nchw(latents / scale + shift)).sample
+  expected = ((encoded - shift) * scale, decoded)
+  with jax.default_matmul_precision('highest'):
+    for x, method, theirs in zip(
+        (images, latents), ('encode', 'decode'), expected, strict=True):
+      actual = jax.jit(ours.apply, static_argnames='method')(
+          {'params': params}, jnp.asarray(x, jnp.float32), method=method)
+      assert unet_oracle.rel_l2(
+          np.asarray(actual), theirs.permute(0, 2, 3, 1).numpy()) < 1e-5
+
+
+# Of schedulers: every key of the classes that are ours, with other values.
+_STEPPED = {
+    'DDIMScheduler': {}, 'DDPMScheduler': {},
+    'PNDMScheduler': {'skip_prk_steps': True},
+    'DPMSolverMultistepScheduler': {}}
+SCHEDULERS = {
+    'num_train_timesteps': [500], 'beta_start': [0.001], 'beta_end': [0.03],
+    'beta_schedule': ['scaled_linear', 'squaredcos_cap_v2', 'sigmoid'],
+    'trained_betas': [[0.001 + 1e-5 * i for i in range(1000)]],
+    'clip_sample': [True, False], 'clip_sample_range': [0.5],
+    'set_alpha_to_one': [True, False], 'steps_offset': [1],
+    'prediction_type': ['v_prediction', 'sample', 'flow_prediction'],
+    'thresholding': [True], 'dynamic_thresholding_ratio': [0.5],
+    'sample_max_value': [2.0],
+    'timestep_spacing': ['leading', 'trailing', 'linspace'],
+    'rescale_betas_zero_snr': [True],
+    'variance_type': ['fixed_large', 'fixed_small_log', 'learned', None],
+    'skip_prk_steps': [False], 'solver_order': [1, 3],
+    'algorithm_type': ['dpmsolver', 'sde-dpmsolver++'],
+    'solver_type': ['heun'], 'lower_order_final': [False],
+    'euler_at_final': [True], 'use_karras_sigmas': [True],
+    'use_exponential_sigmas': [True], 'use_beta_sigmas': [True],
+    'use_lu_lambdas': [True], 'use_flow_sigmas': [True], 'flow_shift': [2.0],
+    'final_sigmas_type': ['sigma_min'], 'lambda_min_clipped': [-5.1],
+    'use_dynamic_shifting': [True], 'time_shift_type': ['linear'],
+    INVENTED: [1]}
+STEPS = 6
+
+
+def keys_of(kind):
+  import diffusers
+  return [key for key in inspect.signature(
+      getattr(diffusers, kind).__init__).parameters if key != 'self']
+
+
+def predict(x, t, xp):
+  """What stands for a model: smooth, and of every timestep another one."""
+  return 0.4 * xp.tanh(x) + 0.0003 * t
+
+
+def as_noise(kind, out, x, alpha):
+  """The noise, by the definitions of v and of x_0."""
+  a, s = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+  return {'eps': out, 'v': a * out + s * x, 'x0': (x - a * out) / s}[kind]
+
+
+def stepped(kind, fields, x, monkeypatch):
+  """Samples as diffusers' pipelines do; None where it cannot."""
+  import diffusers
+  import torch
+  try:
+    stepper = getattr(diffusers, kind)(**fields)
+    stepper.set_timesteps(STEPS)
+  except (ValueError, TypeError, NotImplementedError):
+    return None
+  position = [0]
+  monkeypatch.setattr(
+      inspect.getmodule(type(stepper)), 'randn_tensor',
+      lambda *unused, **options: torch.from_numpy(np.array(jax.random.normal(
+          jax.random.fold_in(jax.random.key(3), position[0]), x.shape))),
+      raising=False)
+  found = torch.from_numpy(np.array(x))
+  for i, t in enumerate(stepper.timesteps):
+    position[0] = i
+    found = stepper.step(predict(found, t, torch), t, found).prev_sample
+  return found.numpy()
+
+
+@pytest.mark.parametrize('kind', _STEPPED)
+@pytest.mark.parametrize('key, value', [
+    pytest.param(key, value, id=f'{key}-{i}')
+    for key, values in SCHEDULERS.items() for i, value in enumerate(values)])
+def test_a_schedulers_key_does_what_it_does_there(
+    tmp_path, monkeypatch, kind, key, value):
+  keys = keys_of(kind)
+  assert set(keys) <= SCHEDULERS.keys()
+  if key not in keys and key != INVENTED:
+    return  # diffusers ignores it, and ours may use it for another sampler
+  fields = _STEPPED[kind] | {key: value}
+  path = tmp_path / scheduler.FILE
+  path.write_text(json.dumps({'_class_name': kind} | fields))
+  try:
+    origin = scheduler.read(path)
+  except ValueError as error:
+    assert key in str(error)
+    return
+  assert key != INVENTED
+  if own := origin.refused.get(origin.sampler):
+    assert key in own
+    return
+  x = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
+  expected = stepped(kind, fields, x, monkeypatch)
+  plan = origin_lib.choose(origin, {}, {'num_steps': STEPS}).plan
+  alphas = jnp.asarray(origin.noise_schedule().alphas_cumprod, jnp.float32)
+
+  def noise(x, t, unused_index):
+    t = t[:, None, None, None]
+    return as_noise(origin.predicts, predict(x, t, jnp), x, alphas[t])
+
+  actual = diffusion.sample(noise, plan, x, jax.random.key(3))
+  assert unet_oracle.rel_l2(np.asarray(actual), expected) < 1e-5
