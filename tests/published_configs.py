@@ -1,5 +1,7 @@
 """Configurations of published UNets, with every key that their authors use."""
 
+import copy
+
 # google/ddpm-cifar10-32, unet/config.json.
 CIFAR10 = {
     '_class_name': 'UNet2DModel', '_diffusers_version': '0.0.4',
@@ -135,3 +137,25 @@ ERMONGROUP_CIFAR10 = _ERMONGROUP | {
 ERMONGROUP_CELEBA = _ERMONGROUP | {
     'data': ERMONGROUP_CIFAR10['data'] | {'image_size': 64},
     'model': ERMONGROUP_CIFAR10['model'] | {'ch_mult': [1, 2, 2, 2, 4]}}
+
+# What CompVis' UNetModel takes for what a yaml leaves out.
+_UNET_MODEL = {
+    'dropout': 0, 'channel_mult': [1, 2, 4, 8], 'conv_resample': True,
+    'dims': 2, 'num_classes': None, 'use_checkpoint': False, 'use_fp16': False,
+    'num_heads': -1, 'num_head_channels': -1, 'num_heads_upsample': -1,
+    'use_scale_shift_norm': False, 'resblock_updown': False,
+    'use_new_attention_order': False, 'use_spatial_transformer': False,
+    'transformer_depth': 1, 'context_dim': None, 'n_embed': None,
+    'legacy': True, 'disable_self_attentions': None,
+    'num_attention_blocks': None, 'disable_middle_self_attn': False,
+    'use_linear_in_transformer': False}
+
+
+def complete(name):
+  """A copy of one of them, with which nothing is asked of the tensors."""
+  found = copy.deepcopy(globals()[name])
+  params = found.get('model', {}).get('params')
+  if params:
+    unet = params['unet_config']
+    unet['params'] = copy.deepcopy(_UNET_MODEL) | unet['params']
+  return found

@@ -122,7 +122,7 @@ def test_the_real_configurations_tell_the_real_models(name):
   family, model = DESCRIBED[name]
   # The classes' embedder is in the checkpoint alone.
   expected = dataclasses.replace(REAL[model][0], context_classes=None)
-  assert family.config({}, getattr(published_configs, name)) == expected
+  assert family.config({}, published_configs.complete(name)) == expected
 
 
 # As published: tensors and parameters of first stages.

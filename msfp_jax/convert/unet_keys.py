@@ -85,7 +85,7 @@ def resampling(given: Mapping[str, Any], side: str) -> set[str]:
   others their own type tells, whatever these say. The last level of a side
   does not resample.
   """
-  asked = given.get(f'{side}sample_type') or 'conv'
+  asked = str(given.get(f'{side}sample_type') or 'conv')
   return {'resnet' if name.startswith('Resnet')
           else asked if name.startswith('Attn') else 'conv'
           for name in block_types(given, side)[:-1]}
