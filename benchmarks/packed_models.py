@@ -22,6 +22,8 @@ from msfp_jax.quant.calibrate import calibrate
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
 import unet_oracle  # noqa: E402
 
+# Full precision as the package samples by it.
+BEST = "float32 with the package's options"
 BETAS = {'beta_start': 1e-4, 'beta_end': 0.02}
 
 
@@ -96,18 +98,18 @@ def full_precision(subject: Subject) -> Callable[..., Any]:
 def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
   """The samplers, {name: (noise -> samples, bytes of the weights)}."""
   plan, run = subject.packed.plan, full_precision(subject)
-  options = kernels.compiler_options()
   sample = jax.jit(run)
-  like_packed = jax.jit(run, compiler_options=options)
+  best = jax.jit(
+      run, compiler_options=kernels.compiler_options(quantized=False))
   simulate = jax.jit(lambda arrays, x: diffusion.sample(
       lambda x, t, index: subject.simulated.with_arrays(arrays).eps_fn(
-          x, t, index), plan, x), compiler_options=options)
+          x, t, index), plan, x),
+                     compiler_options=subject.simulated.compiler_options)
   halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), subject.params)
   size = sum(w.nbytes for w in jax.tree.leaves(subject.params))
   return {
       'float32': (lambda x: sample(subject.params, x), size),
-      "float32 with packed's options": (
-          lambda x: like_packed(subject.params, x), size),
+      BEST: (lambda x: best(subject.params, x), size),
       'bfloat16': (lambda x: sample(halves, x), size // 2),
       'simulated': (lambda x: simulate(subject.simulated.arrays, x), size),
       'packed': (subject.packed.sample, subject.packed.memory_bytes),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from msfp_jax.kernels import choice
+from msfp_jax.kernels import cpu
 from msfp_jax.kernels.mosaic_tpu import ops as mosaic_tpu
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
@@ -31,8 +32,39 @@ def test_levels_are_simulated_and_codes_are_run():
   assert pick(case, case.layer) == 'reference'
   if jax.default_backend() == 'cpu':
     assert pick(case) == 'xla'
-    assert choice.pick_carrier(case.packed, case.x.shape, 'xla') == 'f32'
   assert choice.pick_carrier(case.packed, case.x.shape, 'reference') == 'f32'
+
+
+@pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('fastest', ['int8', 'f32'])
+def test_carriers_of_cpus(monkeypatch, fastest):
+  """int8 where that is fast, it holds both formats and scales leave the sum."""
+  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
+  of = lambda case, layer: choice.pick_carrier(
+      layer, case.x.shape, 'xla', case.resolved)
+  for act, expected in (('UE2M2', fastest), ('UE4M0', 'f32')):
+    for kind in ('dense', 'conv'):
+      case = SOME[kind]('E2M1', act)
+      assert of(case, case.packed) == expected
+  groups = case.packed.replace(input=Block(E2M1, group=2))
+  assert of(case, groups) == 'f32'
+
+
+@pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('case', [
+    Case((3, 7), (7, 6), 'E2M1', 'UE2M2'),
+    conv_case((3, 5, 6, 3), (3, 3, 3, 4), 'E2M1', 'UE2M2', padding=1)],
+                         ids=['dense', 'conv'])
+def test_nan_is_not_lost_in_int8(case):
+  """It spoils its row, or its image, and no other."""
+  x = case.x.copy()
+  x[(1, *[0] * (x.ndim - 1))] = np.nan
+  clean, found = (np.asarray(case.apply(
+      each, case.packed, implementation='xla', carrier='int8'))
+                  for each in (case.x, x))
+  assert np.isnan(found[1]).all()
+  np.testing.assert_array_equal(found[0], clean[0])
+  np.testing.assert_array_equal(found[2:], clean[2:])
 
 
 def test_scales_inside_of_sums_run_alike_packed_or_not():

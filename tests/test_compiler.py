@@ -7,6 +7,7 @@ import pytest
 import toy
 
 from msfp_jax.kernels import compiler
+from msfp_jax.kernels import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +28,39 @@ def test_they_compile():
     {'xla_no_such_option': '1'},
     {'xla_cpu_experimental_ynn_fusion_type': 'NO_SUCH_TYPE'}])
 def test_unknown_ones_are_left_out(monkeypatch, unknown):
-  monkeypatch.setattr(compiler, '_CPU', unknown)
-  assert compiler.options() is None
+  monkeypatch.setattr(cpu, 'OPTIONS', {'f32': unknown, 'int8': unknown})
+  for quantized in (False, True):
+    assert compiler.options(quantized) is None
+  # Nor is anything known of int8 then.
+  assert cpu.carrier.__wrapped__() == 'f32'
+
+
+@pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('seconds, expected', [
+    ({'f32': 3.0, 'int8': 1.0}, 'int8'), ({'f32': 1.0, 'int8': 3.0}, 'f32'),
+    # As good as equal: nothing is gained.
+    ({'f32': 1.0, 'int8': 0.99}, 'f32')])
+def test_the_faster_carrier_is_taken(monkeypatch, seconds, expected):
+  monkeypatch.setattr(cpu, '_race', lambda runs: seconds)
+  monkeypatch.setattr(cpu, '_layer', lambda name: None)
+  carrier = cpu.carrier.__wrapped__()
+  assert carrier == expected
+  monkeypatch.setattr(cpu, 'carrier', lambda: carrier)
+  assert compiler.options() == cpu.OPTIONS[expected]
+  # Models without quantized layers have nothing in int8.
+  assert compiler.options(quantized=False) == cpu.OPTIONS['f32']
+
+
+@pytest.mark.usefixtures('on_cpu')
+def test_the_race_may_be_run_while_a_model_is_traced():
+  found = []
+
+  def run(x):
+    found.append(cpu.carrier.__wrapped__())
+    return x + 1
+
+  assert jax.jit(run)(1.0) == 2.0
+  assert found[0] in cpu.OPTIONS
 
 
 def test_only_cpus_have_any(monkeypatch):

@@ -1,5 +1,6 @@
 """3x3 convolutions of integers by `winograd`, against int64."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,6 +13,7 @@ import pytest
 
 from msfp_jax import kernels
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import cpu
 from msfp_jax.kernels import winograd
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.numbers import FPFormat
@@ -59,10 +61,15 @@ def one_part(x, w):
   return run(x, w, 1)
 
 
-def run(x, w, parts):
+def run(x, w, parts, algorithm=winograd.FLOAT):
   return winograd.conv(
-      jnp.asarray(x), jnp.asarray(w, jnp.float32), parts,
+      algorithm, jnp.asarray(x), jnp.asarray(w, jnp.float32), parts,
       lambda x: x.astype(jnp.float32), lambda sums: sums)
+
+
+@jax.jit
+def in_bytes(x, w):
+  return run(x, w, 1, winograd.BYTES)
 
 
 @pytest.mark.parametrize('size', [(7, 9), (8, 8), (1, 6)])
@@ -77,9 +84,13 @@ def test_equals_the_convolution_of_integers(size):
          np.full((3, 3, 8, 5), levels.max())]):
       assert splits(w, act) == 1
       x = inputs(kind, integers(act), (2, *size, 8))
-      np.testing.assert_array_equal(
-          np.asarray(one_part(x.astype(np.float32), w), np.int64),
-          expected_of(x, w), f'{weight} {act} {kind}')
+      ways = [one_part]
+      if winograd.fits(w, x.min(), x.max()):
+        ways.append(in_bytes)
+      for way in ways:
+        np.testing.assert_array_equal(
+            np.asarray(way(x.astype(np.float32), w), np.int64),
+            expected_of(x, w), f'{weight} {act} {kind}')
 
 
 def largest_sums(w, act, parts):
@@ -89,17 +100,67 @@ def largest_sums(w, act, parts):
   largest, or smallest, in every channel.
   """
   levels = integers(act)
-  transform = lambda matrix, x: np.einsum(
-      'ai,bj,ij...->ab...', matrix, matrix, x)
-  positions = np.abs(transform(winograd._WEIGHTS, w))
+  matrices = winograd.FLOAT
+  positions = np.abs(transform(matrices.weights, w))
   positions = positions.reshape(6, 6, parts, -1, w.shape[-1]).sum(3)
   found = 0
   for a, b, sign in itertools.product(range(6), range(6), (1, -1)):
-    signs = np.outer(winograd._INPUTS[a], winograd._INPUTS[b]) * sign
-    tile = np.where(signs > 0, levels.max(), levels.min())
-    value = abs(transform(winograd._INPUTS, tile)[a, b])
+    tile = worst_tile(matrices, levels, a, b, sign)
+    value = abs(transform(matrices.inputs, tile)[a, b])
     found = max(found, value * positions[a, b].max())
   return found
+
+
+def transform(matrix, x):
+  """A transform of both axes of a tile."""
+  return np.einsum('ai,bj,ij...->ab...', matrix, matrix, x)
+
+
+def worst_tile(algorithm, levels, a, b, sign):
+  """The inputs of a tile that make its value at a, b the largest of a sign."""
+  signs = np.outer(algorithm.inputs[a], algorithm.inputs[b]) * sign
+  return np.where(signs > 0, levels.max(), levels.min())
+
+
+@pytest.mark.parametrize('weight, act, expected', [
+    ('E2M1', 'E2M1', True), ('E1M2', 'UE1M3', True), ('E2M1', 'UE2M2', True),
+    # 4 x 33 and 9 x 15 are beyond 127.
+    ('E2M1', 'UE3M1', False), ('E3M0', 'E2M1', False),
+    ('E2M1', 'E3M0', False)])
+def test_what_fits_in_bytes(weight, act, expected):
+  """By every value that a transform can have, of weights and of inputs."""
+  levels, matrices = integers(act), winograd.BYTES
+  w = np.random.default_rng(1).choice(
+      integers(weight)[[0, -1]], (3, 3, 256, 4))
+  largest = max(
+      abs(transform(matrices.inputs, worst_tile(matrices, levels, a, b, sign))
+          [a, b])
+      for a, b, sign in itertools.product(range(4), range(4), (1, -1)))
+  largest = max(largest, np.abs(transform(matrices.weights, w)).max())
+  assert (largest <= 127) == expected
+  assert winograd.fits(w, levels.min(), levels.max()) == expected
+  # One bank that does not fit is enough.
+  banks = np.stack([np.zeros_like(w), w])
+  assert winograd.fits(banks, levels.min(), levels.max()) == expected
+
+
+def test_the_largest_values_of_bytes_are_exact():
+  """127 in weights and inputs, over many channels."""
+  matrices = winograd.BYTES
+  w = np.full((3, 3, 64, 2), 14)
+  assert np.abs(transform(matrices.weights, w)).max() == 126
+  x = np.full((1, 6, 6, 64), 31)
+  assert winograd.fits(w, -31, 31)
+  for sign in (1, -1):
+    np.testing.assert_array_equal(
+        np.asarray(in_bytes((sign * x).astype(np.float32), w), np.int64),
+        expected_of(sign * x, w))
+
+
+def test_sums_beyond_int32_do_not_fit():
+  w = np.full((3, 3, 2**18, 1), 14)
+  assert not winograd.fits(w, -31, 31)
+  assert winograd.fits(w[:, :, :2**10], -31, 31)
 
 
 SPLITS = [
@@ -134,9 +195,7 @@ def test_splits_looks_at_every_bank():
 def test_sums_in_parts_are_exact(weight, act, channels, fill, parts):
   w = inputs(fill, integers(weight), (3, 3, channels, 4))
   levels = integers(act)
-  worst = np.where(
-      np.outer(winograd._INPUTS[2], winograd._INPUTS[2]) > 0,
-      levels.max(), levels.min())
+  worst = worst_tile(winograd.FLOAT, levels, 2, 2, 1)
   convolve = jax.jit(lambda x, w: run(x, w, parts))
   for x in (inputs('random', levels, (1, 6, 6, channels)),
             np.broadcast_to(worst[None, ..., None], (1, 6, 6, channels))):
@@ -145,24 +204,33 @@ def test_sums_in_parts_are_exact(weight, act, channels, fill, parts):
         expected_of(x, w))
 
 
-@pytest.mark.parametrize('at_once', [1, 2 * 36 * 4 * 8, 3 * 36 * 4 * 8])
-def test_images_a_few_at_a_time(monkeypatch, at_once):
-  monkeypatch.setattr(winograd, '_AT_ONCE', at_once)
+@pytest.mark.parametrize('algorithm', [winograd.FLOAT, winograd.BYTES],
+                         ids=['float', 'bytes'])
+@pytest.mark.parametrize('images', [0, 2, 3])
+def test_images_a_few_at_a_time(algorithm, images):
+  """One at least, however little room there is."""
+  m, n = algorithm.outputs.shape
+  each = n**2 * -(-7 // m) * (8 // m) * 8 * (
+      4 if algorithm is winograd.FLOAT else 1)
+  few = dataclasses.replace(algorithm, at_once=images * each)
   w = inputs('random', integers('E2M1'), (3, 3, 8, 5))
   x = inputs('random', integers('UE2M2'), (6, 7, 8, 8))
-  convolve = jax.jit(lambda x, w: run(x, w, 1))
+  convolve = jax.jit(lambda x, w: run(x, w, 1, few))
+  loops = convolve.lower(x.astype(np.float32), w).as_text().count('while')
+  assert loops  # a few images at a time
   np.testing.assert_array_equal(
       np.asarray(convolve(x.astype(np.float32), w), np.int64),
       expected_of(x, w))
 
 
-def test_nan_spoils_its_image_alone():
+@pytest.mark.parametrize('way', [one_part, in_bytes])
+def test_nan_spoils_its_image_alone(way):
   w = inputs('random', integers('E2M1'), (3, 3, 8, 5))
   x = inputs('random', integers('UE2M2'), (2, 7, 9, 8))
   expected = expected_of(x, w).astype(np.float32)
   x = x.astype(np.float32)
   x[1, 3, 4, 0] = expected[1] = np.nan
-  np.testing.assert_array_equal(one_part(x, w), expected)
+  np.testing.assert_array_equal(way(x, w), expected)
 
 
 def wide_layer(weight, act, zero_point=None):
@@ -186,35 +254,39 @@ def convolve(x, layer, implementation=None, carrier=None, strides=1,
 
 @pytest.fixture
 def calls(monkeypatch):
-  """Records the number of parts at every call of `winograd.conv`."""
+  """Records carrier and parts at every call of `winograd.conv`."""
   found, conv = [], winograd.conv
 
-  def record(x, weights, parts, *functions):
-    found.append(parts)
-    return conv(x, weights, parts, *functions)
+  def record(algorithm, x, weights, parts, *functions):
+    found.append((algorithm.carrier, parts))
+    return conv(algorithm, x, weights, parts, *functions)
 
   monkeypatch.setattr(winograd, 'conv', record)
   return found
 
 
 @pytest.mark.usefixtures('on_cpu')
-@pytest.mark.parametrize('weight, act, zero_point, parts', [
-    ('E2M1', 'E2M1', None, [1]),
-    ('E2M1', 'UE3M1', np.float32(-0.5), [4]),
+@pytest.mark.parametrize('fastest', ['f32', 'int8'])
+@pytest.mark.parametrize('weight, act, zero_point, expected', [
+    ('E2M1', 'E2M1', None, {'f32': ('f32', 1), 'int8': ('int8', 1)}),
+    # Beyond int8 when transformed: the larger tiles of float32 in its place.
+    ('E2M1', 'UE3M1', np.float32(-0.5), {
+        'f32': ('f32', 4), 'int8': ('f32', 4)}),
     # Levels that are no integers in float32, or too large.
-    ('E5M2', 'E2M1', None, []), ('E3M0', 'UE4M0', None, [])])
+    ('E5M2', 'E2M1', None, {}), ('E3M0', 'UE4M0', None, {})])
 def test_prepared_layers_equal_the_reference(
-    calls, weight, act, zero_point, parts):
+    monkeypatch, calls, fastest, weight, act, zero_point, expected):
   """Prepared layers equal the reference bit for bit."""
+  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
   layer, prepared = wide_layer(weight, act, zero_point)
   x = jnp.asarray(
       np.random.default_rng(4).normal(size=(16, 16, 16, 64)), jnp.float32)
-  expected = jax.jit(functools.partial(
+  reference = jax.jit(functools.partial(
       convolve, implementation='reference'))(x, layer)
   assert not calls
-  actual = jax.jit(convolve)(x, prepared)
-  assert calls == parts
-  np.testing.assert_array_equal(actual, expected)
+  actual = jax.jit(lambda x, layer: convolve(x, layer))(x, prepared)
+  assert calls == [expected[fastest]] if expected else not calls
+  np.testing.assert_array_equal(actual, reference)
 
 
 @pytest.mark.usefixtures('on_cpu')
@@ -222,7 +294,9 @@ def test_prepared_layers_equal_the_reference(
     {'strides': 2}, {'padding': 'VALID'}, {'padding': ((0, 2), (1, 1))},
     {'dilation': 2, 'padding': ((1, 1), (1, 1))}, {'carrier': 'bf16'},
     {'implementation': 'reference'}], ids=str)
-def test_other_convolutions_are_plain(calls, options):
+@pytest.mark.parametrize('fastest', ['f32', 'int8'])
+def test_other_convolutions_are_plain(monkeypatch, calls, fastest, options):
+  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
   _, prepared = wide_layer('E2M1', 'E2M1')
   jax.eval_shape(lambda x: convolve(x, prepared, **options),
                  jax.ShapeDtypeStruct((64, 8, 8, 64), jnp.float32))
@@ -230,8 +304,12 @@ def test_other_convolutions_are_plain(calls, options):
 
 
 @pytest.mark.usefixtures('on_cpu')
-@pytest.mark.parametrize('images, is_taken', [(16, True), (15, False)])
-def test_few_pixels_do_not_pay_for_the_weights(calls, images, is_taken):
+@pytest.mark.parametrize('fastest, images, is_taken', [
+    ('f32', 16, True), ('f32', 15, False), ('int8', 4, True),
+    ('int8', 3, False)])
+def test_few_pixels_do_not_pay_for_the_weights(
+    monkeypatch, calls, fastest, images, is_taken):
+  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
   _, prepared = wide_layer('E2M1', 'E2M1')
   jax.eval_shape(lambda x: convolve(x, prepared),
                  jax.ShapeDtypeStruct((images, 8, 8, 64), jnp.float32))

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import cpu
 from msfp_jax.kernels import product
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.geometry import Geometry
@@ -33,9 +34,6 @@ from msfp_jax.quant.qtensor import QTensor
 # Back end -> the implementation by kernels of its own.
 KERNELS = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
 IMPLEMENTATIONS = ('reference', 'xla', *KERNELS.values())
-# Carriers of XLA, of which the first that holds both formats is taken; those
-# of a chip's kernels are elsewhere those of XLA too.
-_CARRIERS = {'cpu': ('f32',)}
 
 
 def pick(layer: QLayer, shape: Sequence[int],
@@ -53,17 +51,23 @@ def pick(layer: QLayer, shape: Sequence[int],
   return 'xla'
 
 
-def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
-                 ) -> str:
-  """The carrier of an implementation on the default device."""
+def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str,
+                 geometry: Geometry | None = None) -> str:
+  """The carrier of an implementation on the default device.
+
+  The first that holds both formats, of those that the device multiplies
+  fastest.
+  """
   if implementation == 'reference' or layer.input.is_full:
     return 'f32'
   # A chip's kernels may be asked for on another device, to be interpreted: they
   # have their own chip's carriers there.
   backend = {name: key for key, name in KERNELS.items()}.get(
       implementation, jax.default_backend())
-  choices = _CARRIERS.get(backend)
-  if choices is None:
+  if backend == 'cpu':
+    choices = _carriers_of_cpu(layer, shape, geometry)
+  else:
+    # A chip's own are also those of XLA there.
     known = KERNELS.get(backend)
     choices = ops_of(known).carriers_of(
         jax.devices()[0].device_kind) if known else ('f32',)
@@ -73,6 +77,19 @@ def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str
     choices = [name for name in choices
                if name in ops_of(implementation).CARRIERS_OF_GROUPS]
   return next((name for name in choices if _carries(layer, shape, name)), 'f32')
+
+
+def _carriers_of_cpu(layer, shape, geometry):
+  """What a CPU multiplies fastest, of what the layer's scales allow."""
+  # float32 has the larger tiles of `winograd`, which are as fast as int8
+  # without any.
+  prepared = layer.prepared
+  if prepared is not None and prepared.parts and not prepared.fits_bytes:
+    return ('f32',)
+  # Scales inside of the sum are cheapest in one product of float32.
+  if not product.is_separable(input_of(layer, shape), layer.weight, geometry):
+    return ('f32',)
+  return ('int8', 'f32') if cpu.carrier() == 'int8' else ('f32',)
 
 
 def input_of(layer, shape):
@@ -153,7 +170,7 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
       or len(geometry.strides) != 2):
     return (f'it takes 2-D convolutions without groups and dilation, not '
             f'{geometry}')
-  carrier = carrier or pick_carrier(layer, shape, implementation)
+  carrier = carrier or pick_carrier(layer, shape, implementation, geometry)
   if groups and carrier not in ops.CARRIERS_OF_GROUPS:
     return (f'it multiplies inputs with scales of groups in '
             f'{" or ".join(ops.CARRIERS_OF_GROUPS)}, not in {carrier}')

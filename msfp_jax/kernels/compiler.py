@@ -6,25 +6,27 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from msfp_jax.kernels import cpu
 from msfp_jax.quant.qlayer import QLayer
-
-# XLA's CPU back end runs small products of its YNN library on one core each;
-# those of Winograd's algorithm are faster by Eigen. The value names what is
-# left to YNN.
-_CPU = {'xla_cpu_experimental_ynn_fusion_type':
-        'LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'}
 
 
 @functools.cache
-def options() -> dict[str, str] | None:
-  """Options for `jax.jit(compiler_options=)`; None where XLA lacks them."""
+def options(quantized: bool = True) -> dict[str, str] | None:
+  """Options for `jax.jit(compiler_options=)`; None where XLA lacks them.
+
+  Args:
+    quantized: whether the program has quantized layers. Packed and simulated
+      ones get the same, so that what is between layers is rounded alike; full
+      precision gets those that are fastest for float32.
+  """
   if jax.default_backend() != 'cpu':
     return None
+  found = cpu.OPTIONS[cpu.carrier() if quantized else 'f32']
   try:
-    jax.jit(lambda x: x + 1, compiler_options=_CPU).lower(0.0).compile()
+    jax.jit(lambda x: x + 1, compiler_options=found).lower(0.0).compile()
   except (jax.errors.JaxRuntimeError, ValueError):
     return None
-  return dict(_CPU)
+  return dict(found)
 
 
 def apart(run: Callable[[jax.Array, QLayer], jax.Array], x: jax.Array,

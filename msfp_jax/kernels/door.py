@@ -73,7 +73,8 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
   if reason := choice.why_not(
       implementation, layer, x.shape, geometry, carrier):
     raise ValueError(f'implementation {implementation!r}: {reason}')
-  carrier = carrier or choice.pick_carrier(layer, x.shape, implementation)
+  carrier = carrier or choice.pick_carrier(
+      layer, x.shape, implementation, geometry)
   work = functools.partial(_run, geometry=geometry,
                            implementation=implementation, carrier=carrier,
                            plain=plain)
@@ -113,8 +114,9 @@ def _run(layer, x, geometry, implementation, carrier, plain):
     out = out if layer.bias is None else out + layer.bias
   elif implementation in choice.KERNELS.values():
     out = _run_kernel(layer, seen, geometry, implementation, carrier)
-  elif _winograd_takes(layer, seen.shape, geometry, implementation, carrier):
-    out = _run_winograd(layer, seen, geometry)
+  elif algorithm := _winograd_of(
+      layer, seen.shape, geometry, implementation, carrier):
+    out = _run_winograd(algorithm, layer, seen, geometry)
   else:
     out = _run_xla(layer, seen, geometry, implementation, carrier, plain)
   if layer.around.down is not None:
@@ -152,9 +154,18 @@ def _run_tensor(layer, tensor, geometry, implementation, carrier, plain):
     return product.grouped(tensor, weight, layer.bias, geometry, carrier)
   if carrier == 'f32' and carriers.cancels(weight):
     return product.dequantized(tensor, weight, layer.bias, geometry, plain)
-  return product.separable(
+  out = product.separable(
       *product.operands(tensor, weight, geometry, carrier), layer.bias,
       geometry, multiply, _sums_of(layer, carrier))
+  return _with_nan(out, tensor, geometry) if carrier == 'int8' else out
+
+
+def _with_nan(out, tensor, geometry):
+  """Results in int8, NaN where the input has one: by image, row or token."""
+  # A maximum of bytes, which XLA's CPU back end does faster than `any`.
+  lost = jnp.isnan(tensor.levels()).astype(jnp.uint8)
+  axes = -1 if geometry is None else tuple(range(1, lost.ndim))
+  return jnp.where(lost.max(axes, keepdims=True) > 0, jnp.nan, out)
 
 
 def _multiply(v, w, *, geometry, carrier, plain):
@@ -179,23 +190,32 @@ def _sums_of(layer, carrier):
   return layer.prepared.tap_sums * (own.unit / other.unit)
 
 
-def _winograd_takes(layer, shape, geometry, implementation, carrier):
-  return (implementation == 'xla' and carrier == 'f32'
-          and layer.prepared is not None and layer.prepared.parts > 0
-          and jax.default_backend() == 'cpu'
-          and geometry is not None and geometry.plain
-          and geometry.padding == ((1, 1), (1, 1))
-          and winograd.pays_for(shape, layer.prepared.parts))
+def _winograd_of(layer, shape, geometry, implementation, carrier):
+  """The algorithm of `winograd` that computes a layer; None for a plain one."""
+  prepared = layer.prepared
+  if (implementation != 'xla' or prepared is None
+      or jax.default_backend() != 'cpu' or geometry is None
+      or not geometry.plain or geometry.padding != ((1, 1), (1, 1))):
+    return None
+  if carrier == 'int8' and prepared.fits_bytes:
+    algorithm, parts = winograd.BYTES, 1
+  elif carrier == 'f32' and prepared.parts:
+    algorithm, parts = winograd.FLOAT, prepared.parts
+  else:
+    return None
+  return algorithm if winograd.pays_for(algorithm, shape, parts) else None
 
 
-def _run_winograd(layer, x, geometry):
+def _run_winograd(algorithm, layer, x, geometry):
   # One scale for the input: it is quantized in parts, a few images at a time.
+  carrier = algorithm.carrier
   whole, weight = product.operands(
       layer.input.quantize(x, axis=-1), layer.weight, geometry, 'f32')
   scale, shift = product.epilogue(
       whole, weight, layer.bias, geometry, layer.prepared.tap_sums)
   return winograd.conv(
-      x, weight.v, layer.prepared.parts,
+      algorithm, x, weight.v,
+      layer.prepared.parts if carrier == 'f32' else 1,
       lambda x: carriers.operand(layer.input.quantize(x, axis=-1), 'f32').v,
       lambda y: carriers.add(y.astype(jnp.float32) * scale, shift))
 

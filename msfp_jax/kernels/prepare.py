@@ -42,8 +42,10 @@ def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
       if needs_sums:
         prepared = prepared.replace(tap_sums=values.sum(-2))
       if wide and _has_winograd(layer, values):
-        prepared = prepared.replace(parts=winograd.splits(
-            values, *_reach(layer.input)))
+        reach = _reach(layer.input)
+        prepared = prepared.replace(
+            parts=winograd.splits(values, *reach),
+            fits_bytes=winograd.fits(values, *reach))
   if _is_for_kernels(layer):
     weight = choice.lay_out(weight, implementation)
   return layer.replace(weight=weight, prepared=prepared)

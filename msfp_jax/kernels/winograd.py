@@ -1,15 +1,22 @@
-"""3x3 convolutions of levels with 4 times fewer multiplications, exactly.
+"""3x3 convolutions of levels with fewer multiplications, exactly.
 
-F(4x4, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308), with the
-fractions of its matrices moved to the end: levels are integers, so are all
-transformed values, and the result is divided by 576 without remainder.
-Products are summed in float32, which is exact as long as no sum of magnitudes
-exceeds 2^24; `splits` finds out for given weights, and cuts the channels where
-needed. The last transform is in int32, where a sum may leave the range and
-come back. In plain float32 the same algorithm loses 3 digits.
+F(m x m, 3x3) of Lavin and Gray (CVPR 2016, arXiv 1509.09308) in two sizes, with
+the fractions of its matrices moved to the end: levels are integers, so are all
+transformed values, and the result is divided by a constant without remainder.
+In plain float32 the same algorithm loses 3 digits.
+
+- `FLOAT`, m = 4: 4 times fewer multiplications, in float32, which is exact as
+  long as no sum of magnitudes exceeds 2^24. `splits` finds out for given
+  weights, and cuts the channels where needed.
+- `BYTES`, m = 2: 2.25 times fewer, in int8 with sums in int32. `fits` finds out
+  whether all transformed values are in int8. Where a CPU multiplies int8 fast
+  (see `cpu`) it is the faster one: a quarter of the bytes move.
+
+The last transform is in int32, where a sum may leave the range and come back.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +24,14 @@ import numpy as np
 
 from msfp_jax.kernels import carriers
 
-# Along one axis, a tile of 6 inputs d gives 4 outputs of the window g by
+
+# Along one axis, a tile of m + 2 inputs d gives m outputs of the window g by
 #
-#   y = _OUTPUTS @ ((_WEIGHTS @ g) * (_INPUTS @ d)) / 24
+#   y = outputs @ ((weights @ g) * (inputs @ d)) / excess
 #
-# with 6 products in place of 12; along both axes 36 in place of 144, 4 times
-# fewer (Toom-Cook at the points 0, 1, -1, 2, -2 and infinity, transposed).
-# Lavin and Gray divide the rows of _WEIGHTS by 4, 6, 6, 24, 24 and 1; here the
-# columns of _OUTPUTS are multiplied by 24 over these, so that all entries are
-# integers.
+# with m + 2 products in place of 3 m; along both axes (m + 2)^2 in place of
+# 9 m^2 (Toom-Cook at the points 0, 1, -1, for m = 4 also 2 and -2, and
+# infinity, transposed).
 #
 #   x [H, W, C] --> 6x6 tiles, 4 apart --> 36 x [tiles, C] --+
 #                                                            | 36 products
@@ -33,22 +39,60 @@ from msfp_jax.kernels import carriers
 #                                                            v
 #   y [H, W, D] <-- 4x4 tiles, side by side <-- 36 x [tiles, D]
 #
-# Weights 3 -> 6, inputs 6 -> 6, products 6 -> 4; 24 times too large.
-_WEIGHTS = np.array([
-    [1, 0, 0], [-1, -1, -1], [-1, 1, -1], [1, 2, 4], [1, -2, 4], [0, 0, 1]])
-_INPUTS = np.array([
-    [4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-    [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])
-_OUTPUTS = np.array([
-    [6, 4, 4, 1, 1, 0], [0, 4, -4, 2, -2, 0], [0, 4, 4, 4, 4, 0],
-    [0, 4, -4, 8, -8, 24]])
-_EXCESS = 24**2  # both axes
+# drawn for m = 4. Lavin and Gray divide the rows of `weights`; here the columns
+# of `outputs`, or the rows of `weights`, are multiplied until all are integers.
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+  """F(m x m, 3x3) in integers.
+
+  Attributes:
+    weights: `[m + 2, 3]`.
+    inputs: `[m + 2, m + 2]`.
+    outputs: `[m, m + 2]`.
+    excess: how much too large results are along one axis.
+    carrier: a key of `carriers.DTYPES`, in which products are made.
+    at_once: bytes of transformed inputs held at once, so that they, and sums of
+      4 bytes, stay in the cache.
+  """
+
+  weights: np.ndarray
+  inputs: np.ndarray
+  outputs: np.ndarray
+  excess: int
+  carrier: str
+  at_once: int
+
+  @property
+  def tile(self) -> int:
+    """m, the side of a tile of outputs."""
+    return len(self.outputs)
+
+
+# Lavin and Gray's rows of `weights` are divided by 4, 6, 6, 24, 24 and 1; here
+# the columns of `outputs` have 24 over these.
+FLOAT = Algorithm(
+    weights=np.array([[1, 0, 0], [-1, -1, -1], [-1, 1, -1], [1, 2, 4],
+                      [1, -2, 4], [0, 0, 1]]),
+    inputs=np.array([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0],
+                     [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
+                     [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]),
+    outputs=np.array([[6, 4, 4, 1, 1, 0], [0, 4, -4, 2, -2, 0],
+                      [0, 4, 4, 4, 4, 0], [0, 4, -4, 8, -8, 24]]),
+    excess=24, carrier='f32', at_once=2**24)
+# Halves in the two middle rows of `weights`: all of it is twice as large. The
+# inputs of E2M1 reach 4 x 12 then, its weights 9 x 12: both are in int8.
+BYTES = Algorithm(
+    weights=np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]),
+    inputs=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0],
+                     [0, 1, 0, -1]]),
+    outputs=np.array([[1, 1, 1, 0], [0, 1, -1, -1]]),
+    excess=2, carrier='int8', at_once=2**21)
 # From so many channels on, in and out, the transforms cost less than they save.
 _LEAST_CHANNELS = 64
 # Weights are transformed in every call, which fewer tiles do not pay for.
 _LEAST_TILES = 64
-# Transformed inputs held at once: 16 MB, so that they stay in the cache.
-_AT_ONCE = 2**22
+# In place of NaN in int8; no level is so low, as `fits` sees to.
+_LOST = -128
 
 
 def pays(channels: int, outputs: int) -> bool:
@@ -56,15 +100,32 @@ def pays(channels: int, outputs: int) -> bool:
   return min(channels, outputs) >= _LEAST_CHANNELS
 
 
-def pays_for(shape: Sequence[int], parts: int) -> bool:
+def pays_for(algorithm: Algorithm, shape: Sequence[int], parts: int = 1
+             ) -> bool:
   """Whether `conv` is faster for an input `[B, H, W, C]`, weights included."""
   images, height, width, _ = shape
-  tiles = images * -(-height // 4) * -(-width // 4)
+  size = algorithm.tile
+  tiles = images * -(-height // size) * -(-width // size)
   return tiles >= _LEAST_TILES * parts
 
 
+def fits(values: np.ndarray, lowest: float, highest: float) -> bool:
+  """Whether `BYTES` holds all transformed values in int8, and sums in int32.
+
+  Args:
+    values: the weights, integers `[..., 3, 3, C, D]`; all banks must fit.
+    lowest: of the inputs, which are integers.
+    highest: likewise.
+  """
+  values = np.asarray(values, np.int32)
+  weights = np.abs(_positions(BYTES, values)).max()
+  inputs = _reach(BYTES, lowest, highest).max()
+  return (max(weights, inputs) <= 127
+          and _results_fit(BYTES, values, lowest, highest))
+
+
 def splits(values: np.ndarray, lowest: float, highest: float) -> int:
-  """Into how many parts the channels are cut so that all sums are exact.
+  """Into how many parts `FLOAT` cuts the channels so that all sums are exact.
 
   Args:
     values: the weights, integers `[..., 3, 3, C, D]`; all banks must fit.
@@ -75,21 +136,15 @@ def splits(values: np.ndarray, lowest: float, highest: float) -> int:
     1, 2, 4 or 8; 0 if that is not enough.
   """
   values = np.asarray(values, np.int32)
-  # The result, before it is divided, must be in int32. What comes before it
-  # need not: integers that wrap around add up to the right ones in the end.
-  sums = np.abs(values).sum((-4, -3, -2)).max()
-  largest = max(abs(lowest), abs(highest))
-  if sums * largest * _EXCESS > carriers.EXACT_INT32:
+  if not _results_fit(FLOAT, values, lowest, highest):
     return 0
-  positions = np.abs(np.einsum(
-      'bj,...ajcd->...abcd', _WEIGHTS,
-      np.einsum('ai,...ijcd->...ajcd', _WEIGHTS, values)))
+  positions = np.abs(_positions(FLOAT, values))
   # Sums over channels are in float32, one at each of the 36 positions: at most
   # the largest transformed input there, times the sum of the weights'
   # magnitudes. Halves of the channels have about half of that, and are added up
   # in int32.
   *banks, _, _, channels, outputs = positions.shape
-  reach = _reach(lowest, highest)
+  reach = _reach(FLOAT, lowest, highest)
   for count in (1, 2, 4, 8):
     if channels % count == 0:
       parts = positions.reshape(
@@ -100,16 +155,33 @@ def splits(values: np.ndarray, lowest: float, highest: float) -> int:
   return 0
 
 
-def _reach(lowest: float, highest: float) -> np.ndarray:
-  """The largest magnitude of transformed inputs at every position, `[6, 6]`."""
-  # Reached where each of the 36 inputs is at the end of the range that the sign
-  # of its weight asks for. Inputs of one sign reach less far than signed ones.
-  weights = np.einsum('ai,bj->abij', _INPUTS, _INPUTS)
+def _results_fit(algorithm, values, lowest, highest):
+  """Whether results are in int32 before they are divided."""
+  # What comes before them need not be: integers that wrap around add up to the
+  # right ones in the end.
+  sums = np.abs(values).sum((-4, -3, -2)).max()
+  largest = max(abs(lowest), abs(highest))
+  return sums * largest * algorithm.excess**2 <= carriers.EXACT_INT32
+
+
+def _positions(algorithm, values):
+  """Transforms weights `[..., 3, 3, C, D]` -> `[..., m + 2, m + 2, C, D]`."""
+  return np.einsum(
+      'bj,...ajcd->...abcd', algorithm.weights,
+      np.einsum('ai,...ijcd->...ajcd', algorithm.weights, values))
+
+
+def _reach(algorithm: Algorithm, lowest: float, highest: float) -> np.ndarray:
+  """The largest magnitude of transformed inputs, `[m + 2, m + 2]`."""
+  # Reached where each of the inputs of a tile is at the end of the range that
+  # the sign of its weight asks for. Inputs of one sign reach less far than
+  # signed ones.
+  weights = np.einsum('ai,bj->abij', algorithm.inputs, algorithm.inputs)
   ends = np.stack([weights * lowest, weights * highest])
   return np.maximum(ends.max(0).sum((2, 3)), -ends.min(0).sum((2, 3)))
 
 
-def conv(x: jax.Array, weights: jax.Array, parts: int,
+def conv(algorithm: Algorithm, x: jax.Array, weights: jax.Array, parts: int,
          prepare: Callable[[jax.Array], jax.Array],
          finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
   """3x3 convolution, stride 1, one pixel of zeros around.
@@ -118,9 +190,10 @@ def conv(x: jax.Array, weights: jax.Array, parts: int,
   everything between stays in the cache.
 
   Args:
+    algorithm: which one.
     x: `[B, H, W, C]`.
     weights: integers in float32 `[3, 3, C, D]`.
-    parts: what `splits` found, or more.
+    parts: what `splits` found, or more; 1 for `BYTES`.
     prepare: x -> integers in float32, for some images.
     finish: sums, int32 `[b, H, W, D]` -> result, floating-point.
 
@@ -128,19 +201,27 @@ def conv(x: jax.Array, weights: jax.Array, parts: int,
     finish's results, `[B, H, W, D]`; NaN for images that have one.
   """
   images, height, width, channels = x.shape
-  weights = _transform(_WEIGHTS, _transform(_WEIGHTS, weights), axis=1)
-  weights = weights.reshape(36, *weights.shape[2:])
-  # 36 values for 16 pixels: transformed, an image takes 2.25 times its room.
-  each = 36 * -(-height // 4) * -(-width // 4) * (channels // parts)
-  some = next(n for n in range(images, 0, -1)
-              if images % n == 0 and (n * each <= _AT_ONCE or n == 1))
+  weights = _transform(algorithm.weights, _transform(
+      algorithm.weights, weights), axis=1)
+  dtype = carriers.DTYPES[algorithm.carrier][0]
+  weights = weights.reshape(-1, *weights.shape[2:]).astype(dtype)
+  size = algorithm.tile
+  tiles = -(-height // size) * -(-width // size)
+  each = len(weights) * tiles * (channels // parts) * dtype.dtype.itemsize
+  some = next(n for n in range(images, 0, -1) if images % n == 0
+              and (n * each <= algorithm.at_once or n == 1))
 
   def run(x):
     x = prepare(x)
-    out = finish(_convolve(x, weights, parts))
-    # int32 has no NaN.
-    lost = jnp.isnan(x).any((1, 2, 3), keepdims=True)
-    return jnp.where(lost, jnp.nan, out)
+    if dtype == jnp.int8:
+      # A quarter of the bytes to look through.
+      x = jnp.where(jnp.isnan(x), _LOST, x).astype(dtype)
+      lost = (x == _LOST).astype(jnp.uint8)
+    else:
+      lost = jnp.isnan(x).astype(jnp.uint8)
+    out = finish(_convolve(algorithm, x, weights, parts))
+    # Sums in int32 have no NaN. By a maximum, which XLA does faster than `any`.
+    return jnp.where(lost.max((1, 2, 3), keepdims=True) > 0, jnp.nan, out)
 
   if some == images:
     return run(x)
@@ -148,35 +229,47 @@ def conv(x: jax.Array, weights: jax.Array, parts: int,
   return out.reshape(*x.shape[:3], -1)
 
 
-def _convolve(x, weights, parts):
+def _convolve(algorithm, x, weights, parts):
   """Convolves integers `[b, H, W, C]` to int32 `[b, H, W, D]`."""
   images, height, width, channels = x.shape
-  tall, wide = -(-height // 4), -(-width // 4)  # tiles
+  m, n = algorithm.outputs.shape
+  tall, wide = -(-height // m), -(-width // m)  # tiles
   # A border of one, and as much at the end as the last tiles need.
-  x = jnp.pad(x, ((0, 0), (1, 1 + -height % 4), (1, 1 + -width % 4), (0, 0)))
+  x = jnp.pad(x, ((0, 0), (1, 1 + -height % m), (1, 1 + -width % m), (0, 0)))
   # Barriers keep XLA from computing one stage again for each use in the next.
   once = jax.lax.optimization_barrier
+  _, sums = carriers.DTYPES[algorithm.carrier]
   size, products = channels // parts, 0
   for start in range(0, channels, size):
     part = x[..., start:start + size]
-    # [b, h, w, c] -> [6, b, tall, w, c] -> [6, 6, b, tall, wide, c]; slice i of
+    # [b, h, w, c] -> [n, b, tall, w, c] -> [n, n, b, tall, wide, c]; slice i of
     # an axis has pixel i of every tile.
-    part = once(jnp.stack(_combine(
-        _INPUTS, [part[:, i:i + 4 * tall - 3:4] for i in range(6)])))
-    part = once(jnp.stack(_combine(
-        _INPUTS, [part[..., j:j + 4 * wide - 3:4, :] for j in range(6)]),
-                          axis=1))
-    # 36 products of [b * tall * wide, c] and [c, D].
+    part = once(jnp.stack(_combine(algorithm.inputs, [
+        part[:, i:i + m * (tall - 1) + 1:m] for i in range(n)])))
+    part = once(jnp.stack(_combine(algorithm.inputs, [
+        part[..., j:j + m * (wide - 1) + 1:m, :] for j in range(n)]), axis=1))
+    # n^2 products of [b * tall * wide, c] and [c, D].
     products += jnp.matmul(
-        part.reshape(36, -1, size), weights[:, start:start + size]
-    ).astype(jnp.int32)
-  products = products.reshape(6, 6, images, tall, wide, -1)
-  out = once(_transform(_OUTPUTS, products))
-  out = _transform(_OUTPUTS, out, axis=1)
-  # [4, 4, b, tall, wide, D] -> [b, tall, 4, wide, 4, D], which are images.
+        part.reshape(n * n, -1, size), weights[:, start:start + size],
+        preferred_element_type=sums).astype(jnp.int32)
+  products = products.reshape(n, n, images, tall, wide, -1)
+  out = once(_transform(algorithm.outputs, products))
+  out = _transform(algorithm.outputs, out, axis=1)
+  # [m, m, b, tall, wide, D] -> [b, tall, m, wide, m, D], which are images.
   out = out.transpose(2, 3, 0, 4, 1, 5)
-  out = out.reshape(images, 4 * tall, 4 * wide, -1)[:, :height, :width]
-  return out // _EXCESS  # without remainder
+  out = out.reshape(images, m * tall, m * wide, -1)[:, :height, :width]
+  return _divide(out, algorithm.excess**2)
+
+
+def _divide(x, divisor):
+  """x / divisor in int32, where there is no remainder."""
+  # CPUs have no division of vectors. 2^k leaves by a shift; of what is left, an
+  # odd number, the inverse modulo 2^32 multiplies to the quotient.
+  shift = (divisor & -divisor).bit_length() - 1
+  inverse = np.uint32(pow(divisor >> shift, -1, 2**32)).view(np.int32)
+  if inverse != 1:
+    x = x * inverse
+  return jax.lax.shift_right_arithmetic(x, np.int32(shift))
 
 
 def _transform(matrix: np.ndarray, x: jax.Array, axis: int = 0) -> jax.Array:

@@ -31,12 +31,14 @@ class Prepared:
   Attributes:
     tap_sums: sums over I of the weights as carried in float32, `[*window, O]`,
       or with an axis of banks before; None where no zero point needs them.
-    parts: into how many the channels are cut so that `kernels.winograd` sums
+    parts: into how many the channels are cut so that `winograd.FLOAT` sums
       exactly; 0 for no such convolution.
+    fits_bytes: whether `winograd.BYTES` holds what it transforms.
   """
 
   tap_sums: jax.Array | None = None
   parts: int = flax.struct.field(pytree_node=False, default=0)
+  fits_bytes: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass

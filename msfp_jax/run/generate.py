@@ -9,7 +9,6 @@ import numpy as np
 
 from msfp_jax import data
 from msfp_jax import diffusion
-from msfp_jax import kernels
 from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
@@ -62,7 +61,7 @@ class Drawer:
           noise, jax.random.fold_in(key, 1))
 
     # Weights are arguments: constants would be folded at compile time.
-    self._draw = jax.jit(draw, compiler_options=kernels.compiler_options())
+    self._draw = jax.jit(draw, compiler_options=model.compiler_options)
 
   def of(self, model: packed_lib.PackedModel) -> 'Drawer':
     """Draws in the same way from another model."""

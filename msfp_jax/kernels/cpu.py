@@ -1,0 +1,78 @@
+"""What this CPU multiplies fastest, by a measurement."""
+
+from collections.abc import Callable
+import functools
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax.kernels import winograd
+
+# Of XLA's CPU back end. Products of its YNN library run on one core each where
+# they are small; those of Winograd's algorithm in float32, and attention's, are
+# faster by Eigen. The value names what is left to YNN.
+_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
+_CONVOLUTIONS = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
+# Products in int8 only YNN has for vectors of bytes.
+OPTIONS = {'f32': {_FLAG: _CONVOLUTIONS},
+           'int8': {_FLAG: f'{_CONVOLUTIONS},LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
+                    }}
+# Images, side, channels and outputs of the layer that is measured: of medium
+# size, a few milliseconds.
+_SHAPE = (8, 16, 128, 128)
+_ROUNDS = 7
+# float32 needs no second copy of what is decoded: by so much int8 must win.
+_MARGIN = 1.1
+
+
+@functools.cache
+def carrier() -> str:
+  """'int8' where quantized layers by it are faster here, else 'f32'.
+
+  Takes about a second, once a process. Both give the same numbers, so that
+  nothing but time depends on it.
+  """
+  # Not a list of instruction sets: what matters is what XLA makes of them.
+  # Compiled and called apart from any trace that asks.
+  with jax.ensure_compile_time_eval():
+    device = jax.devices('cpu')[0]
+    try:
+      with jax.default_device(device):
+        seconds = _race({name: _layer(name) for name in OPTIONS})
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      # An XLA that lacks the options.
+      logging.info('packed layers by float32: %s', error)
+      return 'f32'
+  found = 'int8' if seconds['int8'] * _MARGIN < seconds['f32'] else 'f32'
+  logging.info('this CPU runs a packed layer in %.1f ms by int8, in %.1f by '
+               'float32: %s is taken', seconds['int8'] * 1e3,
+               seconds['f32'] * 1e3, found)
+  return found
+
+
+def _layer(name: str) -> Callable[[], Any]:
+  """A convolution as packed layers run it by a carrier, compiled."""
+  images, side, channels, outputs = _SHAPE
+  algorithm = {'f32': winograd.FLOAT, 'int8': winograd.BYTES}[name]
+  x = np.ones((images, side, side, channels), np.float32)
+  w = np.ones((3, 3, channels, outputs), np.float32)
+  run = jax.jit(
+      lambda x, w: winograd.conv(
+          algorithm, x, w, 1, jnp.round, lambda y: y.astype(jnp.float32)),
+      compiler_options=OPTIONS[name]).lower(x, w).compile()
+  return functools.partial(run, *jax.device_put((x, w)))
+
+
+def _race(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+  """The least time of each, in turn."""
+  seconds = dict.fromkeys(runs, float('inf'))
+  for _ in range(_ROUNDS):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds[name] = min(seconds[name], time.perf_counter() - start)
+  return seconds
