@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from msfp_jax.kernels import apply as apply_lib
+from msfp_jax.kernels import cpu
 from msfp_jax.quant import interception
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
@@ -253,8 +254,9 @@ def test_a_format_that_the_kernels_lack():
     apply_lib.apply(model, {}, packed, x, implementation='mosaic_tpu')
 
 
-def test_a_convolution_of_the_models_own_is_used():
+def test_a_convolution_of_the_models_own_is_used(monkeypatch):
   """A model's own convolution is used, for products in float32."""
+  monkeypatch.setattr(cpu, 'carrier', lambda: 'f32')
   calls = []
 
   def double(*args, **options):
