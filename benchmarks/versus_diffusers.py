@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import diffusers_sampler
 from msfp_jax import diffusion
+from msfp_jax import kernels
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 
@@ -35,12 +36,16 @@ _PAIRS = flags.DEFINE_integer('pairs', 5, 'Timed pairs.')
 
 
 def sampler(config: UNetConfig, params):
-  """Makes our sampler, noise `[B, H, W, C]` -> samples."""
+  """Makes our sampler, noise `[B, H, W, C]` -> samples.
+
+  With the options for XLA by which the package samples in full precision.
+  """
   schedule = diffusion.make_schedule('linear', num_train_steps=1000, **_BETAS)
   plan = diffusion.make_plan(schedule, 'ddim', num_steps=_STEPS.value)
   model = UNet(config)
   run = jax.jit(lambda params, x: diffusion.sample(
-      lambda x, t, step: model.apply({'params': params}, x, t), plan, x))
+      lambda x, t, step: model.apply({'params': params}, x, t), plan, x),
+                compiler_options=kernels.compiler_options(quantized=False))
   return lambda x: np.asarray(run(params, x))
 
 
