@@ -5,6 +5,7 @@ import contextlib
 import functools
 import pathlib
 import time
+from typing import Any
 from unittest import mock
 
 import jax
@@ -33,21 +34,25 @@ def _no_device(sharding):
       (1,), ('x',), abstract_device=device))
 
 
-def lower(case: Case, method: Method, sharding=None) -> jax.stages.Lowered:
-  """Lowers a way to compute a case; it can be compiled with a sharding."""
+def shapes(case: Case, method: Method) -> list[tuple[tuple[int, ...], Any]]:
+  """Shapes and dtypes of what a way to compute a case takes."""
   dtype = carriers.DTYPES[method.carrier][0]
   n, *window = (case.w_shape[-1], *case.w_shape[:-2])
-  weights = (n, *window, case.k)
+  weights = (n, *window, case.k), dtype
   if method.packed:
-    weights = (-(-n // 64) * 64, *window, -(-case.k // 64) * 32)
-  shapes = ((case.x_shape, dtype), (weights, np.uint8 if method.packed
-                                    else dtype), ((n,), np.float32),
-            ((n,), np.float32), *[
-                (shape, np.uint8 if name == 'flags' else np.float32)
-                for name, shape in method.more.items()])
+    weights = (-(-n // 64) * 64, *window, -(-case.k // 64) * 32), np.uint8
+  column = (n,), np.float32
+  return [(case.x_shape, dtype), weights, column, column, *[
+      (shape, np.uint8 if name == 'flags' else np.float32)
+      for name, shape in method.more.items()]]
+
+
+def lower(case: Case, method: Method, sharding=None) -> jax.stages.Lowered:
+  """Lowers a way to compute a case; it can be compiled with a sharding."""
   with _no_device(sharding):
     return jax.jit(method.function).trace(*(
-        jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
+        jax.ShapeDtypeStruct(*shape, sharding=sharding)
+        for shape in shapes(case, method))
     ).lower(lowering_platforms=('cuda',))
 
 

@@ -99,6 +99,12 @@ def layer(case: Case, kind: slower.Kind) -> tuple[QLayer, jax.Array]:
       QLayer(weight, inputs, None), 'mosaic_gpu').at(0), x
 
 
+def geometry_of(case: Case) -> geometry_lib.Geometry | None:
+  """Of a convolution; None for a product."""
+  return geometry_lib.resolve(
+      case.x_shape, case.w_shape[:-2]) if case.size else None
+
+
 def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS
             ) -> dict[str, Any]:
   """Times a layer by XLA and by the kernel: 'us' of each, 'times' XLA's.
@@ -112,8 +118,7 @@ def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS
     ValueError: their results differ.
   """
   packed, x = layer(case, kind)
-  geometry = geometry_lib.resolve(
-      case.x_shape, case.w_shape[:-2]) if case.size else None
+  geometry = geometry_of(case)
   size = sum(a.nbytes for a in jax.tree.leaves((packed, x)))
   size += 2 * math.prod(case.y_shape)
   us, results = {}, []
