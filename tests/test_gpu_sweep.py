@@ -170,12 +170,14 @@ def test_rows_go_on_to_where_nothing_was_won():
 
 
 def fake_measurements(monkeypatch, calls):
-  """Makes 'toy' the worst, for which other blocks are twice as fast."""
+  """Makes 'toy' the worst, slower than XLA; other blocks are twice as fast."""
+  there = HERE | {'device': jax.devices()[0].device_kind}
 
   def run_case(case, roofline, methods):
     calls.append(case.name)
-    yield from (row(90.0 if case.name == 'toy' else 10.0, method=method.name)
-                for method in methods)
+    for method in methods:
+      slow = case.name == 'toy' and method.packed
+      yield row(90.0 if slow else 50.0, method=method.name)
 
   def measure(case, method, *unused):
     calls.append(method.name)
@@ -183,19 +185,19 @@ def fake_measurements(monkeypatch, calls):
     return {'us': 90.0 if slow else 45.0}
 
   def compare(case, kind, ways):
-    calls.append(kind)
-    return {'times': 2.0, **HERE}
+    calls.append((case.name, measured.choose(hopper_cases.work(case))))
+    return {'times': 2.0, **there}
 
   monkeypatch.setattr(hopper, 'run_case', run_case)
   monkeypatch.setattr(hopper, 'measure', measure)
-  monkeypatch.setattr(hopper_sweep, 'there', lambda: HERE)
+  monkeypatch.setattr(hopper_sweep, 'there', lambda: there)
   monkeypatch.setattr(hopper_rivals, 'compare', compare)
   monkeypatch.setattr(products, 'stand_in', lambda case, method: method)
 
 
 def test_the_stage_sweeps_the_worst_and_goes_on(tmp_path, monkeypatch, capsys):
   calls, toys = [], [Case('toy', 16, 64, 64), *(
-      Case(f'other {i}', 16, 64, 64) for i in range(3))]
+      Case(f'other {i}', 16 + i, 64, 128) for i in range(3))]
   fake_measurements(monkeypatch, calls)
   stage = lambda: products.Products(
       record_lib.Record(tmp_path, 60.0), toys, dry=True)
@@ -205,9 +207,16 @@ def test_the_stage_sweeps_the_worst_and_goes_on(tmp_path, monkeypatch, capsys):
   assert calls[4:4 + len(tried)] == tried
   found = runner.read(tmp_path / runner.FOUND)['measurements']
   won = eval(found['blocks']['value'], vars(measured))
-  assert {one.work for one in won} == {hopper_cases.work(toys[0])}
-  assert all(one.times == 2.0 for one in won)
-  assert found['blocks']['value'] in capsys.readouterr().out
+  assert len(won) == hopper_sweep.WORST and won[0].times == 2.0
+  assert won[0].work == hopper_cases.work(toys[0])
+  # Compared with XLA by the blocks that won, and with no other case.
+  assert calls[-1] == ('toy', won[0].blocks)
+  assert [call for call in calls if isinstance(call, tuple)] == calls[-1:]
+  lost, = eval(found['slower']['value'], vars(measured))
+  assert lost.holds(
+      hopper_rivals.operation(toys[0], lost.kind), lost.device)
+  said = capsys.readouterr().out
+  assert all(found[table]['value'] in said for table in ('blocks', 'slower'))
   done = len(calls)
   assert stage().run() == 0
   assert len(calls) == done

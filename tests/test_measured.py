@@ -59,6 +59,18 @@ def test_blocks_that_won_are_taken_for_what_was_measured(monkeypatch):
   assert of_gpu.choose(WORK) == OTHER
 
 
+def test_rows_are_tried_before_those_of_the_table(monkeypatch):
+  own, table = blocks_lib.ranked(WORK)[0], blocks_lib.Blocks(16, 64, 3)
+  monkeypatch.setattr(of_gpu, 'BLOCKS', (tuned(blocks=table),))
+  with pytest.raises(KeyError), of_gpu.trying(tuned()):
+    assert of_gpu.choose(WORK) == OTHER
+    with of_gpu.trying(tuned(blocks=own)):
+      assert of_gpu.choose(WORK) == own
+    assert of_gpu.choose(WORK) == OTHER
+    raise KeyError
+  assert of_gpu.choose(WORK) == table
+
+
 def test_the_kernel_asks_the_table(monkeypatch):
   """Unless blocks are given."""
   asked = []

@@ -5,6 +5,9 @@ be written here: the blocks that won among others, and the products that XLA
 computes faster. A row counts on the card that it names, for what was measured.
 """
 
+from collections.abc import Iterator
+import contextlib
+import contextvars
 import dataclasses
 
 import jax
@@ -55,10 +58,26 @@ BLOCKS: tuple[Tuned, ...] = ()
 SLOWER: tuple[slower.Slower, ...] = ()
 
 
+_tried = contextvars.ContextVar('tried', default=())
+
+
+@contextlib.contextmanager
+def trying(*rows: Tuned) -> Iterator[None]:
+  """Lets rows count before the table's, for what is traced in this context.
+
+  What was traced before, and what `jax.jit` still has of it, stays as it is.
+  """
+  token = _tried.set(rows)
+  try:
+    yield
+  finally:
+    _tried.reset(token)
+
+
 def choose(work: blocks_lib.Work) -> blocks_lib.Blocks:
   """The blocks that the default device measured as best; else the model's."""
   device = jax.devices()[0].device_kind
-  for row in BLOCKS:
+  for row in (*_tried.get(), *BLOCKS):
     if row.device == device and row.work == work:
       return row.blocks
   return blocks_lib.ranked(work)[0]
