@@ -21,7 +21,7 @@ from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.kernels.mosaic_gpu import measured
 
 CASES = {case.name: case for case in hopper_cases.CASES}
-LARGE, SMALL = CASES['large'], Case('small', 16, 64, 64, more=True)
+LARGE, SMALL = CASES['large'], Case('small', 16, 128, 64, more=True)
 HERE = {'device': 'a card', 'versions': 'some'}
 
 
@@ -121,7 +121,7 @@ def test_what_may_be_lost_is_what_xla_does_with_decoded_weights():
 
 
 @pytest.mark.parametrize('case', [
-    SMALL, Case('conv', 1, 64, 16, 8, more=True),
+    SMALL, Case('conv', 1, 128, 16, 8, more=True),
     Case('QuaRTZ', 16, 64, 64, flag_group=16)])
 def test_layers_are_of_the_kinds_that_rows_measure(case):
   kinds = hopper_rivals.kinds(case)

@@ -9,8 +9,8 @@ however it ends; one whose results lie there from an earlier call is skipped
 (`--again=NAME` drops them), and of one that did not finish what it has measured
 is not measured again.
 Compiled programs are kept in --output/cache. kernels.log ends in the rows that
-msfp_jax/kernels/mosaic_gpu/measured.py would have to hold. `--dry` does all of it on a CPU,
-at toy sizes.
+msfp_jax/kernels/mosaic_gpu/measured.py would have to hold. `--dry` does all of
+it on a CPU, at toy sizes.
 
 What comes back: with --pieces, after each stage all that a later call needs is
 in files of at most 15 MiB in that folder (results; teacher, of which also while
