@@ -192,9 +192,14 @@ def test_a_kernel_that_is_asked_for_runs_though_it_loses(monkeypatch):
   assert ran
 
 
-def test_xla_runs_what_is_laid_out_for_hopper():
-  case = SOME['conv']('E2M1', 'E2M1')
+@pytest.mark.parametrize('name', [*OPERATIONS, 'groups under a window'])
+def test_xla_runs_what_is_laid_out_for_hopper(name):
+  """As codes in their own order: the layers that a kernel loses are such."""
+  case = OPERATIONS[name][0] if name in OPERATIONS else conv_case(
+      (1, 5, 4, 64), (3, 3, 64, 4), 'E2M1', 'E2M1', padding=1,
+      weights=Block(E2M1, group=16), inputs=Block(E2M1, group=32))
   layer = prepared(case.packed, 'mosaic_gpu')
+  assert layer.weight.layout != case.packed.weight.layout
   np.testing.assert_array_equal(
       case.run(layer, implementation='xla', carrier='int8'),
       case.run(implementation='xla', carrier='int8'))
