@@ -52,6 +52,7 @@ SAMPLES = 64  # at once
 ROOFLINES = {'H200': (790e12, 1580e12, 4.3e12), 'H100': (790e12, 1580e12,
                                                          3.35e12)}
 L2_BYTES = 50 * 2**20
+LEAST = 0.15  # seconds of a run that is timed
 
 
 def widens(hlo: str) -> bool:
@@ -63,7 +64,7 @@ def widens(hlo: str) -> bool:
           r'= (\w+)\[\S* convert\((?:\S+ )?%?([\w.-]+)\)', hlo))
 
 
-def seconds(compiled, copies, least: float = 0.15, repeats: int = 3) -> float:
+def seconds(compiled, copies, least: float = LEAST, repeats: int = 3) -> float:
   """Times one product: the fastest of three runs of `least` seconds or more."""
   jax.block_until_ready(compiled(copies))
   best, calls = math.inf, 2
@@ -96,8 +97,8 @@ def of_copies(function, args, size: int):
       function(*copy) for copy in copies]).lower(copies).compile(), copies
 
 
-def measure(case: Case, method: Method, drawn, truth, roofline
-            ) -> dict[str, Any]:
+def measure(case: Case, method: Method, drawn, truth, roofline,
+            least: float = LEAST) -> dict[str, Any]:
   """Measures a row: the time, whether right, and shares of the roofline."""
   x_bits = {'bf16': 16, 'int8': 8, 'fp8': 8}[method.carrier]
   size = case.bytes(x_bits, 4 if method.packed else x_bits)
@@ -107,7 +108,7 @@ def measure(case: Case, method: Method, drawn, truth, roofline
   # In the sum of magnitudes: y and the truth are rounded to bf16's 8 bits.
   bound = {'bf16': 2.0**-7, 'int8': 0.0,
            'fp8': hopper_checks.fp8_bound(case.length) + 2.0**-8}
-  taken = seconds(compiled, copies)
+  taken = seconds(compiled, copies, least)
   peak = roofline and roofline[0 if method.carrier == 'bf16' else 1]
   floor = roofline and max(case.flop / peak, size / roofline[2])
   row = {
@@ -156,20 +157,21 @@ def show(case: Case, method: Method, row, base: float | None) -> str:
       row.get('note', ''), '']).strip()
 
 
-def run_case(case: Case, roofline, methods: Iterable[Method] | None = None
-             ) -> Iterator[dict[str, Any]]:
+def run_case(case: Case, roofline, methods: Iterable[Method] | None = None,
+             least: float = LEAST) -> Iterator[dict[str, Any]]:
   """Measures and prints the rows of a case; an error is a row's note.
 
   Args:
     case: what is computed.
     roofline: as in ROOFLINES, or None.
     methods: the ways; None for all of `hopper_cases.methods`.
+    least: as for `seconds`.
   """
   drawn, base = hopper_cases.draw(case), None
   truth = truths(case, drawn)
   for method in hopper_cases.methods(case) if methods is None else methods:
     try:
-      row = measure(case, method, drawn, truth, roofline)
+      row = measure(case, method, drawn, truth, roofline, least)
     except Exception as error:  # noqa: BLE001 - the others go on
       row = {'note': hopper_absent.describe(error)}
     if method.carrier == 'bf16' and 'note' not in row:

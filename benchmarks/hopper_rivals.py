@@ -105,14 +105,15 @@ def geometry_of(case: Case) -> geometry_lib.Geometry | None:
       case.x_shape, case.w_shape[:-2]) if case.size else None
 
 
-def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS
-            ) -> dict[str, Any]:
+def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS,
+            least: float = hopper.LEAST) -> dict[str, Any]:
   """Times a layer by XLA and by the kernel: 'us' of each, 'times' XLA's.
 
   Args:
     case: its size.
     kind: its scales.
     ways: the implementations, first XLA's.
+    least: as for `hopper.seconds`.
 
   Raises:
     ValueError: their results differ.
@@ -127,7 +128,7 @@ def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS
         packed, x, geometry, implementation=way)
     compiled, copies = hopper.of_copies(run, (packed, x), size)
     results.append(np.asarray(compiled(copies)[-1], np.float32))
-    us[way] = hopper.seconds(compiled, copies) * 1e6
+    us[way] = hopper.seconds(compiled, copies, least) * 1e6
   apart = float(np.linalg.norm(results[1] - results[0])
                 / np.linalg.norm(results[0]))
   if not apart <= _MOST_APART:

@@ -173,7 +173,7 @@ def fake_measurements(monkeypatch, calls):
   """Makes 'toy' the worst, slower than XLA; other blocks are twice as fast."""
   there = HERE | {'device': jax.devices()[0].device_kind}
 
-  def run_case(case, roofline, methods):
+  def run_case(case, roofline, methods, least):
     calls.append(case.name)
     for method in methods:
       slow = case.name == 'toy' and method.packed
@@ -184,7 +184,7 @@ def fake_measurements(monkeypatch, calls):
     slow = method.name == hopper_sweep.name(hopper_sweep.blocks(case)[0])
     return {'us': 90.0 if slow else 45.0}
 
-  def compare(case, kind, ways):
+  def compare(case, kind, ways, least):
     calls.append((case.name, measured.choose(hopper_cases.work(case))))
     return {'times': 2.0, **there}
 

@@ -51,6 +51,7 @@ class Products:
     self._record = record
     self._cases = tuple(cases)
     self._dry = dry
+    self._least = 0.01 if dry else hopper.LEAST
     self._limits = None
     self._wanted = [case.name for case in self._cases]
     # Of the case at hand: each of its kernels meets the same numbers.
@@ -112,7 +113,8 @@ class Products:
     Raises:
       RuntimeError: the device answered no more after one of them.
     """
-    found = list(hopper.run_case(case, self._roofline(), self._methods(case)))
+    found = list(hopper.run_case(
+        case, self._roofline(), self._methods(case), self._least))
     if not record_lib.answers():
       raise RuntimeError(f'it ended with {[row.get("note") for row in found]}')
     return found
@@ -136,7 +138,8 @@ class Products:
     if self._dry:
       method = stand_in(case, method)
     return hopper.measure(case, method, self._drawn(case), self._truths(case),
-                          self._roofline()) | hopper_sweep.there()
+                          self._roofline(), self._least
+                          ) | hopper_sweep.there()
 
   def _compare(self) -> Iterator[hopper_rivals.Outcome]:
     """Runs layers by XLA too where the kernel may be slower than that."""
@@ -146,7 +149,8 @@ class Products:
       for kind, doubted in known.items():
         compared = self._measure(
             f'{case.name} as a layer, {hopper_rivals.name(kind)}',
-            functools.partial(hopper_rivals.compare, case, kind, ways),
+            functools.partial(
+                hopper_rivals.compare, case, kind, ways, self._least),
             _LEAST_OF_ONE) if doubted else None
         yield hopper_rivals.Outcome.of(case, kind, doubted, compared)
 
