@@ -87,7 +87,7 @@ def test_a_killed_teacher_has_travelled_and_goes_on(tmp_path):
       while set(back.glob('teacher.*')) <= before:
         assert process.poll() is None, (tmp_path / f'log{life}').read_text()
         time.sleep(0.05)
-      time.sleep(draw.uniform(0, 1))
+      time.sleep(draw.uniform(0, 3))
       kill(process)
     if step:
       said = (tmp_path / f'log{life}').read_text()
@@ -97,6 +97,8 @@ def test_a_killed_teacher_has_travelled_and_goes_on(tmp_path):
     assert last_step(there) > step
     step = last_step(there)
     assert all(path.stat().st_size <= pieces.SIZE for path in back.iterdir())
+    if step == 400:  # a fast machine: the last life finds it trained
+      break
   output = tmp_path / 'last'
   pieces.join(back, output)
   with open(tmp_path / 'log', 'w') as log:

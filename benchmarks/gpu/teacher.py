@@ -31,7 +31,7 @@ from benchmarks.gpu import sheets
 _DATA = flags.DEFINE_string('data', None, 'NAME:PATH of the images.')
 _PIECES = flags.DEFINE_string('pieces', None, 'Where files that travel go.')
 _EVERY = flags.DEFINE_float(
-    'every', 15.0, 'Seconds from one file that travels to the next, at least.')
+    'every', 5.0, 'Seconds from one file that travels to the next, at least.')
 
 STATE = 'state'  # the folder that travels
 GROUP = 'teacher'  # of its pieces
