@@ -147,7 +147,7 @@ class Travels:
 
   def is_due(self) -> bool:
     """Whether the last one is old enough."""
-    return time.monotonic() - self._made > max(_EVERY.value, 5 * self.took)
+    return time.monotonic() - self._made > _EVERY.value
 
 
 def main(unused_argv) -> None:
