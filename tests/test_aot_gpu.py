@@ -185,8 +185,9 @@ def test_rows_are_summed_where_they_are_quantized(hopper):
       '(f32[4096]{0}, s8[4096,1280]{1,0})']
 
 
-@pytest.mark.parametrize('which', [1, -1])
-@pytest.mark.parametrize('name', ['few 128', 'conv SD up', 'quartz SD 32'])
+@pytest.mark.parametrize('name, which', [
+    ('few 128', 1), ('conv SD up', 1), ('conv CIFAR 16', -1),
+    ('quartz SD 32', 1), ('quartz few 16', -1)])
 def test_blocks_that_are_tried(build, name, which):
   """Some of those by which benchmarks.gpu sweeps."""
   case = next(case for case in hopper_cases.CASES if case.name == name)
