@@ -17,22 +17,19 @@ A row has a ratio only where its result was right and no input of 8 bits was
 widened on the way. Without a GPU, --aot compiles all of it for an H200.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
-import functools
 import math
-import pathlib
 import re
 import time
 from typing import Any
-from unittest import mock
 
 from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks import hopper_absent
 from benchmarks import hopper_cases
 from benchmarks import hopper_checks
 from benchmarks import packed_layers
@@ -41,7 +38,6 @@ from benchmarks import packed_sampling
 from benchmarks.hopper_cases import Case
 from benchmarks.hopper_cases import Method
 from msfp_jax.base import files
-from msfp_jax.kernels import carriers
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Where to write the rows, JSON.')
 _AOT = flags.DEFINE_bool('aot', False, 'Compile only, for an H200.')
@@ -51,12 +47,12 @@ _MINUTES = flags.DEFINE_float('minutes', 6.5, 'Begins no case after these.')
 # Its name for --only.
 SAMPLING = 'sampling'
 SAMPLES = 64  # at once
-TARGET = pathlib.Path(__file__).parents[1] / 'tests' / 'h200.txtpb'
 # Of bf16, of 8 bits, and of memory: the H200's as measured (8 bits: twice
 # bf16), the H100's memory as its datasheet has it.
 ROOFLINES = {'H200': (790e12, 1580e12, 4.3e12), 'H100': (790e12, 1580e12,
                                                          3.35e12)}
 L2_BYTES = 50 * 2**20
+LEAST = 0.15  # seconds of a run that is timed
 
 
 def widens(hlo: str) -> bool:
@@ -68,7 +64,7 @@ def widens(hlo: str) -> bool:
           r'= (\w+)\[\S* convert\((?:\S+ )?%?([\w.-]+)\)', hlo))
 
 
-def seconds(compiled, copies, least: float = 0.15, repeats: int = 3) -> float:
+def seconds(compiled, copies, least: float = LEAST, repeats: int = 3) -> float:
   """Times one product: the fastest of three runs of `least` seconds or more."""
   jax.block_until_ready(compiled(copies))
   best, calls = math.inf, 2
@@ -86,28 +82,39 @@ def seconds(compiled, copies, least: float = 0.15, repeats: int = 3) -> float:
   return best
 
 
-def measure(case: Case, method: Method, drawn, truth, roofline
-            ) -> dict[str, Any]:
+def of_copies(function, args, size: int):
+  """Compiles calls with inputs of their own, beyond the cache; and these.
+
+  Args:
+    function: what is timed.
+    args: of a call.
+    size: of what it reads and writes, in bytes.
+  """
+  count = max(1, min(16, math.ceil(4 * L2_BYTES / size)))
+  copies = [jax.tree.map(jnp.copy, args) for _ in range(count)]
+  function = jax.jit(function)  # lowered once for all copies
+  return jax.jit(lambda copies: [
+      function(*copy) for copy in copies]).lower(copies).compile(), copies
+
+
+def measure(case: Case, method: Method, drawn, truth, roofline,
+            least: float = LEAST) -> dict[str, Any]:
   """Measures a row: the time, whether right, and shares of the roofline."""
   x_bits = {'bf16': 16, 'int8': 8, 'fp8': 8}[method.carrier]
   size = case.bytes(x_bits, 4 if method.packed else x_bits)
-  args = hopper_cases.arguments(method, drawn)
-  count = max(1, min(16, math.ceil(4 * L2_BYTES / size)))
-  copies = [jax.tree.map(jnp.copy, args) for _ in range(count)]
-  function = jax.jit(method.function)  # lowered once for all copies
-  compiled = jax.jit(lambda copies: [
-      function(*copy) for copy in copies]).lower(copies).compile()
+  compiled, copies = of_copies(
+      method.function, hopper_cases.arguments(method, drawn), size)
   error = float(largest_error(compiled(copies)[-1], *truth))
   # In the sum of magnitudes: y and the truth are rounded to bf16's 8 bits.
   bound = {'bf16': 2.0**-7, 'int8': 0.0,
            'fp8': hopper_checks.fp8_bound(case.length) + 2.0**-8}
-  taken = seconds(compiled, copies)
+  taken = seconds(compiled, copies, least)
   peak = roofline and roofline[0 if method.carrier == 'bf16' else 1]
   floor = roofline and max(case.flop / peak, size / roofline[2])
   row = {
       'us': taken * 1e6, 'tflops': case.flop / taken / 1e12,
       'tbps': size / taken / 1e12, 'share': floor and floor / taken,
-      'error': error, 'working_set': size * count}
+      'error': error, 'working_set': size * len(copies)}
   if not error <= bound[method.carrier]:
     row['note'] = f'wrong: error {error:.2g} > {bound[method.carrier]:.2g}'
   elif method.carrier != 'bf16' and widens(compiled.as_text()):
@@ -136,62 +143,6 @@ def truths(case: Case, drawn) -> tuple[jax.Array, jax.Array]:
   return run(x, w), run(jnp.abs(x), jnp.abs(w)).astype(jnp.float32)
 
 
-def compile_case(case: Case, method: Method, sharding) -> None:
-  """Compiles a case for a device that is not there."""
-  dtype = carriers.DTYPES[method.carrier][0]
-  n, *window = (case.w_shape[-1], *case.w_shape[:-2])
-  weights = (n, *window, case.k)
-  if method.packed:
-    weights = (-(-n // 64) * 64, *window, -(-case.k // 64) * 32)
-  shapes = ((case.x_shape, dtype), (weights, np.uint8 if method.packed
-                                    else dtype), ((n,), np.float32),
-            ((n,), np.float32), *[
-                (shape, np.uint8 if name == 'flags' else np.float32)
-                for name, shape in method.more.items()])
-  jax.jit(method.function).trace(*(
-      jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes)
-  ).lower(lowering_platforms=('cuda',)).compile()
-
-
-def compile_sampling(sharding) -> None:
-  """Compiles a step of packed sampling for a device that is not there."""
-  subject = packed_models.make(num_steps=1)
-  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-  with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
-    model = subject.simulated.packed()
-    arrays, (x, t) = jax.tree.map(
-        shape, (model.arrays, packed_models.inputs(SAMPLES)))
-    jax.jit(lambda arrays, x, t: model.with_arrays(arrays).eps_fn(x, t, 0)
-            ).trace(arrays, x, t).lower(lowering_platforms=('cuda',)).compile()
-
-
-def compile_all(cases) -> int:
-  """Compiles all cases; prints the outcomes, returns how many fail."""
-  from jax.experimental import topologies
-  jax.config.update('jax_platforms', 'cpu')
-  topology = topologies.get_topology_desc(
-      platform='cuda', topology='1x1x1', target_config=TARGET.read_text())
-  sharding = jax.sharding.NamedSharding(
-      topologies.make_mesh(topology, (1,), ('x',)),
-      jax.sharding.PartitionSpec())
-  parts = [(f'{case.name:12} {method.name:28}',
-            functools.partial(compile_case, case, method))
-           for case in cases for method in hopper_cases.methods(case)]
-  if _has_sampling():
-    parts.append((SAMPLING, compile_sampling))
-  failed = 0
-  for name, compile_ in parts:
-    start = time.perf_counter()
-    try:
-      compile_(sharding)
-      said = 'compiles'
-    except Exception as error:  # noqa: BLE001 - the others go on
-      failed += 1
-      said = describe(error)
-    print(f'{name} {said} ({time.perf_counter() - start:.1f} s)', flush=True)
-  return failed
-
-
 def _has_sampling() -> bool:
   return not _ONLY.value or SAMPLING in _ONLY.value
 
@@ -206,24 +157,28 @@ def show(case: Case, method: Method, row, base: float | None) -> str:
       row.get('note', ''), '']).strip()
 
 
-def run_case(case: Case, roofline) -> Iterator[dict[str, Any]]:
-  """Measures and prints the rows of a case; an error is a row's note."""
+def run_case(case: Case, roofline, methods: Iterable[Method] | None = None,
+             least: float = LEAST) -> Iterator[dict[str, Any]]:
+  """Measures and prints the rows of a case; an error is a row's note.
+
+  Args:
+    case: what is computed.
+    roofline: as in ROOFLINES, or None.
+    methods: the ways; None for all of `hopper_cases.methods`.
+    least: as for `seconds`.
+  """
   drawn, base = hopper_cases.draw(case), None
   truth = truths(case, drawn)
-  for method in hopper_cases.methods(case):
+  for method in hopper_cases.methods(case) if methods is None else methods:
     try:
-      row = measure(case, method, drawn, truth, roofline)
+      row = measure(case, method, drawn, truth, roofline, least)
     except Exception as error:  # noqa: BLE001 - the others go on
-      row = {'note': describe(error)}
+      row = {'note': hopper_absent.describe(error)}
     if method.carrier == 'bf16' and 'note' not in row:
       base = row['us']
     print(show(case, method, row, base), flush=True)
     yield dataclasses.asdict(case) | {
         'method': method.name, 'bf16_us': base, **row}
-
-
-def describe(error: Exception) -> str:
-  return f'{type(error).__name__}: {str(error)[:120]}'.replace('\n', ' ')
 
 
 def run_all(cases, start: float) -> None:
@@ -249,7 +204,7 @@ def run_all(cases, start: float) -> None:
     try:
       rows.extend(run_case(case, roofline))
     except Exception as error:  # noqa: BLE001 - the others go on
-      print(f'{case.name}: {describe(error)}')
+      print(f'{case.name}: {hopper_absent.describe(error)}')
     write(roofline, claims=claims, rows=rows)
   if _has_sampling():
     write(roofline, claims=claims, rows=rows, sampling=sample_cifar10())
@@ -282,7 +237,8 @@ def main(unused_argv) -> None:
   cases = [case for case in hopper_cases.CASES if not _ONLY.value or any(
       part in case.name for part in _ONLY.value)]
   if _AOT.value:
-    raise SystemExit(min(compile_all(cases), 1))
+    raise SystemExit(min(hopper_absent.compile_all(
+        cases, SAMPLES if _has_sampling() else 0), 1))
   run_all(cases, start)
 
 

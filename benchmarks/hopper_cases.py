@@ -89,6 +89,9 @@ CASES = (
     Case('conv SD 32', 8, 640, 640, 32, more=True),
     Case('conv SD 16', 8, 1280, 1280, 16), Case('conv SD 8', 8, 1280, 1280, 8),
     Case('conv SD up', 8, 960, 320, 64),
+    Case('conv CIFAR 32', 128, 128, 128, 32),
+    Case('conv CIFAR 16', 128, 256, 256, 16),
+    Case('conv LDM 64', 8, 224, 224, 64),
     Case('DiT qkv', 2048, 1152, 3456),
     Case('DiT fc1', 2048, 1152, 4608, more=True),
     Case('DiT fc2', 2048, 4608, 1152), Case('SD proj 64', 32768, 320, 320),
@@ -163,10 +166,11 @@ def methods(case: Case) -> Iterator[Method]:
     yield Method(f'packed {carrier}, chosen', carrier, packed, True)
   if case.more:
     yield from more_methods(case)
-  for blocks in other_blocks(case):
-    name = f'{blocks.rows}x{blocks.depth}x{blocks.stages}/{blocks.split}'
-    yield Method(f'packed int8, {name}', 'int8',
-                 functools.partial(packed, blocks=blocks), True)
+
+
+def of_kernel(case: Case) -> Method:
+  """The kernel with nothing beside the weights, by int8."""
+  return next(method for method in methods(case) if method.packed)
 
 
 def with_more(name: str, carrier: str, more, **options) -> Method:
@@ -192,23 +196,15 @@ def more_methods(case: Case) -> Iterator[Method]:
                     input_group=group)
 
 
-def other_blocks(case: Case) -> Iterator[blocks_lib.Blocks]:
-  """Yields the chosen blocks with another depth, and the next two choices."""
-  taps, row = (3, 3 * case.k) if case.size else (1, case.k)
-  rows = case.pixels
-  if case.size:
-    rows = case.m * (case.size + 1) * case.size  # a row of zeros an image
-  chosen, *others = sorted(
-      blocks_lib.candidates(rows, case.n, row, taps, jnp.bfloat16, True),
-      key=lambda b: blocks_lib.cost(b, rows, case.n, taps * row,
-                                    blocks_lib.multiprocessors()))
-  for depth in blocks_lib.DEPTHS:
-    stages = blocks_lib.most_stages(chosen.rows, depth, jnp.float32)
-    if (depth != chosen.depth and stages > 1 and row % depth == 0
-        and taps * row // depth % chosen.split == 0):
-      yield dataclasses.replace(chosen, depth=depth, stages=stages)
-      break
-  yield from others[:2]
+def work(case: Case) -> blocks_lib.Work:
+  """What a case's kernel cuts into blocks."""
+  row = -(-case.k // blocks_lib.LEAST_DEPTH) * blocks_lib.LEAST_DEPTH
+  groups = blocks_lib.Groups(flagged=case.flag_group)
+  if not case.size:
+    return blocks_lib.Work(case.m, case.n, row, groups=groups)
+  # The window's columns side by side, and a row of zeros below each image.
+  rows = case.m * (case.size + 1) * case.size
+  return blocks_lib.Work(rows, case.n, 3 * row, 3, groups=groups)
 
 
 def draw(case: Case) -> dict[str, np.ndarray]:

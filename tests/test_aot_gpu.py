@@ -13,6 +13,9 @@ from kernel_cases import quantized_with_totals
 import numpy as np
 import pytest
 
+from benchmarks import hopper_absent
+from benchmarks import hopper_cases
+from benchmarks import hopper_sweep
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels.epilogue import Columns
 from msfp_jax.kernels.epilogue import Rows
@@ -180,6 +183,18 @@ def test_rows_are_summed_where_they_are_quantized(hopper):
           lowering_platforms=('cuda',)).compile().as_text()
   assert re.findall(r'= (\S.*) fusion\(', text[text.index('ENTRY'):]) == [
       '(f32[4096]{0}, s8[4096,1280]{1,0})']
+
+
+@pytest.mark.parametrize('name, which', [
+    ('few 128', 1), ('conv SD up', 1), ('conv CIFAR 16', -1),
+    ('quartz SD 32', 1), ('quartz few 16', -1)])
+def test_blocks_that_are_tried(build, name, which):
+  """Some of those by which benchmarks.gpu sweeps."""
+  case = next(case for case in hopper_cases.CASES if case.name == name)
+  blocks = hopper_sweep.blocks(case)[which]
+  method = hopper_sweep.method(case, blocks)
+  check(build(method.function, *hopper_absent.shapes(case, method)), 'int8',
+        blocks.rows)
 
 
 def test_odd_shapes(build):

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.gpu import runner
 from benchmarks.gpu import session as session_lib
 from benchmarks.gpu import stages as stages_lib
+from msfp_jax.kernels.mosaic_gpu import measured
 
 # What a stage may do; argv ends with --folder=... and --seconds=...
 _FOLDER = 'import sys, pathlib; f = pathlib.Path(sys.argv[1][9:]);'
@@ -132,9 +133,18 @@ def test_stages_find_wheels_and_compiled_programs(tmp_path):
     session_lib.environment(tmp_path, str(tmp_path / 'none'), dry=False)
 
 
-def test_what_travels_has_room():
-  """The repository is a small part of 64 MiB."""
-  assert 0 < session_lib.size() < 16 * 2**20
+def test_what_travels_has_room(tmp_path):
+  """The repository is a small part of 64 MiB; all that goes along is named."""
+  (tmp_path / 'sheets').mkdir()
+  (tmp_path / 'sheets/one').write_bytes(bytes(3 * 2**20))
+  sizes = session_lib.travels(images=str(tmp_path / 'sheets'), wheels=None)
+  assert 0 < sizes['repository'] < 16 * 2**20
+  assert sizes == {'repository': sizes['repository'], 'images': 3 * 2**20}
+  said = session_lib.load({'repository': 2**20, 'images': 62 * 2**20})
+  assert 'repository 1.0, images 62.0; 63.0 MiB of 64, little enough' in said
+  assert 'TOO MUCH' in session_lib.load({'images': 65 * 2**20})
+  with pytest.raises(FileNotFoundError, match='wheels: there is no none'):
+    session_lib.travels(wheels='none')
 
 
 @pytest.mark.slow
@@ -149,6 +159,12 @@ def test_everything_at_toy_size(tmp_path):
     assert f'{one.name}: finished' in said
     assert status(tmp_path / 'out', one.name) == 'finished'
   assert 'error' not in said
+  found = json.loads((tmp_path / 'out/kernels.json').read_text())['found']
+  # Three cases in some blocks each, and the tables that follow.
+  assert sum('stages, split' in name for name in found['measurements']) >= 6
+  for table in ('blocks', 'slower'):
+    assert isinstance(
+        eval(found['measurements'][table]['value'], vars(measured)), tuple)
   found = json.loads((tmp_path / 'out/sampling.json').read_text())['found']
   for name in ('packed', 'bfloat16', 'float32', 'float32, TF32', 'simulated'):
     row = found['measurements'][name]['value']

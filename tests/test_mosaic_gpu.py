@@ -176,8 +176,8 @@ def test_blocks_fit_into_shared_memory(rows, depth):
 
 
 def test_choice_of_blocks():
-  choose = functools.partial(
-      blocks_lib.choose, taps=1, out_dtype=jnp.bfloat16, splittable=True)
+  choose = lambda *sizes, **options: blocks_lib.ranked(
+      blocks_lib.Work(*sizes, **options))[0]
   large = choose(8192, 8192, 8192)
   assert (large.rows, large.depth, large.split) == (256, 128, 1)
   few = choose(16, 8192, 8192)

@@ -8,12 +8,13 @@ a limit of time of its own. Each leaves NAME.json and NAME.log in --output,
 however it ends; one whose results lie there from an earlier call is skipped
 (`--again=NAME` drops them), and of one that did not finish what it has measured
 is not measured again.
-Compiled programs are kept in --output/cache. `--dry` does all of it on a CPU,
-at toy sizes.
+Compiled programs are kept in --output/cache. kernels.log ends in the rows that
+msfp_jax/kernels/mosaic_gpu/measured.py would have to hold. `--dry` does all of
+it on a CPU, at toy sizes.
 
 What comes back: with --pieces, after each stage all that a later call needs is
-in files of at most 15 MiB in that folder (results; teacher; cache), and
---resume=FOLDER begins with what such files hold.
+in files of at most 15 MiB in that folder (results; teacher, of which also while
+it trains; cache), and --resume=FOLDER begins with what such files hold.
 
 What a machine without a network needs: this repository, and
 
@@ -57,9 +58,13 @@ _DRY = flags.DEFINE_bool('dry', False, 'Toy sizes, on a CPU.')
 
 def flags_of(stage: stages_lib.Stage) -> list[str]:
   """The flags of this call that a stage gets as well."""
-  return [*(['--dry'] if _DRY.value else []),
-          *([f'--data={_DATA.value}']
-            if stage.name == 'teacher' and _DATA.value else [])]
+  given = ['--dry'] if _DRY.value else []
+  if stage.name == 'teacher':
+    # Its pieces are written while it runs: they outlive whatever ends it.
+    given += [f'--data={_DATA.value}'] if _DATA.value else []
+    given += [f'--pieces={pathlib.Path(_PIECES.value).absolute()}'] if (
+        _PIECES.value) else []
+  return given
 
 
 def main(argv: list[str]) -> None:
@@ -69,6 +74,7 @@ def main(argv: list[str]) -> None:
   stages = stages_lib.choose(_ONLY.value)
   if not (_DATA.value or _DRY.value):
     stages = tuple(s for s in stages if s.name != 'teacher')
+    print('no --data: without a teacher')
   if _DRY.value:  # where others may be using the processor
     stages = tuple(dataclasses.replace(s, limit=4 * s.limit) for s in stages)
   session = session_lib.Session(
@@ -80,9 +86,9 @@ def main(argv: list[str]) -> None:
   session.forget(_AGAIN.value)
   print(*session.plan(), sep='\n', flush=True)
   if _PLAN.value:
-    data = (_DATA.value or '').partition(':')[2]
-    travels = session_lib.size(_WHEELS.value, data, _RESUME.value)
-    print(f'what goes there has {travels / 2**20:.1f} MiB')
+    print(session_lib.load(session_lib.travels(
+        wheels=_WHEELS.value, images=(_DATA.value or '').partition(':')[2],
+        pieces=_RESUME.value)))
     return
   os.chdir(session_lib.ROOT)
   # Asked to stop, it leaves what there is.

@@ -72,6 +72,10 @@ class Record:
     print(f'{name}: {value}', flush=True)
     return value
 
+  def conclude(self, name: str, value: Any) -> None:
+    """Keeps what follows from the measurements, in place of what did before."""
+    self._keep(name, value=value)
+
   def _keep(self, name: str, **row: Any) -> None:
     self.found[name] = row
     runner.write(self._path, {'machine': self._about,

@@ -15,6 +15,7 @@ from benchmarks.gpu import stages as stages_lib
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = 'cache'
 _CACHE_BYTES = 2 * pieces.SIZE - 2**20  # of compiled programs, in 2 pieces
+MOST = 64 * 2**20  # bytes that may go there
 _TRIES = 3  # of a stage that dies, in one call
 
 
@@ -142,12 +143,35 @@ def environment(folder: pathlib.Path, wheels: str | None, dry: bool
   } | ({'JAX_PLATFORMS': 'cpu'} if dry else {})
 
 
-def size(*paths: str | None) -> int:
-  """The bytes of what is committed here, and of files and folders beside it."""
+def travels(**paths: str | None) -> dict[str, int]:
+  """The bytes of what goes to the machine, by what it is.
+
+  Args:
+    **paths: files and folders beside what is committed here; None: there is no
+      such thing.
+
+  Raises:
+    FileNotFoundError: one of them is not there.
+  """
   names = subprocess.run(
       ['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True,
       check=False).stdout.decode().split('\0')
-  files = [ROOT / name for name in names if name]
-  for path in filter(None, paths):
-    files += [pathlib.Path(path), *pathlib.Path(path).rglob('*')]
-  return sum(file.stat().st_size for file in files if file.is_file())
+  files = {'repository': [ROOT / name for name in names if name]}
+  for name, path in paths.items():
+    if path:
+      if not os.path.exists(path):
+        raise FileNotFoundError(f'{name}: there is no {path}')
+      files[name] = [pathlib.Path(path), *pathlib.Path(path).rglob('*')]
+  return {name: sum(file.stat().st_size for file in found if file.is_file())
+          for name, found in files.items()}
+
+
+def load(sizes: dict[str, int]) -> str:
+  """Says what `travels`, and whether it is little enough."""
+  total = sum(sizes.values())
+  parts = ', '.join(
+      f'{name} {size / 2**20:.1f}' for name, size in sizes.items())
+  said = 'little enough' if total <= MOST else (
+      'TOO MUCH: take fewer images, or no pieces of the cache')
+  return (f'what goes there: {parts}; {total / 2**20:.1f} MiB of '
+          f'{MOST / 2**20:.0f}, {said}')

@@ -24,6 +24,8 @@ from msfp_jax.run import teacher
 from msfp_jax.tune import checkpoint
 from msfp_jax.tune import pretrain
 
+_COPY = 'copy-'  # how the names of temporary folders begin
+
 
 def model_of(config: ml_collections.ConfigDict) -> UNet:
   """The model that train.py would train by this config."""
@@ -55,7 +57,9 @@ def export(checkpoints: pathlib.Path, config: ml_collections.ConfigDict,
   step = steps(checkpoints)[-1]
   model = model_of(config)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+  for left in path.parent.glob(f'{_COPY}*'):  # by one that was killed
+    shutil.rmtree(left)
+  with tempfile.TemporaryDirectory(prefix=_COPY, dir=path.parent) as folder:
     shutil.copytree(checkpoints / str(step), f'{folder}/{step}')
     with checkpoint.Checkpointer(folder) as copied:
       state = copied.restore(jax.eval_shape(lambda: begin(model, config)))

@@ -1,12 +1,15 @@
 """Stage teacher: trains `configs/cifar10.py:ten` for as long as there is.
 
 The images are --data=NAME:PATH, as configs have them, or `sheets:PATH`, a
-folder of benchmarks/gpu/sheets. train.py runs as a process; once a minute its
-newest checkpoint becomes a file that travels (benchmarks/gpu/state), and a
-later call goes on from that file where the checkpoints are gone.
+folder of benchmarks/gpu/sheets. train.py runs as a process. While it does, its
+newest checkpoint becomes a file that travels (benchmarks/gpu/state), and that
+file pieces in --pieces, each written whole and named by the digest of all:
+whenever this is killed, they hold the last that was made, complete. A later
+call goes on from the file where the checkpoints are gone.
 """
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -14,19 +17,24 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
 
 from absl import app
 from absl import flags
 
 from benchmarks.gpu import arguments
+from benchmarks.gpu import pieces
 from benchmarks.gpu import runner
 from benchmarks.gpu import sheets
 
 _DATA = flags.DEFINE_string('data', None, 'NAME:PATH of the images.')
+_PIECES = flags.DEFINE_string('pieces', None, 'Where files that travel go.')
+_EVERY = flags.DEFINE_float(
+    'every', 5.0, 'Seconds from one file that travels to the next, at least.')
 
 STATE = 'state'  # the folder that travels
-EVERY = 60.0  # seconds from one file that travels to the next
+GROUP = 'teacher'  # of its pieces
 _TOY = {'data.name': 'synthetic', 'data.path': '3x8x8', 'model.image_size': 8,
         'model.ch_mult': (1,), 'model.dropout': 0.0,
         'pretrain.num_steps': 400, 'pretrain.warmup': 2,
@@ -105,6 +113,43 @@ def losses(folder: pathlib.Path, count: int = 200) -> float | None:
   return sum(found) / len(found) if found else None
 
 
+class Travels:
+  """What travels of a training, made of its checkpoints.
+
+  Attributes:
+    step: of what travels now; 0: nothing does.
+    took: seconds, to make it.
+  """
+
+  def __init__(self, folder: pathlib.Path, config: Any,
+               target: pathlib.Path | None):
+    """For the stage of this folder; pieces go to `target`, if anywhere."""
+    self.file = folder / STATE / 'teacher.safetensors'
+    self.step, self.took = 0, 0.0
+    self._folder, self._config, self._target = folder, config, target
+    self._made = -math.inf
+
+  def update(self, checkpoints: pathlib.Path, newest: int) -> None:
+    """Takes over the newest checkpoint, if it is another one."""
+    from benchmarks.gpu import state
+    if newest <= self.step:
+      return
+    start = time.monotonic()
+    try:
+      step = state.export(checkpoints, self._config, self.file)
+      if self._target:  # as the session does at the stage's end
+        pieces.split(GROUP, [self.file], self._folder.parent, self._target,
+                     compress=False)
+      self.step = step
+    finally:  # what went wrong is not tried again at once
+      self._made = time.monotonic()
+      self.took = self._made - start
+
+  def is_due(self) -> bool:
+    """Whether the last one is old enough."""
+    return time.monotonic() - self._made > _EVERY.value
+
+
 def main(unused_argv) -> None:
   start, folder = time.monotonic(), arguments.folder()
   environment = dict(os.environ)
@@ -116,38 +161,40 @@ def main(unused_argv) -> None:
   changed = changes(folder, _DATA.value, arguments.DRY.value)
   config = cifar10.get_config(word)
   config.update_from_flattened_dict(changed)
-  travels = folder / STATE / 'teacher.safetensors'
+  travels = Travels(
+      folder, config, _PIECES.value and pathlib.Path(_PIECES.value))
   checkpoints = folder / 'run' / 'pretrain' / 'checkpoints'
   resumed = None
-  if travels.is_file() and not state.steps(checkpoints):
-    resumed = state.resume(travels, config, checkpoints)
-    print(f'goes on from {travels}, step {resumed}', flush=True)
+  if travels.file.is_file() and not state.steps(checkpoints):
+    resumed = state.resume(travels.file, config, checkpoints)
+    print(f'goes on from {travels.file}, step {resumed}', flush=True)
   training = Training(folder, word, changed, environment)
-  exported, seen = time.monotonic(), 0
 
   def keep(code: int | None) -> None:
-    nonlocal exported, seen
-    step = max(training.saved, default=0)
-    if step > seen:
-      seen, exported = state.export(checkpoints, config, travels), (
-          time.monotonic())
+    travels.update(checkpoints, max(training.saved, default=0))
     speed = training.speed()
     pictures = sorted(folder.glob('run/pretrain/samples/*.png'))
     if pictures:
       shutil.copy(pictures[-1], folder / STATE / 'samples.png')
     runner.write(folder / runner.FOUND, {
         'config': f'configs/cifar10.py:{word}', 'changes': changed,
-        'resumed_at': resumed, 'step': seen, 'steps': config.pretrain.num_steps,
-        'returncode': code, 'loss': losses(folder),
+        'resumed_at': resumed, 'step': travels.step,
+        'steps': config.pretrain.num_steps, 'returncode': code,
+        'loss': losses(folder),
         'images_a_second': speed and speed * config.pretrain.batch_size})
 
-  while (code := training.look()) is None:
-    if time.monotonic() - start > arguments.SECONDS.value:
-      break
-    if time.monotonic() - exported > EVERY:
-      keep(None)
+  # As long before the end as the last of what travels will take.
+  late = lambda: (time.monotonic() - start
+                  > arguments.SECONDS.value - travels.took)
+  while (code := training.look()) is None and not late():
+    if travels.is_due() and max(training.saved, default=0) > travels.step:
+      try:
+        keep(None)
+      except (OSError, ValueError):  # a full disk, half a checkpoint
+        traceback.print_exc()  # what travels is as before; training goes on
     time.sleep(0.2)
-  code = training.stop()
+  if code is None:
+    code = training.stop()
   keep(code)
   # The second where it was stopped before it could train.
   if code in (128 + signal.SIGTERM, -signal.SIGTERM):

@@ -5,18 +5,21 @@
 - a chip's kernels, for packed weights of 4 bits; what they take is in
   docs/kernels.md, and `why_not` says it of a layer.
 
-None picks the kernels where the device has them and they take the operation,
-and XLA elsewhere.
+None picks the kernels where the device has them, they take the operation, and
+nobody has measured that XLA is faster there (`slower`); XLA elsewhere.
 
 This is the one module that knows the chips' kernels. A chip is a folder, named
-in KERNELS, with a module `ops` of `matmul`, `conv`, `why_not`, `carriers_of`,
-`weight_unit`, `weight_base`, `why_not_groups`, `why_not_input_groups`,
-`why_not_shifts`, `CARRIERS_OF_GROUPS`, `SCALES_INPUTS` (whether it multiplies
-sums by scales of groups of inputs, which else XLA does), `lay_out`, `LAYOUT`.
+in KERNELS, with two modules. `measured` has SLOWER, the products that XLA was
+measured to compute faster. `ops` has `matmul`, `conv`, `why_not`,
+`carriers_of`, `weight_unit`, `weight_base`, `why_not_groups`,
+`why_not_input_groups`, `why_not_shifts`, `CARRIERS_OF_GROUPS`, `SCALES_INPUTS`
+(whether it multiplies sums by scales of groups of inputs, which else XLA does),
+`lay_out`, `LAYOUT`.
 """
 
 from collections.abc import Sequence
 import importlib
+import math
 import types
 
 import jax
@@ -26,6 +29,7 @@ import numpy as np
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import cpu
 from msfp_jax.kernels import product
+from msfp_jax.kernels import slower
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.geometry import Geometry
 from msfp_jax.quant.qlayer import QLayer
@@ -46,9 +50,36 @@ def pick(layer: QLayer, shape: Sequence[int],
         input_of(layer, shape), layer.weight, geometry)
     return 'reference' if separable else 'xla'
   kernel = KERNELS.get(jax.default_backend())
-  if kernel and why_not(kernel, layer, shape, geometry, carrier) is None:
-    return kernel
-  return 'xla'
+  if kernel is None or why_not(kernel, layer, shape, geometry, carrier):
+    return 'xla'
+  rows = _module(kernel, 'measured').SLOWER
+  if rows and slower.loses(
+      rows, operation(kernel, layer, shape, geometry, carrier)):
+    return 'xla'
+  return kernel
+
+
+def operation(implementation: str, layer: QLayer, shape: Sequence[int],
+              geometry: Geometry | None = None, carrier: str | None = None
+              ) -> slower.Operation:
+  """What a kernel's measurements call an operation that it takes.
+
+  Args:
+    implementation: the kernel's name.
+    layer, shape, geometry, carrier: as for `why_not`.
+  """
+  weight, tensor = layer.weight, input_of(layer, shape)
+  kind = slower.Kind(
+      'matmul' if geometry is None else 'conv',
+      carrier or pick_carrier(layer, shape, implementation),
+      0 if product.weights_leave(weight) else weight.group,
+      tensor.group if carriers.has_groups(tensor) else 0,
+      0 if weight.shift is None else weight.shift_group)
+  rows = shape[:-1] if geometry is None else (
+      shape[0], *geometry.size(shape[1:-1], weight.window))
+  return slower.Operation(
+      kind, math.prod(rows),
+      weight.length * math.prod(weight.window), np.shape(weight.scale)[-1])
 
 
 def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str,
@@ -196,8 +227,12 @@ def _why_no_kernel(implementation, shape, layer, geometry, carrier):
 
 def ops_of(implementation: str) -> types.ModuleType:
   """The operations of a chip's kernels."""
+  return _module(implementation, 'ops')
+
+
+def _module(implementation, name):
   # Here, so that neither back end's library loads before it is asked for.
-  return importlib.import_module(f'msfp_jax.kernels.{implementation}.ops')
+  return importlib.import_module(f'msfp_jax.kernels.{implementation}.{name}')
 
 
 def lay_out(weight: QTensor, implementation: str | None) -> QTensor:

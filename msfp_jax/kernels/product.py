@@ -238,7 +238,7 @@ def grouped(x: QTensor, w: QTensor, bias: jax.Array | None,
   size = _common_group(x, w)
   inputs, weights = (_in_groups(tensor, carrier, size) for tensor in (x, w))
   total = None
-  for tap in itertools.product(*map(range, w.data.shape[:-2])):
+  for tap in itertools.product(*map(range, w.window)):
     ours = Operand(*[None if part is None else _tap(part, geometry, tap, w)
                      for part in inputs])
     theirs = Operand(*[None if part is None else part[tap]
@@ -269,8 +269,7 @@ def _in_groups(tensor, carrier, size):
   widths[axis] = (0, n * size - tensor.length)
   v, at = jnp.pad(v, widths), v.ndim + axis
   v = v.reshape(*v.shape[:at], n, size, *v.shape[at + 1:])
-  whole = list(tensor.data.shape) if not tensor.is_packed else [
-      *tensor.data.shape[:-2], tensor.length, tensor.data.shape[-1]]
+  whole = list(found.v.shape)
   whole[axis] = n
 
   def by_group(part):
@@ -296,7 +295,7 @@ def _tap(part, geometry, tap, w):
   part = jnp.pad(part, [(0, 0), *geometry.padding, *[(0, 0)] * rest])
   starts, limits, strides = [0], [part.shape[0]], [1]
   for i, d, s, k, n in zip(tap, geometry.dilation, geometry.strides,
-                           w.data.shape, part.shape[1:], strict=False):
+                           w.window, part.shape[1:], strict=False):
     outputs = (n - (k - 1) * d - 1) // s + 1
     starts.append(i * d)
     limits.append(i * d + (outputs - 1) * s + 1)

@@ -18,6 +18,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200 with NVLink
 # What blocks may have: widths of wgmma that int8 takes too, and codes of K.
 ROWS = (8, 16, 32, 64, 96, 128, 192, 256)
 DEPTHS = (256, 192, 128, 64)
+LEAST_DEPTH = DEPTHS[-1]  # to a multiple of which K is padded
 SPLITS = (1, 2, 4, 8)
 _DEPTH, _FEW_ROWS_DEPTH, _FEW_ROWS = 128, 256, 64
 # A step's sums and all before them are both in registers where those are
@@ -146,72 +147,112 @@ def multiprocessors() -> int:
   return getattr(jax.devices()[0], 'core_count', None) or MULTIPROCESSORS
 
 
-def candidates(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-               splittable: bool, groups: Groups = NO_GROUPS
-               ) -> Iterator[Blocks]:
-  """The sensible blocks, one depth for each number of rows and split.
-
-  Sums are split until there is a block for every multiprocessor.
-
-  Args:
-    rows: M.
-    channels: N.
-    row_length: codes of K in a row of x, a multiple of 64.
-    taps: rows of x that go into a row of y.
-    out_dtype: of y.
-    splittable: whether sums may be split.
-    groups: as for `most_stages`.
-  """
-  for tile in ROWS:
-    # A tile that is twice as high as y is worse than the one before.
-    if tile > ROWS[0] and tile >= 2 * rows:
-      break
-    if tile > groups.most_rows:
-      break
-    most = _FEW_ROWS_DEPTH if tile <= _FEW_ROWS else _DEPTH
-    most = min(most, groups.most_depth)
-    depth = next(d for d in DEPTHS if d <= most and row_length % d == 0)
-    steps = taps * row_length // depth
-    # Splits end where they would make two blocks for every multiprocessor.
-    whole = math.ceil(rows / tile) * math.ceil(channels / CHANNELS)
-    for split in SPLITS:
-      if split > 1 and (
-          not splittable or groups.scaled
-          or whole * split >= 2 * multiprocessors()):
-        break
-      if steps % split == 0:
-        dtype = jnp.float32 if split > 1 else out_dtype
-        stages = most_stages(tile, depth, dtype, groups)
-        yield Blocks(tile, depth, stages, split)
-
-
-def cost(blocks: Blocks, rows: int, channels: int, length: int,
-         processors: int) -> float:
-  """A model's time, in that of one row: waves of blocks, times their steps.
-
-  Not measured yet: benchmarks/hopper.py times its choices against others.
+def why_not(blocks: Blocks, row_length: int, taps: int, out_dtype,
+            groups: Groups = NO_GROUPS) -> str | None:
+  """Why a product cannot be cut so; None if it can.
 
   Args:
     blocks: the cut.
-    rows: M.
+    row_length, taps, out_dtype, groups: as of `Work`.
+  """
+  if groups.scaled and (blocks.depth != _DEPTH_OF_GROUPS or blocks.split > 1):
+    return (f'{blocks}: scales of groups ask for a depth of '
+            f'{_DEPTH_OF_GROUPS}, and no split')
+  if blocks.rows > groups.most_rows or blocks.depth > groups.most_depth:
+    return (f'{blocks}: {groups} have registers for at most '
+            f'{groups.most_rows} rows and a depth of {groups.most_depth}')
+  if blocks.rows not in ROWS or blocks.depth not in DEPTHS:
+    return f'{blocks}: rows must be one of {ROWS}, depth of {DEPTHS}'
+  if row_length % blocks.depth or (
+      taps * row_length // blocks.depth) % blocks.split:
+    return (f'{blocks}: rows of {row_length} codes must be whole steps, and '
+            f'their number a multiple of the split')
+  if blocks.split > 1:
+    out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
+  most = most_stages(blocks.rows, blocks.depth, out_dtype, groups)
+  if not 1 <= blocks.stages <= most:
+    return f'{blocks}: 1 to {most} stages fit into shared memory'
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """A product, as far as its blocks depend on it.
+
+  Attributes:
+    rows: M, of what the kernel is given: a convolution's pixels as they lie in
+      x, those between images too.
     channels: N.
-    length: K.
+    row_length: codes of K in a row of x, a multiple of 64.
+    taps: rows of x that go into a row of y.
+    out_dtype: of y, its name.
+    splittable: whether sums may be split.
+    groups: of what there is by group.
+  """
+
+  rows: int
+  channels: int
+  row_length: int
+  taps: int = 1
+  out_dtype: str = 'bfloat16'
+  splittable: bool = True
+  groups: Groups = NO_GROUPS
+
+  @property
+  def length(self) -> int:
+    """K."""
+    return self.taps * self.row_length
+
+
+def candidates(work: Work) -> Iterator[Blocks]:
+  """The sensible blocks, one depth for each number of rows and split.
+
+  Sums are split until there is a block for every multiprocessor.
+  """
+  for tile in ROWS:
+    # A tile that is twice as high as y is worse than the one before.
+    if tile > ROWS[0] and tile >= 2 * work.rows:
+      break
+    if tile > work.groups.most_rows:
+      break
+    most = _FEW_ROWS_DEPTH if tile <= _FEW_ROWS else _DEPTH
+    most = min(most, work.groups.most_depth)
+    depth = next(
+        d for d in DEPTHS if d <= most and work.row_length % d == 0)
+    # Splits end where they would make two blocks for every multiprocessor.
+    whole = math.ceil(work.rows / tile) * math.ceil(work.channels / CHANNELS)
+    for split in SPLITS:
+      if split > 1 and (
+          not work.splittable or work.groups.scaled
+          or whole * split >= 2 * multiprocessors()):
+        break
+      if work.length // depth % split == 0:
+        dtype = jnp.float32 if split > 1 else work.out_dtype
+        stages = most_stages(tile, depth, dtype, work.groups)
+        yield Blocks(tile, depth, stages, split)
+
+
+def cost(blocks: Blocks, work: Work, processors: int) -> float:
+  """A model's time, in that of one row: waves of blocks, times their steps.
+
+  Not measured yet: what a device has measured goes before it (measured.py).
+
+  Args:
+    blocks: the cut.
+    work: what is cut.
     processors: multiprocessors of the device.
   """
-  blocks_count = (blocks.split * math.ceil(rows / blocks.rows)
-                  * math.ceil(channels / CHANNELS))
+  blocks_count = (blocks.split * math.ceil(work.rows / blocks.rows)
+                  * math.ceil(work.channels / CHANNELS))
   # 133 blocks on 132 multiprocessors take as long as 264 would.
   waves = math.ceil(blocks_count / processors)
-  steps = length / _DEPTH / blocks.split
+  steps = work.length / _DEPTH / blocks.split
   return (waves * steps * (blocks.rows + _STEP_ROWS)
           + (_SPLIT_ROWS if blocks.split > 1 else 0))
 
 
-def choose(rows: int, channels: int, row_length: int, taps: int, out_dtype,
-           splittable: bool, groups: Groups = NO_GROUPS) -> Blocks:
-  """The candidate of the least `cost` on the default device."""
-  return min(
-      candidates(rows, channels, row_length, taps, out_dtype, splittable,
-                 groups),
-      key=lambda blocks: cost(blocks, rows, channels, taps * row_length,
-                              multiprocessors()))
+def ranked(work: Work) -> list[Blocks]:
+  """The candidates, those of the least `cost` on the default device first."""
+  processors = multiprocessors()
+  return sorted(candidates(work),
+                key=lambda blocks: cost(blocks, work, processors))

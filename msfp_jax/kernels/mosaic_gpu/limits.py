@@ -144,28 +144,8 @@ def _why_not_sums(x, codes, fmt):
 def _why_not_blocks(x, codes, strides, out_dtype, blocks, groups):
   if blocks is None:
     return None
-  if groups.scaled and (blocks.depth != decode_lib.DEPTH or blocks.split > 1):
-    return (f'{blocks}: scales of groups ask for a depth of '
-            f'{decode_lib.DEPTH}, and no split')
-  if blocks.rows > groups.most_rows or blocks.depth > groups.most_depth:
-    return (f'{blocks}: {groups} have registers for at most '
-            f'{groups.most_rows} rows and a depth of {groups.most_depth}')
   # As `_lay_out` will cut K: into rows of the window, where they are walked.
   window = codes.shape[1:-1]
   taps = window[0] if window and tuple(strides) == (1, 1) else 1
   row_length = 2 * math.prod(codes.shape[1:]) // taps
-  if (blocks.rows not in blocks_lib.ROWS
-      or blocks.depth not in blocks_lib.DEPTHS):
-    return (f'{blocks}: rows must be one of {blocks_lib.ROWS}, depth of '
-            f'{blocks_lib.DEPTHS}')
-  if row_length % blocks.depth or (
-      taps * row_length // blocks.depth) % blocks.split:
-    return (f'{blocks}: rows of {row_length} codes must be whole steps, and '
-            f'their number a multiple of the split')
-  if blocks.split > 1:
-    out_dtype = jnp.float32  # of the plain sums, or int32, which is as wide
-  most = blocks_lib.most_stages(
-      blocks.rows, blocks.depth, out_dtype, groups)
-  if not 1 <= blocks.stages <= most:
-    return f'{blocks}: 1 to {most} stages fit into shared memory'
-  return None
+  return blocks_lib.why_not(blocks, row_length, taps, out_dtype, groups)

@@ -29,6 +29,7 @@ from msfp_jax.kernels.mosaic_gpu import decode as decode_lib
 from msfp_jax.kernels.mosaic_gpu import kernel as kernel_lib
 from msfp_jax.kernels.mosaic_gpu import layout as layout_lib
 from msfp_jax.kernels.mosaic_gpu import limits
+from msfp_jax.kernels.mosaic_gpu import measured
 from msfp_jax.quant.numbers import FPFormat
 
 # TMA reads tiles of 8 rows, and rows of multiples of 16 bytes.
@@ -82,7 +83,7 @@ def matmul(x, codes, scale, shift, *, fmt: FPFormat, out_dtype,
       shifted by them, 0 to 4; or None.
     flag_group: how many along K share one of them, a multiple of 16.
     wide: the integers that shifted weights are, of at most 8 bits.
-    blocks: how to cut the work; else as `blocks.choose` says.
+    blocks: how to cut the work; else as `measured.choose` says.
     interpret: run on any device, slowly, in Pallas's interpreter of GPUs. That
       has no register operands: decoding is the same bit expression in JAX.
       Needs jax 0.11.
@@ -269,9 +270,9 @@ def _product(x, codes, end, length, taps, fmt, wide, out_dtype, blocks,
   channels = end.scale.shape[0]
   carrier = limits.CARRIERS[np.dtype(x.dtype)]
   if blocks is None:
-    blocks = blocks_lib.choose(
-        length, channels, x.shape[1], taps.height, out_dtype,
-        end.shift.ndim == 1, sizes)
+    blocks = measured.choose(blocks_lib.Work(
+        length, channels, x.shape[1], taps.height, jnp.dtype(out_dtype).name,
+        end.shift.ndim == 1, sizes))
   call = functools.partial(
       kernel_lib.product, x, codes, fmt=fmt, carrier=carrier, rows=length,
       taps=taps, blocks=blocks, grouped=grouped,

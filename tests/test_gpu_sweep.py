@@ -1,0 +1,251 @@
+"""Stage kernels of benchmarks.gpu: which blocks win, and what XLA wins."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import hopper
+from benchmarks import hopper_cases
+from benchmarks import hopper_rivals
+from benchmarks import hopper_sweep
+from benchmarks.gpu import products
+from benchmarks.gpu import record as record_lib
+from benchmarks.gpu import runner
+from benchmarks.hopper_cases import Case
+from msfp_jax.kernels import choice
+from msfp_jax.kernels import slower
+from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import measured
+
+CASES = {case.name: case for case in hopper_cases.CASES}
+LARGE, SMALL = CASES['large'], Case('small', 16, 128, 64, more=True)
+HERE = {'device': 'a card', 'versions': 'some'}
+
+
+def row(us, bf16_us=100.0, method='packed int8, chosen', **more):
+  return {'method': method, 'us': us, 'bf16_us': bf16_us} | more
+
+
+def test_the_worst_are_those_that_are_least_faster_than_bf16():
+  rows = {
+      'large': [row(50.0)], 'few 16': [row(25.0)],
+      'conv SD 64': [row(10.0, note='wrong: error 1 > 0')],
+      'conv SD 32': [row(1.0, method='packed fp8, chosen'),
+                     row(120.0), {'method': 'XLA fp8', 'note': 'an error'}],
+      'quartz large': [row(80.0, method='packed QuaRTZ')],
+      'few 64': [row(400.0, None)]}
+  worst = hopper_sweep.worst([CASES[name] for name in rows], rows)
+  assert [case.name for case in worst] == [
+      'conv SD 32', 'quartz large', 'large']
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_blocks_that_are_tried(name):
+  """A few that the kernel takes, first those that it would choose."""
+  work = hopper_cases.work(CASES[name])
+  tried = hopper_sweep.blocks(CASES[name])
+  assert tried[0] == blocks_lib.ranked(work)[0]
+  assert 3 <= len(tried) == len(set(tried)) <= 6
+  assert any(blocks.rows != tried[0].rows or blocks.split != tried[0].split
+             for blocks in tried)
+  for blocks in tried:
+    assert blocks_lib.why_not(blocks, work.row_length, work.taps,
+                              work.out_dtype, work.groups) is None
+
+
+@pytest.mark.parametrize('case', [
+    Case('product', 20, 96, 70), Case('flags', 16, 64, 64, flag_group=32),
+    Case('conv', 2, 96, 64, 8), Case('flags', 2, 64, 64, 8, flag_group=16)])
+def test_the_work_of_a_case_is_what_its_kernel_cuts(case, monkeypatch):
+  """Else a row would be for a product that nobody computes."""
+  asked = []
+
+  def choose(work):
+    asked.append(work)
+    return blocks_lib.ranked(work)[0]
+
+  monkeypatch.setattr(measured, 'choose', choose)
+  method = hopper_cases.of_kernel(case)
+  jax.eval_shape(method.function, *hopper_cases.arguments(
+      method, hopper_cases.draw(case)))
+  if not case.size:  # rows of x are padded to 8
+    case = dataclasses.replace(case, m=-(-case.m // 8) * 8)
+  assert asked == [hopper_cases.work(case)]
+
+
+def test_a_sweep_has_a_winner_beyond_noise():
+  chosen, second, third, *_ = hopper_sweep.blocks(LARGE)
+  rows = {chosen: HERE | {'us': 100.0}, second: HERE | {'us': 98.0},
+          third: HERE | {'us': 50.0, 'note': 'wrong'}}
+  assert hopper_sweep.winner(LARGE, rows) is None
+  rows[second] = HERE | {'us': 50.0, 'device': 'another'}
+  assert hopper_sweep.winner(LARGE, rows) is None
+  rows[second] = HERE | {'us': 80.0}
+  assert hopper_sweep.winner(LARGE, rows) == measured.Tuned(
+      hopper_cases.work(LARGE), second, 'a card', 'some', 1.25)
+  del rows[chosen]
+  assert hopper_sweep.winner(LARGE, rows) is None
+
+
+def test_rows_are_printed_as_python_has_them():
+  """What is printed can be put into the file of the tables as it is."""
+  names = vars(measured)
+  won = [hopper_sweep.winner(case, {
+      blocks: HERE | {'us': 100.0 - i}
+      for i, blocks in enumerate(hopper_sweep.blocks(case))})
+         for case in (LARGE, CASES['quartz SD 32'], CASES['conv SD up'])]
+  lost = [slower.Slower(slower.Kind('matmul', 'int8', 16, 64), 0, 128, None,
+                        None, 'a card', 'some', 2.5)]
+  for rows in (won, lost):
+    text = hopper_sweep.literal(rows)
+    assert eval(text, names) == tuple(rows)
+    assert max(map(len, text.splitlines())) <= 80
+  assert eval(hopper_sweep.literal([])) == ()
+
+
+def test_what_may_be_lost_is_what_xla_does_with_decoded_weights():
+  rows = [
+      row(100.0, method='XLA bf16'), row(60.0, method='XLA int8'),
+      {'method': 'XLA fp8', 'note': 'an error'}, row(50.0),
+      row(70.0, method='packed int8, groups of 16'),
+      row(55.0, method='packed int8, both in groups of 32'),
+      row(99.0, method='packed int8, by token'),
+      {'method': 'packed int8, groups of 64', 'note': 'an error'}]
+  kind = lambda *sizes: slower.Kind('matmul', 'int8', *sizes)
+  assert hopper_rivals.doubtful(SMALL, rows) == {
+      kind(): False, kind(16): True, kind(32, 32): False}
+  assert hopper_rivals.doubtful(SMALL, rows[3:]) == {}
+
+
+@pytest.mark.parametrize('case', [
+    SMALL, Case('conv', 1, 128, 16, 8, more=True),
+    Case('QuaRTZ', 16, 64, 64, flag_group=16)])
+def test_layers_are_of_the_kinds_that_rows_measure(case):
+  kinds = hopper_rivals.kinds(case)
+  assert len(kinds) == (7 if case.more else 1)
+  for kind in kinds.values():
+    layer, x = hopper_rivals.layer(case, kind)
+    geometry = hopper_rivals.geometry_of(case)
+    assert choice.why_not('mosaic_gpu', layer, x.shape, geometry) is None
+    assert choice.operation('mosaic_gpu', layer, x.shape, geometry) == (
+        hopper_rivals.operation(case, kind))
+
+
+KINDS = slower.Kind('matmul', 'int8'), slower.Kind('conv', 'int8', 16)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_rows_hold_for_what_was_lost_and_for_nothing_else(seed):
+  rng = np.random.default_rng(seed)
+  outcomes = []
+  for _ in range(12):
+    lost = [True, True, False, None][rng.integers(4)]
+    outcomes.append(hopper_rivals.Outcome(slower.Operation(
+        KINDS[rng.integers(2)], 8 * int(rng.integers(1, 6)),
+        int(rng.integers(1, 9999)), int(rng.integers(1, 9999))), lost,
+        {'times': 1.5, 'device': ['a', 'b'][rng.integers(2)],
+         'versions': 'some'}))
+  rows = hopper_rivals.rows(outcomes)
+  for one in outcomes:
+    assert any(row.holds(one.operation, one.where[0]) for row in rows) == (
+        one.lost is True)
+
+
+def test_rows_go_on_to_where_nothing_was_won():
+  def outcome(rows, lost, times=2.0):
+    return hopper_rivals.Outcome(
+        slower.Operation(KINDS[0], rows, 64, 64), lost,
+        HERE | {'times': times})
+
+  rows = hopper_rivals.rows([
+      outcome(16, False), outcome(2048, True, 1.2), outcome(8192, True)])
+  assert rows == [slower.Slower(
+      KINDS[0], 2048, None, None, None, 'a card', 'some', 1.2)]
+  rows = hopper_rivals.rows([
+      outcome(16, True), outcome(64, True), outcome(2048, False)])
+  assert [(row.least, row.most) for row in rows] == [(0, 64)]
+
+
+def fake_measurements(monkeypatch, calls):
+  """Makes 'toy' the worst, slower than XLA; other blocks are twice as fast."""
+  there = HERE | {'device': jax.devices()[0].device_kind}
+
+  def run_case(case, roofline, methods, least):
+    calls.append(case.name)
+    for method in methods:
+      slow = case.name == 'toy' and method.packed
+      yield row(90.0 if slow else 50.0, method=method.name)
+
+  def measure(case, method, *unused):
+    calls.append(method.name)
+    slow = method.name == hopper_sweep.name(hopper_sweep.blocks(case)[0])
+    return {'us': 90.0 if slow else 45.0}
+
+  def compare(case, kind, ways, least):
+    calls.append((case.name, measured.choose(hopper_cases.work(case))))
+    return {'times': 2.0, **there}
+
+  monkeypatch.setattr(hopper, 'run_case', run_case)
+  monkeypatch.setattr(hopper, 'measure', measure)
+  monkeypatch.setattr(hopper_sweep, 'there', lambda: there)
+  monkeypatch.setattr(hopper_rivals, 'compare', compare)
+  monkeypatch.setattr(products, 'stand_in', lambda case, method: method)
+
+
+def test_the_stage_sweeps_the_worst_and_goes_on(tmp_path, monkeypatch, capsys):
+  calls, toys = [], [Case('toy', 16, 64, 64), *(
+      Case(f'other {i}', 16 + i, 64, 128) for i in range(3))]
+  fake_measurements(monkeypatch, calls)
+  stage = lambda: products.Products(
+      record_lib.Record(tmp_path, 60.0), toys, dry=True)
+  assert stage().run() == 0
+  tried = [hopper_sweep.name(blocks) for blocks in hopper_sweep.blocks(toys[0])]
+  assert calls[:4] == [case.name for case in toys]
+  assert calls[4:4 + len(tried)] == tried
+  found = runner.read(tmp_path / runner.FOUND)['measurements']
+  won = eval(found['blocks']['value'], vars(measured))
+  assert len(won) == hopper_sweep.WORST and won[0].times == 2.0
+  assert won[0].work == hopper_cases.work(toys[0])
+  # Compared with XLA by the blocks that won, and with no other case.
+  assert calls[-1] == ('toy', won[0].blocks)
+  assert [call for call in calls if isinstance(call, tuple)] == calls[-1:]
+  lost, = eval(found['slower']['value'], vars(measured))
+  assert lost.holds(
+      hopper_rivals.operation(toys[0], lost.kind), lost.device)
+  said = capsys.readouterr().out
+  assert all(found[table]['value'] in said for table in ('blocks', 'slower'))
+  done = len(calls)
+  assert stage().run() == 0
+  assert len(calls) == done
+
+
+def test_cases_leave_the_sweep_its_time(tmp_path, monkeypatch):
+  """With too little for a case beside it, what is there is swept."""
+  calls = []
+  fake_measurements(monkeypatch, calls)
+  toys = [Case('toy', 16, 64, 64), Case('other', 16, 64, 64)]
+  record = record_lib.Record(tmp_path, 60.0)
+  stage = products.Products(record, toys, dry=False)
+  monkeypatch.setattr(products.machine, 'measure', lambda: None)
+  record.found['limits'] = {'value': None}
+  record.found['claims'] = {'value': {}}
+  record.found['toy'] = {'value': [row(90.0)]}
+  monkeypatch.setattr(record, 'left', lambda: 30.0 if calls else 60.0)
+  assert stage.run() == 0
+  assert calls[0] != 'other' and 'other' in calls
+
+
+def test_dry_kernels_are_lowered_and_xla_computes_in_their_place():
+  case = Case('toy', 16, 64, 64, flag_group=16)
+  method = hopper_cases.of_kernel(case)
+  instead = products.stand_in(case, method)
+  drawn = hopper_cases.draw(case)
+  y = instead.function(*hopper_cases.arguments(instead, drawn))
+  want = np.float64(drawn['x']) @ np.float64(drawn['levels']).T * drawn['scale']
+  np.testing.assert_array_equal(y, jnp.asarray(want, jnp.bfloat16))
+  bad = hopper_sweep.method(case, blocks_lib.Blocks(64, 128, 2))
+  with pytest.raises(ValueError, match='whole steps'):
+    products.stand_in(case, bad)
