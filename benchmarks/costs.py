@@ -6,17 +6,16 @@ Pairs are timed in turn, A B A B, in one process; the median of the pairs'
 ratios is what counts, since machines drift. Prints a Markdown table.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import dataclasses
-import statistics
 import time
-from typing import Any
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import machine
 from configs import digits
 from msfp_jax import diffusion
 from msfp_jax.convert.native import abstract_params
@@ -42,22 +41,8 @@ _ONLY = flags.DEFINE_list('only', None, 'Names of the measurements to make.')
 Row = tuple[str, str, str]  # what, figure, limit
 
 
-def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int = 15,
-           warmup: int = 2) -> tuple[float, float, float]:
-  """Median seconds of a and of b, and the median ratio a / b of the pairs."""
-  times = {a: [], b: []}
-  for i in range(pairs + warmup):
-    for work in (a, b):
-      start = time.perf_counter()
-      jax.block_until_ready(work())
-      if i >= warmup:
-        times[work].append(time.perf_counter() - start)
-  ratios = [x / y for x, y in zip(times[a], times[b], strict=True)]
-  return tuple(map(statistics.median, (times[a], times[b], ratios)))
-
-
 def _ratio(what: str, limit: float, a, b, **options) -> Row:
-  mine, base, ratio = paired(a, b, **options)
+  mine, base, ratio = machine.paired(a, b, **options)
   return (what, f'{ratio:.2f}x ({mine * 1e3:.1f} / {base * 1e3:.1f} ms)',
           f'{limit}x')
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import costs
+from benchmarks import machine
 from msfp_jax.base import markdown
 from msfp_jax.quant import block_formats
 from msfp_jax.quant import calibrate
@@ -142,7 +142,7 @@ def cost(channels: int = 256, pairs: int = 15) -> Iterator[list[str]]:
   for (around, quantizer), names in timed.values():
     run = jax.jit(lambda x, around, quantizer: quantizer.fake_quant(
         around.input(x)))
-    mine, base, ratio = costs.paired(
+    mine, base, ratio = machine.paired(
         functools.partial(run, x, around, quantizer),
         functools.partial(plain, x), pairs=pairs)
     yield [', '.join(names), shown(around, quantizer), f'{ratio:.2f}x',

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import hopper
 from benchmarks import hopper_cases
+from benchmarks import hopper_measure
 from benchmarks import hopper_sweep
 from benchmarks.hopper_cases import Case
 from msfp_jax import kernels
@@ -70,7 +70,7 @@ def doubtful(case: Case, rows: Sequence[Mapping[str, Any]]
 
   Args:
     case: that was measured.
-    rows: of it, as hopper.run_case has them.
+    rows: of it, as hopper_measure.run_case has them.
 
   Returns:
     {kind: that}, of those of which both are known.
@@ -106,14 +106,14 @@ def geometry_of(case: Case) -> geometry_lib.Geometry | None:
 
 
 def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS,
-            least: float = hopper.LEAST) -> dict[str, Any]:
+            least: float = hopper_measure.LEAST) -> dict[str, Any]:
   """Times a layer by XLA and by the kernel: 'us' of each, 'times' XLA's.
 
   Args:
     case: its size.
     kind: its scales.
     ways: the implementations, first XLA's.
-    least: as for `hopper.seconds`.
+    least: as for `hopper_measure.seconds`.
 
   Raises:
     ValueError: their results differ.
@@ -126,9 +126,9 @@ def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS,
   for way in ways:
     run = lambda packed, x, way=way: kernels.run(
         packed, x, geometry, implementation=way)
-    compiled, copies = hopper.of_copies(run, (packed, x), size)
+    compiled, copies = hopper_measure.of_copies(run, (packed, x), size)
     results.append(np.asarray(compiled(copies)[-1], np.float32))
-    us[way] = hopper.seconds(compiled, copies, least) * 1e6
+    us[way] = hopper_measure.seconds(compiled, copies, least) * 1e6
   apart = float(np.linalg.norm(results[1] - results[0])
                 / np.linalg.norm(results[0]))
   if not apart <= _MOST_APART:

@@ -58,6 +58,20 @@ def rounds(functions: dict[str, Callable[[], Any]], count: int,
   return times
 
 
+def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int = 15,
+           warmup: int = 2) -> tuple[float, float, float]:
+  """Median seconds of a and of b, and the median ratio a / b of the pairs."""
+  times = {a: [], b: []}
+  for i in range(pairs + warmup):
+    for work in (a, b):
+      start = time.perf_counter()
+      jax.block_until_ready(work())
+      if i >= warmup:
+        times[work].append(time.perf_counter() - start)
+  ratios = [x / y for x, y in zip(times[a], times[b], strict=True)]
+  return tuple(map(statistics.median, (times[a], times[b], ratios)))
+
+
 def ratio(base: list[float], other: list[float]) -> float:
   """Tells how many times faster `other` is: the median over the rounds."""
   return statistics.median(

@@ -81,7 +81,7 @@ def test_every_recipe_has_a_cost(monkeypatch):
   quantizer = Static(FPFormat.parse('E2M1'), np.float32(1))
   monkeypatch.setattr(formats, 'inputs_of', lambda recipe, channels: {
       part: (Around(rotation=32), quantizer) for part in ('nal', 'aal')})
-  monkeypatch.setattr(formats.costs, 'paired', lambda *_, **__: (1, 1, 1))
+  monkeypatch.setattr(formats.machine, 'paired', lambda *_, **__: (1, 1, 1))
   (names, through, *_), = formats.cost(channels=2**16)
   assert through == 'E2M1, static, 32 channels rotated'
   assert names.split(', ') == [

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import hopper
 from benchmarks import hopper_cases
+from benchmarks import hopper_measure
 from benchmarks import hopper_rivals
 from benchmarks import hopper_sweep
 from benchmarks.gpu import products
@@ -188,8 +188,8 @@ def fake_measurements(monkeypatch, calls):
     calls.append((case.name, measured.choose(hopper_cases.work(case))))
     return {'times': 2.0, **there}
 
-  monkeypatch.setattr(hopper, 'run_case', run_case)
-  monkeypatch.setattr(hopper, 'measure', measure)
+  monkeypatch.setattr(hopper_measure, 'run_case', run_case)
+  monkeypatch.setattr(hopper_measure, 'measure', measure)
   monkeypatch.setattr(hopper_sweep, 'there', lambda: there)
   monkeypatch.setattr(hopper_rivals, 'compare', compare)
   monkeypatch.setattr(products, 'stand_in', lambda case, method: method)

@@ -17,10 +17,10 @@ from typing import Any
 from absl import app
 import jax.numpy as jnp
 
-from benchmarks import hopper
 from benchmarks import hopper_absent
 from benchmarks import hopper_cases
 from benchmarks import hopper_checks
+from benchmarks import hopper_measure
 from benchmarks import hopper_rivals
 from benchmarks import hopper_sweep
 from benchmarks import machine
@@ -51,13 +51,13 @@ class Products:
     self._record = record
     self._cases = tuple(cases)
     self._dry = dry
-    self._least = 0.01 if dry else hopper.LEAST
+    self._least = 0.01 if dry else hopper_measure.LEAST
     self._limits = None
     self._wanted = [case.name for case in self._cases]
     # Of the case at hand: each of its kernels meets the same numbers.
     self._drawn = functools.lru_cache(1)(hopper_cases.draw)
     self._truths = functools.lru_cache(1)(
-        lambda case: hopper.truths(case, self._drawn(case)))
+        lambda case: hopper_measure.truths(case, self._drawn(case)))
 
   def run(self) -> int:
     """Measures what is missing; returns the exit status."""
@@ -113,7 +113,7 @@ class Products:
     Raises:
       RuntimeError: the device answered no more after one of them.
     """
-    found = list(hopper.run_case(
+    found = list(hopper_measure.run_case(
         case, self._roofline(), self._methods(case), self._least))
     if not record_lib.answers():
       raise RuntimeError(f'it ended with {[row.get("note") for row in found]}')
@@ -137,9 +137,9 @@ class Products:
     method = hopper_sweep.method(case, blocks)
     if self._dry:
       method = stand_in(case, method)
-    return hopper.measure(case, method, self._drawn(case), self._truths(case),
-                          self._roofline(), self._least
-                          ) | hopper_sweep.there()
+    return hopper_measure.measure(
+        case, method, self._drawn(case), self._truths(case), self._roofline(),
+        self._least) | hopper_sweep.there()
 
   def _compare(self) -> Iterator[hopper_rivals.Outcome]:
     """Runs layers by XLA too where the kernel may be slower than that."""
