@@ -5,8 +5,7 @@
 The same command again goes on where an interruption left it. Reference
 statistics, in the form that other tools read too, are made by
 
-  python -m msfp_jax.eval --make_stats=celeba:img_align_celeba \
-      --output=celeba64.npz
+  python -m msfp_jax.eval --make_stats=celeba:FOLDER --output=celeba64.npz
 
 of a folder of images, an .npz, or a data set as NAME:PATH, and used by
 --config.eval.reference=celeba64.npz.

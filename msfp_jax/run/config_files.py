@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 from absl import flags
+from absl import logging
 from ml_collections import config_flags
 
 # Flags that `define` makes belong to the module that calls it, for --help.
@@ -57,7 +58,10 @@ def find(text: str) -> str:
   spellings = (given.stem, f'{given.stem}.py', f'configs/{given.stem}.py')
   if given.stem in names() and given in map(pathlib.PurePath, spellings):
     _let_import(shipped_first=True)
-    return f'{FOLDER / given.stem}.py{colon}{words}'
+    found = f'{FOLDER / given.stem}.py'
+    # A file of the user's may have been meant, in another folder than this.
+    logging.info('no file %s here: taking the shipped %s', path, found)
+    return f'{found}{colon}{words}'
   raise FileNotFoundError(
       f'no config file {path!r}: name one that exists, or a shipped one: '
       + ', '.join(f'configs/{name}.py' for name in names()))
