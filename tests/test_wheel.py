@@ -145,5 +145,8 @@ def test_train_and_eval(run, tmp_path):
 @pytest.mark.slow
 def test_the_other_commands(run, tmp_path):
   assert '| `ssim_to_fp` | high |' in run(tmp_path, '-m', 'msfp_jax.metrics')
+  assert 'ends-8' in run(tmp_path, '-c', (
+      'from msfp_jax.run import study\n'
+      'print(*study.load_study("configs/digits.py:table")[1]["groups"])'))
   run(tmp_path, '-m', 'msfp_jax.convert', 'digits16', 'mine.safetensors')
   assert (tmp_path / 'mine.safetensors').stat().st_size > 2_000_000
