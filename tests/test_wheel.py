@@ -123,17 +123,16 @@ def test_readmes_lines(run, tmp_path):
 def test_train_and_eval(run, tmp_path):
   """The shipped model, its classifier and the report's templates are there."""
   arguments = (
-      '--workdir=runs/demo', '--config.finetune.num_updates=4',
-      '--config.finetune.save_every=4', '--config.sampler.num_steps=4',
-      '--config.calibrate.batch_size=4', '--config.calibrate.num_batches=1',
-      '--config.eval.num_samples=128', '--config.eval.batch_size=128',
-      '--config.eval.rows=fp,tuned')
+      '--workdir=runs/demo', '--config.finetune.num_updates=0',
+      '--config.sampler.num_steps=4', '--config.calibrate.batch_size=4',
+      '--config.calibrate.num_batches=1', '--config.eval.num_samples=128',
+      '--config.eval.batch_size=128', '--config.eval.rows=fp,packed')
   run(tmp_path, '-m', 'msfp_jax.train', '--config=digits.py:demo', *arguments)
   shown = run(tmp_path, '-m', 'msfp_jax.eval',
               '--config=configs/digits.py:demo', *arguments)
-  assert '| tuned' in shown and 'fd_digits' in shown
+  assert '| packed' in shown and 'fd_digits' in shown
   work = tmp_path / 'runs/demo'
-  assert {'fp', 'tuned'} == {row['name'] for row in json.loads(
+  assert {'fp', 'packed'} == {row['name'] for row in json.loads(
       (work / 'results.json').read_text())['rows']}
   assert '</html>' in (work / 'report.html').read_text()
   with safetensors.safe_open(work / 'packed.safetensors', 'np') as opened:

@@ -13,6 +13,7 @@ import sys
 import types
 from typing import Any
 
+from absl import app
 from absl import flags
 from absl import logging
 from ml_collections import config_flags
@@ -60,7 +61,8 @@ def find(text: str) -> str:
     _let_import(shipped_first=True)
     found = f'{FOLDER / given.stem}.py'
     # A file of the user's may have been meant, in another folder than this.
-    logging.info('no file %s here: taking the shipped %s', path, found)
+    app.call_after_init(lambda: logging.info(
+        'no file %s here: taking the shipped %s', path, found))
     return f'{found}{colon}{words}'
   raise FileNotFoundError(
       f'no config file {path!r}: name one that exists, or a shipped one: '
