@@ -1,4 +1,4 @@
-# Every target sets up what it needs: Python 3.11 or 3.12 and make suffice.
+# Every target sets up what it needs: Python 3.11 to 3.13 and make suffice.
 #
 #   make demo                    the main job on the embedded data, on the CPU
 #   make JAX_EXTRA=cuda12 demo   the same on an NVIDIA GPU (or tpu)
@@ -15,7 +15,7 @@ AOT_PY := $(AOT_VENV)/bin/python
 
 # Run each candidate: a version manager's stub may exist without a Python.
 ifeq ($(origin PYTHON),undefined)
-PYTHON := $(shell for p in python3.12 python3.11 python3; do \
+PYTHON := $(shell for p in python3.12 python3.13 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
   && echo $$p && break; done)
 endif
@@ -35,6 +35,19 @@ AOT_READY := $(AOT_VENV)/ready
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
+# What the tests have run with: the first is needed, beyond the last is a try.
+define CHECK_PYTHON
+import sys
+name, found = sys.argv[1], sys.version_info[:2]
+if found < (3, 11):
+  sys.exit("%s is Python %d.%d, and 3.11 or later is needed. Name another: "
+           "make PYTHON=/path/to/python3.12 ..." % ((name,) + found))
+if found > (3, 13):
+  print("%s is Python %d.%d, with which nothing was tried yet: 3.11 to 3.13 "
+        "are known to work." % ((name,) + found))
+endef
+export CHECK_PYTHON
+
 # create_venv(directory), with a message in place of a traceback.
 define create_venv
 @test -n '$(PYTHON)' || { echo 'No Python 3.11 or later was found.' \
@@ -43,6 +56,7 @@ define create_venv
   echo '$(PYTHON) cannot create virtual environments: it does not run, or' \
   'lacks venv and ensurepip (Debian, Ubuntu: apt install python3-venv).'; \
   exit 1; }
+@$(PYTHON) -c "$$CHECK_PYTHON" '$(PYTHON)'
 @echo 'Installing into $(1) with $(PYTHON); the first time takes minutes.'
 @$(PYTHON) -m venv $(1)
 endef

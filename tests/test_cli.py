@@ -54,8 +54,15 @@ def test_an_unknown_variant(tmp_path, variant, parts):
 
 
 def test_a_config_that_is_not_there(tmp_path):
-  assert_refused(run('eval.py', '--config=configs/digit.py',
-                     f'--workdir={tmp_path}/w'), 'configs/digit.py')
+  """The shipped ones are listed, in one line."""
+  finished = run('eval.py', '--config=configs/digit.py',
+                 f'--workdir={tmp_path}/w')
+  names = [path.stem for path in (ROOT / 'configs').glob('*.py')
+           if path.stem != 'common']
+  assert_refused(finished, "'configs/digit.py'",
+                 *(f'configs/{name}.py' for name in names))
+  assert [line.partition(' ')[0] for line in finished.stderr.splitlines()] == [
+      'error:', '--help']
 
 
 @pytest.mark.parametrize('program', ['train.py', 'eval.py'])

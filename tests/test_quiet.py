@@ -33,6 +33,14 @@ def test_a_missing_libtpu_is_told_to_those_who_have_installed_one(
   assert shown(TPU, name='absl')
 
 
+def test_remote_devices_are_missed_by_those_who_named_some():
+  """JAX 0.12 looks for its backend `proxy` unless platforms are named."""
+  line = "Unable to initialize backend 'proxy': "
+  assert not shown(
+      f"{line}The 'proxy' backend requires the address of an IFRT Proxy server")
+  assert shown(f'{line}UNAVAILABLE: no answer from grpc://localhost:29000')
+
+
 def test_what_orbax_does_is_hidden_but_not_what_went_wrong():
   path = 'site-packages/orbax/checkpoint.py'
   assert not shown('wrote', name='absl', path=path)

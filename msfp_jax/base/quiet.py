@@ -21,14 +21,18 @@ if not os.environ.get('MSFP_TRACEBACK') and os.environ.get(_LEVEL, '1') == '1':
 def worth_showing(record: logging.LogRecord) -> bool:
   """Whether a line of the log is for users; a filter of `logging`.
 
-  All warnings and errors are. Of lesser lines two kinds are not: orbax tells
+  All warnings and errors are. Of lesser lines three kinds are not: orbax tells
   about every file that it touches, and JAX that it found no libtpu where none
-  is installed.
+  is installed, and no remote devices where none were named.
   """
   if record.levelno > logging.INFO:
     return True
   if 'orbax' in record.pathname:
     return False
-  return not (record.name.endswith('xla_bridge')
-              and 'libtpu' in record.getMessage()
-              and importlib.util.find_spec('libtpu') is None)
+  if not record.name.endswith('xla_bridge'):
+    return True
+  message = record.getMessage()
+  if "backend 'proxy'" in message and 'requires the address' in message:
+    return False
+  return 'libtpu' not in message or importlib.util.find_spec(
+      'libtpu') is not None

@@ -123,8 +123,9 @@ def decode(codes, fmt: FPFormat | str, scale, zero_point=0,
            dtype=jnp.float32) -> jax.Array:
   """scale * value(codes) + zero_point, the inverse of `encode`.
 
-  decode(encode(x)) equals fake_quant(x) bit for bit; see `snap_scale` for what
-  this asks of the scale when both are parts of larger jitted functions.
+  decode(encode(x)) equals fake_quant(x) bit for bit, in any program, where
+  there is no zero point or the scale is one that `snap_scale` leaves as it is.
+  With others a program may round once where the other rounds twice.
 
   Args:
     codes: uint8 array, any shape; bits above fmt.bits are ignored.

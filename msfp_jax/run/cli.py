@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import os
+import shlex
 import sys
 from typing import TypeVar
 
@@ -35,6 +36,15 @@ def need(**values: str | None) -> None:
   if missing := [name for name, value in values.items() if value is None]:
     sys.exit('error: missing ' + ', '.join(f'--{name}' for name in missing)
              + '\n--help lists the flags')
+
+
+def command() -> str:
+  """This program's command line, as it was typed but for Python's options."""
+  # A module that was run by -m knows its name; its argv[0] is a path that means
+  # nothing elsewhere.
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  program = [sys.argv[0]] if spec is None else ['-m', spec.name]
+  return shlex.join(['python', *program, *sys.argv[1:]])
 
 
 def run(main: Callable[[list[str]], None]) -> None:

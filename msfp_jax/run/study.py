@@ -31,6 +31,7 @@ from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
+from msfp_jax.run import config_files
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import measure
@@ -57,9 +58,7 @@ def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
     ValueError: the file has no such study; those it has are listed.
     FileNotFoundError: no such file.
   """
-  path, _, name = text.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f'no config file {path!r}')
+  path, _, name = config_files.find(text).partition(':')
   # By path, as --config is given: a config need not be importable.
   module = runpy.run_path(path)
   studies = module.get('STUDIES', {})
