@@ -135,7 +135,7 @@ def _run_xla(layer, x, geometry, implementation, carrier, plain):
   out = multiply(layer, first)
   for other in others:
     out = carriers.add(multiply(layer.replace(bias=None), other), out)
-  return out
+  return _with_nan(out, x, geometry) if carrier == 'int8' else out
 
 
 def _run_tensor(layer, tensor, geometry, implementation, carrier, plain):
@@ -155,18 +155,19 @@ def _run_tensor(layer, tensor, geometry, implementation, carrier, plain):
     return product.grouped(tensor, weight, layer.bias, geometry, carrier)
   if carrier == 'f32' and carriers.cancels(weight):
     return product.dequantized(tensor, weight, layer.bias, geometry, plain)
-  out = product.separable(
+  return product.separable(
       *product.operands(tensor, weight, geometry, carrier), layer.bias,
       geometry, multiply, _sums_of(layer, carrier))
-  return _with_nan(out, tensor, geometry) if carrier == 'int8' else out
 
 
-def _with_nan(out, tensor, geometry):
-  """Results in int8, NaN where the input has one: by image, row or token."""
-  # A maximum of bytes, which XLA's CPU back end does faster than `any`.
-  lost = jnp.isnan(tensor.levels()).astype(jnp.uint8)
-  axes = -1 if geometry is None else tuple(range(1, lost.ndim))
-  return jnp.where(lost.max(axes, keepdims=True) > 0, jnp.nan, out)
+def _with_nan(out, x, geometry):
+  """Results in int8, NaN where the input has one: by row, token or image."""
+  # Not of the levels: XLA would keep these in float32 for a second use. A
+  # maximum of bytes is faster than `any` on CPUs.
+  lost = jnp.isnan(x).astype(jnp.uint8).max(-1, keepdims=True)
+  if geometry is not None:
+    lost = lost.max(tuple(range(1, lost.ndim)), keepdims=True)
+  return jnp.where(lost > 0, jnp.nan, out)
 
 
 def _multiply(v, w, *, geometry, carrier, plain):

@@ -91,8 +91,6 @@ BYTES = Algorithm(
 _LEAST_CHANNELS = 64
 # Weights are transformed in every call, which fewer tiles do not pay for.
 _LEAST_TILES = 64
-# In place of NaN in int8; no level is so low, as `fits` sees to.
-_LOST = -128
 
 
 def pays(channels: int, outputs: int) -> bool:
@@ -212,16 +210,10 @@ def conv(algorithm: Algorithm, x: jax.Array, weights: jax.Array, parts: int,
               and (n * each <= algorithm.at_once or n == 1))
 
   def run(x):
-    x = prepare(x)
-    if dtype == jnp.int8:
-      # A quarter of the bytes to look through.
-      x = jnp.where(jnp.isnan(x), _LOST, x).astype(dtype)
-      lost = (x == _LOST).astype(jnp.uint8)
-    else:
-      lost = jnp.isnan(x).astype(jnp.uint8)
-    out = finish(_convolve(algorithm, x, weights, parts))
-    # Sums in int32 have no NaN. By a maximum, which XLA does faster than `any`.
-    return jnp.where(lost.max((1, 2, 3), keepdims=True) > 0, jnp.nan, out)
+    # Sums in int32 have no NaN. A maximum of bytes is faster than `any`.
+    lost = jnp.isnan(x).astype(jnp.uint8).max((1, 2, 3), keepdims=True)
+    out = finish(_convolve(algorithm, prepare(x).astype(dtype), weights, parts))
+    return jnp.where(lost > 0, jnp.nan, out)
 
   if some == images:
     return run(x)
