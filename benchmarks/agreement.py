@@ -26,7 +26,7 @@ from msfp_jax.base import files
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import similarity
 from msfp_jax.run import cli
-from msfp_jax.run import evaluate
+from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
@@ -65,8 +65,8 @@ def main(unused_argv: Sequence[str]) -> None:
   config = ml_collections.ConfigDict(
       json.loads((workdir / 'config.json').read_text()))
   experiment = experiment_lib.load(config, str(workdir))
-  cfg = evaluate.EvalSettings(**config.eval)
-  network = evaluate.feature_network(cfg, experiment.image_shape)
+  cfg = eval_settings.EvalSettings(**config.eval)
+  network = eval_settings.feature_network(cfg, experiment.image_shape)
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=config.data.path or config.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))

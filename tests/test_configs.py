@@ -25,7 +25,7 @@ from msfp_jax.models import autoencoder
 from msfp_jax.models import unet
 from msfp_jax.quant import recipes
 from msfp_jax.quant import roles
-from msfp_jax.run import evaluate
+from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment
 from msfp_jax.run import methods
 from msfp_jax.run import teacher
@@ -168,7 +168,7 @@ def test_the_optimizers_take_the_rates_of_the_config(module, variant):
     ('pretrain', pretrain.PretrainSettings),
     ('finetune', finetune.FinetuneSettings),
     ('calibrate', experiment.CalibrationSettings),
-    ('quant', experiment.QuantSettings), ('eval', evaluate.EvalSettings)])
+    ('quant', experiment.QuantSettings), ('eval', eval_settings.EvalSettings)])
 def test_parts_have_the_fields_that_runs_take(part, settings):
   names = [field.name for field in dataclasses.fields(settings)]
   assert sorted(names) == sorted(common.get_config()[part])

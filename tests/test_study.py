@@ -20,7 +20,7 @@ from msfp_jax.convert import native
 from msfp_jax.models import unet
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
-from msfp_jax.run import evaluate
+from msfp_jax.run import draws as draws_lib
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import study
 
@@ -76,7 +76,7 @@ def draws(monkeypatch):
         interception.leaves(self.params, 'kernel'),
         spec_lib.LayerSpec('', '')))
 
-  monkeypatch.setattr(evaluate.generate, 'generate', generate)
+  monkeypatch.setattr(draws_lib.generate, 'generate', generate)
   monkeypatch.setattr(study.measure.bits, 'input_shapes',
                       lambda *unused: {'conv_in': (1, 8, 8, 1)})
   monkeypatch.setattr(experiment_lib, 'collect', lambda *a, **k: {})
@@ -221,7 +221,7 @@ def test_a_base_sets_what_all_rows_share(tmp_path, text, draws, monkeypatch):
           "'seeds'", "'base': 'timed', 'seeds'").replace(
               "'signed': 'signed_fp'", "'signed': 'timed,signed'"))
   monkeypatch.setattr(
-      study.evaluate.generate.Drawer, 'seconds_per_image', lambda *_: 0.5)
+      study.draws.generate.Drawer, 'seconds_per_image', lambda *_: 0.5)
   study.run(text, str(tmp_path / 'work'), rows=['signed'])
   for seed, expected in ((0, 0.5), (1, None)):
     for name in ('fp', 'signed'):

@@ -1,6 +1,6 @@
 """Sampling at scale, metrics, results.json: what quantization cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
@@ -9,131 +9,25 @@ from typing import Any
 from absl import logging
 import jax
 import ml_collections
-import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax import report
-from msfp_jax.base import arguments
-from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import pictures
-from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import classifier_files
-from msfp_jax.metrics import features
-from msfp_jax.metrics import preprocess
-from msfp_jax.metrics import registry
 from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
-from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import grid
+from msfp_jax.run import draws
+from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment as experiment_lib
-from msfp_jax.run import generate
 from msfp_jax.run import measure
 from msfp_jax.run import methods as methods_lib
 from msfp_jax.run import references
 from msfp_jax.run import sample_store
 from msfp_jax.run import workdir as workdir_lib
-
-_RULES = {
-    **dict.fromkeys(('num_samples', 'batch_size', 'pictures'),
-                    arguments.COUNT),
-    'layer_images': arguments.COUNT_OR_NONE,
-    'vectors': (lambda value: arguments.COUNT_OR_NONE[0](value) and (
-        value == 0 or value >= registry.LEAST_VECTORS),
-                f'0 or at least {registry.LEAST_VECTORS}'),
-    'keep': arguments.one_of(('', *sample_store.FORMS)),
-    'preprocessing': arguments.one_of(preprocess.CONVENTIONS),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSettings:
-  """Settings of an evaluation; configs/common.py has the usual ones.
-
-  Attributes:
-    rows: what `methods.make_row` knows; 'all' for every recipe.
-    num_samples: images of each.
-    batch_size: images at once.
-    features: the feature network, see `features.get`.
-    inception: the file of Inception's weights; '' for a download.
-    preprocessing: of Inception's images.
-    reference: a file of statistics to compare with; '' for those of the data.
-    vectors: feature vectors kept of each set; 0 for none.
-    keep: the form in which all samples stay, a key of `sample_store.FORMS`, or
-      ''.
-    pictures: images a row in samples/methods.png.
-    report: whether report.html is written.
-    layer_images: by which every layer's error is measured; 0: none is.
-    timing: whether sampling is timed, which no other run repeats.
-
-  Raises:
-    ValueError: settings that no evaluation can work with.
-  """
-
-  rows: Sequence[str]
-  num_samples: int
-  batch_size: int
-  features: str
-  inception: str
-  preprocessing: str
-  reference: str
-  vectors: int
-  keep: str
-  pictures: int
-  report: bool
-  layer_images: int
-  timing: bool
-
-  def __post_init__(self):
-    arguments.check_fields('config.eval', self, _RULES)
-
-
-# What an evaluation leaves while it runs, by which the next one goes on. A
-# batch is drawn again only if its file is not there, a row only if its metrics
-# are not:
-#
-#   WORKDIR/eval/samples.json       what the samples depend on
-#                scores.json        what the metrics depend on beside these
-#                reference.npz      statistics of the data
-#                fp/000000.uint8    a batch of images, then 000001.uint8, ...
-#                msfp/000000.uint8
-#                msfp.row.json      a row that is done
-#
-# In the end results.json holds it all, and the folder is deleted.
-def drawer(experiment: experiment_lib.Experiment, batch_size: int,
-           deployed: packed_lib.PackedModel) -> generate.Drawer:
-  """Draws samples of an experiment from one model."""
-  return generate.Drawer(
-      deployed, experiment.plan, batch_size, experiment.sample_shape,
-      experiment.draw_condition)
-
-
-def draw(experiment: experiment_lib.Experiment, num_samples: int,
-         drawer: generate.Drawer, name: str) -> np.ndarray:
-  """Samples, all in memory; every model starts from the same noise."""
-  return generate.generate(
-      drawer, num_samples, experiment.key(experiment_lib.SAMPLES), name,
-      decode=experiment.decode)
-
-
-def fill(experiment: experiment_lib.Experiment, drawer: generate.Drawer,
-         samples: sample_store.SampleStore, name: str) -> None:
-  """Draws those batches of samples that a store lacks."""
-  size, missing = drawer.batch_size, samples.missing
-  # The same key for every model: image i of all rows starts from one noise.
-  batches = generate.batches(
-      drawer, missing, experiment.key(experiment_lib.SAMPLES), name,
-      decode=experiment.decode)
-  total = len(samples)
-  # Progress counts what an earlier run drew.
-  done = generate.num_batches(total, size) - len(missing)
-  progress = progress_lib.Progress(
-      name, total, min(done * size, total), unit='images', compiles=True)
-  for number, batch in zip(missing, batches, strict=True):
-    samples.write(number, batch)
-    done += 1
-    progress.update(min(done * size, total))
+from msfp_jax.run.eval_settings import EvalSettings
 
 
 def results_head(config: ml_collections.ConfigDict,
@@ -167,6 +61,18 @@ def results_head(config: ml_collections.ConfigDict,
   }
 
 
+# What an evaluation leaves while it runs, by which the next one goes on. A
+# batch is drawn again only if its file is not there, a row only if its metrics
+# are not:
+#
+#   WORKDIR/eval/samples.json       what the samples depend on
+#                scores.json        what the metrics depend on beside these
+#                reference.npz      statistics of the data
+#                fp/000000.uint8    a batch of images, then 000001.uint8, ...
+#                msfp/000000.uint8
+#                msfp.row.json      a row that is done
+#
+# In the end results.json holds it all, and the folder is deleted.
 def run(config: ml_collections.ConfigDict, workdir: str,
         command: str = '') -> dict[str, Any]:
   """The whole of eval.py.
@@ -197,7 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   # All that can be refused comes first, the cheap before the dear, and the
   # claims last, which may delete an earlier evaluation's samples.
   experiment_lib.check(config)
-  check(cfg)
+  eval_settings.check(cfg)
   workdir_lib.check(config, workdir)
   with workdir_lib.hold(workdir):
     # Held, so that no training ends in between.
@@ -266,22 +172,6 @@ def _reported(experiment: experiment_lib.Experiment, batch_size: int,
       draw_condition=experiment.draw_condition)
 
 
-def check(cfg: EvalSettings) -> None:
-  """Raises for settings that do not fit this machine or its files.
-
-  Raises:
-    ValueError: a batch that the devices cannot share, or an unknown network.
-    FileNotFoundError: a reference or weights that are not there.
-  """
-  devices.check_batch('config.eval.batch_size', cfg.batch_size)
-  path = features.check(cfg.features)
-  for field, file in (('reference', cfg.reference), ('features', path),
-                      ('inception', cfg.inception)):
-    if file and not pathlib.Path(file).expanduser().is_file():
-      raise FileNotFoundError(f'no file at {file}, which config.eval.{field} '
-                              'names')
-
-
 def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                      source: tuple[str, str], folder: pathlib.Path,
                      prepare: Callable[[], Any]) -> scorer_lib.Scorer:
@@ -295,7 +185,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
     prepare: claims the workdir.
   """
   images = experiment.images
-  network = feature_network(cfg, experiment.image_shape)
+  network = eval_settings.feature_network(cfg, experiment.image_shape)
   name, path = source
   make = lambda: scorer_lib.Scorer(network, references.reference_of(
       images, network, dataset=path or name, file=cfg.reference,
@@ -319,14 +209,6 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   prepare()
   sample_store.claim(folder, samples, scores)
   return scorer or make()
-
-
-def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
-                    ) -> features.FeatureNetwork:
-  """The network that is asked for, on images of (H, W, C)."""
-  return features.get(
-      cfg.features, image_shape, weights=cfg.inception,
-      preprocessing=cfg.preprocessing)
 
 
 def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
@@ -353,8 +235,8 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   if path.is_file():
     return json.loads(path.read_text()), None
   row = methods_lib.make_row(experiment, name, workdir)
-  draw = drawer(experiment, cfg.batch_size, row.deployed)
-  fill(experiment, draw, samples, f'sample {name}')
+  draw = draws.drawer(experiment, cfg.batch_size, row.deployed)
+  draws.fill(experiment, draw, samples, f'sample {name}')
   try:
     found = scorer.score(samples)
   except ValueError as error:

@@ -32,7 +32,8 @@ from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
 from msfp_jax.run import config_files
-from msfp_jax.run import evaluate
+from msfp_jax.run import draws
+from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import measure
 from msfp_jax.run import methods as methods_lib
@@ -95,8 +96,8 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
       if rows is None or label in rows}
   # All rows are claimed before the first is run: a config that differs ends the
   # study now, and not after a night.
-  cfg = evaluate.EvalSettings(**base.eval)
-  evaluate.check(cfg)
+  cfg = eval_settings.EvalSettings(**base.eval)
+  eval_settings.check(cfg)
   todo = _not_done(get_config, base, wanted)
   if not todo:
     return
@@ -111,12 +112,12 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
 
 
 def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
-              cfg: evaluate.EvalSettings,
+              cfg: eval_settings.EvalSettings,
               todo: Mapping[pathlib.Path, ml_collections.ConfigDict],
               seed: int, workdir: str) -> None:
   """Runs those rows of a seed that have no result yet."""
   experiment = experiment_lib.load(base, workdir)
-  network = evaluate.feature_network(cfg, experiment.image_shape)
+  network = eval_settings.feature_network(cfg, experiment.image_shape)
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=base.data.path or base.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))
@@ -128,8 +129,8 @@ def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
       cfg.timing and seed == study['seeds'][0])
 
   def evaluated(deployed, name, weight_bits, act_bits):
-    draw = evaluate.drawer(experiment, cfg.batch_size, deployed)
-    images = evaluate.draw(experiment, cfg.num_samples, draw, name)
+    draw = draws.drawer(experiment, cfg.batch_size, deployed)
+    images = draws.draw(experiment, cfg.num_samples, draw, name)
     return {'weight_bits': weight_bits, 'act_bits': act_bits,
             **meter.measure(draw), **scorer.score(images)}
 

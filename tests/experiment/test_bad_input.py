@@ -12,6 +12,7 @@ import safetensors
 from configs import images as images_config
 from msfp_jax.base import errors
 from msfp_jax.convert import native
+from msfp_jax.run import draws
 from msfp_jax.run import evaluate
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import train
@@ -164,7 +165,7 @@ def never(*unused, **unused_too):
 def test_an_unknown_row_is_refused_before_any_is_sampled(
     copy, npz, monkeypatch, rows, parts):
   results = (copy / 'results.json').read_bytes()
-  monkeypatch.setattr(evaluate.generate, 'batches', never)
+  monkeypatch.setattr(draws.generate, 'batches', never)
   with pytest.raises(ValueError) as error:
     evaluate.run(runs.config_of(npz, {'eval.rows': rows}), str(copy))
   for part in parts:

@@ -8,6 +8,7 @@ import safetensors
 from configs import common
 from msfp_jax.base import errors
 from msfp_jax.base import lock
+from msfp_jax.run import draws
 from msfp_jax.run import evaluate
 from msfp_jax.run import study
 from msfp_jax.run import train
@@ -23,7 +24,7 @@ def refused(monkeypatch):
   """No teacher is trained, loaded or sampled from."""
   monkeypatch.setattr(pretrain, 'run', never)
   monkeypatch.setattr(train, 'calibrated_spec', never)
-  monkeypatch.setattr(evaluate.generate, 'batches', never)
+  monkeypatch.setattr(draws.generate, 'batches', never)
 
 
 COUNTS = [f'{part}.{field}' for part, fields in {

@@ -1,0 +1,89 @@
+"""Settings of an evaluation: read, and refused before any work."""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+
+from msfp_jax.base import arguments
+from msfp_jax.base import devices
+from msfp_jax.metrics import features
+from msfp_jax.metrics import preprocess
+from msfp_jax.metrics import registry
+from msfp_jax.run import sample_store
+
+_RULES = {
+    **dict.fromkeys(('num_samples', 'batch_size', 'pictures'),
+                    arguments.COUNT),
+    'layer_images': arguments.COUNT_OR_NONE,
+    'vectors': (lambda value: arguments.COUNT_OR_NONE[0](value) and (
+        value == 0 or value >= registry.LEAST_VECTORS),
+                f'0 or at least {registry.LEAST_VECTORS}'),
+    'keep': arguments.one_of(('', *sample_store.FORMS)),
+    'preprocessing': arguments.one_of(preprocess.CONVENTIONS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+  """Settings of an evaluation; configs/common.py has the usual ones.
+
+  Attributes:
+    rows: what `methods.make_row` knows; 'all' for every recipe.
+    num_samples: images of each.
+    batch_size: images at once.
+    features: the feature network, see `features.get`.
+    inception: the file of Inception's weights; '' for a download.
+    preprocessing: of Inception's images.
+    reference: a file of statistics to compare with; '' for those of the data.
+    vectors: feature vectors kept of each set; 0 for none.
+    keep: the form in which all samples stay, a key of `sample_store.FORMS`, or
+      ''.
+    pictures: images a row in samples/methods.png.
+    report: whether report.html is written.
+    layer_images: by which every layer's error is measured; 0: none is.
+    timing: whether sampling is timed, which no other run repeats.
+
+  Raises:
+    ValueError: settings that no evaluation can work with.
+  """
+
+  rows: Sequence[str]
+  num_samples: int
+  batch_size: int
+  features: str
+  inception: str
+  preprocessing: str
+  reference: str
+  vectors: int
+  keep: str
+  pictures: int
+  report: bool
+  layer_images: int
+  timing: bool
+
+  def __post_init__(self):
+    arguments.check_fields('config.eval', self, _RULES)
+
+
+def check(cfg: EvalSettings) -> None:
+  """Raises for settings that do not fit this machine or its files.
+
+  Raises:
+    ValueError: a batch that the devices cannot share, or an unknown network.
+    FileNotFoundError: a reference or weights that are not there.
+  """
+  devices.check_batch('config.eval.batch_size', cfg.batch_size)
+  path = features.check(cfg.features)
+  for field, file in (('reference', cfg.reference), ('features', path),
+                      ('inception', cfg.inception)):
+    if file and not pathlib.Path(file).expanduser().is_file():
+      raise FileNotFoundError(f'no file at {file}, which config.eval.{field} '
+                              'names')
+
+
+def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
+                    ) -> features.FeatureNetwork:
+  """The network that is asked for, on images of (H, W, C)."""
+  return features.get(
+      cfg.features, image_shape, weights=cfg.inception,
+      preprocessing=cfg.preprocessing)
