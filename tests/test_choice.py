@@ -43,18 +43,39 @@ def test_carriers_of_cpus(monkeypatch, fastest):
   of = lambda case, layer: choice.pick_carrier(
       layer, case.x.shape, 'xla', case.resolved)
   for act, expected in (('UE2M2', fastest), ('UE4M0', 'f32')):
-    for kind in ('dense', 'conv'):
-      case = SOME[kind]('E2M1', act)
-      assert of(case, case.packed) == expected
+    case = SOME['dense']('E2M1', act)
+    assert of(case, case.packed) == expected
   groups = case.packed.replace(input=Block(E2M1, group=2))
   assert of(case, groups) == 'f32'
 
 
 @pytest.mark.usefixtures('on_cpu')
+@pytest.mark.parametrize('case, expected', [
+    (conv_case((1, 8, 8, 32), (3, 3, 32, 4), 'E2M1', 'E2M1'), 'int8'),
+    (conv_case((1, 8, 8, 3), (1, 1, 3, 4), 'E2M1', 'E2M1'), 'int8'),
+    # XLA's convolutions in int8 are slow for all others.
+    (conv_case((1, 8, 8, 3), (3, 3, 3, 4), 'E2M1', 'E2M1'), 'f32'),
+    (conv_case((1, 8, 32), (3, 32, 4), 'E2M1', 'E2M1'), 'f32'),
+    (conv_case((1, 4, 4, 4, 32), (3, 3, 3, 32, 4), 'E2M1', 'E2M1'), 'f32'),
+    (conv_case((1, 8, 8, 64), (3, 3, 32, 64), 'E2M1', 'E2M1', groups=2),
+     'f32'),
+    # 127 x 127 x 1,040 is below 2^24, and 127 x 127 x 1,041 is not.
+    (Case((2, 1040), (1040, 2), 'E1M6', 'E1M6'), 'int8'),
+    (Case((2, 1041), (1041, 2), 'E1M6', 'E1M6'), 'f32')],
+                         ids=lambda case: case if isinstance(case, str) else
+                         f'{case.x.shape}')
+def test_where_cpus_are_fast_and_exact_in_int8(monkeypatch, case, expected):
+  monkeypatch.setattr(cpu, 'carrier', lambda: 'int8')
+  assert choice.pick_carrier(
+      case.packed, case.x.shape, 'xla', case.resolved) == expected
+
+
+@pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('case', [
     Case((3, 7), (7, 6), 'E2M1', 'UE2M2'),
-    conv_case((3, 5, 6, 3), (3, 3, 3, 4), 'E2M1', 'UE2M2', padding=1)],
-                         ids=['dense', 'conv'])
+    conv_case((3, 5, 6, 3), (3, 3, 3, 4), 'E2M1', 'UE2M2', padding=1),
+    Case((3, 8), (8, 6), 'E2M1', 'E2M1', weights=Block(E2M1, group=2))],
+                         ids=['dense', 'conv', 'groups'])
 def test_nan_is_not_lost_in_int8(case):
   """It spoils its row, or its image, and no other."""
   x = case.x.copy()

@@ -38,6 +38,8 @@ from msfp_jax.quant.qtensor import QTensor
 # Back end -> the implementation by kernels of its own.
 KERNELS = {'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
 IMPLEMENTATIONS = ('reference', 'xla', *KERNELS.values())
+# Input channels from which on XLA convolves faster in int8 on CPUs.
+_LEAST_CHANNELS = 32
 
 
 def pick(layer: QLayer, shape: Sequence[int],
@@ -111,14 +113,25 @@ def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str,
 
 
 def _carriers_of_cpu(layer, shape, geometry):
-  """What a CPU multiplies fastest, of what the layer's scales allow."""
-  # float32 has the larger tiles of `winograd`, which are as fast as int8
-  # without any.
+  """What a CPU multiplies fastest, of what the layer lets it."""
+  weight, seen = layer.weight, input_of(layer, shape)
+  # Scales inside of the sum are cheapest in one product of float32.
+  if not product.is_separable(seen, weight, geometry):
+    return ('f32',)
+  # The larger tiles of `winograd` are as fast as int8 without any.
   prepared = layer.prepared
   if prepared is not None and prepared.parts and not prepared.fits_bytes:
     return ('f32',)
-  # Scales inside of the sum are cheapest in one product of float32.
-  if not product.is_separable(input_of(layer, shape), layer.weight, geometry):
+  # XLA's convolutions in int8 are fast for images of many channels alone.
+  if geometry is not None and not geometry.is_pointwise(weight.window) and (
+      len(weight.window) != 2 or geometry.groups != 1
+      or weight.length < _LEAST_CHANNELS):
+    return ('f32',)
+  # Beyond, sums in float32 round and those in int32 do not: which of the two is
+  # faster must not decide about numbers.
+  terms = weight.length * math.prod(weight.window)
+  if (terms * carriers.magnitude(weight.numbers)
+      * carriers.magnitude(seen.numbers) > carriers.EXACT_FLOAT32):
     return ('f32',)
   return ('int8', 'f32') if cpu.carrier() == 'int8' else ('f32',)
 

@@ -1,7 +1,9 @@
 """What this CPU multiplies fastest, by a measurement."""
 
 from collections.abc import Callable
+import concurrent.futures
 import functools
+import threading
 import time
 from typing import Any
 
@@ -29,24 +31,41 @@ _ROUNDS = 5
 _MARGIN = 1.03
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def carrier() -> str:
   """'int8' where quantized layers by it are faster here, else 'f32'.
 
-  Takes about a second, once a process. Both give the same numbers, so that
-  nothing but time depends on it.
+  Takes about a second, once a process. Where layers are taken by it (see
+  `choice`) both give the same numbers, so that nothing but time depends on it.
   """
-  # Not a list of instruction sets: what matters is what XLA makes of them.
-  # Compiled and called apart from any trace that asks.
-  with jax.ensure_compile_time_eval():
-    device = jax.devices('cpu')[0]
+  # Two races at once would disturb each other, and might end differently.
+  with _LOCK:
+    return _decided()
+
+
+@functools.cache
+def _decided():
+  # Programs of several processes must be the same in each.
+  if jax.process_count() > 1:
+    return 'f32'
+  # In a thread of its own: whoever asks may be tracing, or have a mesh, or have
+  # switched compiling off, all of which are matters of a thread.
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(_decide).result()
+
+
+def _decide():
+  # Not by a list of instruction sets: what matters is what XLA makes of them.
+  with jax.default_device(jax.local_devices(backend='cpu')[0]):
     try:
-      with jax.default_device(device):
-        seconds = _race({name: _layer(name) for name in OPTIONS})
+      runs = {name: _layer(name) for name in OPTIONS}
     except (jax.errors.JaxRuntimeError, ValueError) as error:
       # An XLA that lacks the options.
       logging.info('packed layers by float32: %s', error)
       return 'f32'
+    seconds = _race(runs)
   found = 'int8' if seconds['int8'] * _MARGIN < seconds['f32'] else 'f32'
   logging.info('this CPU runs a packed layer in %.1f ms by int8, in %.1f by '
                'float32: %s is taken', seconds['int8'] * 1e3,

@@ -84,7 +84,9 @@ def _has_winograd(layer, values):
     return False
   carried = carriers.carry(layer.weight.numbers, 'f32')
   of_input = carriers.carry(static[0], 'f32')
+  # An offset is a zero as well, which `winograd` does not add.
   return (values.shape[-4:-2] == (3, 3) and layer.weight.zero_point is None
+          and carried.lowest_offset == 0
           and carried.unit == layer.weight.fmt.step
           and of_input.unit == static[0].step
           and winograd.pays(*values.shape[-2:]))

@@ -1,8 +1,10 @@
 """Images from a model, batch by batch, on all devices."""
 
 from collections.abc import Callable, Iterable, Iterator
+import functools
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,6 +47,15 @@ class Drawer:
     self.model, self.batch_size = model, batch_size
     self._more = plan, batch_size, shape, draw_condition
     self._arrays, self._times = None, []
+
+  def of(self, model: packed_lib.PackedModel) -> 'Drawer':
+    """Draws in the same way from another model."""
+    return Drawer(model, *self._more)
+
+  @functools.cached_property
+  def _draw(self) -> Callable[[Any, jax.Array], jax.Array]:
+    """(arrays, key) -> a batch; compiled."""
+    plan, batch_size, shape, draw_condition = self._more
     sharding = devices.batch_sharding()
 
     def draw(arrays, key):
@@ -61,11 +72,7 @@ class Drawer:
           noise, jax.random.fold_in(key, 1))
 
     # Weights are arguments: constants would be folded at compile time.
-    self._draw = jax.jit(draw, compiler_options=model.compiler_options)
-
-  def of(self, model: packed_lib.PackedModel) -> 'Drawer':
-    """Draws in the same way from another model."""
-    return Drawer(model, *self._more)
+    return jax.jit(draw, compiler_options=self.model.compiler_options)
 
   def __call__(self, key: jax.Array) -> jax.Array:
     """One batch `[batch_size, H, W, C]`, before any decoder.
