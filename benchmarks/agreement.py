@@ -22,6 +22,7 @@ import numpy as np
 
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax import kernels
 from msfp_jax.base import files
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import similarity
@@ -45,7 +46,7 @@ def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
   """Samples images `[N, H, W, C]` from the noise of a seed."""
   sample = jax.jit(lambda arrays, noise: diffusion.sample(
       model.with_arrays(arrays).eps_fn, plan, noise),
-                   compiler_options=model.compiler_options)
+                   compiler_options=kernels.compiler_options())
   key, images = jax.random.key(seed), []
   for i in range(-(-_IMAGES.value // _BATCH.value)):
     noise = jax.random.normal(

@@ -100,11 +100,11 @@ def samplers(subject: Subject) -> dict[str, tuple[Callable[..., Any], int]]:
   plan, run = subject.packed.plan, full_precision(subject)
   sample = jax.jit(run)
   best = jax.jit(
-      run, compiler_options=kernels.compiler_options(quantized=False))
+      run, compiler_options=kernels.compiler_options())
   simulate = jax.jit(lambda arrays, x: diffusion.sample(
       lambda x, t, index: subject.simulated.with_arrays(arrays).eps_fn(
           x, t, index), plan, x),
-                     compiler_options=subject.simulated.compiler_options)
+                     compiler_options=kernels.compiler_options())
   halves = jax.tree.map(lambda w: w.astype(jnp.bfloat16), subject.params)
   size = sum(w.nbytes for w in jax.tree.leaves(subject.params))
   return {

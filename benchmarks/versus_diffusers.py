@@ -45,7 +45,7 @@ def sampler(config: UNetConfig, params):
   model = UNet(config)
   run = jax.jit(lambda params, x: diffusion.sample(
       lambda x, t, step: model.apply({'params': params}, x, t), plan, x),
-                compiler_options=kernels.compiler_options(quantized=False))
+                compiler_options=kernels.compiler_options())
   return lambda x: np.asarray(run(params, x))
 
 

@@ -29,7 +29,6 @@ class Model:
 
   arrays: jax.Array = dataclasses.field(
       default_factory=lambda: jnp.linspace(0.5, 0.9, PLAN.num_steps))
-  compiler_options = None
 
   def with_arrays(self, arrays):
     return Model(arrays)

@@ -6,27 +6,39 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from msfp_jax.kernels import cpu
 from msfp_jax.quant.qlayer import QLayer
+
+# XLA's CPU back end runs small products of its YNN library on one core each;
+# those of Winograd's algorithm in float32 are faster by Eigen. The value names
+# what is left to YNN. The same for all models: other libraries round other sums
+# (of attention), and full precision, simulated and packed would differ by it.
+_CPU = {'xla_cpu_experimental_ynn_fusion_type':
+        'LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'}
 
 
 @functools.cache
-def options(quantized: bool = True) -> dict[str, str] | None:
-  """Options for `jax.jit(compiler_options=)`; None where XLA lacks them.
-
-  Args:
-    quantized: whether the program has quantized layers. Packed and simulated
-      ones get the same, so that what is between layers is rounded alike; full
-      precision gets those that are fastest for float32.
-  """
+def options() -> dict[str, str] | None:
+  """Options for `jax.jit(compiler_options=)`; None where XLA lacks them."""
   if jax.default_backend() != 'cpu':
     return None
-  found = cpu.OPTIONS[cpu.carrier() if quantized else 'f32']
   try:
-    jax.jit(lambda x: x + 1, compiler_options=found).lower(0.0).compile()
+    jax.jit(lambda x: x + 1, compiler_options=_CPU).lower(0.0).compile()
   except (jax.errors.JaxRuntimeError, ValueError):
     return None
-  return dict(found)
+  return dict(_CPU)
+
+
+def product_of_bytes(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """x `[..., c]` with `[c, D]`, both int8, in int32; for CPUs.
+
+  As a convolution, which `options` leave to YNN: Eigen has no int8 for vectors
+  and takes seven times as long.
+  """
+  out = jax.lax.conv_general_dilated(
+      x.reshape(1, 1, -1, x.shape[-1]), weights[None, None], (1, 1), 'VALID',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      preferred_element_type=jnp.int32)
+  return out.reshape(*x.shape[:-1], -1)
 
 
 def apart(run: Callable[[jax.Array, QLayer], jax.Array], x: jax.Array,

@@ -12,17 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.kernels import compiler
 from msfp_jax.kernels import winograd
 
-# Of XLA's CPU back end. Products of its YNN library run on one core each where
-# they are small; those of Winograd's algorithm in float32, and attention's, are
-# faster by Eigen. The value names what is left to YNN.
-_FLAG = 'xla_cpu_experimental_ynn_fusion_type'
-_CONVOLUTIONS = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
-# Products in int8 only YNN has for vectors of bytes.
-OPTIONS = {'f32': {_FLAG: _CONVOLUTIONS},
-           'int8': {_FLAG: f'{_CONVOLUTIONS},LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
-                    }}
+# Carrier -> the algorithm by which it is measured.
+_ALGORITHMS = {'f32': winograd.FLOAT, 'int8': winograd.BYTES}
 # Images, side, channels and outputs of the layer that is measured: as wide ones
 # of CIFAR-10's UNet. What fits the inner caches would say nothing of it.
 _SHAPE = (32, 16, 256, 256)
@@ -59,13 +53,7 @@ def _decided():
 def _decide():
   # Not by a list of instruction sets: what matters is what XLA makes of them.
   with jax.default_device(jax.local_devices(backend='cpu')[0]):
-    try:
-      runs = {name: _layer(name) for name in OPTIONS}
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-      # An XLA that lacks the options.
-      logging.info('packed layers by float32: %s', error)
-      return 'f32'
-    seconds = _race(runs)
+    seconds = _race({name: _layer(name) for name in _ALGORITHMS})
   found = 'int8' if seconds['int8'] * _MARGIN < seconds['f32'] else 'f32'
   logging.info('this CPU runs a packed layer in %.1f ms by int8, in %.1f by '
                'float32: %s is taken', seconds['int8'] * 1e3,
@@ -76,13 +64,13 @@ def _decide():
 def _layer(name: str) -> Callable[[], Any]:
   """A convolution as packed layers run it by a carrier, compiled."""
   images, side, channels, outputs = _SHAPE
-  algorithm = {'f32': winograd.FLOAT, 'int8': winograd.BYTES}[name]
   x = np.ones((images, side, side, channels), np.float32)
   w = np.ones((3, 3, channels, outputs), np.float32)
   run = jax.jit(
       lambda x, w: winograd.conv(
-          algorithm, x, w, 1, jnp.round, lambda y: y.astype(jnp.float32)),
-      compiler_options=OPTIONS[name]).lower(x, w).compile()
+          _ALGORITHMS[name], x, w, 1, jnp.round,
+          lambda y: y.astype(jnp.float32)),
+      compiler_options=compiler.options()).lower(x, w).compile()
   return functools.partial(run, *jax.device_put((x, w)))
 
 

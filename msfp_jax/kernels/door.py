@@ -99,11 +99,17 @@ def _plain(x, w, *, geometry, function):
 def _dot(x, w, geometry, **options):
   """A dense layer or a window of 1: XLA has faster products than convolutions.
   """
-  if geometry is not None and not geometry.plain:
-    # A window of 1 with strides looks at every s-th place and at no other.
-    x = x[(slice(None), *[slice(None, None, s) for s in geometry.strides])]
+  x = _visited(x, geometry)
   return lax.dot_general(x, w.reshape(w.shape[-2:]),
                          (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+
+def _visited(x, geometry):
+  """The places of x at which a window of 1 stops; those of a dense layer."""
+  if geometry is None or geometry.plain:
+    return x
+  # With strides it looks at every s-th place and at no other.
+  return x[(slice(None), *[slice(None, None, s) for s in geometry.strides])]
 
 
 def _run(layer, x, geometry, implementation, carrier, plain):
@@ -176,6 +182,9 @@ def _multiply(v, w, *, geometry, carrier, plain):
     return plain(v, w)
   options = {'preferred_element_type': carriers.DTYPES[carrier][1]}
   if geometry is None or geometry.is_pointwise(w.shape[:-2]):
+    if carrier == 'int8' and jax.default_backend() == 'cpu':
+      return compiler.product_of_bytes(
+          _visited(v, geometry), w.reshape(w.shape[-2:]))
     return _dot(v, w, geometry, **options)
   return geometry.conv(v, w, **options)
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.kernels import carriers
+from msfp_jax.kernels import compiler
 
 
 # Along one axis, a tile of m + 2 inputs d gives m outputs of the window g by
@@ -230,7 +231,6 @@ def _convolve(algorithm, x, weights, parts):
   x = jnp.pad(x, ((0, 0), (1, 1 + -height % m), (1, 1 + -width % m), (0, 0)))
   # Barriers keep XLA from computing one stage again for each use in the next.
   once = jax.lax.optimization_barrier
-  _, sums = carriers.DTYPES[algorithm.carrier]
   size, products = channels // parts, 0
   for start in range(0, channels, size):
     part = x[..., start:start + size]
@@ -241,9 +241,8 @@ def _convolve(algorithm, x, weights, parts):
     part = once(jnp.stack(_combine(algorithm.inputs, [
         part[..., j:j + m * (wide - 1) + 1:m, :] for j in range(n)]), axis=1))
     # n^2 products of [b * tall * wide, c] and [c, D].
-    products += jnp.matmul(
-        part.reshape(n * n, -1, size), weights[:, start:start + size],
-        preferred_element_type=sums).astype(jnp.int32)
+    products += _products(
+        part.reshape(n * n, -1, size), weights[:, start:start + size])
   products = products.reshape(n, n, images, tall, wide, -1)
   out = once(_transform(algorithm.outputs, products))
   out = _transform(algorithm.outputs, out, axis=1)
@@ -251,6 +250,14 @@ def _convolve(algorithm, x, weights, parts):
   out = out.transpose(2, 3, 0, 4, 1, 5)
   out = out.reshape(images, m * tall, m * wide, -1)[:, :height, :width]
   return _divide(out, algorithm.excess**2)
+
+
+def _products(x, weights):
+  """Products of `[k, rows, c]` with `[k, c, D]`, int32."""
+  if x.dtype == jnp.int8:
+    return jnp.stack([compiler.product_of_bytes(*pair) for pair in zip(
+        x, weights, strict=True)])
+  return jnp.matmul(x, weights).astype(jnp.int32)
 
 
 def _divide(x, divisor):

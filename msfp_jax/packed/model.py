@@ -152,14 +152,7 @@ class PackedModel:
     return jax.jit(lambda arrays, noise, condition, key: diffusion.sample(
         lambda x, t, index: self.with_arrays(arrays).eps_fn(
             x, t, index, *condition), self.plan, noise, key),
-                   compiler_options=self.compiler_options)
-
-  @property
-  def compiler_options(self) -> dict[str, str] | None:
-    """Options for `jax.jit` of samplers, by which XLA runs this model best."""
-    return kernels.compiler_options(quantized=any(
-        layer.weight is not None or not layer.input.is_full
-        for layer in self.layers.values()))
+                   compiler_options=kernels.compiler_options())
 
   @property
   def memory_bytes(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax import kernels
 from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
@@ -72,7 +73,7 @@ class Drawer:
           noise, jax.random.fold_in(key, 1))
 
     # Weights are arguments: constants would be folded at compile time.
-    return jax.jit(draw, compiler_options=self.model.compiler_options)
+    return jax.jit(draw, compiler_options=kernels.compiler_options())
 
   def __call__(self, key: jax.Array) -> jax.Array:
     """One batch `[batch_size, H, W, C]`, before any decoder.
