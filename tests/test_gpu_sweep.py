@@ -117,7 +117,22 @@ def test_what_may_be_lost_is_what_xla_does_with_decoded_weights():
   kind = lambda *sizes: slower.Kind('matmul', 'int8', *sizes)
   assert hopper_rivals.doubtful(SMALL, rows) == {
       kind(): False, kind(16): True, kind(32, 32): False}
-  assert hopper_rivals.doubtful(SMALL, rows[3:]) == {}
+
+
+def test_wrong_results_are_no_times():
+  """Neither of the kernel, which has then won nothing, nor of XLA."""
+  kind = slower.Kind('matmul', 'int8')
+  xla, kernel = row(60.0, method='XLA int8'), row(70.0)
+  wrong = lambda us, method: row(us, method=method, note='wrong: error 1 > 0')
+  doubtful = lambda *rows: hopper_rivals.doubtful(SMALL, rows)
+  assert doubtful(xla, wrong(1.0, kernel['method'])) == {}
+  # By the wrong one the kernel would have lost, by the other it has won.
+  assert doubtful(
+      row(80.0, method='XLA bf16'), wrong(1.0, 'XLA fp8'), kernel) == {
+          kind: False}
+  # Slower than any right one of XLA is not known: a comparison will tell.
+  assert doubtful(wrong(99.0, 'XLA int8'), kernel) == {kind: True}
+  assert doubtful(kernel) == {kind: True}
 
 
 @pytest.mark.parametrize('case', [
