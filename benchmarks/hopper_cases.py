@@ -15,6 +15,7 @@ from msfp_jax.kernels import carriers
 from msfp_jax.kernels.epilogue import Columns
 from msfp_jax.kernels.epilogue import Rows
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
+from msfp_jax.kernels.mosaic_gpu import limits
 from msfp_jax.kernels.mosaic_gpu import ops as mosaic_gpu
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.numbers import FPFormat
@@ -196,10 +197,10 @@ def more_methods(case: Case) -> Iterator[Method]:
                     input_group=group)
 
 
-def work(case: Case) -> blocks_lib.Work:
-  """What a case's kernel cuts into blocks."""
+def work(case: Case, group: int = 0, input_group: int = 0) -> blocks_lib.Work:
+  """What a case's kernel cuts into blocks; groups as for the kernel."""
   row = -(-case.k // blocks_lib.LEAST_DEPTH) * blocks_lib.LEAST_DEPTH
-  groups = blocks_lib.Groups(flagged=case.flag_group)
+  groups = limits.groups_of(group, input_group, case.flag_group)
   if not case.size:
     return blocks_lib.Work(case.m, case.n, row, groups=groups)
   # The window's columns side by side, and a row of zeros below each image.

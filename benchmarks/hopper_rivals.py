@@ -24,6 +24,7 @@ from benchmarks import hopper_sweep
 from benchmarks.hopper_cases import Case
 from msfp_jax import kernels
 from msfp_jax.kernels import slower
+from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.qlayer import QLayer
@@ -39,15 +40,16 @@ _MOST_APART = 2.0**-7
 
 def kinds(case: Case) -> dict[str, slower.Kind]:
   """The kinds of products that a case's rows measure, by the row's name."""
-  found = {}
+  found, geometry = {}, geometry_of(case)
   for method in hopper_cases.methods(case):
     if method.packed and method.carrier == 'int8' and (
         method.more.keys() <= _OF_KINDS):
       options = getattr(method.function, 'keywords', {})
       found[method.name] = slower.Kind(
-          'conv' if case.size else 'matmul', method.carrier,
+          'conv' if geometry else 'matmul', method.carrier,
           *(options.get(name, 0)
-            for name in ('group', 'input_group', 'flag_group')))
+            for name in ('group', 'input_group', 'flag_group')),
+          *((case.w_shape[:-2], geometry.strides) if geometry else ()))
   return found
 
 
@@ -57,6 +59,11 @@ def name(kind: slower.Kind) -> str:
            'FLAGs': kind.flag_group}
   return ', '.join(f'{part} in groups of {size}'
                    for part, size in parts.items() if size) or 'no groups'
+
+
+def work(case: Case, kind: slower.Kind) -> blocks_lib.Work:
+  """What the kernel cuts into blocks for `layer`."""
+  return hopper_cases.work(case, kind.group, kind.input_group)
 
 
 def operation(case: Case, kind: slower.Kind) -> slower.Operation:
@@ -111,7 +118,7 @@ def geometry_of(case: Case) -> geometry_lib.Geometry | None:
 
 def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS,
             least: float = hopper_measure.LEAST) -> dict[str, Any]:
-  """Times a layer by XLA and by the kernel: 'us' of each, 'times' XLA's.
+  """Times a layer by XLA and by the kernel: 'us' of each, and 'slowdown'.
 
   Args:
     case: its size.
@@ -137,8 +144,8 @@ def compare(case: Case, kind: slower.Kind, ways: Sequence[str] = WAYS,
                 / np.linalg.norm(results[0]))
   if not apart <= _MOST_APART:
     raise ValueError(f'{ways} differ by {apart:.2g} of {case.name}, {kind}')
-  return {'us': us, 'times': us[ways[1]] / us[ways[0]], 'apart': apart,
-          **hopper_sweep.there()}
+  return {'us': us, 'slowdown': us[ways[1]] / us[ways[0]],
+          'apart': apart, **hopper_sweep.there()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +168,7 @@ class Outcome:
     """From what `doubtful` and `compare` said; None: not compared yet."""
     lost = None if doubted else False
     if compared is not None:
-      lost = compared['times'] >= hopper_sweep.GAIN
+      lost = compared['slowdown'] >= hopper_sweep.GAIN
     return cls(operation(case, kind), lost, compared)
 
   @property
@@ -191,9 +198,9 @@ def _rows_of_kind(outcomes, where):
   outcomes = sorted(outcomes, key=lambda one: -one.operation.rows)
 
   def row(of, least, most, length=None, channels=None):
-    times = min(one.compared['times'] for one in of)
+    slowdown = min(one.compared['slowdown'] for one in of)
     return slower.Slower(of[0].operation.kind, least, most, length, channels,
-                         *where, math.floor(100 * times) / 100)
+                         *where, math.floor(100 * slowdown) / 100)
 
   many = _lost_first(outcomes)
   few = _lost_first(outcomes[len(many):][::-1])

@@ -21,7 +21,7 @@ from msfp_jax.kernels.mosaic_gpu import measured
 
 WORST = 3  # cases that are swept
 _DEEPER, _OTHERS = 2, 3  # blocks beside the chosen ones: other depths, others
-# What is less is noise, and no reason to leave the choice of the model.
+# What is less is noise, and no reason to leave the choice of the formula.
 GAIN = 1.03
 
 Row = Mapping[str, Any]
@@ -55,9 +55,9 @@ def worst(cases: Iterable[Case], rows: Mapping[str, Sequence[Row]],
 
 
 def blocks(case: Case) -> list[blocks_lib.Blocks]:
-  """The blocks that are tried: first the model's choice, then a few others."""
-  # All compile for an H200. Of the 66 of all cases 5, none of them a choice of
-  # the model's, spill up to 4 registers there: times tell whether that matters.
+  """The blocks that are tried: first the formula's choice, then others."""
+  # All compile for an H200. Of the 66 of all cases 5, none of them chosen
+  # by the formula, spill up to 4 registers: times tell whether that matters.
   work = hopper_cases.work(case)
   chosen, *others = blocks_lib.ranked(work)
   fits = lambda b: blocks_lib.why_not(
@@ -100,11 +100,11 @@ def winner(case: Case, rows: Mapping[blocks_lib.Blocks, Row]
   same = {cut: row for cut, row in rows.items() if 'note' not in row and all(
       row[key] == chosen[key] for key in ('device', 'versions'))}
   best = min(same, key=lambda cut: same[cut]['us'])
-  times = chosen['us'] / same[best]['us']
-  if times < GAIN:
+  speedup = chosen['us'] / same[best]['us']
+  if speedup < GAIN:
     return None
   return measured.Tuned(hopper_cases.work(case), best, chosen['device'],
-                        chosen['versions'], round(times, 2))
+                        chosen['versions'], round(speedup, 2))
 
 
 def table(swept: Mapping[Case, Mapping[blocks_lib.Blocks, Row]]

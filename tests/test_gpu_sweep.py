@@ -1,6 +1,7 @@
 """Stage kernels of benchmarks.gpu: which blocks win, and what XLA wins."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from benchmarks.gpu import products
 from benchmarks.gpu import record as record_lib
 from benchmarks.gpu import runner
 from benchmarks.hopper_cases import Case
+from msfp_jax import kernels
 from msfp_jax.kernels import choice
 from msfp_jax.kernels import slower
 from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
@@ -138,7 +140,15 @@ def test_wrong_results_are_no_times():
 @pytest.mark.parametrize('case', [
     SMALL, Case('conv', 1, 128, 16, 8, more=True),
     Case('QuaRTZ', 16, 64, 64, flag_group=16)])
-def test_layers_are_of_the_kinds_that_rows_measure(case):
+def test_layers_are_of_the_kinds_that_rows_measure(case, monkeypatch):
+  """And cut into the blocks that comparisons are named by."""
+  asked = []
+
+  def choose(work):
+    asked.append(work)
+    return blocks_lib.ranked(work)[0]
+
+  monkeypatch.setattr(measured, 'choose', choose)
   kinds = hopper_rivals.kinds(case)
   assert len(kinds) == (7 if case.more else 1)
   for kind in kinds.values():
@@ -147,9 +157,14 @@ def test_layers_are_of_the_kinds_that_rows_measure(case):
     assert choice.why_not('mosaic_gpu', layer, x.shape, geometry) is None
     assert choice.operation('mosaic_gpu', layer, x.shape, geometry) == (
         hopper_rivals.operation(case, kind))
+    jax.eval_shape(functools.partial(
+        kernels.run, geometry=geometry, implementation='mosaic_gpu'), layer, x)
+    assert asked.pop() == hopper_rivals.work(case, kind)
+    assert not asked
 
 
-KINDS = slower.Kind('matmul', 'int8'), slower.Kind('conv', 'int8', 16)
+KINDS = slower.Kind('matmul', 'int8'), slower.Kind(
+    'conv', 'int8', 16, window=(3, 3), strides=(1, 1))
 
 
 @pytest.mark.parametrize('seed', range(20))
@@ -161,7 +176,7 @@ def test_rows_hold_for_what_was_lost_and_for_nothing_else(seed):
     outcomes.append(hopper_rivals.Outcome(slower.Operation(
         KINDS[rng.integers(2)], 8 * int(rng.integers(1, 6)),
         int(rng.integers(1, 9999)), int(rng.integers(1, 9999))), lost,
-        {'times': 1.5, 'device': ['a', 'b'][rng.integers(2)],
+        {'slowdown': 1.5, 'device': ['a', 'b'][rng.integers(2)],
          'versions': 'some'}))
   rows = hopper_rivals.rows(outcomes)
   for one in outcomes:
@@ -170,10 +185,10 @@ def test_rows_hold_for_what_was_lost_and_for_nothing_else(seed):
 
 
 def test_rows_go_on_to_where_nothing_was_won():
-  def outcome(rows, lost, times=2.0):
+  def outcome(rows, lost, slowdown=2.0):
     return hopper_rivals.Outcome(
         slower.Operation(KINDS[0], rows, 64, 64), lost,
-        HERE | {'times': times})
+        HERE | {'slowdown': slowdown})
 
   rows = hopper_rivals.rows([
       outcome(16, False), outcome(2048, True, 1.2), outcome(8192, True)])
@@ -201,7 +216,7 @@ def fake_measurements(monkeypatch, calls):
 
   def compare(case, kind, ways, least):
     calls.append((case.name, measured.choose(hopper_cases.work(case))))
-    return {'times': 2.0, **there}
+    return {'slowdown': 2.0, **there}
 
   monkeypatch.setattr(hopper_measure, 'run_case', run_case)
   monkeypatch.setattr(hopper_measure, 'measure', measure)
@@ -222,7 +237,7 @@ def test_the_stage_sweeps_the_worst_and_goes_on(tmp_path, monkeypatch, capsys):
   assert calls[4:4 + len(tried)] == tried
   found = runner.read(tmp_path / runner.FOUND)['measurements']
   won = eval(found['blocks']['value'], vars(measured))
-  assert len(won) == hopper_sweep.WORST and won[0].times == 2.0
+  assert len(won) == hopper_sweep.WORST and won[0].speedup == 2.0
   assert won[0].work == hopper_cases.work(toys[0])
   # Compared with XLA by the blocks that won, and with no other case.
   assert calls[-1] == ('toy', won[0].blocks)
@@ -235,6 +250,42 @@ def test_the_stage_sweeps_the_worst_and_goes_on(tmp_path, monkeypatch, capsys):
   done = len(calls)
   assert stage().run() == 0
   assert len(calls) == done
+
+
+def test_a_winner_outlives_worse_cases(tmp_path, monkeypatch):
+  """What was swept keeps its row, though others are the worst by then."""
+  fake_measurements(monkeypatch, [])
+  toy = Case('toy', 16, 64, 64)
+  others = [Case(f'other {i}', 16 + i, 64, 128) for i in range(3)]
+  stage = lambda *cases: products.Products(
+      record_lib.Record(tmp_path, 60.0), cases, dry=True).run()
+  assert stage(toy) == 0
+  faster = hopper_measure.run_case
+
+  def slow(case, *args):  # slower than any that was measured before
+    return (one | {'us': 500.0} for one in faster(case, *args))
+
+  monkeypatch.setattr(hopper_measure, 'run_case', slow)
+  assert stage(toy, *others) == 0
+  found = runner.read(tmp_path / runner.FOUND)['measurements']
+  won = eval(found['blocks']['value'], vars(measured))
+  assert [row.work for row in won] == [
+      hopper_cases.work(case) for case in (toy, *others)]
+
+
+def test_comparisons_by_other_blocks_are_made_anew(tmp_path, monkeypatch):
+  """What was not lost by blocks that are gone may be lost by the others."""
+  calls, toy = [], Case('toy', 16, 64, 64)
+  fake_measurements(monkeypatch, calls)
+  stage = lambda: products.Products(
+      record_lib.Record(tmp_path, 60.0), [toy], dry=True).run()
+  compared = lambda: [call[1] for call in calls if isinstance(call, tuple)]
+  assert stage() == stage() == 0
+  won, = compared()
+  monkeypatch.setattr(hopper_sweep, 'winner', lambda case, rows: None)
+  assert stage() == 0
+  assert compared() == [won, blocks_lib.ranked(hopper_cases.work(toy))[0]]
+  assert won != compared()[1]
 
 
 def test_cases_leave_the_sweep_its_time(tmp_path, monkeypatch):

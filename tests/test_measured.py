@@ -37,16 +37,16 @@ def here():
   return jax.devices()[0].device_kind
 
 
-def tuned(work=WORK, blocks=OTHER, device=None, versions='some', times=1.5):
+def tuned(work=WORK, blocks=OTHER, device=None, versions='some', speedup=1.5):
   return of_gpu.Tuned(
-      work, blocks, here() if device is None else device, versions, times)
+      work, blocks, here() if device is None else device, versions, speedup)
 
 
 def lost(kind=KIND, least=0, most=None, length=None, channels=None,
-         device=None, versions='some', times=1.5):
+         device=None, versions='some', slowdown=1.5):
   return slower.Slower(
       kind, least, most, length, channels,
-      here() if device is None else device, versions, times)
+      here() if device is None else device, versions, slowdown)
 
 
 def on(monkeypatch, backend):
@@ -104,7 +104,8 @@ def test_the_kernel_asks_the_table(monkeypatch):
     ('cannot be split', {
         'work': blocks_lib.Work(64, 128, 256, splittable=False),
         'blocks': blocks_lib.Blocks(8, 64, 3, 2)}),
-    ('won nothing', {'times': 0.9}), ('name the device', {'device': ''}),
+    ('speedup must be above 1', {'speedup': 0.9}),
+    ('name the device', {'device': ''}),
     ('the versions', {'versions': ''})])
 def test_rows_that_could_not_have_been_measured(reason, changes):
   with pytest.raises(ValueError, match=reason):
@@ -112,7 +113,8 @@ def test_rows_that_could_not_have_been_measured(reason, changes):
 
 
 @pytest.mark.parametrize('changes', [
-    {'times': 1.0}, {'times': float('nan')}, {'device': ''}, {'versions': ''}])
+    {'slowdown': 1.0}, {'slowdown': float('nan')}, {'device': ''},
+    {'versions': ''}])
 def test_losses_that_are_none(changes):
   with pytest.raises(ValueError, match='leave the row out|name the device'):
     lost(**changes)
@@ -137,7 +139,9 @@ OPERATIONS = {
               slower.Operation(KIND, 15, 32, 6)),
     'conv': (conv_case((2, 8, 6, 32), (3, 3, 32, 4), 'E2M1', 'E2M1', strides=2,
                        padding=1),
-             slower.Operation(slower.Kind('conv', 'int8'), 2 * 4 * 3, 288, 4)),
+             slower.Operation(
+                 slower.Kind('conv', 'int8', window=(3, 3), strides=(2, 2)),
+                 2 * 4 * 3, 288, 4)),
     'groups': (Case((5, 64), (64, 6), 'E2M1', 'E2M1',
                     weights=Block(E2M1, group=16), inputs=Block(
                         E2M1, group=32)),
@@ -170,6 +174,27 @@ def test_what_a_kernel_loses_is_left_to_xla(name, monkeypatch):
   assert pick() == name
   monkeypatch.setattr(tables, 'SLOWER', (lost(least=70),))
   assert pick() == 'xla'
+
+
+@pytest.mark.parametrize('name', CHIPS)
+def test_a_lost_convolution_says_nothing_of_other_windows(name, monkeypatch):
+  """Nor of other strides, though all have as many rows of as many channels."""
+  backend, tables = CHIPS[name]
+  on(monkeypatch, backend)
+  window = lambda size, side, **geometry: conv_case(
+      (2, side, side, 32), (size, size, 32, 4), 'E2M1', 'E2M1', **geometry)
+  cases = {((3, 3), (1, 1)): window(3, 4, padding=1),
+           ((3, 3), (2, 2)): window(3, 8, strides=2, padding=1),
+           ((1, 1), (1, 1)): window(1, 4), ((1, 1), (2, 2)): window(
+               1, 8, strides=2)}
+  picks = lambda: {key: choice.pick(case.packed, case.x.shape, case.resolved)
+                   for key, case in cases.items()}
+  assert set(picks().values()) == {name}
+  for taps, strides in cases:
+    monkeypatch.setattr(tables, 'SLOWER', (lost(slower.Kind(
+        'conv', 'int8', window=taps, strides=strides)),))
+    assert [key for key, pick in picks().items() if pick == 'xla'] == [
+        (taps, strides)]
 
 
 def test_a_kernel_that_is_asked_for_runs_though_it_loses(monkeypatch):

@@ -70,7 +70,8 @@ class Products:
     self._time_cases(_LEAST + _OF_SWEEP)
     self._sweep()
     self._time_cases(_LEAST)
-    swept = self._sweep()
+    self._sweep()
+    swept = self._swept()
     print(*hopper_sweep.table(swept), sep='\n')
     won = [row for row in itertools.starmap(
         hopper_sweep.winner, swept.items()) if row]
@@ -119,19 +120,25 @@ class Products:
       raise RuntimeError(f'it ended with {[row.get("note") for row in found]}')
     return found
 
-  def _sweep(self) -> dict[Case, dict[blocks_lib.Blocks, dict[str, Any]]]:
-    """Tries blocks for the worst cases; returns what they took."""
+  def _sweep(self) -> None:
+    """Tries blocks for the cases that are the worst by now."""
     rows = {case.name: self._value(case.name) or () for case in self._cases}
-    swept = {}
     for case in hopper_sweep.worst(self._cases, rows):
-      found = swept[case] = {}
       for blocks in hopper_sweep.blocks(case):
-        row = self._measure(
-            f'{case.name}: {hopper_sweep.name(blocks)}',
-            functools.partial(self._try, case, blocks), _LEAST_OF_ONE)
-        if row is not None:
-          found[blocks] = row
-    return swept
+        self._measure(_tried(case, blocks),
+                      functools.partial(self._try, case, blocks), _LEAST_OF_ONE)
+
+  def _swept(self) -> dict[Case, dict[blocks_lib.Blocks, dict[str, Any]]]:
+    """What blocks took, of all cases that were swept in this call or before.
+
+    A case that later ones have pushed out of the worst keeps its winner.
+    """
+    found = {case: {blocks: self._value(_tried(case, blocks))
+                    for blocks in hopper_sweep.blocks(case)}
+             for case in self._cases}
+    found = {case: {blocks: row for blocks, row in rows.items()
+                    if row is not None} for case, rows in found.items()}
+    return {case: rows for case, rows in found.items() if rows}
 
   def _try(self, case: Case, blocks: blocks_lib.Blocks) -> dict[str, Any]:
     method = hopper_sweep.method(case, blocks)
@@ -147,12 +154,20 @@ class Products:
     for case in self._cases:
       known = hopper_rivals.doubtful(case, self._value(case.name) or ())
       for kind, doubted in known.items():
+        # By other blocks it is another measurement.
+        blocks = measured.choose(hopper_rivals.work(case, kind))
         compared = self._measure(
-            f'{case.name} as a layer, {hopper_rivals.name(kind)}',
+            f'{case.name} as a layer, {hopper_rivals.name(kind)}, '
+            f'{hopper_sweep.name(blocks)}',
             functools.partial(
                 hopper_rivals.compare, case, kind, ways, self._least),
             _LEAST_OF_ONE) if doubted else None
         yield hopper_rivals.Outcome.of(case, kind, doubted, compared)
+
+
+def _tried(case: Case, blocks: blocks_lib.Blocks) -> str:
+  """The name of a case's measurement with these blocks."""
+  return f'{case.name}: {hopper_sweep.name(blocks)}'
 
 
 def claims() -> dict[str, bool]:

@@ -76,7 +76,8 @@ def operation(implementation: str, layer: QLayer, shape: Sequence[int],
       carrier or pick_carrier(layer, shape, implementation),
       0 if product.weights_leave(weight) else weight.group,
       tensor.group if carriers.has_groups(tensor) else 0,
-      0 if weight.shift is None else weight.shift_group)
+      0 if weight.shift is None else weight.shift_group,
+      *(() if geometry is None else (weight.window, geometry.strides)))
   rows = shape[:-1] if geometry is None else (
       shape[0], *geometry.size(shape[1:-1], weight.window))
   return slower.Operation(

@@ -8,6 +8,7 @@ it. A kernel that is asked for by its name runs all the same.
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -23,6 +24,9 @@ class Kind:
       0 where scales leave the sum.
     input_group: the same of the input.
     flag_group: neighbours that share a FLAG of QuaRTZ's weights; 0 without.
+    window: of a convolution, its taps down and to the right: what a kernel
+      lays out for it, and how XLA computes it, differ by window and strides.
+    strides: of a convolution, likewise.
   """
 
   op: str
@@ -30,6 +34,8 @@ class Kind:
   group: int = 0
   input_group: int = 0
   flag_group: int = 0
+  window: tuple[int, ...] = ()
+  strides: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,25 @@ class Operation:
   channels: int
 
 
+def require_measured(row: Any, ratio: str) -> None:
+  """Refuses a row of a table that no measurement can have had for a result.
+
+  Args:
+    row: with a `device` and its `versions`.
+    ratio: the name of its field that tells how much faster the one way was
+      than the other.
+
+  Raises:
+    ValueError: the ratio is not above 1, or the row does not say by what it was
+      measured.
+  """
+  if not getattr(row, ratio) > 1:
+    raise ValueError(f'{row}: a {ratio} must be above 1; leave the row out')
+  if not (row.device and row.versions):
+    raise ValueError(
+        f'{row}: name the device and the versions that measured it')
+
+
 @dataclasses.dataclass(frozen=True)
 class Slower:
   """Products of a kind that XLA was measured to compute faster.
@@ -61,7 +86,11 @@ class Slower:
     channels: of the result; None: any.
     device: that measured it, as JAX names its kind; no other is meant.
     versions: of the software there.
-    times: of the kernel, in XLA's, the least of those measured: above 1.
+    slowdown: how many times as long as XLA the kernel takes, the least of those
+      measured: above 1.
+
+  Raises:
+    ValueError: with the words of `require_measured`.
   """
 
   kind: Kind
@@ -71,15 +100,10 @@ class Slower:
   channels: int | None
   device: str
   versions: str
-  times: float
+  slowdown: float
 
   def __post_init__(self):
-    if not self.times > 1:
-      raise ValueError(f'{self}: no kernel is slower in {self.times} times '
-                       "XLA's time; leave the row out")
-    if not (self.device and self.versions):
-      raise ValueError(f'{self}: name the device and the versions that '
-                       'measured it')
+    require_measured(self, 'slowdown')
 
   def holds(self, operation: Operation, device: str) -> bool:
     """Whether an operation on a device is one of these."""

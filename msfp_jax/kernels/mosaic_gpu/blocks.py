@@ -29,7 +29,7 @@ MOST_ROWS_OF_SMALL_GROUPS, MOST_ROWS_OF_INPUTS = 96, 64
 # With 6 stages and FLAGs, blocks of 8 rows spill registers.
 _MAX_STAGES, _MAX_STAGES_OF_FLAGS = 6, 5
 _BARRIERS = 1024  # bytes, more than they take
-# The model's constants, in the time of one row of 128 channels over 128 codes
+# The formula's constants, in the time of one row of 128 channels over 128 codes
 # of K: what a step takes without its rows, and adding split sums up in XLA.
 _STEP_ROWS = 96
 _SPLIT_ROWS = 900
@@ -233,7 +233,7 @@ def candidates(work: Work) -> Iterator[Blocks]:
 
 
 def cost(blocks: Blocks, work: Work, processors: int) -> float:
-  """A model's time, in that of one row: waves of blocks, times their steps.
+  """The time by a formula, in that of one row: waves of blocks by their steps.
 
   Not measured yet: what a device has measured goes before it (measured.py).
 

@@ -25,17 +25,18 @@ class Tuned:
     blocks: how.
     device: that measured it, as JAX names its kind; no other is meant.
     versions: of the software there.
-    times: of the model's choice, in the time of these: above 1.
+    speedup: how many times as long the blocks of `blocks.ranked` take: above 1.
 
   Raises:
-    ValueError: the kernel has no such blocks for this.
+    ValueError: the kernel has no such blocks for this; or with the words of
+      `slower.require_measured`.
   """
 
   work: blocks_lib.Work
   blocks: blocks_lib.Blocks
   device: str
   versions: str
-  times: float
+  speedup: float
 
   def __post_init__(self):
     work = self.work
@@ -44,15 +45,10 @@ class Tuned:
       raise ValueError(reason)
     if self.blocks.split > 1 and not work.splittable:
       raise ValueError(f'{self.blocks}: these sums cannot be split')
-    if not self.times > 1:
-      raise ValueError(f'{self.blocks} won nothing: {self.times} times; leave '
-                       'the row out')
-    if not (self.device and self.versions):
-      raise ValueError(f'{self.blocks}: name the device and the versions that '
-                       'measured it')
+    slower.require_measured(self, 'speedup')
 
 
-# Blocks that the model would not choose.
+# Blocks that the formula of blocks.py would not choose.
 BLOCKS: tuple[Tuned, ...] = ()
 # Products that XLA computes faster, which `choice.pick` leaves to it.
 SLOWER: tuple[slower.Slower, ...] = ()
@@ -75,7 +71,7 @@ def trying(*rows: Tuned) -> Iterator[None]:
 
 
 def choose(work: blocks_lib.Work) -> blocks_lib.Blocks:
-  """The blocks that the default device measured as best; else the model's."""
+  """The blocks that the default device measured as best; else `ranked`'s."""
   device = jax.devices()[0].device_kind
   for row in (*_tried.get(), *BLOCKS):
     if row.device == device and row.work == work:
