@@ -96,6 +96,15 @@ def test_newer_pieces_replace_older_ones(tmp_path):
   old = {path: path.read_bytes() for path in target.iterdir()}
   write(bytes(40_000))
   assert old.keys() == set(target.iterdir())  # nothing new
+  # The same in smaller pieces, as another place may ask for.
+  pieces.split('all', [tmp_path / 'a/one'], tmp_path / 'a', tmp_path / 'q',
+               False, 16_384)
+  pieces.split('all', [tmp_path / 'a/one'], tmp_path / 'a', tmp_path / 'q',
+               False, 10_000)
+  assert max(path.stat().st_size for path in (tmp_path / 'q').iterdir()) == (
+      10_000)
+  pieces.join(tmp_path / 'q', tmp_path / 'c')
+  assert (tmp_path / 'c/one').read_bytes() == bytes(40_000)
   write(b'new' * 20_000)
   assert old.keys().isdisjoint(target.iterdir())
   # As after a death between the two: the older ones are complete.
@@ -206,7 +215,7 @@ def msfp_images(path):
   return data.load('images', str(path))
 
 
-def test_a_teacher_travels_and_goes_on(tmp_path):
+def test_a_teacher_is_kept_and_goes_on(tmp_path):
   """The average to float16, as a model; the step, and moments that are 0."""
   config = cifar10.get_config('ten,smoke')
   config.model.update(image_size=8, ch_mult=(1,))

@@ -123,6 +123,24 @@ def test_what_a_call_leaves_is_enough_for_another_machine(tmp_path):
   assert session(there, one).run() == {}
 
 
+def test_pieces_and_compiled_programs_are_as_small_as_asked_for(tmp_path):
+  """What is more of either is in more pieces, or is not kept."""
+  from benchmarks.gpu import pieces
+  writes = _FOLDER + (
+      '(f / "state").mkdir();'
+      '(f / "state/teacher.safetensors").write_bytes(bytes(50_000));'
+      '(f.parent / "cache").mkdir();'
+      '(f.parent / "cache/large").write_bytes(bytes(9_000));'
+      '(f.parent / "cache/small").write_bytes(bytes(5_000))')
+  back, there = tmp_path / 'back', tmp_path / 'there'
+  session(tmp_path / 'here', stage('one', writes), target=back, piece=20_000,
+          cache=8_000).run()
+  sizes = [path.stat().st_size for path in back.glob('teacher.*')]
+  assert len(sizes) >= 3 and max(sizes) == 20_000
+  pieces.join(back, there)
+  assert [path.name for path in (there / 'cache').iterdir()] == ['small']
+
+
 def test_stages_find_wheels_and_compiled_programs(tmp_path):
   (tmp_path / 'a-1-py3-none-any.whl').touch()
   found = session_lib.environment(tmp_path, str(tmp_path), dry=True)
@@ -133,18 +151,21 @@ def test_stages_find_wheels_and_compiled_programs(tmp_path):
     session_lib.environment(tmp_path, str(tmp_path / 'none'), dry=False)
 
 
-def test_what_travels_has_room(tmp_path):
-  """The repository is a small part of 64 MiB; all that goes along is named."""
+def test_an_upload_has_room(tmp_path):
+  """The repository is a small part of 64 MiB; all beside it is named."""
   (tmp_path / 'sheets').mkdir()
   (tmp_path / 'sheets/one').write_bytes(bytes(3 * 2**20))
-  sizes = session_lib.travels(images=str(tmp_path / 'sheets'), wheels=None)
+  sizes = session_lib.upload(images=str(tmp_path / 'sheets'), wheels=None)
   assert 0 < sizes['repository'] < 16 * 2**20
   assert sizes == {'repository': sizes['repository'], 'images': 3 * 2**20}
-  said = session_lib.load({'repository': 2**20, 'images': 62 * 2**20})
-  assert 'repository 1.0, images 62.0; 63.0 MiB of 64, little enough' in said
-  assert 'TOO MUCH' in session_lib.load({'images': 65 * 2**20})
+  said = session_lib.describe_upload(
+      {'repository': 2**20, 'images': 62 * 2**20}, 64.0)
+  assert 'repository 1.0, images 62.0; 63.0 MiB of 64, as --upload' in said
+  assert 'more than --upload_mib' in session_lib.describe_upload(
+      {'images': 65 * 2**20}, 64.0)
+  assert 'more than' in session_lib.describe_upload({'images': 2**20}, 0.5)
   with pytest.raises(FileNotFoundError, match='wheels: there is no none'):
-    session_lib.travels(wheels='none')
+    session_lib.upload(wheels='none')
 
 
 @pytest.mark.slow

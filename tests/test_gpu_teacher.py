@@ -1,4 +1,4 @@
-"""benchmarks.gpu's teacher: whatever ends it, what travels is complete."""
+"""benchmarks.gpu's teacher: whatever ends it, the kept file is complete."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def last_step(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_teacher_has_travelled_and_goes_on(tmp_path):
+def test_a_killed_teacher_is_kept_and_goes_on(tmp_path):
   """Each life is on a machine of its own, which has the pieces alone."""
   draw, back = random.Random(1), tmp_path / 'back'
   step = 0
@@ -112,10 +112,11 @@ def test_a_call_hands_the_folder_of_pieces_to_the_teacher(tmp_path):
   code = ('from absl import flags; '
           'from benchmarks.gpu import __main__ as m; '
           'from benchmarks.gpu import stages as s; '
-          f'flags.FLAGS(["x", "--pieces={tmp_path}", "--data=a:b"]); '
+          f'flags.FLAGS(["x", "--pieces={tmp_path}", "--data=a:b", '
+          '"--piece_mib=2"]); '
           'print([m.flags_of(one) for one in s.STAGES])')
   said = subprocess.run([sys.executable, '-c', code], cwd=session_lib.ROOT,
                         check=True, text=True, capture_output=True).stdout
   *others, teacher = eval(said)
-  assert teacher == ['--data=a:b', f'--pieces={tmp_path}']
+  assert teacher == ['--data=a:b', f'--pieces={tmp_path}', '--piece_mib=2.0']
   assert not any(others)

@@ -1,4 +1,4 @@
-"""A GPU's quarter of an hour: all that is measured on it, by one command.
+"""All that is measured on a GPU, by one command, in a limited time.
 
   python -m benchmarks.gpu --budget=840 --output=gpu [--pieces=back]
       [--resume=FOLDER] [--data=sheets:FOLDER] [--wheels=FOLDER]
@@ -12,9 +12,12 @@ Compiled programs are kept in --output/cache. kernels.log ends in the rows that
 msfp_jax/kernels/mosaic_gpu/measured.py would have to hold. `--dry` does all of
 it on a CPU, at toy sizes.
 
-What comes back: with --pieces, after each stage all that a later call needs is
-in files of at most 15 MiB in that folder (results; teacher, of which also while
-it trains; cache), and --resume=FOLDER begins with what such files hold.
+What is kept for a later call, on this machine or on another: with --pieces,
+after each stage all that it needs is in small files in that folder (results;
+teacher, of which also while it trains; cache), and --resume=FOLDER begins with
+what such files hold. --piece_mib limits each of them, --cache_mib the compiled
+programs among them. --plan tells how much a machine must be sent beforehand,
+and whether that is within --upload_mib.
 
 What a machine without a network needs: this repository, and
 
@@ -46,8 +49,17 @@ from benchmarks.gpu import stages as stages_lib
 
 _BUDGET = flags.DEFINE_float('budget', 840.0, 'Seconds for everything.')
 _OUTPUT = flags.DEFINE_string('output', 'runs/gpu', 'The folder of results.')
-_PIECES = flags.DEFINE_string('pieces', None, 'Where files that travel go.')
-_RESUME = flags.DEFINE_string('resume', None, 'Where such files lie.')
+_PIECES = flags.DEFINE_string('pieces', None, 'Where kept files go, in pieces.')
+_PIECE = flags.DEFINE_float(
+    'piece_mib', pieces.SIZE / pieces.MIB, 'MiB of a piece at most.',
+    lower_bound=0.01)
+_CACHE = flags.DEFINE_float(
+    'cache_mib', session_lib.Session.cache / pieces.MIB,
+    'MiB of compiled programs in pieces at most.', lower_bound=0.0)
+_UPLOAD = flags.DEFINE_float(
+    'upload_mib', 64.0, 'MiB that the machine may be sent, for --plan.',
+    lower_bound=0.0)
+_RESUME = flags.DEFINE_string('resume', None, 'Where such pieces lie.')
 _DATA = flags.DEFINE_string('data', None, "Images of the teacher's.")
 _WHEELS = flags.DEFINE_string('wheels', None, 'A folder of wheels to use.')
 _AGAIN = flags.DEFINE_list('again', None, 'Stages whose results are dropped.')
@@ -62,8 +74,8 @@ def flags_of(stage: stages_lib.Stage) -> list[str]:
   if stage.name == 'teacher':
     # Its pieces are written while it runs: they outlive whatever ends it.
     given += [f'--data={_DATA.value}'] if _DATA.value else []
-    given += [f'--pieces={pathlib.Path(_PIECES.value).absolute()}'] if (
-        _PIECES.value) else []
+    given += [f'--pieces={pathlib.Path(_PIECES.value).absolute()}',
+              f'--piece_mib={_PIECE.value}'] if _PIECES.value else []
   return given
 
 
@@ -80,15 +92,16 @@ def main(argv: list[str]) -> None:
   session = session_lib.Session(
       stages, folder, _BUDGET.value,
       session_lib.environment(folder, _WHEELS.value, _DRY.value), flags_of,
-      _PIECES.value and pathlib.Path(_PIECES.value).absolute())
+      _PIECES.value and pathlib.Path(_PIECES.value).absolute(),
+      int(_PIECE.value * pieces.MIB), int(_CACHE.value * pieces.MIB))
   if _RESUME.value:
     print(f'goes on from {pieces.join(pathlib.Path(_RESUME.value), folder)}')
   session.forget(_AGAIN.value)
   print(*session.plan(), sep='\n', flush=True)
   if _PLAN.value:
-    print(session_lib.load(session_lib.travels(
+    print(session_lib.describe_upload(session_lib.upload(
         wheels=_WHEELS.value, images=(_DATA.value or '').partition(':')[2],
-        pieces=_RESUME.value)))
+        pieces=_RESUME.value), _UPLOAD.value))
     return
   os.chdir(session_lib.ROOT)
   # Asked to stop, it leaves what there is.

@@ -8,7 +8,8 @@ import pathlib
 import re
 import tarfile
 
-SIZE = 15 * 2**20  # bytes of a piece
+MIB = 2**20
+SIZE = 15 * MIB  # bytes of a piece, where nothing else is asked for
 # GROUP.NUMBER.PIECE-PIECES.DIGEST, the digest of all pieces together.
 _NAME = re.compile(r'(\w+)\.(\d+)\.(\d+)-(\d+)\.([0-9a-f]{8})')
 
@@ -18,7 +19,7 @@ def split(group: str, files: Iterable[pathlib.Path], root: pathlib.Path,
   """Writes files into pieces, which replace those of the same group.
 
   The older ones go once the new ones are complete. Equal content is not written
-  again.
+  again, unless its pieces are of another size.
 
   Args:
     group: their name, a word.
@@ -38,11 +39,13 @@ def split(group: str, files: Iterable[pathlib.Path], root: pathlib.Path,
   content = buffer.getvalue()
   digest = hashlib.sha256(content).hexdigest()[:8]
   old = _pieces(target).get(group, {})
-  if any(key[1] == digest and len(parts) == key[2]
-         for key, parts in old.items()):
+  parts = [content[i:i + size] for i in range(0, len(content), size)]
+  sizes = list(map(len, parts))
+  if any(digest == earlier and sizes == [
+      found[i].stat().st_size for i in sorted(found)]
+         for (_, earlier, _), found in old.items()):
     return len(content)
   number = 1 + max((key[0] for key in old), default=0)
-  parts = [content[i:i + size] for i in range(0, len(content), size)]
   target.mkdir(parents=True, exist_ok=True)
   for i, part in enumerate(parts):
     path = target / f'{group}.{number}.{i}-{len(parts)}.{digest}'

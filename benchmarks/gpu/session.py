@@ -1,4 +1,4 @@
-"""One call: stages in turn, and files that travel after each."""
+"""One call: stages in turn, and after each the pieces of what is kept."""
 
 from collections.abc import Callable
 import dataclasses
@@ -14,8 +14,6 @@ from benchmarks.gpu import stages as stages_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = 'cache'
-_CACHE_BYTES = 2 * pieces.SIZE - 2**20  # of compiled programs, in 2 pieces
-MOST = 64 * 2**20  # bytes that may go there
 _TRIES = 3  # of a stage that dies, in one call
 
 
@@ -30,6 +28,8 @@ class Session:
     environment: of all stages.
     flags: of a stage, beside those of `runner`.
     target: the folder of pieces; None: none are written.
+    piece: bytes of one of them at most.
+    cache: bytes of compiled programs in them at most.
     grace: as of `runner.run`.
     start: of the call, on the monotonic clock.
   """
@@ -40,6 +40,8 @@ class Session:
   environment: dict[str, str]
   flags: Callable[[stages_lib.Stage], list[str]] = lambda stage: []
   target: pathlib.Path | None = None
+  piece: int = pieces.SIZE
+  cache: int = 2 * pieces.SIZE - pieces.MIB  # two pieces, with names
   grace: float = stages_lib.GRACE
   start: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -109,10 +111,11 @@ class Session:
         # The largest took longest to compile.
         'cache': (pieces.largest(
             [path for path in (self.folder / CACHE).rglob('*')
-             if path.is_file()], _CACHE_BYTES), False)}
+             if path.is_file()], self.cache), False)}
     for group, (files, compress) in groups.items():
       if files:
-        size = pieces.split(group, files, self.folder, self.target, compress)
+        size = pieces.split(group, files, self.folder, self.target, compress,
+                            self.piece)
         print(f'pieces of {group}: {size / 1e6:.1f} MB', flush=True)
 
 
@@ -143,8 +146,8 @@ def environment(folder: pathlib.Path, wheels: str | None, dry: bool
   } | ({'JAX_PLATFORMS': 'cpu'} if dry else {})
 
 
-def travels(**paths: str | None) -> dict[str, int]:
-  """The bytes of what goes to the machine, by what it is.
+def upload(**paths: str | None) -> dict[str, int]:
+  """The bytes of what the machine must be sent, by what it is.
 
   Args:
     **paths: files and folders beside what is committed here; None: there is no
@@ -166,12 +169,12 @@ def travels(**paths: str | None) -> dict[str, int]:
           for name, found in files.items()}
 
 
-def load(sizes: dict[str, int]) -> str:
-  """Says what `travels`, and whether it is little enough."""
-  total = sum(sizes.values())
+def describe_upload(sizes: dict[str, int], most: float) -> str:
+  """Says what `upload` found, and whether it is `most` MiB or less."""
+  total = sum(sizes.values()) / pieces.MIB
   parts = ', '.join(
-      f'{name} {size / 2**20:.1f}' for name, size in sizes.items())
-  said = 'little enough' if total <= MOST else (
-      'TOO MUCH: take fewer images, or no pieces of the cache')
-  return (f'what goes there: {parts}; {total / 2**20:.1f} MiB of '
-          f'{MOST / 2**20:.0f}, {said}')
+      f'{name} {size / pieces.MIB:.1f}' for name, size in sizes.items())
+  said = 'as --upload_mib allows' if total <= most else (
+      'more than --upload_mib allows: take fewer images, or no pieces of the '
+      'cache')
+  return f'upload: {parts}; {total:.1f} MiB of {most:g}, {said}'

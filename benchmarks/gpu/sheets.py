@@ -1,4 +1,4 @@
-"""Images as lossless WebP sheets, half the size of an .npz, to travel.
+"""Images as lossless WebP sheets, half the size of an .npz, for an upload.
 
   python -m benchmarks.gpu.sheets cifar10:cifar-10-batches-bin 20000 sheets
 

@@ -1,7 +1,7 @@
-"""A teacher in training, small enough to travel: 2 bytes a parameter.
+"""A teacher in training as a small file that is kept: 2 bytes a parameter.
 
 A checkpoint of train.py holds parameters, their moving average and two moments,
-16 bytes a parameter. What travels is the average alone, in float16, as a model
+16 bytes a parameter. What is kept is the average alone, in float16, as a model
 file that `msfp.load_pretrained` reads. Training goes on from it at its step of
 the schedule, with moments that begin anew, as at a warm restart: not bit for
 bit what an uninterrupted run is, and each file tells its step.

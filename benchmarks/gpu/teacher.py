@@ -2,8 +2,8 @@
 
 The images are --data=NAME:PATH, as configs have them, or `sheets:PATH`, a
 folder of benchmarks/gpu/sheets. train.py runs as a process. While it does, its
-newest checkpoint becomes a file that travels (benchmarks/gpu/state), and that
-file pieces in --pieces, each written whole and named by the digest of all:
+newest checkpoint becomes the kept file, a small one (benchmarks/gpu/state), and
+that file pieces in --pieces, each written whole and named by the digest of all:
 whenever this is killed, they hold the last that was made, complete. A later
 call goes on from the file where the checkpoints are gone.
 """
@@ -29,11 +29,14 @@ from benchmarks.gpu import runner
 from benchmarks.gpu import sheets
 
 _DATA = flags.DEFINE_string('data', None, 'NAME:PATH of the images.')
-_PIECES = flags.DEFINE_string('pieces', None, 'Where files that travel go.')
+_PIECES = flags.DEFINE_string('pieces', None, 'Where pieces of it go.')
+_PIECE = flags.DEFINE_float(
+    'piece_mib', pieces.SIZE / pieces.MIB, 'MiB of a piece at most.',
+    lower_bound=0.01)
 _EVERY = flags.DEFINE_float(
-    'every', 5.0, 'Seconds from one file that travels to the next, at least.')
+    'every', 5.0, 'Seconds from one kept file to the next, at least.')
 
-STATE = 'state'  # the folder that travels
+STATE = 'state'  # the folder of the kept file
 GROUP = 'teacher'  # of its pieces
 _TOY = {'data.name': 'synthetic', 'data.path': '3x8x8', 'model.image_size': 8,
         'model.ch_mult': (1,), 'model.dropout': 0.0,
@@ -113,11 +116,11 @@ def losses(folder: pathlib.Path, count: int = 200) -> float | None:
   return sum(found) / len(found) if found else None
 
 
-class Travels:
-  """What travels of a training, made of its checkpoints.
+class KeptFile:
+  """The file that is kept of a training, made of its newest checkpoint.
 
   Attributes:
-    step: of what travels now; 0: nothing does.
+    step: of the training that it holds; 0: there is none.
     took: seconds, to make it.
   """
 
@@ -139,7 +142,7 @@ class Travels:
       step = state.export(checkpoints, self._config, self.file)
       if self._target:  # as the session does at the stage's end
         pieces.split(GROUP, [self.file], self._folder.parent, self._target,
-                     compress=False)
+                     compress=False, size=int(_PIECE.value * pieces.MIB))
       self.step = step
     finally:  # what went wrong is not tried again at once
       self._made = time.monotonic()
@@ -161,37 +164,38 @@ def main(unused_argv) -> None:
   changed = changes(folder, _DATA.value, arguments.DRY.value)
   config = cifar10.get_config(word)
   config.update_from_flattened_dict(changed)
-  travels = Travels(
+  kept = KeptFile(
       folder, config, _PIECES.value and pathlib.Path(_PIECES.value))
   checkpoints = folder / 'run' / 'pretrain' / 'checkpoints'
   resumed = None
-  if travels.file.is_file() and not state.steps(checkpoints):
-    resumed = state.resume(travels.file, config, checkpoints)
-    print(f'goes on from {travels.file}, step {resumed}', flush=True)
+  if kept.file.is_file() and not state.steps(checkpoints):
+    resumed = state.resume(kept.file, config, checkpoints)
+    print(f'goes on from {kept.file}, step {resumed}', flush=True)
   training = Training(folder, word, changed, environment)
 
   def keep(code: int | None) -> None:
-    travels.update(checkpoints, max(training.saved, default=0))
+    kept.update(checkpoints, max(training.saved, default=0))
     speed = training.speed()
     pictures = sorted(folder.glob('run/pretrain/samples/*.png'))
     if pictures:
       shutil.copy(pictures[-1], folder / STATE / 'samples.png')
     runner.write(folder / runner.FOUND, {
         'config': f'configs/cifar10.py:{word}', 'changes': changed,
-        'resumed_at': resumed, 'step': travels.step,
+        'resumed_at': resumed, 'step': kept.step,
         'steps': config.pretrain.num_steps, 'returncode': code,
         'loss': losses(folder),
         'images_a_second': speed and speed * config.pretrain.batch_size})
 
-  # As long before the end as the last of what travels will take.
+  # The training is stopped while there is time to keep its last checkpoint,
+  # which takes as long as the one before did.
   late = lambda: (time.monotonic() - start
-                  > arguments.SECONDS.value - travels.took)
+                  > arguments.SECONDS.value - kept.took)
   while (code := training.look()) is None and not late():
-    if travels.is_due() and max(training.saved, default=0) > travels.step:
+    if kept.is_due() and max(training.saved, default=0) > kept.step:
       try:
         keep(None)
       except (OSError, ValueError):  # a full disk, half a checkpoint
-        traceback.print_exc()  # what travels is as before; training goes on
+        traceback.print_exc()  # what is kept stays as it is; training goes on
     time.sleep(0.2)
   if code is None:
     code = training.stop()
