@@ -172,7 +172,7 @@ def test_what_a_first_stage_does_not_have_is_named_by_its_key(key, value):
              'down_block_types': ['DownEncoderBlock2D'] * 3,
              'norm_num_groups': 32, 'scaling_factor': 0.18215}
   assert first_stage.config(tensors, content) == config
-  with pytest.raises(ValueError, match='supported of this autoencoder: .*' + (
+  with pytest.raises(ValueError, match='autoencoder does not support: .*' + (
       'other levels' if key == 'up_block_types' else key)) as error:
     first_stage.config(tensors, content | {key: value})
   assert len(str(error.value)) < 500

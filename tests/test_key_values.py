@@ -156,7 +156,8 @@ def test_values_of_their_kind_that_make_no_model(fields, text):
     (key_values.or_none(key_values.TEXT), 'text, or null'),
     (key_values.by_level(key_values.WHOLE),
      'a positive whole number, or a list of such'),
-    (key_values.listed(key_values.TEXT), 'a list, not empty, of text each'),
-    (key_values.listed(key_values.TEXT, least=0), 'a list of text each')])
+    (key_values.listed(key_values.TEXT),
+     'a list of 1 or more values, each text'),
+    (key_values.listed(key_values.TEXT, 0), 'a list of values, each text')])
 def test_a_kind_says_what_it_takes(kind, what):
   assert kind.what == what

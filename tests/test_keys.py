@@ -158,7 +158,7 @@ def test_keys_whose_meaning_depends_on_others(name, place, fields, expected):
   """`expected` is what changes of ours; None: refused."""
   family, content = changed(name, place, **fields)
   if expected is None:
-    with pytest.raises(ValueError, match='not supported of this UNet'):
+    with pytest.raises(ValueError, match='this UNet does not support: '):
       family.config({}, content)
   else:
     plain = family.config({}, published_configs.complete(name))

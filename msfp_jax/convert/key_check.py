@@ -58,6 +58,6 @@ def refuse(what: str, texts: Collection[str]) -> None:
   if not texts:
     return
   unknown = any(text.endswith('(unknown)') for text in texts)
-  raise ValueError(f'not supported of {what}: ' + '; '.join(sorted(texts)) + (
+  raise ValueError(f'{what} does not support: ' + '; '.join(sorted(texts)) + (
       '. An unknown key that changes nothing of what the trained model '
       'computes may be deleted from the file' if unknown else ''))

@@ -42,9 +42,10 @@ def or_none(kind: Kind) -> Kind:
 
 def listed(kind: Kind, least: int = 1) -> Kind:
   """Lists of `least` values or more, each of a kind."""
-  return Kind(f'a list{", not empty," if least else ""} of {kind.what} each',
-              lambda value: isinstance(value, list | tuple)
-              and len(value) >= least and all(map(kind.has, value)))
+  some = f'{least} or more values' if least else 'values'
+  return Kind(f'a list of {some}, each {kind.what}', lambda value: (
+      isinstance(value, list | tuple) and len(value) >= least
+      and all(map(kind.has, value))))
 
 
 def by_level(kind: Kind) -> Kind:

@@ -123,7 +123,7 @@ def _origin(given: Mapping[str, Any], source: str) -> Origin:
     if sampler == 'plms' and given.get('predict_epsilon') is False:
       odd.append('predict_epsilon=False')
     if odd:
-      refused[sampler] = (f'not supported of the sampler {sampler!r}: '
+      refused[sampler] = (f'the sampler {sampler!r} does not support '
                           + '; '.join(odd))
     else:
       options[sampler] = _options(given, sampler)
