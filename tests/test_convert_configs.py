@@ -60,7 +60,7 @@ def test_an_architecture_that_is_not_ours(tmp_path, field, value):
   path = tmp_path / 'f' / 'config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
   with pytest.raises(ValueError, match=rf'(?s)f/diffusion.*{value}'
-                     if isinstance(value, str) else 'this UNet has no'):
+                     if isinstance(value, str) else 'UNet does not support'):
     convert.load_pretrained(str(tmp_path / 'f'))
 
 

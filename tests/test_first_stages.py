@@ -126,7 +126,8 @@ def test_a_scale_that_is_none(tmp_path, value):
     ('ddconfig', 'num_res_blocks', [1, 2]),
     ('ddconfig', 'resolution', [32, 64]),
     ('params', 'subband', 4), ('params', 'embed_dim', [3]),
-    ('params', 'sigma', 1), ('model', 'target', 'taming.vqgan.GumbelVQ')])
+    ('params', 'sigma', 1), ('model', 'dreamt_of', 1),
+    ('model', 'target', 'taming.vqgan.GumbelVQ')])
 @pytest.mark.parametrize('stage', ['kl', 'vq'])
 def test_what_a_yaml_asks_for_is_named_by_its_key(stage, place, key, value):
   tensors, config = tensors_of(stage)
@@ -171,7 +172,7 @@ def test_what_a_first_stage_does_not_have_is_named_by_its_key(key, value):
              'down_block_types': ['DownEncoderBlock2D'] * 3,
              'norm_num_groups': 32, 'scaling_factor': 0.18215}
   assert first_stage.config(tensors, content) == config
-  with pytest.raises(ValueError, match='this autoencoder has no: .*' + (
+  with pytest.raises(ValueError, match='autoencoder does not support: .*' + (
       'other levels' if key == 'up_block_types' else key)) as error:
     first_stage.config(tensors, content | {key: value})
   assert len(str(error.value)) < 500

@@ -96,6 +96,9 @@ REFUSED = [
     ('STABLE_1', UNET, {'use_spatial_transformer': False}),
     ('STABLE_1', UNET, {'context_dim': None}),
     ('STABLE_1', UNET, {'spatial_transformer_attn_type': 'linear'}),
+    ('STABLE_1', 'model', {'dreamt_of': 1}),
+    ('STABLE_1', 'model', {'guidance': {'scale': 2}}),
+    ('STABLE_1', UNET.removesuffix('.params'), {'dreamt_of': 1}),
     ('STABLE_1', 'model', {'target': 'cldm.cldm.ControlLDM'}),
     ('STABLE_1', 'model.params.unet_config', {
         'target': 'cldm.cldm.ControlledUnetModel'}),
@@ -155,7 +158,7 @@ def test_keys_whose_meaning_depends_on_others(name, place, fields, expected):
   """`expected` is what changes of ours; None: refused."""
   family, content = changed(name, place, **fields)
   if expected is None:
-    with pytest.raises(ValueError, match='this UNet has no'):
+    with pytest.raises(ValueError, match='this UNet does not support: '):
       family.config({}, content)
   else:
     plain = family.config({}, published_configs.complete(name))
@@ -232,3 +235,17 @@ def test_a_codebook_that_the_tensors_contradict(tmp_path, fields):
        foreign.diffusers_first_stage(state, config).items()},
       {'_class_name': 'VQModel', 'scaling_factor': 1.0, 'vq_embed_dim': 3,
        'num_vq_embeddings': 16}) == config
+
+
+def test_sections_beside_the_model_are_not_looked_at():
+  content = published_configs.complete('STABLE_1')
+  beside = {'data': {'target': 'main.DataModuleFromConfig', 'params': {}},
+            'lightning': {'trainer': {'benchmark': True}}}
+  assert ldm.config({}, content | beside) == ldm.config({}, content)
+
+
+@pytest.mark.parametrize('section', ['x', 3, [{}]])
+def test_a_first_stage_config_that_is_no_section(section):
+  with pytest.raises(ValueError, match='first_stage_config=.*a section'):
+    first_stage.config({}, {'model': {'params': {
+        'first_stage_config': section}}}, scale=1.0)

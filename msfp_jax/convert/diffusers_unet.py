@@ -98,11 +98,8 @@ def _structure(given, kind):
   found = {ours: naming.single(given[theirs], theirs)
            for theirs, ours in _FIELDS.items() if theirs in given}
   if 'block_out_channels' in given:
-    out = given['block_out_channels']
-    if odd := [c for c in out if c % out[0]]:
-      raise ValueError(f'block_out_channels={out}: {odd} are no multiples of '
-                       'the first')
-    found |= {'ch': out[0], 'ch_mult': tuple(c // out[0] for c in out)}
+    found['ch'], found['ch_mult'] = naming.multiples(
+        given['block_out_channels'])
   if types := unet_keys.block_types(given, 'down'):
     found['attended'] = [i for i, name in enumerate(types) if 'Attn' in name]
     found['resample'] = ('resblock' if 'resnet' in unet_keys.resampling(
@@ -135,11 +132,12 @@ def _heads(given, found, kind):
     raise ValueError(f'attention_head_dim={stated}: expected one for each of '
                      f'{len(channels)} levels')
   # Stable Diffusion 2 has 5, 10, 20, 20 heads: one width, 64.
-  widths = {c // n for c, n in zip(channels, stated, strict=True)}
+  widths = {divmod(c, n) for c, n in zip(channels, stated, strict=True)}
   if len(set(stated)) == 1:
     return {'num_heads': stated[0]}
-  if len(widths) == 1:
-    return {'head_channels': widths.pop()}
+  width, rest = min(widths)
+  if len(widths) == 1 and not rest:
+    return {'head_channels': width}
   raise ValueError(f'attention_head_dim={stated}: neither one number of heads '
                    'for all levels nor one width of a head')
 

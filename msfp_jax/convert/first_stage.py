@@ -128,11 +128,8 @@ def _from_json(given):
       ('num_res_blocks', 'layers_per_block'), ('z_channels', 'latent_channels'),
       ('quant_conv', 'use_quant_conv')) if theirs in given}
   if 'block_out_channels' in given:
-    out = given['block_out_channels']
-    if odd := [c for c in out if c % out[0]]:
-      raise ValueError(f'block_out_channels={out}: {odd} are no multiples of '
-                       'the first')
-    found |= {'ch': out[0], 'ch_mult': tuple(c // out[0] for c in out)}
+    found['ch'], found['ch_mult'] = naming.multiples(
+        given['block_out_channels'])
   if 'down_block_types' in given:
     found['attn_levels'] = tuple(
         i for i, name in enumerate(given['down_block_types']) if 'Attn' in name)
@@ -161,10 +158,11 @@ def _from_yaml(given):
   inside = 'ddconfig' not in _model_params(given)
   if inside:
     model = _model_params(given).get('first_stage_config') or {}
+    keys.check_section(model)
   params = model.get('params') or {}
   if 'ddconfig' not in params:
     return {}
-  keys.check_yaml(model.get('target'), params, inside)
+  keys.check_yaml(model, inside)
   shape = params['ddconfig']
   found = {ours: naming.single(shape[theirs], f'ddconfig.{theirs}')
            for theirs, ours in _DDCONFIG.items() if theirs in shape}

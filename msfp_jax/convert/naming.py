@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any
 
+from msfp_jax.convert import key_values
 from msfp_jax.convert.tensors import LazyTensor
 
 # A pattern of a whole module name, and what it becomes (as re.sub's).
@@ -109,14 +110,30 @@ def sides(value: Any, field: str) -> dict[str, int]:
   Raises:
     ValueError: it is neither.
   """
-  both = [value, value] if isinstance(value, int) else value
-  if (not isinstance(both, list | tuple) or len(both) != 2
-      or not all(type(side) is int and side > 0 for side in both)):
-    raise ValueError(f'{field}={value!r}: must be one number of pixels, or '
-                     'height and width')
-  height, width = both
+  if not key_values.SIDES.has(value):
+    raise ValueError(f'{field}={value!r}: must be {key_values.SIDES.what}')
+  height, width = [value] * 2 if isinstance(value, int) else value
   return {'image_size': height} | (
       {} if width == height else {'image_width': width})
+
+
+def multiples(channels: list[int]) -> tuple[int, tuple[int, ...]]:
+  """Splits diffusers' block_out_channels.
+
+  Args:
+    channels: of each level; positive.
+
+  Returns:
+    The first, and of which multiple of it each level has.
+
+  Raises:
+    ValueError: one is no multiple of the first.
+  """
+  first = channels[0]
+  if odd := [c for c in channels if c % first]:
+    raise ValueError(f'block_out_channels={channels}: {odd} are no multiples '
+                     'of the first')
+  return first, tuple(c // first for c in channels)
 
 
 def below(tensors: Mapping[str, LazyTensor], prefix: str

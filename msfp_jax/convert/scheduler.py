@@ -11,6 +11,7 @@ import math
 import pathlib
 from typing import Any
 
+from msfp_jax.convert import key_check
 from msfp_jax.convert import source as source_lib
 from msfp_jax.diffusion.origin import Origin
 
@@ -104,7 +105,7 @@ def _origin(given: Mapping[str, Any], source: str) -> Origin:
   if unknown := sorted(given.keys() - KEYS):
     raise ValueError(f'keys that nobody here knows: '
                      f'{ {key: given[key] for key in unknown} }')
-  odd = _odd(given, ONLY)
+  odd = key_check.odd(given, ONLY, given)
   if given.get('variance_type') in _LEARNED:
     odd.append(f"variance_type={given['variance_type']!r} (the model predicts "
                'a variance too)')
@@ -118,11 +119,12 @@ def _origin(given: Mapping[str, Any], source: str) -> Origin:
   if kind == 'PNDMScheduler':  # other classes know no steps to skip
     given = {'skip_prk_steps': False} | dict(given)
   for sampler, only in ONLY_OF.items():
-    odd = _odd(given, only)
+    odd = key_check.odd(given, only, given)
     if sampler == 'plms' and given.get('predict_epsilon') is False:
       odd.append('predict_epsilon=False')
     if odd:
-      refused[sampler] = f'the sampler {sampler!r} has no ' + '; '.join(odd)
+      refused[sampler] = (f'the sampler {sampler!r} does not support '
+                          + '; '.join(odd))
     else:
       options[sampler] = _options(given, sampler)
   own = CLASSES.get(kind, '')
@@ -132,13 +134,6 @@ def _origin(given: Mapping[str, Any], source: str) -> Origin:
                     f'{sorted(options)}')
   return Origin(source, _schedule(given, RELATIVES.get(kind, {})), own, options,
                 refused, predicts)
-
-
-def _odd(given, only):
-  """Lists the keys whose values are others than `only` has."""
-  return [f'{key}={given[key]!r} (only {list(allowed)})'
-          for key, allowed in only.items()
-          if key in given and given[key] not in allowed]
 
 
 def _prediction(given):

@@ -10,15 +10,23 @@ import re
 from typing import Any
 
 from msfp_jax.convert import key_check
+from msfp_jax.convert import key_values as kinds
 
 PLAIN, CONDITIONAL = CLASSES = ('UNet2DModel', 'UNet2DConditionModel')
-# Keys that become fields of `UNetConfig`.
-USED = frozenset({
-    'sample_size', 'in_channels', 'out_channels', 'block_out_channels',
-    'layers_per_block', 'down_block_types', 'up_block_types', 'dropout',
-    'norm_num_groups', 'norm_eps', 'freq_shift', 'num_class_embeds',
-    'attention_head_dim', 'cross_attention_dim',
-    'transformer_layers_per_block'})
+# Keys that become fields of `UNetConfig`, and what they may be.
+USED: dict[str, kinds.Kind] = {
+    'sample_size': kinds.or_none(kinds.SIDES), 'in_channels': kinds.WHOLE,
+    'out_channels': kinds.WHOLE,
+    'block_out_channels': kinds.listed(kinds.WHOLE),
+    'layers_per_block': kinds.by_level(kinds.WHOLE),
+    'down_block_types': kinds.listed(kinds.TEXT),
+    'up_block_types': kinds.listed(kinds.TEXT),
+    'dropout': kinds.PROBABILITY, 'norm_num_groups': kinds.WHOLE,
+    'norm_eps': kinds.number(0), 'freq_shift': kinds.number(),
+    'num_class_embeds': kinds.or_none(kinds.WHOLE),
+    'attention_head_dim': kinds.or_none(kinds.by_level(kinds.WHOLE)),
+    'cross_attention_dim': kinds.or_none(kinds.by_level(kinds.WHOLE)),
+    'transformer_layers_per_block': kinds.by_level(kinds.WHOLE)}
 # Keys with the values that our UNet computes; several of them are fields too.
 ONLY: dict[str, tuple[Any, ...]] = {
     '_class_name': CLASSES, 'act_fn': ('silu', 'swish'),
@@ -52,7 +60,7 @@ HARMLESS = AVERAGES | {
     'upcast_attention', 'num_train_timesteps', 'addition_embed_type_num_heads',
     'addition_time_embed_dim', 'projection_class_embeddings_input_dim',
     'mid_block_only_cross_attention', 'cross_attention_norm'}
-KEYS = USED | ONLY.keys() | _CHECKED | HARMLESS
+KEYS = USED.keys() | ONLY.keys() | _CHECKED | HARMLESS
 
 _OLD_PREFIX = 'UNetRes'  # which diffusers takes off the names of blocks
 _BLOCKS = {
@@ -100,16 +108,11 @@ def check(given: Mapping[str, Any], kind: str) -> None:
   if kind not in CLASSES:
     raise ValueError(f'_class_name={kind!r}: no UNet that is known here, only '
                      f'{list(CLASSES)} are')
+  # How keys go together can be told only of values that they may have.
+  key_check.refuse('this UNet', key_check.wrong(given, USED))
   key_check.refuse('this UNet', key_check.odd(
-      given, ONLY, KEYS, ('only_cross_attention',)) + _odd_numbers(given)
+      given, ONLY, KEYS, ('only_cross_attention',))
       + _odd_blocks(given, kind) + _contradictions(given, kind))
-
-
-def _odd_numbers(given):
-  """Keys that must be positive whole numbers, where they are stated."""
-  return [f'{key}={given[key]!r} (must be a positive number)'
-          for key in ('in_channels', 'out_channels', 'norm_num_groups')
-          if key in given and (type(given[key]) is not int or given[key] < 1)]
 
 
 def _odd_blocks(given, kind):
@@ -139,15 +142,18 @@ def _contradictions(given, kind):
   shift = given.get('resnet_time_scale_shift') == 'scale_shift'
   norm = given.get('attn_norm_num_groups')
   if norm not in (None, groups):
-    texts.append(f'attn_norm_num_groups={norm!r} (only {groups})')
+    texts.append(f'attn_norm_num_groups={norm!r} (must be {groups})')
   if norm is None and shift and kind == PLAIN:
     texts.append("attn_norm_num_groups=None with resnet_time_scale_shift="
                  "'scale_shift': attention without a norm")
   width = given.get('time_embedding_dim')
-  ours = 4 * (given.get('block_out_channels') or [0])[0]
-  if width not in (None, ours):
-    texts.append(f'time_embedding_dim={width!r} (only four times the first of '
-                 'block_out_channels)')
+  first = given.get('block_out_channels', [0])[0]
+  if width not in (None, 4 * first):
+    texts.append(f'time_embedding_dim={width!r} (must be four times the first '
+                 'of block_out_channels)')
+  if first // 2 == given.get('freq_shift', 0) != 0:
+    texts.append(f'freq_shift={given["freq_shift"]!r} (half the first of '
+                 'block_out_channels: frequencies divided by zero)')
   if kind == CONDITIONAL:
     if given.get('mid_block_type') == 'UNetMidBlock2D':
       texts.append("mid_block_type='UNetMidBlock2D' (of this class without "
