@@ -13,6 +13,7 @@ from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.quantize import check_layers
+from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import teacher
 from msfp_jax.run import workdir as workdir_lib
@@ -43,6 +44,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
     raise ValueError(f"config.stage {config.stage!r}: must be 'pretrain' or "
                      "'quantize'")
   experiment_lib.check(config)
+  # Of eval.py, which comes last and has the same config.
+  eval_settings.EvalSettings(**config.eval)
   with workdir_lib.hold(workdir):
     workdir_lib.check(config, workdir)
     _run(config, workdir, command)

@@ -77,6 +77,10 @@ def test_counts(tmp_path, npz, refused, field, value):
     ({'sampler.num_steps': 0}, ('num_steps',)),
     ({'stage': 'tune'}, ("'tune'",)),
     ({'model.norm_groups': 3}, ()),
+    # Of the evaluation after it.
+    ({'eval.batch_size': -1}, ('config.eval.batch_size=-1',)),
+    ({'eval.num_samples': 0}, ('config.eval.num_samples=0',)),
+    ({'eval.keep': 'jpg'}, ('config.eval.keep', 'png')),
 ])
 def test_before_a_teacher_trains(tmp_path, npz, refused, changes, parts):
   with pytest.raises(ValueError) as error:
