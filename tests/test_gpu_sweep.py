@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import works
 
 from benchmarks import hopper_cases
 from benchmarks import hopper_measure
@@ -60,13 +61,7 @@ def test_blocks_that_are_tried(name):
     Case('conv', 2, 96, 64, 8), Case('flags', 2, 64, 64, 8, flag_group=16)])
 def test_the_work_of_a_case_is_what_its_kernel_cuts(case, monkeypatch):
   """Else a row would be for a product that nobody computes."""
-  asked = []
-
-  def choose(work):
-    asked.append(work)
-    return blocks_lib.ranked(work)[0]
-
-  monkeypatch.setattr(measured, 'choose', choose)
+  asked = works.record(monkeypatch)
   method = hopper_cases.of_kernel(case)
   jax.eval_shape(method.function, *hopper_cases.arguments(
       method, hopper_cases.draw(case)))

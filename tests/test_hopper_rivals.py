@@ -5,14 +5,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+import works
 
 from benchmarks import hopper_rivals
 from benchmarks.hopper_cases import Case
 from msfp_jax import kernels
 from msfp_jax.kernels import choice
 from msfp_jax.kernels import slower
-from msfp_jax.kernels.mosaic_gpu import blocks as blocks_lib
-from msfp_jax.kernels.mosaic_gpu import measured
 
 SMALL = Case('small', 16, 128, 64, more=True)
 HERE = {'device': 'a card', 'versions': 'some'}
@@ -56,13 +55,7 @@ def test_wrong_results_are_no_times():
     Case('QuaRTZ', 16, 64, 64, flag_group=16)])
 def test_layers_are_of_the_kinds_that_rows_measure(case, monkeypatch):
   """And cut into the blocks that comparisons are named by."""
-  asked = []
-
-  def choose(work):
-    asked.append(work)
-    return blocks_lib.ranked(work)[0]
-
-  monkeypatch.setattr(measured, 'choose', choose)
+  asked = works.record(monkeypatch)
   kinds = hopper_rivals.kinds(case)
   assert len(kinds) == (7 if case.more else 1)
   for kind in kinds.values():

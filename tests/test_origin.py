@@ -6,17 +6,16 @@ import logging
 import checkpoints
 import families
 import numpy as np
+from origins import choose
 import pytest
 import schedulers
 import yaml
 
-from configs import common
 import msfp_jax as msfp
 from msfp_jax import convert
 from msfp_jax import diffusion
 from msfp_jax.convert import native
 from msfp_jax.convert import scheduler
-from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.diffusion.origin import Origin
 from msfp_jax.models.prediction import AsNoise
 
@@ -28,15 +27,6 @@ def read(tmp_path, fields):
   path = tmp_path / scheduler.FILE
   path.write_text(json.dumps(fields))
   return scheduler.read(path)
-
-
-def choose(origin, **typed):
-  """Chooses with a config in which only `typed` was typed."""
-  config = common.get_config()
-  for field, value in typed.items():
-    part, _, name = field.partition('_')
-    config[part][name] = value
-  return origin_lib.choose(origin, config.schedule, config.sampler)
 
 
 def test_nothing_typed_and_nothing_known_is_ddim_on_ddpms_schedule():

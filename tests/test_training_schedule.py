@@ -2,9 +2,9 @@
 
 
 import numpy as np
+from origins import choose
 import pytest
 
-from configs import common
 from msfp_jax import diffusion
 from msfp_jax.convert import training
 from msfp_jax.convert.tensors import LazyTensor
@@ -14,15 +14,6 @@ from msfp_jax.models.unet import UNetConfig
 
 STABLE_DIFFUSION = {'name': 'scaled_linear', 'num_train_steps': 1000,
                     'beta_start': 0.00085, 'beta_end': 0.012}
-
-
-def choose(origin, **typed):
-  """Chooses with a config in which only `typed` was typed."""
-  config = common.get_config()
-  for field, value in typed.items():
-    part, _, name = field.partition('_')
-    config[part][name] = value
-  return origin_lib.choose(origin, config.schedule, config.sampler)
 
 
 def training_of(family, given, tensors=None, **model):
