@@ -16,7 +16,7 @@ AOT_PY := $(AOT_VENV)/bin/python
 # Run each candidate: a version manager's stub may exist without a Python.
 ifeq ($(origin PYTHON),undefined)
 PYTHON := $(shell for p in python3.12 python3.13 python3.11 python3; do \
-  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
   && echo $$p && break; done)
 endif
 
@@ -35,22 +35,19 @@ AOT_READY := $(AOT_VENV)/ready
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-# What the tests have run with: the first is needed, beyond the last is a try.
+# The versions that the tests have run with; others are refused by name.
 define CHECK_PYTHON
 import sys
 name, found = sys.argv[1], sys.version_info[:2]
-if found < (3, 11):
-  sys.exit("%s is Python %d.%d, and 3.11 or later is needed. Name another: "
-           "make PYTHON=/path/to/python3.12 ..." % ((name,) + found))
-if found > (3, 13):
-  print("%s is Python %d.%d, with which nothing was tried yet: 3.11 to 3.13 "
-        "are known to work." % ((name,) + found))
+if found < (3, 11) or found > (3, 13):
+  sys.exit("%s is Python %d.%d, and 3.11 to 3.13 are known to work. Name "
+           "another: make PYTHON=/path/to/python3.12 ..." % ((name,) + found))
 endef
 export CHECK_PYTHON
 
 # create_venv(directory), with a message in place of a traceback.
 define create_venv
-@test -n '$(PYTHON)' || { echo 'No Python 3.11 or later was found.' \
+@test -n '$(PYTHON)' || { echo 'No Python 3.11 to 3.13 was found.' \
   'Install one, or name it: make PYTHON=/path/to/python3.12 ...'; exit 1; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
   echo '$(PYTHON) cannot create virtual environments: it does not run, or' \
@@ -88,7 +85,7 @@ test-slow: $(TEST_READY) ## the tests that take minutes
 	$(PY) -m pytest $(WORKERS) -m 'slow and not parity'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
-	$(PARITY_PY) -m pytest -m parity
+	$(PARITY_PY) -m pytest $(WORKERS) -m parity
 
 browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 	$(BROWSER_PY) -m pytest -m browser
