@@ -295,15 +295,22 @@ def digits():
   return model, params, plan, kernels, seen
 
 
+@pytest.fixture(scope='module')
+def digits_spec(digits):
+  """recipe -> the calibrated spec, once each."""
+  model, params, _, _, (seen, _) = digits
+  return functools.cache(lambda recipe: msfp.calibrate(
+      model, params, recipe=recipe, activations=seen))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe, plain', [
     ('svdquant', 'int4_group'), ('svdquant_nvfp4', 'nvfp4')])
 def test_every_layer_of_digits_loses_less_than_by_blocks_alone(
-    digits, recipe, plain):
+    digits, digits_spec, recipe, plain):
   """On the inputs that it was fitted to, and on those of other noise."""
-  model, params, _, kernels, (seen, other) = digits
-  spec = msfp.calibrate(model, params, recipe=recipe, activations=seen)
-  quantized = {name: layer for name, layer in spec.layers.items()
+  _, _, _, kernels, (seen, other) = digits
+  quantized = {name: layer for name, layer in digits_spec(recipe).layers.items()
                if layer.weight.bits == 4}
   assert len(quantized) == 61
   quantizer = recipes.get(plain).weight.make(4)
@@ -316,9 +323,10 @@ def test_every_layer_of_digits_loses_less_than_by_blocks_alone(
 
 
 @pytest.mark.slow
-def test_digits_from_calibration_to_a_file_that_samples(digits, tmp_path):
-  model, params, plan, _, (seen, _) = digits
-  spec = msfp.calibrate(model, params, recipe='svdquant', activations=seen)
+def test_digits_from_calibration_to_a_file_that_samples(
+    digits, digits_spec, tmp_path):
+  model, params, plan, _, _ = digits
+  spec = digits_spec('svdquant')
   msfp.save(tmp_path / 'digits.safetensors',
             msfp.pack(model, params, spec, plan))
   noise = jax.random.normal(jax.random.key(2), (8, 16, 16, 1))

@@ -6,7 +6,6 @@ environment.
 
 import importlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 
+import children
 import pytest
 import safetensors
 
@@ -30,7 +30,7 @@ def call(*arguments, cwd, **environment):
   finished = subprocess.run(
       [sys.executable, *map(str, arguments)], cwd=cwd, text=True,
       capture_output=True, timeout=600, check=False,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment)
+      env=children.compiling_fast(**environment))
   assert finished.returncode == 0, finished.stderr[-4000:]
   return finished.stdout
 

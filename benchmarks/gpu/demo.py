@@ -4,6 +4,7 @@ Both commands resume in their workdir, so that a second call goes on. Products
 of float32 are in TF32, as GPUs take by default.
 """
 
+from collections.abc import Sequence
 import pathlib
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from absl import app
 from benchmarks.gpu import arguments
 from benchmarks.gpu import runner
 
-_CONFIG, _DRY = 'configs/digits.py:demo', 'configs/cifar10.py:smoke'
+_CONFIG = ('--config=configs/digits.py:demo',)
+_DRY = ('--config=configs/cifar10.py:smoke', '--config.model.ch_mult=(1,)')
 
 
-def timed(program: str, config: str, workdir: pathlib.Path) -> float:
+def timed(program: str, config: Sequence[str], workdir: pathlib.Path) -> float:
   """Runs train.py or eval.py; returns its seconds.
 
   Raises:
@@ -26,8 +28,7 @@ def timed(program: str, config: str, workdir: pathlib.Path) -> float:
   """
   start = time.monotonic()
   code = subprocess.run([
-      sys.executable, program, f'--config={config}', f'--workdir={workdir}'
-  ]).returncode
+      sys.executable, program, *config, f'--workdir={workdir}']).returncode
   if code:
     raise SystemExit(f'{program} ended with {code}')
   return time.monotonic() - start
@@ -47,7 +48,7 @@ def main(unused_argv) -> None:
     found[program] = timed(program, config, folder / 'run')
     results = runner.read(folder / 'run' / 'results.json')
     runner.write(path, found | {
-        'config': config, 'precision_of_float32': 'tensorfloat32',
+        'config': ' '.join(config), 'precision_of_float32': 'tensorfloat32',
         'results': results})
 
 

@@ -6,7 +6,7 @@ from benchmarks import packed_models
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.quant import spec as spec_lib
 
-_TOY = UNetConfig(image_size=8, ch=8, ch_mult=(1,), num_res_blocks=1,
+_TOY = UNetConfig(image_size=8, ch=8, ch_mult=(1,), num_res_blocks=0,
                   attn_resolutions=(), norm_groups=4, dropout=0.0)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import children
 import pytest
 import runs
 
@@ -83,7 +84,8 @@ def test_a_damaged_checkpoint_costs_only_its_steps(
   runs.assert_same_run(runs.config_of(npz), copy, trained)
 
 
-def start(workdir, npz, program='train.py', changes=LONG):
+def start(workdir, npz, program='train.py', changes=LONG,
+          environment=os.environ):
   """Starts a program with compilations of its own, as it will be killed."""
   flags = {'data.path': npz} | runs.SMALL | changes
   return subprocess.Popen(
@@ -91,7 +93,7 @@ def start(workdir, npz, program='train.py', changes=LONG):
        f'--workdir={workdir}',
        *(f'--config.{name}={value}' for name, value in flags.items())],
       cwd=ROOT, stderr=subprocess.PIPE, text=True,
-      env=os.environ | {
+      env=environment | {
           'JAX_PLATFORMS': 'cpu',
           'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled')})
 
@@ -117,7 +119,9 @@ def lines(path):
 @pytest.mark.slow
 def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz):
   reference, workdir = tmp_path / 'reference', tmp_path / 'workdir'
-  finish(start(reference, npz))
+  begin = functools.partial(
+      start, npz=npz, environment=children.compiling_fast())
+  finish(begin(reference))
   records = {'pretrain': workdir / 'pretrain/metrics.jsonl',
              'finetune': workdir / 'metrics.jsonl'}
   points = [  # when to stop; whether a loop is sure to catch it
@@ -129,7 +133,7 @@ def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz):
       (lambda: lines(records['finetune']) >= 30, True),
   ]
   for condition, caught in points:
-    process = start(workdir, npz)
+    process = begin(workdir)
     wait_until(process, condition)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=600)
@@ -138,8 +142,7 @@ def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz):
     assert 'Traceback' not in log
     if caught:
       assert 'run the same command again' in log
-  assert 'finetune: resumed at step' in finish(
-      start(workdir, npz))
+  assert 'finetune: resumed at step' in finish(begin(workdir))
   runs.assert_same_run(runs.config_of(npz, LONG), workdir, reference)
 
 
