@@ -65,6 +65,7 @@ def write_python3(folder, planes):
         b'data': batch.reshape(len(batch), -1), b'labels': [0] * len(batch)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('write', [
     write_binary, pytest.param(write_python2, marks=pytest.mark.slow),
     pytest.param(write_python3, marks=pytest.mark.slow)])

@@ -403,6 +403,7 @@ def test_what_stands_around_a_product(packed):
       4 + 4 + 2 + 4) + 9 * 4 * 4 // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('act', [
     Block(FPFormat.parse('UE1M3'), shared='token'),
     Block(FPFormat.parse('UE1M3'), group=2),

@@ -110,6 +110,7 @@ def plain_update(state, tx):
       opt_state=opt_state), loss
 
 
+@pytest.mark.slow
 def test_without_flips_a_step_draws_and_computes_what_it_always_did():
   tx = optax.adamw(1e-3)
   state = state_at(7, tx, tiny.params(tiny.NET))

@@ -136,6 +136,7 @@ def test_apply_equals_a_hand_computation():
   assert np.abs(out - plain).max() > 0.1  # or else it shows nothing
 
 
+@pytest.mark.slow
 def test_jitted_and_eager_agree():
   spec = tiny.spec(tiny.NET)
   params = quantize(tiny.params(tiny.NET), spec)

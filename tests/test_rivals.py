@@ -57,6 +57,7 @@ def integers(channels=32):
   return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows, rotated', [
     (outliers(), True), (integers(), False)], ids=['outliers', 'integers'])
 def test_a_layer_is_rotated_where_its_output_gains(rows, rotated):

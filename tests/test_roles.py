@@ -41,6 +41,7 @@ def test_every_role_is_had_by_some_model():
   assert set(CIN256_ROLES) == set(roles.ROLES)
 
 
+@pytest.mark.slow
 @REAL
 def test_roles_cover_resampling_blocks(config):
   config = dataclasses.replace(config, resample='resblock')

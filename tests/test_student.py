@@ -369,6 +369,7 @@ def test_the_same_key_gives_the_same_run_and_another_another():
   assert (of_other != x).all()
 
 
+@pytest.mark.slow
 def test_saved_and_restored_it_goes_on_identically(tmp_path):
   setup = net()
   straight = jax.device_get(setup.run(7)[0])

@@ -121,6 +121,7 @@ def test_the_same_study_again_measures_no_row_twice(tmp_path, text, draws):
   assert contents(work) == before
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole(tmp_path, text, draws):
   """Parts of a study, run one after the other, make up the whole."""
   parts = str(tmp_path / 'parts')

@@ -253,6 +253,7 @@ def calibrated(recipe, monkeypatch):
       exceptions={'out': 8})
 
 
+@pytest.mark.slow
 def test_a_packed_file_is_the_simulation_and_counts_every_bit(
     monkeypatch, tmp_path):
   spec = calibrated('roomy', monkeypatch)
