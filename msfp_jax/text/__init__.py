@@ -1,0 +1,1 @@
+"""Prompts: files of them, tokens, and the conditions that models take."""
