@@ -1,6 +1,6 @@
 """Text encoders in transformers' files: CLIP's text model and T5's encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 import pathlib
 from typing import Any
@@ -85,6 +85,18 @@ def load_text_encoder(path: str | pathlib.Path,
       that is not computed here, or tensors that are missing, unexpected,
       misshapen or not finite: all are listed.
   """
+  model, read = open_text_encoder(path, config)
+  return model, read(keep_half)
+
+
+def open_text_encoder(path: str | pathlib.Path,
+                      config: str | pathlib.Path | None = None
+                      ) -> tuple[nn.Module, Callable[[bool], Any]]:
+  """As `load_text_encoder`, with the weights still in their file.
+
+  Returns:
+    The model, and what reads its parameters (keep_half -> parameters).
+  """
   if hub.is_reference(path):
     path = hub.fetch(str(path), _PARTS)
   source = source_lib.open_source(path, config, _PARTS)
@@ -97,9 +109,9 @@ def load_text_encoder(path: str | pathlib.Path,
   except ValueError as error:
     raise ValueError(f'{source.path}: {error}') from error
   logging.info('%s: %s', source.path, model.config)
-  return model, restore.restore(named, abstract_text_encoder(model),
-                                str(source.path), restore.TORCH, leftover,
-                                keep_half)
+  return model, lambda keep_half: restore.restore(
+      named, abstract_text_encoder(model), str(source.path), restore.TORCH,
+      leftover, keep_half)
 
 
 @functools.lru_cache(maxsize=16)

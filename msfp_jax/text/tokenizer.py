@@ -28,12 +28,12 @@ class Tokens(NamedTuple):
     ids: int32 `[B, L]`, each padded behind its end.
     lengths: int32 `[B]`, how many of them are the text's, begin and end among
       them.
-    cut: how many texts were longer, and lost their last words.
+    cut: bool `[B]`, whether the text was longer, and lost its last words.
   """
 
   ids: np.ndarray
   lengths: np.ndarray
-  cut: int
+  cut: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,15 @@ class Tokenizer:
           *tokens[:self.length - 1], tokens[-1]]
       row[:len(kept)] = kept
     lengths = np.array([len(tokens) for tokens in found], np.int32)
-    long = np.flatnonzero(lengths > self.length)
-    if long.size:
-      first = long[0]
+    cut = lengths > self.length
+    if cut.any():
+      first = int(np.argmax(cut))
       logging.warning(
           '%s of %s prompts are longer than the %s tokens that the encoder '
           'takes, and are cut; the first is prompt %s, of %s tokens: %s',
-          long.size, len(found), self.length, first + 1, lengths[first],
+          cut.sum(), len(found), self.length, first + 1, lengths[first],
           textwrap.shorten(prompts[first], 80))
-    return Tokens(ids, np.minimum(lengths, self.length), int(long.size))
+    return Tokens(ids, np.minimum(lengths, self.length), cut)
 
 
 def _check_texts(prompts):
@@ -99,8 +99,8 @@ def _check_texts(prompts):
                        f'{error.reason}') from error
 
 
-def load_tokenizer(path: str | pathlib.Path, length: int | None = None
-                   ) -> Tokenizer:
+def load_tokenizer(path: str | pathlib.Path, length: int | None = None,
+                   most: int | None = None) -> Tokenizer:
   """Loads CLIP's or T5's tokenizer.
 
   Args:
@@ -111,6 +111,8 @@ def load_tokenizer(path: str | pathlib.Path, length: int | None = None
       Diffusion 2 with '!', T5 with 0.
     length: in tokens, of what it gives; by default as tokenizer_config.json
       says (`model_max_length`).
+    most: as many tokens as the encoder takes: `length` is no more, whatever
+      the file says.
 
   Raises:
     FileNotFoundError: none of these files.
@@ -141,7 +143,8 @@ def load_tokenizer(path: str | pathlib.Path, length: int | None = None
   # Both are done here, so that what was cut is known.
   backend.no_padding()
   backend.no_truncation()
-  return _made(kind, backend, named, _length(config, length, file), file)
+  return _made(kind, backend, named, _length(config, length, most, file),
+               file)
 
 
 def _made(kind, backend, named, length, file):
@@ -189,15 +192,17 @@ def _check_sides(config, file):
                        'and cut')
 
 
-def _length(config, length, file):
+def _length(config, length, most, file):
   stated = config.get('model_max_length')
-  if length is not None:
-    return length
-  if not isinstance(stated, int | float) or not 0 < stated < _LONGEST:
+  if (length is None and isinstance(stated, int | float)
+      and 0 < stated < _LONGEST):
+    length = int(stated)
+  found = [number for number in (length, most) if number is not None]
+  if not found:
     raise ValueError(f'nothing tells how many tokens {file} is to give '
                      f'(model_max_length in {_CONFIG}): pass length, the '
                      "encoder's")
-  return int(stated)
+  return min(found)
 
 
 def _content(token: Any) -> str:
