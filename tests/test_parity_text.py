@@ -1,14 +1,19 @@
 """Live comparison of text encoders with transformers (`make parity`)."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
 import text_files
+import text_oracle
 import unet_oracle
 
+from msfp_jax.convert import text_encoder_keys
 from msfp_jax.convert.text_encoder import load_text_encoder
 from msfp_jax.models import t5 as t5_lib
-from msfp_jax.text import tokenizer
+from msfp_jax.text import encode
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings(
     'ignore::DeprecationWarning', 'ignore::FutureWarning')]
@@ -141,74 +146,156 @@ def test_classes_of_distances_equal_transformers(buckets, far):
       t5_lib.distance_classes(700, buckets, far), expected)
 
 
-def equal_ids(ours, theirs, length):
-  """Token by token, over texts that have gone wrong in some tokenizer."""
-  found = ours(text_files.NASTY)
-  expected = theirs(text_files.NASTY, padding='max_length', max_length=length,
-                    truncation=True, return_tensors='np')
-  for text, row, wanted in zip(
-      text_files.NASTY, found.ids, expected.input_ids, strict=True):
-    assert row.tolist() == wanted.tolist(), text
-  whole = theirs(text_files.NASTY)
-  assert found.cut.tolist() == [len(ids) > length for ids in whole.input_ids]
-  assert found.cut.any()
-  assert found.lengths.tolist() == [
-      min(len(ids), length) for ids in whole.input_ids]
+def test_the_oracle_of_other_tests_equals_transformers():
+  """NumPy's, of which `make test` thinks that it is transformers."""
+  import torch
+  for make, config, oracle in (
+      (clip_of, text_oracle.CLIP, text_oracle.clip),
+      (t5_of, text_oracle.T5, text_oracle.t5)):
+    changes = {key: value for key, value in config.items()
+               if key not in ('model_type', 'architectures')}
+    model, ids = make(changes), text_oracle.ids_of(11)
+    state = {name: value.numpy() for name, value
+             in model.state_dict().items()}
+    with torch.inference_mode():
+      expected = model(torch.from_numpy(ids))
+    found = oracle(config, state, ids)
+    hidden = found[0] if make is clip_of else found
+    assert close(hidden, expected.last_hidden_state)
+    if make is clip_of:
+      assert close(found[1], expected.pooler_output)
 
 
-@pytest.mark.parametrize('form', ['old', 'new'])
-@pytest.mark.parametrize('pad', ['<|endoftext|>', '!'])
-def test_clip_tokens_equal_transformers(form, pad, tmp_path):
+def pipeline_parts(folder, flux):
+  """Tokenizers and encoders of transformers, written as a pipeline has them."""
   import transformers
-  text_files.write_clip(tmp_path, pad, form=form)
-  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-  equal_ids(tokenizer.load_tokenizer(tmp_path), theirs, 77)
-  # And from the one file that it writes of them.
-  theirs.save_pretrained(tmp_path / 'json')
-  assert not (tmp_path / 'json/vocab.json').exists()
-  equal_ids(tokenizer.load_tokenizer(tmp_path / 'json'), theirs, 77)
+  count = text_files.write_clip(folder / 'tokenizer', length=11,
+                                pad=text_files.CLIP_ENDS[1] if flux else '!')
+  found = {'text_encoder': clip_of({'vocab_size': count, 'hidden_act': 'gelu'}),
+           'tokenizer': transformers.CLIPTokenizer.from_pretrained(
+               folder / 'tokenizer')}
+  if flux:
+    text_files.write_t5(folder / 'tokenizer_2', length=20)
+    found |= {'text_encoder_2': t5_of({'vocab_size': 128}),
+              'tokenizer_2': transformers.T5Tokenizer.from_pretrained(
+                  folder / 'tokenizer_2')}
+  for name, part in found.items():
+    if name.startswith('text_encoder'):
+      part.save_pretrained(folder / name)
+  return found
 
 
-def test_bare_clip_vocabulary_equals_transformers(tmp_path):
-  import transformers
-  text_files.write_clip(tmp_path, form='bare')
-  equal_ids(tokenizer.load_tokenizer(tmp_path, 20),
-            transformers.CLIPTokenizer.from_pretrained(tmp_path), 20)
+def test_stable_diffusions_prompts_equal_diffusers(tmp_path):
+  import diffusers
+  import torch
+  pipeline = diffusers.StableDiffusionPipeline(
+      **pipeline_parts(tmp_path, flux=False), vae=None, unet=None,
+      scheduler=None, safety_checker=None, feature_extractor=None,
+      requires_safety_checker=False)
+  encoders = encode.load_encoders(tmp_path)
+  for negative in (None, list(reversed(text_files.NASTY))):
+    with torch.inference_mode():
+      expected = pipeline.encode_prompt(text_files.NASTY, 'cpu', 1, True,
+                                        negative)
+    found = encode.encode_prompts(
+        encoders, text_files.NASTY, '' if negative is None else negative)
+    for actual, wanted in zip((found.conditions, found.negative), expected,
+                              strict=True):
+      assert close(actual['context'], wanted)
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  """A spiece.model as T5's, trained by sentencepiece."""
-  import sentencepiece
-  folder = tmp_path_factory.mktemp('t5')
-  sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(text_files.CORPUS * 20), vocab_size=150,
-      hard_vocab_limit=False,
-      model_prefix=str(folder / 'spiece'), model_type='unigram', pad_id=0,
-      eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-  return folder / 'spiece.model'
+def test_fluxs_prompts_equal_diffusers(tmp_path):
+  import diffusers
+  import torch
+  pipeline = diffusers.FluxPipeline(
+      **pipeline_parts(tmp_path, flux=True), vae=None, transformer=None,
+      scheduler=None)
+  with torch.inference_mode():
+    text, pooled, _ = pipeline.encode_prompt(
+        text_files.NASTY, None, 'cpu', max_sequence_length=16)
+  found = encode.encode_prompts(
+      encode.load_encoders(tmp_path, 16), text_files.NASTY)
+  assert close(found.conditions['text'], text)
+  assert close(found.conditions['pooled'], pooled)
 
 
-def test_t5_tokens_equal_transformers(trained, tmp_path):
-  import transformers
-  text_files.write_t5(tmp_path, 24, trained.read_bytes())
-  theirs = transformers.T5Tokenizer.from_pretrained(tmp_path)
-  equal_ids(tokenizer.load_tokenizer(tmp_path), theirs, 24)
-  theirs.save_pretrained(tmp_path / 'json')
-  assert not (tmp_path / 'json/spiece.model').exists()
-  equal_ids(tokenizer.load_tokenizer(tmp_path / 'json'), theirs, 24)
+class No:
+  """A value that is not computed here: refused by its key's name."""
+
+  def __init__(self, value):
+    self.value = value
 
 
-def test_t5_tokens_equal_sentencepiece(trained, tmp_path):
-  """But for special tokens, which sentencepiece itself takes as letters, and
-  for two marks on a letter, which the library normalizes together, as
-  transformers does.
-  """
-  import sentencepiece
-  processor = sentencepiece.SentencePieceProcessor(model_file=str(trained))
-  ours = tokenizer.load_tokenizer(trained, 4000)
-  texts = [text for text in text_files.NASTY
-           if '<' not in text and '\u0323' not in text]
-  found = ours(texts)
-  for text, row, length in zip(texts, found.ids, found.lengths, strict=True):
-    assert row[:length].tolist() == [*processor.encode(text), 1], text
+# Values of each key that the class has, beside its default or the base's.
+BOTH = {
+    'transformers_version': ['4.0.0'], 'architectures': [No(['Other'])],
+    'output_hidden_states': [True], 'return_dict': [False],
+    'dtype': ['float32'], 'chunk_size_feed_forward': [1],
+    'is_encoder_decoder': [True, False], 'id2label': [{'0': 'a'}],
+    'label2id': [{'a': 0}], 'problem_type': ['regression'], 'vocab_size': [150],
+    'initializer_factor': [2.0], 'pad_token_id': [5], '_name_or_path': ['x'],
+    'output_attentions': [False]}
+KEYS = {
+    'clip': (clip_of, text_encoder_keys.CLIP, BOTH | {
+        'model_type': [No('clip'), No('altclip')], 'hidden_size': [30],
+        'intermediate_size': [50], 'projection_dim': [7, None],
+        'num_hidden_layers': [1], 'num_attention_heads': [2],
+        'max_position_embeddings': [20],
+        'hidden_act': ['gelu', 'relu', 'gelu_pytorch_tanh', 'swish',
+                       No('mish'), No('gelu_fast')],
+        'layer_norm_eps': [1e-2], 'attention_dropout': [0.1],
+        'initializer_range': [0.1], 'bos_token_id': [4],
+        'eos_token_id': [7, 98, No([7, 98])]}),
+    't5': (t5_of, text_encoder_keys.T5, BOTH | {
+        'model_type': [No('umt5'), No('mt5')], 'd_model': [30], 'd_kv': [7],
+        'd_ff': [50], 'num_layers': [1], 'num_decoder_layers': [5],
+        'num_heads': [2], 'relative_attention_num_buckets': [8, 13],
+        'relative_attention_max_distance': [20, No(8)], 'dropout_rate': [0.3],
+        'layer_norm_epsilon': [1e-2],
+        'feed_forward_proj': [
+            'relu', 'gelu', 'gated-relu', 'gated-gelu_new', 'gated-silu',
+            No('gated-mish'), No('mish')],
+        'use_cache': [False], 'eos_token_id': [5], 'classifier_dropout': [0.1],
+        'is_decoder': [No(True)], 'dense_act_fn': [No('relu'), 'gelu_new'],
+        'is_gated_act': [No(False), True], 'scale_decoder_outputs': [False],
+        'tie_word_embeddings': [False]})}
+CASES = [(kind, key, value) for kind, (*_, values) in KEYS.items()
+         for key, some in values.items() for value in some]
+
+
+@pytest.mark.parametrize('kind', KEYS)
+def test_every_key_is_known_and_tried(kind):
+  make, name, values = KEYS[kind]
+  config = make({}).config
+  written = {field.name for field in dataclasses.fields(config)} | {
+      *config.to_dict()}
+  assert written == values.keys()
+  assert written <= text_encoder_keys.KEYS[name]
+
+
+@pytest.mark.parametrize('kind, key, value', CASES, ids=[
+    f'{kind} {key} {getattr(value, "value", value)}'
+    for kind, key, value in CASES])
+def test_a_key_does_what_it_does_there(kind, key, value, tmp_path):
+  make, _, _ = KEYS[kind]
+  if isinstance(value, No):
+    make({}).save_pretrained(tmp_path)
+    file = tmp_path / 'config.json'
+    text_files.write_json(file, json.loads(file.read_text()) | {
+        key: value.value})
+    with pytest.raises(ValueError, match='distance' if 'distance' in key
+                       else key):
+      load_text_encoder(tmp_path)
+    return
+  # Of some of them a model cannot be made, which then changes nothing.
+  model = make({key: value}) if key not in (
+      'model_type', 'is_encoder_decoder') else make({})
+  model.save_pretrained(tmp_path)
+  file = tmp_path / 'config.json'
+  text_files.write_json(file, json.loads(file.read_text()) | {key: value})
+  model.config.return_dict = True
+  expected = theirs(model, ids_of()).last_hidden_state
+  encoder, params = load_text_encoder(tmp_path)
+  # Not compiled as a whole: all these models share most operations.
+  found = encoder.apply({'params': params}, ids_of().astype(np.int32))
+  assert close(getattr(found, 'hidden', found), expected)

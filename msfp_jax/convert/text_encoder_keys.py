@@ -41,18 +41,19 @@ T5_FIELDS = {
 FEED_FORWARD = 'feed_forward_proj'
 _T5_AGAIN = frozenset({FEED_FORWARD, 'dense_act_fn', 'is_gated_act'})
 
-# Keys of which only some values are computed here.
+# Keys of which only some values are computed here; those of both encoders, and
+# of one.
 _BOTH_ONLY = {
     'is_decoder': (False,), 'add_cross_attention': (False,),
     'pruned_heads': ({}, None), 'quantization_config': (None,),
     # Stable Diffusion's pipeline asks it of the encoder's configuration.
     'use_attention_mask': (False, None)}
-_ONLY = {
-    CLIP: _BOTH_ONLY | {
+_OWN_ONLY = {
+    CLIP: {
         'model_type': (CLIP,), 'hidden_act': tuple(ACTIVATIONS),
         'architectures': (['CLIPTextModel'], ['CLIPTextModelWithProjection'],
                           ['CLIPModel'], None)},
-    T5: _BOTH_ONLY | {
+    T5: {
         'model_type': (T5,),
         'architectures': (['T5EncoderModel'], ['T5Model'],
                           ['T5ForConditionalGeneration'],
@@ -81,9 +82,12 @@ _HARMLESS = frozenset({
     'num_return_sequences', 'output_scores', 'remove_invalid_values',
     'repetition_penalty', 'return_dict_in_generate', 'suppress_tokens',
     'temperature', 'top_k', 'top_p', 'typical_p'})
-_T5_HARMLESS = _HARMLESS | {'eos_token_id'}
-KEYS = {CLIP: CLIP_FIELDS.keys() | _ONLY[CLIP].keys() | _HARMLESS,
-        T5: T5_FIELDS.keys() | _T5_AGAIN | _ONLY[T5].keys() | _T5_HARMLESS}
+# Of a text encoder's own, with `eos_token_id` of T5, which only writes texts.
+OWN_KEYS = {CLIP: CLIP_FIELDS.keys() | _OWN_ONLY[CLIP].keys(),
+            T5: T5_FIELDS.keys() | _T5_AGAIN | _OWN_ONLY[T5].keys() | {
+                'eos_token_id'}}
+BOTH_KEYS = _BOTH_ONLY.keys() | _HARMLESS
+KEYS = {kind: own | BOTH_KEYS for kind, own in OWN_KEYS.items()}
 # As kinds of values, for each model_type.
 _KINDS = {
     CLIP: {key: kind for key, (_, kind, _) in CLIP_FIELDS.items()},
@@ -103,7 +107,7 @@ def check(given: Mapping[str, Any], kind: str) -> None:
     ValueError: by key, for what our encoders do not have.
   """
   key_check.refuse(_WHAT, key_check.wrong(given, _KINDS[kind]))
-  odd = key_check.odd(given, _ONLY[kind], KEYS[kind])
+  odd = key_check.odd(given, _BOTH_ONLY | _OWN_ONLY[kind], KEYS[kind])
   key_check.refuse(_WHAT, odd + (_contradictions(given) if kind == T5 else []))
 
 
