@@ -1,6 +1,7 @@
 """Text encoders against NumPy in float64, and the files that are refused."""
 
 import json
+import math
 
 import jax
 import ml_dtypes
@@ -11,8 +12,10 @@ import text_oracle
 import unet_oracle
 
 from msfp_jax.convert import text_encoder_keys as keys
+from msfp_jax.convert.text_encoder import abstract_text_encoder
 from msfp_jax.convert.text_encoder import load_text_encoder
 from msfp_jax.models import t5 as t5_lib
+from msfp_jax.models.clip_text import ClipText
 from msfp_jax.models.clip_text import ClipTextConfig
 
 KINDS = {'clip': (text_oracle.CLIP, text_oracle.clip_shapes),
@@ -222,3 +225,15 @@ XXL = {
 @pytest.mark.parametrize('config, kind', [(SD2, keys.CLIP), (XXL, keys.T5)])
 def test_published_configurations_are_taken(config, kind):
   keys.check(config, kind)
+
+
+@pytest.mark.parametrize('make, tensors, numbers', [
+    (lambda: ClipText(ClipTextConfig()), 196, 123_060_480),
+    (lambda: ClipText(ClipTextConfig(
+        width=1024, mlp_width=4096, layers=23, heads=16)), 372, 340_387_840),
+    (lambda: t5_lib.T5(t5_lib.T5Config()), 219, 4_762_310_656)],
+    ids=['CLIP-L', 'OpenCLIP-H, its last layer left out', 'T5-XXL'])
+def test_sizes_of_the_published_encoders(make, tensors, numbers):
+  leaves = jax.tree.leaves(abstract_text_encoder(make()))
+  assert len(leaves) == tensors
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == numbers
