@@ -92,6 +92,14 @@ def test_numbers_of_prompts_that_do_not_fit(prompts, negative, said, flux):
     encode.encode_prompts(encode.load_encoders(flux[0]), prompts, negative)
 
 
+def test_a_single_text_is_no_list_of_prompts(flux):
+  encoders = encode.load_encoders(flux[0])
+  for call in (encoders.clip, lambda text: encode.encode_prompts(
+      encoders, text)):
+    with pytest.raises(TypeError, match='list of texts'):
+      call('a cat')
+
+
 def move(folder, *pairs):
   for one, other in pairs:
     (folder / one).rename(folder / other)

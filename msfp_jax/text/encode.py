@@ -17,6 +17,7 @@ from msfp_jax.models.clip_text import ClipText
 from msfp_jax.models.t5 import T5
 from msfp_jax.text import backends
 from msfp_jax.text.embeddings import Embeddings
+from msfp_jax.text.tokenizer import check_texts
 from msfp_jax.text.tokenizer import load_tokenizer
 from msfp_jax.text.tokenizer import Tokenizer
 
@@ -61,6 +62,7 @@ class TextEncoder:
       What the model returns, `[B, ...]` as NumPy arrays, and how many of the
       prompts were cut.
     """
+    check_texts(prompts)
     places = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
     ids, _, cut = self.tokenizer(list(places))
     count = min(at_once, len(ids))
@@ -206,8 +208,10 @@ def encode_prompts(encoders: Encoders, prompts: Sequence[str],
       '' is what it mostly is. None: no guidance.
 
   Raises:
+    TypeError: a single text in place of a list.
     ValueError: no prompts, or another number of negative ones.
   """
+  check_texts(prompts)
   if not len(prompts):
     raise ValueError('no prompts: at least one is needed')
   if isinstance(negative, str):

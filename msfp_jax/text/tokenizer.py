@@ -65,7 +65,7 @@ class Tokenizer:
       TypeError: a single text, or what is no text.
       ValueError: a text that is no Unicode.
     """
-    _check_texts(prompts)
+    check_texts(prompts)
     found = [encoding.ids for encoding
              in self.backend.encode_batch(list(prompts))]
     ids = np.full((len(found), self.length), self.pad_id, np.int32)
@@ -86,7 +86,8 @@ class Tokenizer:
     return Tokens(ids, np.minimum(lengths, self.length), cut)
 
 
-def _check_texts(prompts):
+def check_texts(prompts: Sequence[str]) -> None:
+  """Raises TypeError or ValueError unless it is a list of Unicode texts."""
   if isinstance(prompts, str):
     raise TypeError(f'prompts={prompts!r}: must be a list of texts')
   for number, text in enumerate(prompts, 1):
