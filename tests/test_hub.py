@@ -15,6 +15,7 @@ import hub_cache
 import jax
 import numpy as np
 import pytest
+import text_oracle
 
 from msfp_jax import convert
 from msfp_jax.convert import hub
@@ -95,6 +96,20 @@ def test_only_what_is_read_is_downloaded(connect, saved, kind):
   assert sorted(module.taken) == sorted(read)
   assert load.load_origin(f'hf:{REPOSITORY}').noise_schedule().betas[
       -1] == pytest.approx(0.012)
+
+
+def test_a_text_encoder_of_a_pipeline(connect, tmp_path):
+  """Alone, and in one of the forms that it is kept in."""
+  state = text_oracle.state_of(text_oracle.clip_shapes(text_oracle.CLIP))
+  files = hub_cache.files_in(
+      text_oracle.write(tmp_path / 'x', text_oracle.CLIP, state))
+  read = {f'text_encoder/{name}': x for name, x in files.items()}
+  module = connect({REPOSITORY: read | {
+      'text_encoder/pytorch_model.bin': b'x', 'vae/' + WEIGHTS: b'x',
+      'text_encoder/model.fp16.safetensors': b'x'}})
+  _, params = convert.load_text_encoder(f'hf:{REPOSITORY}')
+  assert_equal(params, convert.load_text_encoder(tmp_path / 'x')[1])
+  assert sorted(module.taken) == sorted(read)
 
 
 def test_the_average_is_fetched_where_it_is_wanted(connect, saved):

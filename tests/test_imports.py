@@ -20,6 +20,9 @@ ROOMS = {
     'data': 'base',
     # A model of v is one of the noise by the schedule that it was trained on.
     'convert': 'base models diffusion',
+    # Prompts become conditions by encoders that convert reads; nothing in it
+    # knows of quantization.
+    'text': 'base models diffusion convert',
     'metrics': 'base models diffusion data convert',
     'quant': 'base diffusion',
     'kernels': 'base diffusion quant',
@@ -28,7 +31,7 @@ ROOMS = {
     # Below run/, since it draws what it is given and evaluation calls it.
     'report': 'base models diffusion data convert metrics quant kernels tune '
               'packed',
-    'run': 'base models diffusion data convert metrics quant kernels tune '
+    'run': 'base models diffusion data convert text metrics quant kernels tune '
            'packed report',
 }
 ENTRY_POINTS = {'train', 'eval', 'configs'}

@@ -19,6 +19,7 @@ from msfp_jax.convert import first_stage
 from msfp_jax.convert import first_stage_keys
 from msfp_jax.convert import ldm
 from msfp_jax.convert import scheduler
+from msfp_jax.convert import text_encoder_keys
 from msfp_jax.convert import unet_keys
 from msfp_jax.convert import unet_yaml_keys
 from msfp_jax.convert.tensors import LazyTensor
@@ -34,6 +35,10 @@ TABLES = {
     "Of diffusers' `config.json`": unet_keys.KEYS,
     'Of a CompVis yaml': unet_yaml_keys.UNET_KEYS,
     'And the `params` of its `model`, around it': unet_yaml_keys.MODEL_KEYS,
+    "Of CLIP's text encoder": text_encoder_keys.OWN_KEYS[
+        text_encoder_keys.CLIP],
+    "Of T5's encoder": text_encoder_keys.OWN_KEYS[text_encoder_keys.T5],
+    'Of both text encoders': text_encoder_keys.BOTH_KEYS,
     "Of ermongroup's yaml": (
         unet_yaml_keys.DDIM_KEYS | unet_yaml_keys.DDIM_DIFFUSION_KEYS
         | unet_yaml_keys.DDIM_DATA.keys() | {'image_size'}),

@@ -31,7 +31,8 @@ class Form(NamedTuple):
 
 
 def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
-            form: Form, leftover: tuple[str, ...] = ()) -> Any:
+            form: Form, leftover: tuple[str, ...] = (),
+            keep_half: bool = False) -> Any:
   """Reads a model's parameters, float32, one tensor at a time.
 
   Args:
@@ -40,6 +41,8 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
     source: of the tensors, for messages.
     form: TORCH or FLAX.
     leftover: names in the checkpoint that no rule could name.
+    keep_half: leave tensors of float16 and bfloat16 in their type, for models
+      that take what they read to float32.
 
   Raises:
     ValueError: tensors that are missing, unexpected, misshapen, of a type
@@ -74,8 +77,10 @@ def restore(tensors: Mapping[str, LazyTensor], abstract: Any, source: str,
     value = np.asarray(tensor.read(), np.float32)
     if count := np.count_nonzero(~np.isfinite(value)):
       problems.append(f'{name} holds {count} values that are not finite')
+    kept = tensor.dtype if keep_half and tensor.dtype.itemsize == 2 else None
     # A copy of its own: what was read is then let go.
-    found[path] = jnp.array(form.place(value, flat[path].shape, path[-1]))
+    found[path] = jnp.array(
+        form.place(value, flat[path].shape, path[-1]), kept)
   if problems:
     raise ValueError(f'{source} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))

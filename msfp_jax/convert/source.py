@@ -30,7 +30,11 @@ _WEIGHTS = (
     'diffusion_pytorch_model.safetensors.index.fp16.json',
     'diffusion_pytorch_model.bin', 'diffusion_pytorch_model.bin.index.json',
     'diffusion_pytorch_model.fp16.bin',
-    'model.safetensors')
+    # And of transformers, which has text encoders.
+    'model.safetensors', 'model.safetensors.index.json',
+    'model.fp16.safetensors', 'model.safetensors.index.fp16.json',
+    'pytorch_model.bin', 'pytorch_model.bin.index.json',
+    'pytorch_model.fp16.bin')
 _NON_AVERAGED = (
     'diffusion_pytorch_model.non_ema.safetensors',
     'diffusion_pytorch_model.non_ema.safetensors.index.json',
