@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from msfp_jax.models import unet
+from msfp_jax.models import timestep
 
 # {layer: {'a': [h, ..., rank], 'b': [h, rank, out]}}
 Banks = dict[str, dict[str, jax.Array]]
@@ -95,7 +95,7 @@ class Router(nn.Module):
 
   @nn.compact
   def __call__(self, t):
-    h = unet.timestep_embedding(jnp.reshape(t, (1,)), self.features)
+    h = timestep.timestep_embedding(jnp.reshape(t, (1,)), self.features)
     h = nn.silu(nn.Dense(4 * self.features)(h))
     small = nn.initializers.normal(1e-3)
     logits = nn.Dense(self.num_layers * self.num_banks, kernel_init=small)(h)
