@@ -67,6 +67,21 @@ def shapes(config):
   return found
 
 
+def layers(config):
+  """Our layers and their kernels' shapes, by the published ones."""
+  found = {}
+  for name, shape in shapes(config).items():
+    if len(shape) == 1:
+      continue
+    module, (rows, columns) = name.removesuffix('.weight'), shape
+    if module.startswith('single_') and module.endswith('.proj_out'):
+      found[f'{module}.attn'] = (rows, rows)
+      found[f'{module}.mlp'] = (columns - rows, rows)
+    else:
+      found[module] = (columns, rows)
+  return found
+
+
 def state_of(config, seed=0):
   """Draws weights in diffusers' names, all of them felt in the output."""
   return unet_oracle.random_state_dict(shapes(config), seed)

@@ -1,57 +1,95 @@
 """FLUX's transformer against diffusers' (`make parity`)."""
 
 import flux_oracle
+import jax
+import ml_dtypes
+import numpy as np
 import pytest
 import unet_oracle
+
+from msfp_jax import convert
+from msfp_jax.convert import flux
+from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models.flux import Flux
+from msfp_jax.models.flux import FluxConfig
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings(
     'ignore:__array__ impl:DeprecationWarning')]
 
-
-def theirs(config, device='cpu'):
-  import diffusers
-  import torch
-  fields = {k: v for k, v in flux_oracle.config_json(config).items()
-            if not k.startswith('_')}
-  with torch.device(device):
-    return diffusers.FluxTransformer2DModel(**fields).eval()
+by_config = pytest.mark.parametrize(
+    'config', flux_oracle.CONFIGS.values(), ids=flux_oracle.CONFIGS)
 
 
-def diffusers_output(config, state, inputs):
-  """Packs latents and makes positions as FluxPipeline does, in its words."""
-  import torch
-  x, t, text, pooled, *guidance = map(torch.from_numpy, inputs)
-  model = theirs(config)
-  model.load_state_dict({n: torch.from_numpy(v) for n, v in state.items()})
-  b, h, w, c = x.shape
-  packed = x.permute(0, 3, 1, 2).view(b, c, h // 2, 2, w // 2, 2).permute(
-      0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-  ids = torch.zeros(h // 2, w // 2, 3)
-  ids[..., 1] += torch.arange(h // 2)[:, None]
-  ids[..., 2] += torch.arange(w // 2)[None, :]
-  with torch.no_grad():
-    out = model(
-        hidden_states=packed, timestep=t, encoder_hidden_states=text,
-        pooled_projections=pooled, guidance=guidance[0] if guidance else None,
-        txt_ids=torch.zeros(text.shape[1], 3), img_ids=ids.reshape(-1, 3)
-    ).sample
-  return out.view(b, h // 2, w // 2, -1, 2, 2).permute(
-      0, 1, 4, 2, 5, 3).reshape(b, h, w, -1).numpy()
-
-
+@by_config
 @pytest.mark.parametrize('height, width', [(8, 12), (6, 4)])
-@pytest.mark.parametrize('name', flux_oracle.CONFIGS)
-def test_the_transformer_equals_diffusers(name, height, width):
-  config = flux_oracle.CONFIGS[name]
+def test_the_transformer_equals_diffusers(config, height, width):
+  import diffusers_oracle
   state = flux_oracle.state_of(config, seed=5)
   inputs = flux_oracle.inputs_of(config, 6, height, width)
-  expected = diffusers_output(config, state, inputs)
+  expected = diffusers_oracle.flux_output(config, state, *inputs)
   actual = flux_oracle.output(config, state, inputs)
-  print(unet_oracle.rel_l2(actual, expected))
   assert actual.shape == inputs[0].shape[:3] + (config.out_channels,)
   assert unet_oracle.rel_l2(actual, expected) < 5e-6
-  # Every input is felt.
-  for i in range(len(inputs)):
-    other = [a * 1.5 + 0.1 if j == i else a for j, a in enumerate(inputs)]
-    moved = flux_oracle.output(config, state, other)
-    assert unet_oracle.rel_l2(moved, actual) > 1e-3, i
+
+
+@by_config
+@pytest.mark.parametrize('naming', ['diffusers', 'bfl', 'bfl, prefix'])
+def test_files_of_both_namings_compute_what_diffusers_does(
+    tmp_path, config, naming):
+  """bfloat16, as published; diffusers' in three shards."""
+  import diffusers_oracle
+  state = {name: value.astype(ml_dtypes.bfloat16)
+           for name, value in flux_oracle.state_of(config, seed=7).items()}
+  if naming == 'diffusers':
+    path, described = flux_oracle.save_folder(
+        tmp_path / 'pipe' / 'transformer', state, config, shards=3).parent, None
+  else:
+    path, described = flux_oracle.save_bfl(
+        tmp_path / 'flux.safetensors', state, config,
+        'model.diffusion_model.' * ('prefix' in naming))
+  model, params = convert.load_pretrained(str(path), config=described)
+  inputs = flux_oracle.inputs_of(config, 8)
+  expected = diffusers_oracle.flux_output(
+      config, {n: v.astype(np.float32) for n, v in state.items()}, *inputs)
+  actual = flux_oracle.output_of(model, params, inputs)
+  assert unet_oracle.rel_l2(actual, expected) < 5e-6
+
+
+def test_our_way_back_to_bfl_is_undone_by_diffusers_own():
+  """What our files of BFL's names hold is what diffusers takes them for."""
+  from diffusers.loaders import single_file_utils
+  import torch
+  # Its conversion knows one width.
+  config = FluxConfig(
+      in_channels=1, out_channels=1, num_layers=1, num_single_layers=1,
+      text_dim=2, pooled_dim=2)
+  shapes = flux_oracle.shapes(config)
+  rng = np.random.default_rng(0)
+  state = {name: rng.integers(-9, 9, shape, np.int8)
+           for name, shape in shapes.items()}
+  back = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers({
+      name: torch.from_numpy(value)
+      for name, value in flux_oracle.bfl(state, config).items()})
+  assert back.keys() == state.keys()
+  for name, value in state.items():
+    np.testing.assert_array_equal(back[name].numpy(), value)
+
+
+@pytest.mark.parametrize('guidance', [False, True], ids=['schnell', 'dev'])
+def test_the_published_models_have_diffusers_tensors(guidance):
+  """Every name and shape of the full size, without weights, and their sum."""
+  import diffusers_oracle
+  config = FluxConfig(guidance_embeds=guidance)
+  theirs = {name: tuple(value.shape) for name, value
+            in diffusers_oracle.flux(config, 'meta').state_dict().items()}
+  assert theirs == flux_oracle.shapes(config)
+  lazy = {name: LazyTensor.of(np.broadcast_to(np.float32(0), shape))
+          for name, shape in theirs.items()}
+  assert flux.detect(lazy)
+  assert flux.config(lazy, None) == config
+  named, leftover = flux.rename(lazy, config)
+  ours = convert.abstract_params(Flux(config))
+  assert {n: t.shape for n, t in named.items()} == unet_oracle.shapes_of(ours)
+  assert not leftover
+  count = sum(leaf.size for leaf in jax.tree.leaves(ours))
+  assert count == sum(np.prod(s, dtype=np.int64) for s in theirs.values())

@@ -14,6 +14,7 @@ from msfp_jax import diffusion
 from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
+from msfp_jax.convert import flux
 from msfp_jax.convert import hub
 from msfp_jax.convert import ldm
 from msfp_jax.convert import native
@@ -29,9 +30,11 @@ from msfp_jax.models import prediction
 
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
-FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet}
+FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet, 'flux': flux}
+# Those for which a file of diffusers' scheduler may lie beside the weights.
+_SCHEDULED = ('diffusers', 'flux')
 # Sub-folders of a pipeline of diffusers.
-_UNET_PARTS = ('unet',)
+_DENOISER_PARTS = ('unet', 'transformer')
 _FIRST_STAGE_PARTS = ('vae', 'vqvae', 'vqmodel')
 
 
@@ -144,7 +147,7 @@ def _opened(path, config, ema):
   """Opens a checkpoint: names and shapes tell what it is."""
   # Only when all that is known are values read, one tensor at a time.
   try:
-    source = _open(path, config, _UNET_PARTS, ema is not False)
+    source = _open(path, config, _DENOISER_PARTS, ema is not False)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{error}; give a file, a folder, or one of '
                             f'{sorted(native.SHIPPED)}') from error
@@ -167,7 +170,7 @@ def _scheduler(source, name):
   """What the scheduler's file of diffusers says, or None without one."""
   # CompVis' and ermongroup's own yaml says more of their files than a
   # scheduler's that lies beside them.
-  if name != 'diffusers' and source.config:
+  if name not in _SCHEDULED and source.config:
     return None
   file = scheduler.find(source.path)
   return None if file is None else scheduler.read(file)

@@ -98,7 +98,7 @@ def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
                    ) -> pathlib.Path | None:
   """Looks for diffusers' config.json, or CompVis' yaml, beside the weights."""
   # By the tensors' names: a folder may hold files of several code bases.
-  blocks = ('down_blocks.', 'encoder.down_blocks.')
+  blocks = ('down_blocks.', 'encoder.down_blocks.', 'transformer_blocks.')
   names = (['config.json'] if any(n.startswith(blocks) for n in tensors)
            else [f'{path.stem}.yaml', 'config.yaml'])
   return next((path.parent / name for name in names
