@@ -102,10 +102,14 @@ def flux(config, device='cpu'):
     return diffusers.FluxTransformer2DModel(**fields).eval()
 
 
+def flux_output(config, state, *inputs):
+  """Runs it with our weights in diffusers' names."""
+  return run_flux(_load(flux(config), state), *inputs)
+
+
 @torch.no_grad()
-def flux_output(config, state, x, t, text, pooled, guidance=None):
+def run_flux(model, x, t, text, pooled, guidance=None):
   """Runs it, latents and positions packed as FluxPipeline does (NHWC here)."""
-  model = _load(flux(config), state)
   b, h, w, c = x.shape
   packed = _tensor(x).permute(0, 3, 1, 2).view(
       b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(

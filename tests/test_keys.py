@@ -17,6 +17,7 @@ from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
 from msfp_jax.convert import first_stage_keys
+from msfp_jax.convert import flux_keys
 from msfp_jax.convert import ldm
 from msfp_jax.convert import scheduler
 from msfp_jax.convert import unet_keys
@@ -32,6 +33,7 @@ TABLES = {
         first_stage_keys.DDCONFIG_KEYS | first_stage_keys.AROUND_KEYS | {
             'target', 'scale_factor', 'scale_by_std'}) - {'ddconfig'},
     "Of diffusers' `config.json`": unet_keys.KEYS,
+    "Of FLUX's `config.json`": flux_keys.KEYS,
     'Of a CompVis yaml': unet_yaml_keys.UNET_KEYS,
     'And the `params` of its `model`, around it': unet_yaml_keys.MODEL_KEYS,
     "Of ermongroup's yaml": (

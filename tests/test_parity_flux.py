@@ -1,5 +1,8 @@
 """FLUX's transformer against diffusers' (`make parity`)."""
 
+import inspect
+import json
+
 import flux_oracle
 import jax
 import ml_dtypes
@@ -9,6 +12,7 @@ import unet_oracle
 
 from msfp_jax import convert
 from msfp_jax.convert import flux
+from msfp_jax.convert import flux_keys
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models.flux import Flux
 from msfp_jax.models.flux import FluxConfig
@@ -93,3 +97,63 @@ def test_the_published_models_have_diffusers_tensors(guidance):
   assert not leftover
   count = sum(leaf.size for leaf in jax.tree.leaves(ours))
   assert count == sum(np.prod(s, dtype=np.int64) for s in theirs.values())
+
+
+class No(dict):
+  """Fields that are refused by their key's name; all others must load."""
+
+
+TINY = flux_oracle.TINY
+# Other values of every key of the class, which may need others beside them.
+KEYS = {
+    'patch_size': [No(patch_size=2)],
+    'in_channels': [{'in_channels': 16}, No(in_channels=10)],
+    'out_channels': [{'out_channels': None}, {'out_channels': 4},
+                     No(out_channels=6)],
+    'num_layers': [{'num_layers': 1}],
+    'num_single_layers': [{'num_single_layers': 3}],
+    'attention_head_dim': [
+        {'attention_head_dim': 12, 'axes_dims_rope': [4, 4, 4]},
+        No(attention_head_dim=12)],
+    'num_attention_heads': [{'num_attention_heads': 1}],
+    'joint_attention_dim': [{'joint_attention_dim': 7}],
+    'pooled_projection_dim': [{'pooled_projection_dim': 9}],
+    'guidance_embeds': [{'guidance_embeds': True}],
+    'axes_dims_rope': [{'axes_dims_rope': [4, 2, 2]},
+                       No(axes_dims_rope=[2, 2, 2]),
+                       No(axes_dims_rope=[8])],
+    'dreamt_of': [No(dreamt_of=1)]}
+
+
+def test_every_key_of_the_class_is_known_and_tried():
+  import diffusers
+  stated = inspect.signature(
+      diffusers.FluxTransformer2DModel.__init__).parameters.keys() - {'self'}
+  assert stated <= flux_keys.KEYS
+  assert stated == KEYS.keys() - {'dreamt_of'}
+
+
+@pytest.mark.parametrize('fields', [
+    pytest.param(fields, id=f'{key}-{i}') for key, listed in KEYS.items()
+    for i, fields in enumerate(listed)])
+def test_a_key_does_what_it_does_there(tmp_path, fields):
+  import diffusers
+  import diffusers_oracle
+  import torch
+  stated = flux_oracle.config_json(TINY) | fields
+  if isinstance(fields, No):
+    with pytest.raises(ValueError, match=f'{next(iter(fields))}='):
+      flux.config({}, stated)
+    return
+  theirs = diffusers.FluxTransformer2DModel(
+      **{k: v for k, v in stated.items() if not k.startswith('_')})
+  state = unet_oracle.random_state_dict(
+      {n: tuple(v.shape) for n, v in theirs.state_dict().items()}, 3)
+  folder = flux_oracle.save_folder(tmp_path / 'f', state, TINY)
+  (folder / 'config.json').write_text(json.dumps(stated))
+  model, params = convert.load_pretrained(str(folder))
+  inputs = flux_oracle.inputs_of(model.config, 4)
+  theirs.load_state_dict({n: torch.from_numpy(v) for n, v in state.items()})
+  expected = diffusers_oracle.run_flux(theirs, *inputs)
+  actual = flux_oracle.output_of(model, params, inputs)
+  assert unet_oracle.rel_l2(actual, expected) < 5e-6

@@ -136,7 +136,8 @@ def test_structural_aals_of_the_real_unets(config, aals, layers):
   names = list(tiny.layers(config))
   assert len(names) == layers
   assert sum(map(roles.follows_activation, names)) == aals
-  found = {roles.role_of(name) for name in names if roles.follows_activation(name)}
+  found = {roles.role_of(name) for name in names
+           if roles.follows_activation(name)}
   assert found == {'conv', 'temb_proj', 'conv_out', 'temb'}
   assert not roles.follows_activation('temb.dense.0')
 

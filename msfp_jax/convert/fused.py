@@ -3,8 +3,7 @@
 Parts stay in the file until they are read.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
 from typing import NamedTuple
 
