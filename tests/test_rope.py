@@ -12,19 +12,20 @@ def test_positions_are_of_text_then_rows():
                             [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
 
 
-@pytest.mark.parametrize('dims', [(16, 56, 56), (2, 4, 2), (0, 2, 6)])
-def test_pairs_are_turned_as_complex_numbers(dims):
+@pytest.mark.parametrize('dims, theta', [
+    ((16, 56, 56), 10000.0), ((2, 4, 2), 10000.0), ((0, 2, 6, 4), 2000.0)])
+def test_pairs_are_turned_as_complex_numbers(dims, theta):
   rng = np.random.default_rng(0)
   positions = rng.integers(0, 500, (7, len(dims)))
   x = rng.standard_normal((2, 7, 3, sum(dims))).astype(np.float32)
-  # Pair k of an axis turns by e^(i position / 10000^(2 k / dim)).
+  # Pair k of an axis turns by e^(i position / theta^(2 k / dim)).
   turns, axis_of = [], np.repeat(np.arange(len(dims)), np.array(dims) // 2)
   inside = np.concatenate([np.arange(dim // 2) for dim in dims])
   for axis, k in zip(axis_of, inside, strict=True):
-    frequency = 10000.0 ** (-2 * k / dims[axis])
+    frequency = theta ** (-2 * k / dims[axis])
     turns.append(np.exp(1j * positions[:, axis] * frequency))
   turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.stack(turns, -1)[:, None]
-  found = np.asarray(rope.rotate(x, rope.make_table(positions, dims)))
+  found = np.asarray(rope.rotate(x, rope.make_table(positions, dims, theta)))
   np.testing.assert_allclose(found[..., ::2], turned.real, atol=1e-6)
   np.testing.assert_allclose(found[..., 1::2], turned.imag, atol=1e-6)
 

@@ -31,8 +31,8 @@ from msfp_jax.models import prediction
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
 FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet, 'flux': flux}
-# Those for which a file of diffusers' scheduler may lie beside the weights.
-_SCHEDULED = ('diffusers', 'flux')
+# Those with a yaml of their own.
+_BY_YAML = ('ddim', 'ldm')
 # Sub-folders of a pipeline of diffusers.
 _DENOISER_PARTS = ('unet', 'transformer')
 _FIRST_STAGE_PARTS = ('vae', 'vqvae', 'vqmodel')
@@ -170,7 +170,7 @@ def _scheduler(source, name):
   """What the scheduler's file of diffusers says, or None without one."""
   # CompVis' and ermongroup's own yaml says more of their files than a
   # scheduler's that lies beside them.
-  if name not in _SCHEDULED and source.config:
+  if name in _BY_YAML and source.config:
     return None
   file = scheduler.find(source.path)
   return None if file is None else scheduler.read(file)

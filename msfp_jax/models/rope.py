@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_THETA = 10000.0
-
 
 class Table(NamedTuple):
   """The angles by which the pairs of channels of every token are turned.
@@ -39,17 +37,19 @@ def joint_positions(text: int, rows: int, columns: int) -> np.ndarray:
   return found
 
 
-def make_table(positions: np.ndarray, dims: Sequence[int]) -> Table:
-  """The table of the angles position * 10000^(-2 k / dim).
+def make_table(positions: np.ndarray, dims: Sequence[int],
+               theta: float = 10000.0) -> Table:
+  """The table of the angles position * theta^(-2 k / dim).
 
   Args:
     positions: `[N, axes]`.
     dims: how many of a head's channels tell each axis; even.
+    theta: of which the slowest pair's period is a multiple, in positions.
   """
   # In float64, as a float32 frequency times a position of some hundreds is off
   # by more than what a product loses.
   angles = np.concatenate([
-      np.outer(positions[:, axis], _THETA ** (-np.arange(0, dim, 2) / dim))
+      np.outer(positions[:, axis], theta ** (-np.arange(0, dim, 2) / dim))
       for axis, dim in enumerate(dims)], axis=-1)
   return Table(np.cos(angles).astype(np.float32),
                np.sin(angles).astype(np.float32))
