@@ -1,8 +1,13 @@
 """Fused tensors are taken apart by a table, and read when asked for."""
 
+import dataclasses
+
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from msfp_jax.convert import source
 from msfp_jax.convert.fused import Fused
 from msfp_jax.convert.fused import renamed
 from msfp_jax.convert.fused import take_apart
@@ -57,6 +62,20 @@ def test_what_has_no_such_pieces_keeps_its_name(name, shape):
 def test_no_tensor_is_lost_where_two_have_one_place():
   assert take(in3__weight=np.ones(1), in3__scale=np.zeros(1)) == {
       'first.3.weight': [1], 'in3.scale': [0]}
+
+
+def test_of_a_file_a_part_reads_its_rows_alone(tmp_path):
+  values = np.arange(12, dtype=np.float32).reshape(6, 2).astype(
+      ml_dtypes.bfloat16)
+  safetensors.numpy.save_file(
+      {'b.0.qkv.weight': values}, tmp_path / 'a.safetensors')
+  tensors, _ = source.read_safetensors(tmp_path / 'a.safetensors')
+  # The whole is not to be asked for.
+  whole = dataclasses.replace(tensors['b.0.qkv.weight'], read=None)
+  found = take_apart({'b.0.qkv.weight': whole}, TABLE)
+  for i, part in enumerate('qkv'):
+    np.testing.assert_array_equal(
+        found[f'0.{part}.weight'].read(), values[2 * i:2 * i + 2])
 
 
 def test_nothing_is_read_before_it_is_asked_for():

@@ -88,6 +88,10 @@ def _part(tensor, row, taken):
   shape[row.axis] = length * len(taken)
 
   def read():
-    pieces = np.split(tensor.read(), row.pieces, row.axis)
-    return np.concatenate([pieces[i] for i in taken], row.axis)
+    if row.axis:
+      pieces = np.split(tensor.read(), row.pieces, row.axis)
+      return np.concatenate([pieces[i] for i in taken], row.axis)
+    # Of a large file a part is read alone, and not all of it for every part.
+    return np.concatenate([tensor.rows(i * length, (i + 1) * length)
+                           for i in taken])
   return LazyTensor(tuple(shape), tensor.dtype, read, tensor.refused)

@@ -196,7 +196,8 @@ def read_safetensors(path: pathlib.Path
           continue
         found[name] = LazyTensor(
             tuple(part.get_shape()), np.dtype(SAFETENSORS_DTYPES[kind]),
-            _safetensors_reader(path, name))
+            _safetensors_reader(path, name),
+            read_rows=_safetensors_row_reader(path, name))
       return found, opened.metadata() or {}
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(f'{path} is no safetensors file: {error}') from error
@@ -207,6 +208,13 @@ def _safetensors_reader(path, name):
     with safetensors.safe_open(path, 'np') as opened:
       return opened.get_tensor(name)
   return read
+
+
+def _safetensors_row_reader(path, name):
+  def read_rows(first, end):
+    with safetensors.safe_open(path, 'np') as opened:
+      return opened.get_slice(name)[first:end]
+  return read_rows
 
 
 def shard_names(index: pathlib.Path) -> list[str]:

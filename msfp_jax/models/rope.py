@@ -16,8 +16,8 @@ class Table(NamedTuple):
     sin: likewise.
   """
 
-  cos: np.ndarray
-  sin: np.ndarray
+  cos: jax.Array
+  sin: jax.Array
 
 
 def joint_positions(text: int, rows: int, columns: int) -> np.ndarray:
@@ -44,15 +44,17 @@ def make_table(positions: np.ndarray, dims: Sequence[int],
   Args:
     positions: `[N, axes]`.
     dims: how many of a head's channels tell each axis; even.
-    theta: of which the slowest pair's period is a multiple, in positions.
+    theta: the base of the frequencies.
   """
   # In float64, as a float32 frequency times a position of some hundreds is off
   # by more than what a product loses.
   angles = np.concatenate([
       np.outer(positions[:, axis], theta ** (-np.arange(0, dim, 2) / dim))
       for axis, dim in enumerate(dims)], axis=-1)
-  return Table(np.cos(angles).astype(np.float32),
-               np.sin(angles).astype(np.float32))
+  # Of JAX: a view of a NumPy array would be a constant of its own in every
+  # block, 2 MB each.
+  return Table(jnp.asarray(np.cos(angles), jnp.float32),
+               jnp.asarray(np.sin(angles), jnp.float32))
 
 
 def rotate(x: jax.Array, table: Table) -> jax.Array:
