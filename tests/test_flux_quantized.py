@@ -62,8 +62,7 @@ def test_without_data_to_a_file(model, params, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('recipe', ['nvfp4', 'msfp', 'quartz', 'svdquant',
-                                    'int'])
+@pytest.mark.parametrize('recipe', ['nvfp4', 'msfp', 'quartz', 'svdquant'])
 def test_a_file_samples_what_the_simulation_does(
     model, params, tmp_path, recipe):
   """And AALs are those of the structure: what follows SiLU or GELU."""
