@@ -84,7 +84,8 @@ def layers(config):
 
 
 # What norms see of these is so faint that their epsilon, 1e-6, is felt.
-_FAINT = re.compile(r'(x|context)_embedder\..*|.*attn\.(to|add)_[qk](_proj)?\..*')
+_FAINT = re.compile(
+    r'(x|context)_embedder\..*|.*attn\.(to|add)_[qk](_proj)?\..*')
 
 
 def state_of(config, seed=0):
