@@ -112,7 +112,7 @@ class Experiment:
 
   model: denoiser.Denoiser
   params: Any
-  schedule: diffusion.NoiseSchedule
+  schedule: diffusion.Schedule
   plan: diffusion.SamplerPlan
   image_shape: tuple[int, int, int]
   images: data.Images | None
