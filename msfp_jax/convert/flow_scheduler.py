@@ -1,4 +1,4 @@
-"""FlowMatchEulerDiscreteScheduler's scheduler_config.json, and FLUX without one.
+"""scheduler_config.json of flow matching, and FLUX without one.
 
 FLUX.1, Stable Diffusion 3 and their relatives are published with this class.
 """

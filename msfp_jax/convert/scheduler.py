@@ -22,7 +22,8 @@ FILE = 'scheduler_config.json'
 CLASSES = {
     'DDIMScheduler': 'ddim', 'DDIMParallelScheduler': 'ddim',
     'DDPMScheduler': 'ddpm', 'DDPMParallelScheduler': 'ddpm',
-    'PNDMScheduler': 'plms', 'DPMSolverMultistepScheduler': 'dpm_solver'}
+    'PNDMScheduler': 'plms', 'DPMSolverMultistepScheduler': 'dpm_solver',
+    flow_scheduler.CLASS: 'flow'}
 # Other samplers of the same models; their own default betas, where they differ.
 _STABLE_DIFFUSION = {'beta_start': 0.00085, 'beta_end': 0.012}
 RELATIVES: dict[str, dict[str, float]] = {
@@ -105,7 +106,7 @@ def _origin(given: Mapping[str, Any], source: str) -> Origin:
   if kind not in CLASSES and kind not in RELATIVES:
     raise ValueError(
         f'_class_name={kind!r}: models for it are none that are known here, '
-        f'only those of {sorted([*CLASSES, *RELATIVES, flow_scheduler.CLASS])}')
+        f'only those of {sorted([*CLASSES, *RELATIVES])}')
   if unknown := sorted(given.keys() - KEYS):
     raise ValueError(f'keys that nobody here knows: '
                      f'{ {key: given[key] for key in unknown} }')
