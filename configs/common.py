@@ -50,6 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Its latents are (z - shift) * scale. None: as its checkpoint says.
   config.first_stage_scale = ml_collections.config_dict.placeholder(float)
   config.first_stage_shift = ml_collections.config_dict.placeholder(float)
+  # Decode images one by one, so many rows at a time: large ones in less memory,
+  # the same but for rounding (msfp_jax/models/decode_rows.py). 0: all at once.
+  config.first_stage_rows = 0
   # Of a random first stage.
   config.autoencoder = ml_collections.ConfigDict(
       {'num_res_blocks': 2, 'norm_groups': 32})
