@@ -159,6 +159,36 @@ def test_the_published_models_are_told_by_their_shapes(guidance):
   assert flux.config({}, stated | {'out_channels': None}) == config
 
 
+@pytest.mark.parametrize('guidance, file', [
+    (False, None), (True, None), (False, {'shift': 1.0}),
+    (True, {'shift': 3.0, 'use_dynamic_shifting': True, 'base_shift': 0.5,
+            'max_shift': 1.15, 'base_image_seq_len': 256,
+            'max_image_seq_len': 4096})],
+    ids=['schnell', 'dev', 'schnell, file', 'dev, file'])
+def test_the_sampler_is_the_published(tmp_path, guidance, file):
+  """From the pipeline's scheduler, or without it by what the model takes.
+
+  t is sigma itself. dev's are shifted by e^1.15, as 1024 x 1024 pixels have
+  4096 tokens; schnell's are not.
+  """
+  config = dataclasses.replace(TINY, guidance_embeds=guidance)
+  flux_oracle.save_folder(
+      tmp_path / 'transformer', flux_oracle.state_of(config), config)
+  if file:
+    (tmp_path / 'scheduler').mkdir()
+    (tmp_path / 'scheduler' / 'scheduler_config.json').write_text(json.dumps(
+        {'_class_name': 'FlowMatchEulerDiscreteScheduler',
+         'num_train_timesteps': 1000} | file))
+  plan = convert.load_plan(str(tmp_path), num_steps=4)
+  sigmas = np.array([1, 0.75, 0.5, 0.25])
+  if guidance:
+    sigmas = np.exp(1.15) / (np.exp(1.15) + 1 / sigmas - 1)
+  np.testing.assert_allclose(plan.timesteps, sigmas, rtol=1e-6)
+  np.testing.assert_allclose(
+      plan.eps_factor, sigmas - [*sigmas[1:], 0], rtol=1e-6)
+  assert (plan.x_coef == 1).all() and not plan.noise_std.any()
+
+
 def test_a_head_that_is_not_the_published_needs_a_configuration(tmp_path):
   path, _ = flux_oracle.save_bfl(
       tmp_path / 'a.safetensors', flux_oracle.state_of(TINY), TINY)

@@ -1,5 +1,6 @@
 """FLUX's transformer against diffusers' (`make parity`)."""
 
+import dataclasses
 import inspect
 import json
 
@@ -11,6 +12,7 @@ import pytest
 import unet_oracle
 
 from msfp_jax import convert
+from msfp_jax import diffusion
 from msfp_jax.convert import flux
 from msfp_jax.convert import flux_keys
 from msfp_jax.convert.tensors import LazyTensor
@@ -34,6 +36,35 @@ def test_the_transformer_equals_diffusers(config, height, width):
   actual = flux_oracle.output(config, state, inputs)
   assert actual.shape == inputs[0].shape[:3] + (config.out_channels,)
   assert unet_oracle.rel_l2(actual, expected) < 5e-6
+
+
+@by_config
+def test_four_steps_equal_diffusers(tmp_path, config):
+  """Latents by both transformers and both samplers, from one folder."""
+  import diffusers
+  import diffusers_oracle
+  import torch
+  config = dataclasses.replace(config, out_channels=config.in_channels)
+  state = flux_oracle.state_of(config, seed=9)
+  flux_oracle.save_folder(tmp_path / 'transformer', state, config)
+  scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+  scheduler.save_pretrained(tmp_path / 'scheduler')
+  model, params = convert.load_pretrained(str(tmp_path))
+  plan = convert.load_plan(str(tmp_path), num_steps=4)
+  noise, _, *conditions = flux_oracle.inputs_of(config, 10)
+  scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4))
+  theirs = diffusers_oracle.flux(config)
+  theirs.load_state_dict({n: torch.from_numpy(v) for n, v in state.items()})
+  x = torch.from_numpy(noise)
+  for t in scheduler.timesteps:
+    velocity = diffusers_oracle.run_flux(
+        theirs, x.numpy(), np.full(len(x), t / 1000, np.float32), *conditions)
+    x = scheduler.step(torch.from_numpy(velocity), t, x).prev_sample
+  with jax.default_matmul_precision('highest'):
+    actual = jax.jit(lambda noise, *conditions: diffusion.sample(
+        lambda x, t, i: model.apply({'params': params}, x, t, *conditions),
+        plan, noise))(noise, *conditions)
+  assert unet_oracle.rel_l2(actual, x.numpy()) < 1e-5
 
 
 @by_config

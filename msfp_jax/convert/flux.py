@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 
+from msfp_jax.convert import flow_scheduler
 from msfp_jax.convert import flux_keys
 from msfp_jax.convert import naming
 from msfp_jax.convert.fused import Fused
@@ -125,6 +126,17 @@ def config(tensors: Mapping[str, LazyTensor],
     logging.info('no axes_dims_rope: took that of the published models, %s',
                  flux.FluxConfig.axes_dims)
   return flux.FluxConfig(**found)
+
+
+def flow(config: flux.FluxConfig) -> flow_scheduler.FlowModel:
+  """What the model takes: sigma itself, and so many tokens of an image.
+
+  Without a scheduler's file, its shift is dev's where guidance is taken.
+  """
+  height, width, _ = flux.Flux(config).sample_shape
+  return flow_scheduler.FlowModel(
+      time=1, image_tokens=height * width // flux.PATCH**2,
+      shifted=config.guidance_embeds)
 
 
 # What shapes tell as well.

@@ -14,6 +14,7 @@ from msfp_jax import diffusion
 from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
+from msfp_jax.convert import flow_scheduler
 from msfp_jax.convert import flux
 from msfp_jax.convert import hub
 from msfp_jax.convert import ldm
@@ -30,6 +31,8 @@ from msfp_jax.models import prediction
 
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
+# One of flow matching has `flow` as well, its configuration -> a
+# `flow_scheduler.FlowModel`.
 FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet, 'flux': flux}
 # Those with a yaml of their own.
 _BY_YAML = ('ddim', 'ldm')
@@ -161,8 +164,12 @@ def _opened(path, config, ema):
   tensors = _configure(source, lambda: family.select(
       source.tensors, _wants_ema(source.config) if ema is None else ema))
   found = _configure(source, lambda: family.config(tensors, source.config))
-  origin = described or _configure(source, lambda: training.origin(
-      name, str(source.path), source.config, source.tensors, found))
+  if hasattr(family, 'flow'):
+    origin = _configure(source, lambda: flow_scheduler.of_model(
+        described, family.flow(found), str(source.path)))
+  else:
+    origin = described or _configure(source, lambda: training.origin(
+        name, str(source.path), source.config, source.tensors, found))
   return _Opened(source, name, family, tensors, found, origin)
 
 
