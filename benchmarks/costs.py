@@ -168,7 +168,7 @@ def cifar_search() -> Iterator[Row]:
   seen = {}
   for name in names:
     values = rng.standard_normal(65_536).astype(np.float32)
-    if roles.follows_silu(name):
+    if roles.follows_activation(name):
       values = np.asarray(jax.nn.silu(2 * values))
     seen[name] = fit_lib.Seen(values, float(values.min()), float(values.max()))
   for what, bits in (('activations and weights', 4),

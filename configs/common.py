@@ -50,6 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Its latents are (z - shift) * scale. None: as its checkpoint says.
   config.first_stage_scale = ml_collections.config_dict.placeholder(float)
   config.first_stage_shift = ml_collections.config_dict.placeholder(float)
+  # Decode images one by one, so many rows at a time: large ones in less memory,
+  # the same but for rounding (msfp_jax/models/decode_rows.py). 0: all at once.
+  config.first_stage_rows = 0
   # Of a random first stage.
   config.autoencoder = ml_collections.ConfigDict(
       {'num_res_blocks': 2, 'norm_groups': 32})
@@ -73,13 +76,14 @@ def get_config() -> ml_collections.ConfigDict:
   # Of these two, '', 0, and -1 of offset and clip, stand for what the
   # checkpoint says, or, where it says nothing, for the values in brackets.
   config.schedule = ml_collections.ConfigDict({
-      'name': '',  # [linear], scaled_linear or cosine
-      'num_train_steps': 0,  # [1000]
+      'name': '',  # [linear], scaled_linear or cosine; or flow, flow matching
+      'num_train_steps': 0,  # [1000]; of flow, the t of pure noise
       'beta_start': 0.0,  # [1e-4]
       'beta_end': 0.0,  # [0.02]
   })
   config.sampler = ml_collections.ConfigDict({
-      'name': '',  # [ddim], ddpm, plms or dpm_solver
+      # [ddim], ddpm, plms or dpm_solver; of schedule.name='flow' [flow].
+      'name': '',
       'num_steps': 20,
       'spacing': '',  # [uniform], quad, leading, trailing or linspace
       'eta': 0.0,  # of DDIM
@@ -87,6 +91,15 @@ def get_config() -> ml_collections.ConfigDict:
       'offset': -1,  # added to timesteps [0, with compvis 1]
       'clip': -1.0,  # of x_0 as predicted, at this magnitude [0.0: not]
       'variance': '',  # of DDPM: [small] or large
+      # Of flow, see msfp_jax/diffusion/flow.py: how far to noise its levels are
+      # shifted [1.0: not]; or this by the size of the image, (0.5, 1.15, 256,
+      # 4096) for FLUX.1-dev, exponential or linear, and the size in tokens; and
+      # the last level that they are stretched to [0.0: not].
+      'shift': 0.0,
+      'shift_by_tokens': (),
+      'shift_type': '',  # [exponential] or linear
+      'image_tokens': 0,
+      'shift_terminal': -1.0,
   })
   config.pretrain = ml_collections.ConfigDict({
       'num_steps': 10_000,
@@ -100,6 +113,11 @@ def get_config() -> ml_collections.ConfigDict:
       # Of the model's arithmetic, or 'bfloat16', which accelerators prefer;
       # parameters, gradients and optimizer are float32 either way.
       'dtype': 'float32',
+      # How often each noise level is seen: uniform, or logit_normal, which
+      # prefers the middle, with the mean and deviation of its normal number.
+      'times': 'uniform',
+      'times_mean': 0.0,
+      'times_std': 1.0,
       'save_every': 1000,
       'log_every': 50,
       'sample_every': 2000,

@@ -6,6 +6,7 @@ strictly from the names that `foreign` writes, which checks both.
 
 import diffusers
 from diffusers.models.attention_processor import Attention
+import flux_oracle
 import foreign
 import numpy as np
 import torch
@@ -91,3 +92,35 @@ def first_stage_outputs(config, state, images, latents):
              else encoded.latent_dist.mean)
   decoded = model.decode(nchw(latents / config.scale + config.shift)).sample
   return (nhwc(encoded) - config.shift) * config.scale, nhwc(decoded)
+
+
+def flux(config, device='cpu'):
+  """Builds a FluxTransformer2DModel; on 'meta' it has no weights."""
+  fields = {key: value for key, value in flux_oracle.config_json(config).items()
+            if not key.startswith('_')}
+  with torch.device(device):
+    return diffusers.FluxTransformer2DModel(**fields).eval()
+
+
+def flux_output(config, state, *inputs):
+  """Runs it with our weights in diffusers' names."""
+  return run_flux(_load(flux(config), state), *inputs)
+
+
+@torch.no_grad()
+def run_flux(model, x, t, text, pooled, guidance=None):
+  """Runs it, latents and positions packed as FluxPipeline does (NHWC here)."""
+  b, h, w, c = x.shape
+  packed = _tensor(x).permute(0, 3, 1, 2).view(
+      b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(
+          b, h * w // 4, 4 * c)
+  ids = torch.zeros(h // 2, w // 2, 3)
+  ids[..., 1] += torch.arange(h // 2)[:, None]
+  ids[..., 2] += torch.arange(w // 2)[None, :]
+  out = model(
+      hidden_states=packed, timestep=_tensor(t),
+      encoder_hidden_states=_tensor(text), pooled_projections=_tensor(pooled),
+      guidance=None if guidance is None else _tensor(guidance),
+      txt_ids=torch.zeros(text.shape[1], 3), img_ids=ids.reshape(-1, 3)).sample
+  return out.view(b, h // 2, w // 2, -1, 2, 2).permute(
+      0, 1, 4, 2, 5, 3).reshape(b, h, w, -1).numpy()

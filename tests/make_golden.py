@@ -11,6 +11,7 @@ import re
 import diffusers
 import diffusers_oracle
 import families
+import flux_oracle
 import inception_oracle
 import numpy as np
 import torch
@@ -143,6 +144,13 @@ def golden_families() -> dict[str, np.ndarray]:
   return found
 
 
+def golden_flux() -> dict[str, np.ndarray]:
+  """Makes FLUX's outputs; the test draws weights and inputs again."""
+  return {name: diffusers_oracle.flux_output(
+      config, flux_oracle.state_of(config), *flux_oracle.inputs_of(config))
+          for name, config in flux_oracle.CONFIGS.items()}
+
+
 def golden_inception() -> dict[str, np.ndarray]:
   """Makes Inception's outputs; the test draws weights and images again."""
   images = inception_oracle.random_images(inception_oracle.GOLDEN_SHAPE)
@@ -153,6 +161,7 @@ def golden_inception() -> dict[str, np.ndarray]:
 def all_golden() -> dict[str, dict[str, np.ndarray]]:
   return {
       'families': golden_families(),
+      'flux': golden_flux(),
       'inception': golden_inception(),
       'unet_tiny': golden(unet_oracle.TINY, seed=0),
       'unet_tiny_relative': golden(unet_oracle.TINY_RELATIVE, seed=1),

@@ -30,4 +30,4 @@ def test_the_counts_of_the_real_models(config, aals, nals):
   kinds = {name: is_aal(seen.minimum, seen.maximum)
            for name, seen in found.items()}
   assert collections.Counter(kinds.values()) == {True: aals, False: nals}
-  assert kinds == {name: roles_lib.follows_silu(name) for name in kinds}
+  assert kinds == {name: roles_lib.follows_activation(name) for name in kinds}

@@ -58,9 +58,9 @@ def test_aals_of_the_unet_are_the_structural_ones():
   found = tiny.activations(tiny.UNET)
   assert list(found) == list(tiny.layers(tiny.CONFIG))
   assert ([is_aal(a.minimum, a.maximum) for a in found.values()]
-          == [roles_lib.follows_silu(name) for name in found])
+          == [roles_lib.follows_activation(name) for name in found])
   kinds = [layer.kind for layer in tiny.spec(tiny.UNET).layers.values()]
-  assert kinds == ['AAL' if roles_lib.follows_silu(name) else 'NAL'
+  assert kinds == ['AAL' if roles_lib.follows_activation(name) else 'NAL'
                    for name in found]
 
 

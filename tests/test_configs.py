@@ -133,10 +133,12 @@ def test_no_sampler_and_no_schedule_is_missing_above():
   schedule = diffusion.make_schedule('cosine', num_train_steps=10)
   with pytest.raises(ValueError) as error:
     diffusion.make_plan(schedule, 'none')
-  assert str(error.value).endswith("['ddim', 'ddpm', 'dpm_solver', 'plms']")
+  assert str(error.value).endswith(
+      "['ddim', 'ddpm', 'dpm_solver', 'flow', 'plms']")
   with pytest.raises(ValueError) as error:
     diffusion.make_schedule('none')
-  assert str(error.value).endswith("['cosine', 'linear', 'scaled_linear']")
+  assert str(error.value).endswith(
+      "['cosine', 'flow', 'linear', 'scaled_linear']")
 
 
 @pytest.mark.parametrize('module, variant', CASES, ids=case_id)

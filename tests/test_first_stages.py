@@ -13,6 +13,7 @@ from configs import common
 from msfp_jax import convert
 from msfp_jax.convert import first_stage
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.models import decode_rows
 from msfp_jax.run import experiment
 from msfp_jax.run import teacher
 
@@ -246,9 +247,27 @@ def test_an_experiment_decodes_by_the_scale_of_its_config(tmp_path):
       decode((z - 0.5) * 4 / 4 + 0.5, scale=1.0, shift=None))
 
 
+def test_an_experiment_decodes_by_the_rows_of_its_config(
+    tmp_path, monkeypatch):
+  path, stage = written(tmp_path, 'kl, shift', 'compvis')
+  monkeypatch.setattr(
+      decode_rows, 'decode', lambda model, params, z, rows: (
+          rows + 0 * params['decoder']['conv_in']['bias'][0] + z))
+  run, _ = teacher.load_decoder(
+      path, (4, 4, 16), described_by='', fields={}, seed=0, rows=64,
+      scale=stage.scale, shift=stage.shift)
+  np.testing.assert_array_equal(run(np.ones((1, 4, 4, 16))), 65)
+  config = common.get_config()
+  config.update({'pretrained': 'random', 'first_stage': path})
+  config.first_stage_rows = 64
+  experiment.check(config)
+
+
 @pytest.mark.parametrize('fields, message', [
     ({'first_stage_scale': 0.5}, "first_stage='': only the first stage"),
     ({'first_stage_shift': 0.5, 'first_stage': 'random'}, "'random': only"),
+    ({'first_stage_rows': 64}, "first_stage_rows=64, first_stage=''"),
+    ({'first_stage_rows': -1, 'first_stage': 'x'}, 'first_stage_rows=-1'),
     ({'first_stage_scale': -1.0, 'first_stage': 'x'}, '-1.0: must be'),
     ({'first_stage_scale': np.inf, 'first_stage': 'x'}, 'inf: must be'),
     ({'first_stage_shift': np.nan, 'first_stage': 'x'}, 'nan: must be')])

@@ -17,6 +17,8 @@ from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
 from msfp_jax.convert import first_stage_keys
+from msfp_jax.convert import flow_scheduler
+from msfp_jax.convert import flux_keys
 from msfp_jax.convert import ldm
 from msfp_jax.convert import scheduler
 from msfp_jax.convert import text_encoder_keys
@@ -28,11 +30,13 @@ DOC = pathlib.Path(__file__).parents[1] / 'docs/checkpoints.md'
 # What stands before a table, and the keys that it must have.
 TABLES = {
     'Keys of `scheduler_config.json`': scheduler.KEYS,
+    'And of `FlowMatchEulerDiscreteScheduler`': flow_scheduler.KEYS,
     "Keys of a first stage's `config.json`": first_stage_keys.KEYS,
     "And of CompVis' yaml, its own or": (
         first_stage_keys.DDCONFIG_KEYS | first_stage_keys.AROUND_KEYS | {
             'target', 'scale_factor', 'scale_by_std'}) - {'ddconfig'},
     "Of diffusers' `config.json`": unet_keys.KEYS,
+    "Of FLUX's `config.json`": flux_keys.KEYS,
     'Of a CompVis yaml': unet_yaml_keys.UNET_KEYS,
     'And the `params` of its `model`, around it': unet_yaml_keys.MODEL_KEYS,
     "Of CLIP's text encoder": text_encoder_keys.OWN_KEYS[

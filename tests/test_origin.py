@@ -215,8 +215,9 @@ def test_the_plan_of_a_checkpoint_in_one_line(tmp_path):
     assert plan.to_dict() == expected.to_dict()
 
 
-def test_the_shipped_model_says_nothing():
-  assert convert.load_origin('digits16') == Origin()
+def test_the_shipped_model_is_of_the_schedule_that_is_taken():
+  assert convert.load_origin('digits16') == Origin(
+      schedule=choose(Origin()).schedule_fields)
 
 
 def test_a_damaged_origin_in_a_file(tmp_path):

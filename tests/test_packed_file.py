@@ -5,6 +5,7 @@ import functools
 import json
 
 from flax import traverse_util
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import roles as roles_lib
+from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.qtensor import QTensor
@@ -288,6 +290,24 @@ def test_banks_that_do_not_exist(tmp_path, table, part):
   rewrite(tmp_path / 'toy', changed('choices', table))
   with pytest.raises(ValueError, match=part):
     packed_file.load(tmp_path / 'toy', model=toy.Toy())
+
+
+class Plain(nn.Module):
+  """One layer without bias."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    return nn.Dense(x.shape[-1], use_bias=False, name='only')(x)
+
+
+def test_a_layer_with_no_number_for_an_output_channel(tmp_path):
+  """Without bias, and with scales of groups: nothing is in the table."""
+  params = {'only': {'kernel': np.linspace(-1, 1, 32 * 32, dtype=np.float32
+                                           ).reshape(32, 32)}}
+  spec = calibrate(Plain(), params, recipe='nvfp4', roles={'any': '.*'})
+  packed = packed_lib.pack(Plain(), params, spec, tiny.PLAN)
+  packed_file.save(tmp_path / 'plain', packed)
+  assert_equal(packed_file.load(tmp_path / 'plain', model=Plain()), packed)
 
 
 def test_a_model_of_ones_own_must_be_passed(tmp_path):

@@ -123,3 +123,25 @@ def test_the_loss_is_that_of_the_noise_in_x_t():
 
 def take_many(key):
   return jax.random.randint(key, (2048, 4, 4, 2), 0, 256).astype(jnp.uint8)
+
+
+def test_the_loss_of_a_flow_is_that_of_its_velocity():
+  """x = (1 - s) x_0 + s noise, and the target is noise - x_0.
+
+  A prediction of a x misses it by (a (1 - s) + 1)^2 E[x_0^2] + (a s - 1)^2.
+  """
+  tx = optax.sgd(0.0)
+  update = jax.jit(functools.partial(pretrain.make_update(
+      Multiple(), diffusion.FlowSchedule(1000), tx, 0.9, jax.random.key(2)),
+      take=take_many))
+  s = (np.arange(10_000) + 0.5) / 10_000
+  power = np.mean((np.arange(256) / 127.5 - 1)**2)
+  for a in (0.0, 0.8):
+    state = start(tx)
+    state = state.replace(params={'a': jnp.full(2, a)})
+    losses = []
+    for _ in range(8):
+      state, scalars = update(state)
+      losses.append(float(scalars['loss']))
+    expected = np.mean((a * (1 - s) + 1)**2 * power + (a * s - 1)**2)
+    assert np.mean(losses) == pytest.approx(expected, rel=0.02)

@@ -45,7 +45,7 @@ def test_weights_and_inputs_of_other_layers_become_signed_floats(
   assert len(set(steps(found))) > 1
 
 
-def test_msfp_mixes_signs_where_the_input_follows_silu():
+def test_msfp_mixes_signs_where_the_input_follows_activation():
   """Unsigned above a zero point has less error there; signed FP has none."""
   mixed, signed = fitted('msfp', 'aal', SILU), fitted('signed_fp', 'aal', SILU)
   assert signed.quantizer.fmt.signed and signed.quantizer.zero_point is None

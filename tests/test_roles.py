@@ -2,11 +2,14 @@
 
 import collections
 import dataclasses
+import re
 
+import flux_oracle
 import pytest
 import tiny
 
 from configs import common
+from msfp_jax.models.flux import FluxConfig
 from msfp_jax.quant import roles
 
 REAL = pytest.mark.parametrize(
@@ -26,6 +29,13 @@ CIN256_ROLES = {
     'conv_in': 1, 'conv_out': 1, 'temb': 2, 'temb_proj': 22, 'conv': 44,
     'shortcut': 15, 'downsample': 3, 'upsample': 3, 'attention': 160,
     'feed_forward': 32}
+# FLUX.1: 19 double blocks of 2 streams with adaLN, 4 projections and a
+# feed-forward layer of 2 each; 38 single blocks, whose last matrix is 2 layers;
+# embedders of time and text of 2 layers.
+FLUX_ROLES = {
+    'x_embedder': 1, 'context_embedder': 1, 'temb': 4,
+    'modulation': 2 * 19 + 38, 'attention': 8 * 19 + 4 * 38,
+    'feed_forward': 4 * 19 + 2 * 38, 'norm_out': 1, 'proj_out': 1}
 
 
 @pytest.mark.parametrize('config, expected', [
@@ -38,7 +48,60 @@ def test_roles_of_the_real_unets(config, expected):
 
 
 def test_every_role_is_had_by_some_model():
-  assert set(CIN256_ROLES) == set(roles.ROLES)
+  assert set(CIN256_ROLES) == set(roles.FAMILIES['unet'].roles)
+  assert set(FLUX_ROLES) == set(roles.FAMILIES['flux'].roles)
+
+
+FLUX = list(flux_oracle.layers(FluxConfig()))
+
+
+def test_roles_of_flux():
+  assert collections.Counter(map(roles.role_of, FLUX)) == FLUX_ROLES
+
+
+def test_families_share_no_layer():
+  """One table could not be changed without a look at the others."""
+  for family, names in (('flux', tiny.layers(tiny.CIFAR10)), ('unet', FLUX)):
+    other = roles.FAMILIES[family]
+    for name in names:
+      assert not re.fullmatch(other.activated, name)
+      with pytest.raises(ValueError, match='no rule'):
+        roles.role_of(name, other.roles)
+
+
+def test_families_have_the_same_lists_and_agree_on_shared_roles():
+  for name, merged in roles.EXCEPTIONS.items():
+    for family in roles.FAMILIES.values():
+      own = family.exceptions[name]
+      assert own.keys() <= family.roles.keys()
+      assert own == {role: merged[role] for role in family.roles
+                     if role in merged}
+  assert all(family.exceptions.keys() == roles.EXCEPTIONS.keys()
+             for family in roles.FAMILIES.values())
+
+
+def test_flux_keeps_what_is_no_product_of_all_tokens_inside_a_block():
+  """All outside of blocks, and what has the one vector of time and text."""
+  kept = {name for name in FLUX
+          if roles.role_of(name) in roles.exceptions_of('ends-8')}
+  inside = {name for name in FLUX if '_blocks.' in name}
+  assert kept == {*FLUX} - inside | {n for n in inside if 'norm' in n}
+  shapes = flux_oracle.layers(FluxConfig())
+  weights = lambda names: sum(shapes[n][0] * shapes[n][1] for n in names)
+  # 2 x 6 D^2 in a double block, 3 D^2 in a single one.
+  assert weights(kept & inside) == (12 * 19 + 3 * 38) * 3072**2
+
+
+def test_structural_aals_of_flux():
+  """Behind SiLU: second layers of embedders, adaLN; behind GELU: the last
+  layers of feed-forward networks."""
+  found = [name for name in FLUX if roles.follows_activation(name)]
+  counts = collections.Counter(map(roles.role_of, found))
+  assert counts == {'temb': 2, 'modulation': 76, 'norm_out': 1,
+                    'feed_forward': 2 * 19 + 38}
+  shapes = flux_oracle.layers(FluxConfig())
+  assert all(shapes[n] == (4 * 3072, 3072) for n in found
+             if roles.role_of(n) == 'feed_forward')
 
 
 @pytest.mark.slow
@@ -72,10 +135,11 @@ def test_own_roles_replace_the_unets():
 def test_structural_aals_of_the_real_unets(config, aals, layers):
   names = list(tiny.layers(config))
   assert len(names) == layers
-  assert sum(map(roles.follows_silu, names)) == aals
-  found = {roles.role_of(name) for name in names if roles.follows_silu(name)}
+  assert sum(map(roles.follows_activation, names)) == aals
+  found = {roles.role_of(name) for name in names
+           if roles.follows_activation(name)}
   assert found == {'conv', 'temb_proj', 'conv_out', 'temb'}
-  assert not roles.follows_silu('temb.dense.0')
+  assert not roles.follows_activation('temb.dense.0')
 
 
 def with_exceptions(config, listed):

@@ -10,7 +10,7 @@ import pytest
 import unet_oracle
 
 from msfp_jax.models.blocks import conv3x3
-from msfp_jax.models.unet import timestep_embedding
+from msfp_jax.models.timestep import timestep_embedding
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 

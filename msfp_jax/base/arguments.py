@@ -40,6 +40,7 @@ def _number(value: Any) -> bool:
 # What a field may be: its check, and the words for it.
 COUNT = (lambda value: _whole(value, 1), 'a whole number, at least 1')
 COUNT_OR_NONE = (lambda value: _whole(value, 0), 'a whole number, at least 0')
+NUMBER = (_number, 'a number')
 RATE = (lambda value: _number(value) and value >= 0, 'a number of 0 or more')
 POSITIVE = (lambda value: _number(value) and value > 0, 'a number above 0')
 SHARE = (lambda value: _number(value) and 0 <= value < 1,

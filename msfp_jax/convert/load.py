@@ -14,6 +14,8 @@ from msfp_jax import diffusion
 from msfp_jax.convert import ddim
 from msfp_jax.convert import diffusers_unet
 from msfp_jax.convert import first_stage
+from msfp_jax.convert import flow_scheduler
+from msfp_jax.convert import flux
 from msfp_jax.convert import hub
 from msfp_jax.convert import ldm
 from msfp_jax.convert import native
@@ -29,9 +31,13 @@ from msfp_jax.models import prediction
 
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
-FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet}
+# One of flow matching has `flow` as well, its configuration -> a
+# `flow_scheduler.FlowModel`.
+FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet, 'flux': flux}
+# Those with a yaml of their own.
+_BY_YAML = ('ddim', 'ldm')
 # Sub-folders of a pipeline of diffusers.
-_UNET_PARTS = ('unet',)
+_DENOISER_PARTS = ('unet', 'transformer')
 _FIRST_STAGE_PARTS = ('vae', 'vqvae', 'vqmodel')
 
 
@@ -144,7 +150,7 @@ def _opened(path, config, ema):
   """Opens a checkpoint: names and shapes tell what it is."""
   # Only when all that is known are values read, one tensor at a time.
   try:
-    source = _open(path, config, _UNET_PARTS, ema is not False)
+    source = _open(path, config, _DENOISER_PARTS, ema is not False)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{error}; give a file, a folder, or one of '
                             f'{sorted(native.SHIPPED)}') from error
@@ -158,8 +164,12 @@ def _opened(path, config, ema):
   tensors = _configure(source, lambda: family.select(
       source.tensors, _wants_ema(source.config) if ema is None else ema))
   found = _configure(source, lambda: family.config(tensors, source.config))
-  origin = described or _configure(source, lambda: training.origin(
-      name, str(source.path), source.config, source.tensors, found))
+  if hasattr(family, 'flow'):
+    origin = _configure(source, lambda: flow_scheduler.of_model(
+        described, family.flow(found), str(source.path)))
+  else:
+    origin = described or _configure(source, lambda: training.origin(
+        name, str(source.path), source.config, source.tensors, found))
   return _Opened(source, name, family, tensors, found, origin)
 
 
@@ -167,7 +177,7 @@ def _scheduler(source, name):
   """What the scheduler's file of diffusers says, or None without one."""
   # CompVis' and ermongroup's own yaml says more of their files than a
   # scheduler's that lies beside them.
-  if name != 'diffusers' and source.config:
+  if name in _BY_YAML and source.config:
     return None
   file = scheduler.find(source.path)
   return None if file is None else scheduler.read(file)

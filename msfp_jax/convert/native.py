@@ -168,8 +168,9 @@ def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:
   if 'origin' not in metadata:
     # Of a file whose maker did not tell, its name, for a warning; the shipped
     # models are of the schedule that is taken.
-    shipped = file in SHIPPED.values()
-    return origin_lib.Origin('' if shipped else str(file))
+    if file in SHIPPED.values():
+      return origin_lib.Origin(schedule=origin_lib.SCHEDULE)
+    return origin_lib.Origin(str(file))
   try:
     found = origin_lib.Origin.from_json(metadata['origin'])
     if found.predicts not in prediction.KINDS:

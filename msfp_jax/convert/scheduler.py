@@ -2,8 +2,9 @@
 
 Its classes step models of the noise, of v or of x_0 on one kind of schedule. Of
 those that are ours the class is the checkpoint's sampler; their relatives, such
-as Euler's, share model and schedule and need another one of ours to be named;
-any other class is of other models.
+as Euler's, share model and schedule and need another one of ours to be named.
+Models of flow matching have a class of their own (`flow_scheduler`); any other
+class is of other models.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import math
 import pathlib
 from typing import Any
 
+from msfp_jax.convert import flow_scheduler
 from msfp_jax.convert import key_check
 from msfp_jax.convert import source as source_lib
 from msfp_jax.diffusion.origin import Origin
@@ -20,7 +22,8 @@ FILE = 'scheduler_config.json'
 CLASSES = {
     'DDIMScheduler': 'ddim', 'DDIMParallelScheduler': 'ddim',
     'DDPMScheduler': 'ddpm', 'DDPMParallelScheduler': 'ddpm',
-    'PNDMScheduler': 'plms', 'DPMSolverMultistepScheduler': 'dpm_solver'}
+    'PNDMScheduler': 'plms', 'DPMSolverMultistepScheduler': 'dpm_solver',
+    flow_scheduler.CLASS: 'flow'}
 # Other samplers of the same models; their own default betas, where they differ.
 _STABLE_DIFFUSION = {'beta_start': 0.00085, 'beta_end': 0.012}
 RELATIVES: dict[str, dict[str, float]] = {
@@ -98,6 +101,8 @@ def read(path: pathlib.Path) -> Origin:
 
 def _origin(given: Mapping[str, Any], source: str) -> Origin:
   kind = given.get('_class_name')
+  if kind == flow_scheduler.CLASS:
+    return flow_scheduler.read(given, source)
   if kind not in CLASSES and kind not in RELATIVES:
     raise ValueError(
         f'_class_name={kind!r}: models for it are none that are known here, '

@@ -102,7 +102,7 @@ def _config_beside(path: pathlib.Path, tensors: Mapping[str, LazyTensor]
                    ) -> pathlib.Path | None:
   """Looks for diffusers' config.json, or CompVis' yaml, beside the weights."""
   # By the tensors' names: a folder may hold files of several code bases.
-  blocks = ('down_blocks.', 'encoder.down_blocks.')
+  blocks = ('down_blocks.', 'encoder.down_blocks.', 'transformer_blocks.')
   names = (['config.json'] if any(n.startswith(blocks) for n in tensors)
            else [f'{path.stem}.yaml', 'config.yaml'])
   return next((path.parent / name for name in names
@@ -200,7 +200,8 @@ def read_safetensors(path: pathlib.Path
           continue
         found[name] = LazyTensor(
             tuple(part.get_shape()), np.dtype(SAFETENSORS_DTYPES[kind]),
-            _safetensors_reader(path, name))
+            _safetensors_reader(path, name),
+            read_rows=_safetensors_row_reader(path, name))
       return found, opened.metadata() or {}
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(f'{path} is no safetensors file: {error}') from error
@@ -211,6 +212,13 @@ def _safetensors_reader(path, name):
     with safetensors.safe_open(path, 'np') as opened:
       return opened.get_tensor(name)
   return read
+
+
+def _safetensors_row_reader(path, name):
+  def read_rows(first, end):
+    with safetensors.safe_open(path, 'np') as opened:
+      return opened.get_slice(name)[first:end]
+  return read_rows
 
 
 def shard_names(index: pathlib.Path) -> list[str]:

@@ -21,12 +21,22 @@ class LazyTensor:
     read: makes the array.
     refused: why it cannot be read, behind its name: 'is sparse: ...'; '' of
       all others. A file may hold such a tensor as long as no model needs it.
+    read_rows: (first, end) -> these rows alone; None where the file can give
+      the whole only.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
   refused: str = ''
+  read_rows: Callable[[int, int], np.ndarray] | None = dataclasses.field(
+      default=None, repr=False)
+
+  def rows(self, first: int, end: int) -> np.ndarray:
+    """Reads rows first to end of its first axis, and no others if it can."""
+    if self.read_rows is None:
+      return self.read()[first:end]
+    return self.read_rows(first, end)
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'LazyTensor':

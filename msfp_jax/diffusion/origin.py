@@ -14,18 +14,25 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.schedules import FlowSchedule
 from msfp_jax.diffusion.schedules import make_schedule
 from msfp_jax.diffusion.schedules import NoiseSchedule
+from msfp_jax.diffusion.schedules import Schedule
+from msfp_jax.diffusion.schedules import WITHOUT_BETAS
 
 # Values of the fields of config.schedule and config.sampler that say nothing.
 UNSET_SCHEDULE = {'name': '', 'num_train_steps': 0, 'beta_start': 0.0,
                   'beta_end': 0.0}
 UNSET_SAMPLER = {'name': '', 'spacing': '', 'convention': '', 'offset': -1,
-                 'clip': -1.0, 'variance': ''}
+                 'clip': -1.0, 'variance': '', 'shift': 0.0,
+                 'shift_by_tokens': (), 'image_tokens': 0, 'shift_type': '',
+                 'shift_terminal': -1.0}
 # Of models that are trained here, or say nothing: DDPM's (Ho et al. 2020).
 SCHEDULE = {'name': 'linear', 'num_train_steps': 1000, 'beta_start': 1e-4,
             'beta_end': 0.02}
 SAMPLER = 'ddim'
+# Of flow matching, by its name as a schedule and as a sampler.
+FLOW = 'flow'
 # Of Origin's fields, in JSON.
 _TYPES = {'source': str, 'schedule': dict, 'sampler': str, 'options': dict,
           'refused': dict, 'predicts': str}
@@ -43,7 +50,11 @@ class Origin:
     options: {sampler: its options}, also of those that are not its own.
     refused: {sampler: why it cannot be had from this checkpoint}, '' for its
       own where that is none of ours.
-    predicts: of `models.prediction.KINDS`: the noise, v or x_0.
+    predicts: of `models.prediction.KINDS`: the noise, v or x_0. 'eps' of flow
+      matching too: what its sampler steps by is what the model predicts.
+
+  Raises:
+    ValueError: it predicts v or x_0 of no noise schedule.
   """
 
   source: str = ''
@@ -53,6 +64,11 @@ class Origin:
       default_factory=dict)
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   predicts: str = 'eps'
+
+  def __post_init__(self):
+    if self.predicts != 'eps' and is_flow(self.schedule):
+      raise ValueError(f'predicts={self.predicts!r}: models of flow matching '
+                       'predict its velocity, which needs no schedule')
 
   def to_json(self) -> str:
     """For the headers of files; every number survives."""
@@ -71,11 +87,22 @@ class Origin:
       raise TypeError(f'options of {odd} are no objects')
     return found
 
-  def noise_schedule(self) -> NoiseSchedule:
+  def noise_schedule(self) -> Schedule:
     """The schedule that the model was trained on, as far as is known."""
     if 'betas' in self.schedule:
       return NoiseSchedule(np.asarray(self.schedule['betas'], np.float64))
     return make_schedule(**(self.schedule or SCHEDULE))
+
+
+def is_flow(schedule: Mapping[str, Any]) -> bool:
+  """Whether fields of a schedule are those of flow matching."""
+  return isinstance(schedule, Mapping) and schedule.get('name') == FLOW
+
+
+def trained_on(schedule: Mapping[str, Any]) -> Origin:
+  """What a model that is trained here says: its schedule, and a sampler."""
+  return Origin(schedule=schedule,
+                sampler=FLOW if is_flow(schedule) else SAMPLER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +116,7 @@ class Chosen:
     sampler_fields: {field: value} of the sampler, `name` among them.
   """
 
-  schedule: NoiseSchedule
+  schedule: Schedule
   plan: SamplerPlan
   schedule_fields: Mapping[str, Any]
   sampler_fields: Mapping[str, Any]
@@ -113,6 +140,7 @@ def choose(origin: Origin, schedule: Mapping[str, Any],
   _log('schedule', origin, origin.schedule, fields, typed)
   made = (NoiseSchedule(np.asarray(fields['betas'], np.float64))
           if 'betas' in fields else make_schedule(**fields))
+  _check_kind(origin, made)
   if origin.predicts != 'eps' and not np.array_equal(
       made.betas, origin.noise_schedule().betas):
     raise ValueError(
@@ -120,18 +148,32 @@ def choose(origin: Origin, schedule: Mapping[str, Any],
         f'schedule alone, that of {origin.source}: leave config.schedule out')
   typed = _typed(sampler, UNSET_SAMPLER)
   name = typed.get('name') or origin.sampler
+  if 'name' not in typed and not origin.schedule and is_flow(fields):
+    name = FLOW  # typed over a model of which nothing is known
   if why := origin.refused.get(name):
     raise ValueError(f'{origin.source}: {why}')
   said = dict(origin.options.get(name, {}))
   own = dict(said)
   if typed.get('convention', own.get('convention')) != own.get('convention'):
     own.pop('offset', None)  # a convention has its own
+  if 'shift' in typed:  # in place of one by the size of the image
+    own.pop('shift_by_tokens', None)
   options = own | {field: value for field, value in typed.items()
                    if field != 'name'}
   _log('sampler', origin, {'name': origin.sampler} | said,
        {'name': name} | options, typed)
   return Chosen(made, diffusion.make_plan(made, name, **options), fields,
                 {'name': name} | diffusion.sampler_defaults(name) | options)
+
+
+def _check_kind(origin, made):
+  """Raises ValueError for a schedule of another kind than the checkpoint's."""
+  flow = isinstance(made, FlowSchedule)
+  if origin.schedule and is_flow(origin.schedule) != flow:
+    kinds = ['the noise on a noise schedule', 'the velocity of flow matching']
+    raise ValueError(
+        f'{origin.source or "the model"} predicts {kinds[not flow]}, and '
+        f'config.schedule asks for {kinds[flow]}: leave config.schedule out')
 
 
 def _typed(fields, unset):
@@ -152,12 +194,13 @@ def _schedule_fields(origin, typed):
   if typed.get('name', own.get('name')) != own.get('name'):
     own.pop('offset', None)
   fields = SCHEDULE | own | typed
-  if fields['name'] == 'cosine':
+  if fields['name'] in WITHOUT_BETAS:
     betas = {'beta_start', 'beta_end'}
     if odd := sorted(betas & typed.keys()):
-      raise ValueError(f'config.schedule.{odd[0]}={typed[odd[0]]}: the cosine '
-                       'schedule has no betas to choose; leave it out, or set '
-                       'config.schedule.name as well')
+      raise ValueError(
+          f'config.schedule.{odd[0]}={typed[odd[0]]}: the {fields["name"]} '
+          'schedule has no betas to choose; leave it out, or set '
+          'config.schedule.name as well')
     fields = {key: value for key, value in fields.items() if key not in betas}
   return fields
 

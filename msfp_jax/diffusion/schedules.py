@@ -1,6 +1,7 @@
-"""Noise schedules, in NumPy float64.
+"""Forward processes: noise schedules, in NumPy float64, and flow matching.
 
-Timesteps count from 0 (least noise) to T - 1.
+Timesteps of a noise schedule count from 0 (least noise) to T - 1; those of a
+flow are real numbers.
 """
 
 import dataclasses
@@ -44,6 +45,34 @@ class NoiseSchedule:
     return np.cumprod(self.alphas)
 
 
+@dataclasses.dataclass(frozen=True)
+class FlowSchedule:
+  """The straight way from data to noise: flow matching, rectified flow.
+
+      x = (1 - sigma) x_0 + sigma noise,    sigma from 0 (data) to 1 (noise)
+
+  A model predicts the velocity along it, dx / dsigma = noise - x_0. Sources:
+  Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003.
+
+  Attributes:
+    num_train_steps: T >= 1; a model is given t = T sigma. 1 for models that
+      take sigma itself, as FLUX does; 1000 for those that were made for the
+      timesteps of a noise schedule, as the UNets here.
+  """
+
+  num_train_steps: int = 1
+
+  def __post_init__(self):
+    steps = self.num_train_steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+      raise ValueError(f'num_train_steps={steps!r}: must be a whole number of '
+                       'at least 1, the t of pure noise')
+
+
+# What a model may have been trained on.
+Schedule = NoiseSchedule | FlowSchedule
+
+
 def linear(num_train_steps: int, beta_start: float,
            beta_end: float) -> NoiseSchedule:
   """Betas linear in t (DDPM: 1e-4 .. 0.02 over 1000)."""
@@ -71,13 +100,18 @@ _SCHEDULES = {
     'scaled_linear': scaled_linear,
     'cosine': lambda beta_start=None, beta_end=None, **options: cosine(
         **options),
+    'flow': lambda beta_start=None, beta_end=None, **options: FlowSchedule(
+        **options),
 }
+# Those that have no betas to choose.
+WITHOUT_BETAS = ('cosine', 'flow')
 
 
-def make_schedule(name: str, **options) -> NoiseSchedule:
-  """The schedule `name`: 'linear', 'scaled_linear' or 'cosine'.
+def make_schedule(name: str, **options) -> Schedule:
+  """The schedule `name`: 'linear', 'scaled_linear', 'cosine' or 'flow'.
 
-  'cosine' has no betas to choose and ignores `beta_start` and `beta_end`.
+  'cosine' and 'flow' have no betas to choose, and ignore `beta_start` and
+  `beta_end`.
   """
   if name not in _SCHEDULES:
     raise ValueError(
@@ -85,19 +119,26 @@ def make_schedule(name: str, **options) -> NoiseSchedule:
   return _SCHEDULES[name](**options)
 
 
-def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array,
+def add_noise(schedule: Schedule, x0: jax.Array, noise: jax.Array,
               t: jax.Array) -> jax.Array:
   """x_t = sqrt(alphabar_t) x_0 + sqrt(1 - alphabar_t) noise (DDPM eq. 4).
+
+  Of a flow it is (1 - sigma) x_0 + sigma noise, with sigma = t / T.
 
   Args:
     schedule: the schedule.
     x0: images `[B, H, W, C]`.
     noise: standard normal, like x0.
-    t: timesteps, int `[B]`.
+    t: timesteps `[B]`, int; of a flow real numbers from 0 to T.
 
   Raises:
-    ValueError: t is no array of integers: a schedule has no values between.
+    ValueError: t is no array of integers: a noise schedule has no values
+      between.
   """
+  if isinstance(schedule, FlowSchedule):
+    level = (jnp.asarray(t, x0.dtype) / schedule.num_train_steps)[
+        :, None, None, None]
+    return (1 - level) * x0 + level * noise
   if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
     raise ValueError(f'add_noise: timesteps are {jnp.result_type(t)}, and must '
                      'be integers, steps of the schedule')

@@ -169,7 +169,14 @@ class Autoencoder(nn.Module):
     return (h - cfg.shift) * cfg.scale
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """Decodes latents as a UNet sees them to images, nominally in [-1, 1]."""
+    """Decodes latents as a UNet sees them to images, nominally in [-1, 1].
+
+    Large images in less memory: `decode_rows.decode`.
+    """
+    return self.decoder(self.to_decoder(z))
+
+  def to_decoder(self, z: jax.Array) -> jax.Array:
+    """Latents as a UNet sees them, as the decoder takes them."""
     cfg = self.config
     # What a UNet generates lies near entries of the codebook, not on them.
     h = z / cfg.scale + cfg.shift
@@ -177,7 +184,7 @@ class Autoencoder(nn.Module):
       h = self._nearest(h)
     if cfg.quant_conv:
       h = self.post_quant_conv(h)
-    return self.decoder(h)
+    return h
 
   def _nearest(self, z):
     """Replaces every position by the nearest entry of the codebook."""

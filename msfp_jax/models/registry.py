@@ -10,11 +10,13 @@ from typing import Any
 import flax.linen as nn
 
 from msfp_jax.models import denoiser
+from msfp_jax.models import flux
 from msfp_jax.models import guided
 from msfp_jax.models import prediction
 from msfp_jax.models import unet
 
-REGISTRY: dict[str, type[denoiser.Denoiser]] = {'unet': unet.UNet}
+REGISTRY: dict[str, type[denoiser.Denoiser]] = {
+    'unet': unet.UNet, 'flux': flux.Flux}
 
 
 # What wraps a model of any family, the innermost first: its own fields stand

@@ -10,17 +10,15 @@ Models import nothing else of the package and know nothing of quantization.
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from msfp_jax.models import attention
 from msfp_jax.models import blocks
 from msfp_jax.models import denoiser
+from msfp_jax.models import timestep
 
 # The CIFAR-10 model, R a ResnetBlock, A attention, numbers the channels:
 #
@@ -145,30 +143,6 @@ class UNetConfig:
     return fields
 
 
-def timestep_embedding(t: jax.Array, dim: int, order: str = 'sin_cos',
-                       freq_shift: int = 1) -> jax.Array:
-  """Sinusoidal embedding of timesteps.
-
-  Args:
-    t: timesteps, ints or real numbers, `[B]`; taken as float32.
-    dim: width of the result.
-    order: 'sin_cos' (DDPM) or 'cos_sin' (latent diffusion).
-    freq_shift: 1 for DDPM, 0 for latent diffusion.
-
-  Returns:
-    float32 `[B, dim]`; an odd `dim` gets a last column of zeros.
-  """
-  half = dim // 2
-  # In float64 once: float32 frequencies differ by an ULP between frameworks,
-  # which is 3e-5 of the embedding at t = 999.
-  freqs = np.exp(-math.log(10000.0) * np.arange(half) / (half - freq_shift))
-  angles = t.astype(jnp.float32)[:, None] * freqs.astype(np.float32)[None, :]
-  # Sines and cosines side by side, not alternating.
-  parts = [jnp.sin(angles), jnp.cos(angles)]
-  emb = jnp.concatenate(parts if order == 'sin_cos' else parts[::-1], axis=-1)
-  return jnp.pad(emb, ((0, 0), (0, dim % 2)))
-
-
 class UNet(nn.Module):
   """Predicts the noise in `x`.
 
@@ -290,7 +264,7 @@ class UNet(nn.Module):
   def _embed(self, t, labels, dtype):
     """Embeds time (and class) as `[B, 4 ch]`, without a last activation."""
     cfg = self.config
-    temb = timestep_embedding(
+    temb = timestep.timestep_embedding(
         t, cfg.ch, cfg.time_order, cfg.time_freq_shift).astype(dtype)
     temb = nn.Dense(4 * cfg.ch, name='temb.dense.0')(temb)
     temb = nn.Dense(4 * cfg.ch, name='temb.dense.1')(nn.silu(temb))

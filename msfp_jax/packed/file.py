@@ -250,7 +250,8 @@ def _read_layers(
   pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
   layers = {
       row[0]: stored.read_layer(
-          row, codes[row[0]], channels.reshape(len(row[3]), -1), reader,
-          is_read)
+          row, codes[row[0]], channels.reshape(
+              # No -1: a layer without bias whose scales are of groups has none.
+              len(row[3]), codes[row[0]].shape[-1]), reader, is_read)
       for row, channels in zip(rows, pieces[:len(rows)], strict=True)}
   return layers, dict(zip(vectors, pieces[len(rows):], strict=True))

@@ -29,7 +29,7 @@ class LayerSpec:
   """How one layer is quantized.
 
   Attributes:
-    role: what the layer is (see `roles.ROLES`).
+    role: what the layer is (see `roles.FAMILIES`).
     kind: AAL or NAL; empty where calibration had no need to look.
     weight: the quantizer of its weights.
     act: the quantizer of its input.

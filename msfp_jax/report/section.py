@@ -37,7 +37,7 @@ class Experiment:
   config: Mapping[str, Any]
   model: denoiser.Denoiser
   params: Any
-  schedule: diffusion.NoiseSchedule
+  schedule: diffusion.Schedule
   plan: diffusion.SamplerPlan
   gather: Callable[[], Mapping[str, Seen]]
   gamma: str

@@ -41,10 +41,15 @@ def results_head(config: ml_collections.ConfigDict,
     sampler: {field: value} that the plan was made of.
   """
   # Options that do nothing are left out.
-  more = {field: sampler[field] for field in ('offset', 'clip')
+  more = {field: sampler[field] for field in (
+      'offset', 'clip', 'shift_by_tokens', 'image_tokens', 'shift_terminal')
           if sampler.get(field)}
   if sampler.get('variance', 'small') != 'small':
     more['variance'] = sampler['variance']
+  if sampler.get('shift', 1.0) != 1.0:
+    more['shift'] = sampler['shift']
+  if more.get('shift_by_tokens'):
+    more['shift_type'] = sampler['shift_type']
   return {
       'dataset': config.data.path or config.data.name,
       'num_samples': config.eval.num_samples,

@@ -112,7 +112,7 @@ class Experiment:
 
   model: denoiser.Denoiser
   params: Any
-  schedule: diffusion.NoiseSchedule
+  schedule: diffusion.Schedule
   plan: diffusion.SamplerPlan
   image_shape: tuple[int, int, int]
   images: data.Images | None
@@ -232,6 +232,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.first_stage={config.first_stage!r} without config.pretrained: '
         'a teacher that is trained here works on pixels')
+  if config.first_stage_rows < 0 or (
+      config.first_stage_rows and not config.first_stage):
+    raise ValueError(
+        f'config.first_stage_rows={config.first_stage_rows}, first_stage='
+        f'{config.first_stage!r}: must be the rows of a first stage\'s images '
+        'that are decoded at a time, or 0 for all')
   _check_latents(config)
 
 
@@ -285,7 +291,8 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
         config.first_stage, model.sample_shape,
         described_by=config.first_stage_config,
         scale=config.first_stage_scale, shift=config.first_stage_shift,
-        fields=config.autoencoder, seed=config.seed)
+        fields=config.autoencoder, seed=config.seed,
+        rows=config.first_stage_rows)
   # Against what is decoded: latents are not compared with images.
   if images is not None:
     teacher.check_images(images, image_shape)

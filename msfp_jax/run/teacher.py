@@ -15,6 +15,7 @@ from msfp_jax.base import errors
 from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import autoencoder
+from msfp_jax.models import decode_rows
 from msfp_jax.models import denoiser
 from msfp_jax.models import guided
 from msfp_jax.models import registry
@@ -122,7 +123,7 @@ def random_params(abstract: Any, seed: int) -> Any:
 
 def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
                  described_by: str, scale: float | None, shift: float | None,
-                 fields: Mapping[str, Any], seed: int
+                 fields: Mapping[str, Any], seed: int, rows: int = 0
                  ) -> tuple[Callable[[jax.Array], jax.Array],
                             tuple[int, int, int]]:
   """The decoder of a first stage, jitted, and the (H, W, C) that it makes.
@@ -135,6 +136,8 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
     shift: likewise.
     fields: of a random one's `AutoencoderConfig`.
     seed: of a random one.
+    rows: of an image that are decoded at a time, see `decode_rows`; 0: whole
+      batches.
 
   Raises:
     ValueError: its latents are not what the model denoises.
@@ -152,8 +155,9 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
         f'model of config.pretrained takes {channels}: they do not belong '
         'together')
   # Parameters are an argument: as constants they would be folded.
-  decode = jax.jit(lambda params, z: stage.apply(
-      {'params': params}, z, method='decode'))
+  decode = jax.jit(
+      functools.partial(decode_rows.decode, stage, rows=rows) if rows else
+      lambda params, z: stage.apply({'params': params}, z, method='decode'))
   stride = stage.config.stride
   return functools.partial(decode, params), (
       height * stride, width * stride, stage.config.out_channels)

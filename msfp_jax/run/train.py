@@ -91,11 +91,11 @@ def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
   pretrain.run(
       model, images, chosen.schedule, chosen.plan, settings,
       f'{workdir}/pretrain', seed=config.seed,
-      origin=origin_lib.Origin(schedule=chosen.schedule_fields),
+      origin=origin_lib.trained_on(chosen.schedule_fields),
       about={'command': command, 'data': config.data.name})
 
 
-def _check_gamma(schedule: diffusion.NoiseSchedule,
+def _check_gamma(schedule: diffusion.Schedule,
                  plan: diffusion.SamplerPlan,
                  settings: finetune.FinetuneSettings) -> None:
   """Raises ValueError for a gamma of steps that the plan does not visit."""
@@ -140,7 +140,8 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
   settings = experiment.finetune
   student = finetune.make_student(
       experiment.model, experiment.params, spec,
-      experiment.schedule.num_train_steps, settings)
+      experiment.schedule.num_train_steps, settings,
+      continuous=isinstance(experiment.schedule, diffusion.FlowSchedule))
   trainable = finetune.train(
       student, experiment.schedule, experiment.plan, settings, workdir,
       sample_shape=experiment.sample_shape,

@@ -106,8 +106,8 @@ class FinetuneState:
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
-                 num_train_steps: int, settings: FinetuneSettings
-                 ) -> student_lib.Student:
+                 num_train_steps: int, settings: FinetuneSettings,
+                 continuous: bool = False) -> student_lib.Student:
   """A calibrated model with banks, ready to be trained.
 
   Banks go to the layers whose weights have the spec's fewest bits: the
@@ -119,6 +119,7 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
     spec: what calibration found.
     num_train_steps: of the schedule that the model was trained on.
     settings: how it will be trained.
+    continuous: whether timesteps are real numbers, as of flow matching.
 
   Raises:
     ValueError: the spec quantizes no weight, or is of another model.
@@ -133,7 +134,8 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
   if settings.num_banks > 1:
     router = talora.Router(
         num_layers=len(banked), num_banks=settings.num_banks,
-        num_train_steps=num_train_steps, prior=settings.router_prior)
+        num_train_steps=num_train_steps, prior=settings.router_prior,
+        continuous=continuous)
   return student_lib.Student(
       model, params, spec, router, banked, settings.router_temperature,
       settings.base_weight)
@@ -254,7 +256,7 @@ def _bank_shares(student, choices) -> dict[str, jax.Array]:
           for i in range(student.router.num_banks)}
 
 
-def train(student: student_lib.Student, schedule: diffusion.NoiseSchedule,
+def train(student: student_lib.Student, schedule: diffusion.Schedule,
           plan: diffusion.SamplerPlan, settings: FinetuneSettings,
           workdir: str, *, sample_shape: tuple[int, ...], bank_key: jax.Array,
           trajectory_key: jax.Array,

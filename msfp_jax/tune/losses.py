@@ -11,7 +11,7 @@ from msfp_jax.diffusion import ddpm
 GAMMAS = ('ddpm', 'ddpm_respaced', 'sampler', 'none')
 
 
-def denoising_factors(schedule: diffusion.NoiseSchedule,
+def denoising_factors(schedule: diffusion.Schedule,
                       plan: diffusion.SamplerPlan,
                       variant: str) -> np.ndarray:
   """gamma_t at the sampler's steps, scaled to mean 1.
@@ -24,7 +24,8 @@ def denoising_factors(schedule: diffusion.NoiseSchedule,
     variant: 'ddpm' is (1 - alpha_t) / (sqrt(alpha_t) sqrt(1 - alphabar_t)) of
       the training schedule at the visited timesteps; 'ddpm_respaced' has
       alpha := alphabar / alphabar' between visited timesteps; 'sampler' is
-      the factor of the plan's own step (for DDIM the exact one); 'none' is 1.
+      the factor of the plan's own step (for DDIM the exact one, for flow
+      matching sigma - sigma'); 'none' is 1.
 
   Returns:
     float64 `[S]`, in the plan's order.

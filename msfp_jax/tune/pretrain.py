@@ -22,6 +22,7 @@ from msfp_jax.base import pictures
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.data import stream
 from msfp_jax.diffusion import origin as origin_lib
+from msfp_jax.diffusion import training
 from msfp_jax.models import unet
 from msfp_jax.tune import loop
 
@@ -32,6 +33,8 @@ _RULES = {
     'clip_norm': arguments.POSITIVE,
     'ema_decay': arguments.SHARE,
     'dtype': arguments.one_of(('float32', 'bfloat16')),
+    'times': arguments.one_of(training.DENSITIES),
+    'times_mean': arguments.NUMBER, 'times_std': arguments.POSITIVE,
 }
 
 
@@ -52,6 +55,9 @@ class PretrainSettings:
     sample_every: updates from one picture of samples to the next.
     flip: whether half of the images are mirrored.
     dtype: in which the model computes, 'float32' or 'bfloat16'.
+    times: how often each noise level is seen, see `training.Times`.
+    times_mean: of its 'logit_normal'.
+    times_std: likewise.
 
   Raises:
     ValueError: fields that no training can work with, or a warm-up that does
@@ -70,6 +76,9 @@ class PretrainSettings:
   sample_every: int
   flip: bool
   dtype: str
+  times: str
+  times_mean: float
+  times_std: float
 
   def __post_init__(self):
     arguments.check_fields('config.pretrain', self, _RULES)
@@ -111,14 +120,15 @@ Update = Callable[[PretrainState, Callable[[jax.Array], jax.Array]],
                   tuple[PretrainState, dict[str, jax.Array]]]
 
 
-def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
+def make_update(model: unet.UNet, schedule: diffusion.Schedule,
                 tx: optax.GradientTransformation, ema_decay: float,
                 key: jax.Array, *, flip: bool = False,
-                dtype: str = 'float32') -> Update:
+                dtype: str = 'float32',
+                times: training.Times = training.UNIFORM) -> Update:
   """Makes the update on a batch (DDPM eq. 14), which is to be jitted.
 
   Args:
-    model: predicts the noise.
+    model: predicts the noise; of flow matching the velocity.
     schedule: of the forward process.
     tx: the optimizer.
     ema_decay: reached after a warm-up of (1 + step) / (10 + step).
@@ -126,6 +136,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     flip: mirror every image with probability 1/2.
     dtype: 'float32' or 'bfloat16', of parameters and activations inside the
       model; what is kept, averaged and added to is float32.
+    times: how often each noise level is seen.
 
   Raises:
     ValueError: another dtype.
@@ -139,9 +150,10 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
     # Cast inside of the loss: gradients come back in float32, to float32
     # parameters.
     params, x_t = jax.tree.map(lambda v: v.astype(dtype), (params, x_t))
-    eps = model.apply({'params': params}, x_t, t, train=True,
-                      rngs={'dropout': key})
-    return jnp.mean((eps.astype(noise.dtype) - noise)**2)
+    found = model.apply({'params': params}, x_t, t, train=True,
+                        rngs={'dropout': key})
+    return jnp.mean((found.astype(noise.dtype)
+                     - training.target(schedule, x, noise))**2)
 
   def update(state, take):
     # One key each for rows, noise, timesteps and dropout, of the step alone.
@@ -154,7 +166,7 @@ def make_update(model: unet.UNet, schedule: diffusion.NoiseSchedule,
           jax.random.fold_in(step_key, len(keys)), shape=(len(x), 1, 1, 1))
       x = jnp.where(mirrored, x[:, :, ::-1], x)
     noise = jax.random.normal(keys[1], x.shape)
-    t = jax.random.randint(keys[2], (len(x),), 0, schedule.num_train_steps)
+    t = times.draw(keys[2], schedule, len(x))
     loss, grads = jax.value_and_grad(loss_fn)(
         state.params, x, noise, t, keys[3])
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -236,7 +248,7 @@ def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
 
 
 def run(model: unet.UNet, images: data.Images,
-        schedule: diffusion.NoiseSchedule, plan: diffusion.SamplerPlan,
+        schedule: diffusion.Schedule, plan: diffusion.SamplerPlan,
         settings: PretrainSettings, workdir: str, *, seed: int,
         origin: origin_lib.Origin | None = None,
         about: Mapping[str, str] | None = None) -> str:
@@ -270,7 +282,8 @@ def run(model: unet.UNet, images: data.Images,
                images.shape[1:])
   update = make_update(
       model, schedule, tx, settings.ema_decay, jax.random.fold_in(key, 1),
-      flip=settings.flip, dtype=settings.dtype)
+      flip=settings.flip, dtype=settings.dtype, times=training.Times(
+          settings.times, settings.times_mean, settings.times_std))
   draw = _make_draw(model, plan, jax.random.fold_in(key, 2),
                     jax.random.fold_in(key, 3))
   with (contextlib.ExitStack() as stack,

@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from msfp_jax.models import unet
+from msfp_jax.models import timestep
 
+# Timesteps that the embedding was made for (Ho et al. 2020).
+_EMBEDDED_STEPS = 1000
 # {layer: {'a': [h, ..., rank], 'b': [h, rank, out]}}
 Banks = dict[str, dict[str, jax.Array]]
 
@@ -92,18 +94,24 @@ class Router(nn.Module):
   num_train_steps: int
   features: int = 64  # width of the sinusoidal embedding
   prior: float = 1.0  # how much more a span's own bank gets than the next
+  # Timesteps are real, from 0 to num_train_steps, not whole and below it.
+  continuous: bool = False
 
   @nn.compact
   def __call__(self, t):
-    h = unet.timestep_embedding(jnp.reshape(t, (1,)), self.features)
+    t = jnp.asarray(t, jnp.float32)
+    # As parts of 0..1: a whole step is the middle of what it stands for.
+    place = (t if self.continuous else t + 0.5) / self.num_train_steps
+    if self.continuous:
+      # Sines tell whole numbers apart, and sigma is below 1.
+      t = _EMBEDDED_STEPS * place
+    h = timestep.timestep_embedding(jnp.reshape(t, (1,)), self.features)
     h = nn.silu(nn.Dense(4 * self.features)(h))
     small = nn.initializers.normal(1e-3)
     logits = nn.Dense(self.num_layers * self.num_banks, kernel_init=small)(h)
     logits = logits.reshape(self.num_layers, self.num_banks)
-    # t and the middles of the spans, as parts of 0..1. From one span to the
-    # next the distance grows by 1 / h, times h is 1: the logits differ by
-    # `prior`.
-    place = (jnp.asarray(t, jnp.float32) + 0.5) / self.num_train_steps
+    # The middles of the spans, likewise. From one span to the next the distance
+    # grows by 1 / h, times h is 1: the logits differ by `prior`.
     centres = (jnp.arange(self.num_banks) + 0.5) / self.num_banks
     return logits - self.prior * self.num_banks * jnp.abs(place - centres)
 

@@ -75,6 +75,13 @@ def test_counts(tmp_path, npz, refused, field, value):
     ({'guidance.scale': 3.0}, ('guidance.scale=3.0', 'no labels')),
     ({'first_stage': 'vae'}, ("first_stage='vae'", 'pixels')),
     ({'sampler.num_steps': 0}, ('num_steps',)),
+    ({'schedule.name': 'flow', 'finetune.gamma': 'ddpm'},
+     ("gamma='ddpm'", "use 'sampler'")),
+    ({'schedule.name': 'flow', 'sampler.name': 'plms'},
+     ("sampler 'plms'", 'flow matching')),
+    ({'schedule.name': 'flow', 'sampler.shift': -1.0}, ('shift=-1.0',)),
+    ({'pretrain.times': 'cosmap'}, ('config.pretrain.times', 'logit_normal')),
+    ({'pretrain.times_std': 0.0}, ('config.pretrain.times_std=0.0',)),
     ({'stage': 'tune'}, ("'tune'",)),
     ({'model.norm_groups': 3}, ()),
     # Of the evaluation after it.
