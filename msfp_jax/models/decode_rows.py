@@ -41,9 +41,9 @@ def decode(model: autoencoder.Autoencoder, params: Any, z: jax.Array,
            rows: int) -> jax.Array:
   """Decodes like `Autoencoder.decode`, images one after another, in strips.
 
-  Of FLUX's first stage and images of 1024 x 1024, XLA for CPUs takes 1.6 GB at
-  32 rows, whatever the batch, and undivided 5.9 GB an image (`memory_analysis`
-  of `python -m benchmarks.decoding`).
+  Of FLUX's first stage and images of 1024 x 1024, XLA's program for CPUs takes
+  1.7 GB at 32 rows, and undivided 5.9 GB for one image and 32.5 GB for four;
+  from `python -m benchmarks.decoding`.
 
   Args:
     model: the first stage.

@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 
+from msfp_jax import diffusion
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import gap
 from msfp_jax.report import numbers
@@ -64,12 +65,15 @@ def section(source: Source) -> section_lib.Section | None:
       experiment.schedule, experiment.plan, variant)
   found = measure(experiment, source.deployed)
   t = experiment.plan.timesteps
+  # What a sampler's step multiplies with gamma_t.
+  what = ('velocity' if isinstance(experiment.schedule, diffusion.FlowSchedule)
+          else 'noise')
   text = (
       f'The model {source.row} and full precision, step by step: both predict '
-      'the noise at the x_t of trajectories that full precision drives. The '
+      f'the {what} at the x_t of trajectories that full precision drives. The '
       'quality gap of a step is the mean squared difference between the two '
-      'samples that these predictions step to: the MSE of the noise times the '
-      'square of the factor that the step multiplies into the noise (our '
+      f'samples that these predictions step to: the MSE of the {what} times '
+      f'the square of the factor that the step multiplies into the {what} (our '
       'measure, after figure 3 of the paper). A loss that says where the gap '
       'is made has the gap\'s shape; what the two shapes share is given with '
       f'each drawing. gamma_t, the {variant!r} denoising factor, weights with '
@@ -77,10 +81,11 @@ def section(source: Source) -> section_lib.Section | None:
   drawn = [
       # Three views: what the plain loss sees, what the weighted one sees, and
       # both in their own units.
-      _shape('timesteps-plain', t, 'MSE of the noise', found.eps, found.step),
+      _shape('timesteps-plain', t, f'MSE of the {what}', found.eps,
+             found.step),
       _shape('timesteps-gamma', t, 'MSE times gamma_t', gamma * found.eps,
              found.step),
-      _absolute('timesteps-absolute', t, gamma, found)]
+      _absolute('timesteps-absolute', t, what, gamma, found)]
   return section_lib.figures(
       'timesteps', 'Loss and quality gap over timesteps', 'Timesteps', text,
       drawn)
@@ -120,9 +125,9 @@ def _shape(id: str, t: np.ndarray, name: str, loss: np.ndarray,
   return section_lib.Figure(svg.draw(id, 250, label, paint), caption)
 
 
-def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
-              ) -> section_lib.Figure:
-  series = {'MSE of the noise': found.eps,
+def _absolute(id: str, t: np.ndarray, what: str, gamma: np.ndarray,
+              found: gap.Gaps) -> section_lib.Figure:
+  series = {f'MSE of the {what}': found.eps,
             'MSE times gamma_t': gamma * found.eps,
             'quality gap': found.step}
   ends = '; '.join(
@@ -130,7 +135,7 @@ def _absolute(id: str, t: np.ndarray, gamma: np.ndarray, found: gap.Gaps
       f'{numbers.significant(values[-1])} at {_at(t[-1])}'
       for name, values in series.items())
   label = f'The same three quantities by timestep, as they are: {ends}.'
-  caption = ('The same as they are: squared units of the noise and of x, '
+  caption = (f'The same as they are: squared units of the {what} and of x, '
              f'logarithmic. {ends}.')
 
   def paint(figure):

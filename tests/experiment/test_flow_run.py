@@ -23,6 +23,7 @@ def test_a_flow_from_end_to_end(tmp_path, npz):
   found = evaluate.run(config, str(tmp_path))
   assert (found['sampler'], found['shift']) == ('flow', 2.0)
   rows = {row['name']: row for row in found['rows']}
+  assert 'both predict the velocity' in (tmp_path / 'report.html').read_text()
   # Not quite the same bits, as packed products round otherwise, nor others.
   assert rows['packed']['psnr_to_fp'] == pytest.approx(
       rows['tuned']['psnr_to_fp'], rel=0.02)
