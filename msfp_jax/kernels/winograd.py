@@ -54,6 +54,7 @@ class Algorithm:
     carrier: a key of `carriers.DTYPES`, in which products are made.
     at_once: bytes of transformed inputs held at once, so that they, and sums of
       4 bytes, stay in the cache.
+    images: that are taken at once even so.
   """
 
   weights: np.ndarray
@@ -62,6 +63,7 @@ class Algorithm:
   excess: int
   carrier: str
   at_once: int
+  images: int = 1
 
   @property
   def tile(self) -> int:
@@ -87,7 +89,9 @@ BYTES = Algorithm(
     inputs=np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0],
                      [0, 1, 0, -1]]),
     outputs=np.array([[1, 1, 1, 0], [0, 1, -1, -1]]),
-    excess=2, carrier='int8', at_once=2**21)
+    # YNN lays the weights out anew for each product: of one large image alone
+    # that takes half as long as the product.
+    excess=2, carrier='int8', at_once=2**21, images=2)
 # From so many channels on, in and out, the transforms cost less than they save.
 _LEAST_CHANNELS = 64
 # Weights are transformed in every call, which fewer tiles do not pay for.
@@ -208,7 +212,7 @@ def conv(algorithm: Algorithm, x: jax.Array, weights: jax.Array, parts: int,
   tiles = -(-height // size) * -(-width // size)
   each = len(weights) * tiles * (channels // parts) * dtype.dtype.itemsize
   some = next(n for n in range(images, 0, -1) if images % n == 0
-              and (n * each <= algorithm.at_once or n == 1))
+              and (n * each <= algorithm.at_once or n <= algorithm.images))
 
   def run(x):
     # Sums in int32 have no NaN. A maximum of bytes is faster than `any`.
