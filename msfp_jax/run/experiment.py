@@ -27,6 +27,7 @@ from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.observe import collect
 from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.run import prompts as prompts_lib
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune as finetune_lib
 
@@ -108,6 +109,7 @@ class Experiment:
     ahead: what recipes need to see that will be asked for later, so that all
       share one run of the sampler.
     sampler: {field: value} that the plan was made of, `name` among them.
+    prompts: what images are made from; None of models that take no text.
   """
 
   model: denoiser.Denoiser
@@ -124,6 +126,7 @@ class Experiment:
   decode: Callable[[jax.Array], jax.Array] | None = None
   ahead: frozenset[str] = frozenset()
   sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  prompts: prompts_lib.Prompts | None = None
 
   @property
   def sample_shape(self) -> tuple[int, int, int]:
@@ -132,10 +135,13 @@ class Experiment:
 
   @property
   def taken(self) -> dict[str, Any]:
-    """The sampler as it is, part of which the checkpoint may have said."""
+    """The sampler as it is, part of which the checkpoint may have said, and
+    which prompts the file holds."""
     plan = json.dumps(self.plan.to_dict()).encode()
-    return {'sampler': dict(self.sampler),
-            'plan': hashlib.sha256(plan).hexdigest()[:16]}
+    found = {'sampler': dict(self.sampler),
+             'plan': hashlib.sha256(plan).hexdigest()[:16]}
+    return found if self.prompts is None else found | {
+        'prompts': self.prompts.digest}
 
   def key(self, use: int) -> jax.Array:
     """The key of one use of the seed, such as SAMPLES."""
@@ -239,6 +245,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'{config.first_stage!r}: must be the rows of a first stage\'s images '
         'that are decoded at a time, or 0 for all')
   _check_latents(config)
+  teacher.check_size(config.image_size)
+  prompts_lib.check(config)
 
 
 def _check_latents(config):
@@ -281,6 +289,8 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       ema=config.ema, fields=config.model, seed=config.seed)
   logging.info('the model has %s parameters',
                f'{parameter_overview.count_parameters(params):,}')
+  # Before data and encoders are loaded.
+  prompts_lib.check_model(model, config)
   # A workdir may be evaluated against a file of statistics, without the data.
   images = None
   if config.data.name:
@@ -293,14 +303,22 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
         scale=config.first_stage_scale, shift=config.first_stage_shift,
         fields=config.autoencoder, seed=config.seed,
         rows=config.first_stage_rows)
+  if config.image_size:
+    model, image_shape = teacher.resized(
+        model, image_shape, tuple(config.image_size))
   # Against what is decoded: latents are not compared with images.
   if images is not None:
     teacher.check_images(images, image_shape)
-  model, draw_condition = teacher.conditional(
-      model, config.guidance.scale, config.guidance.null_class)
+  prompts = None
+  if config.prompts:
+    model, prompts = prompts_lib.load(model, config)
+    draw_condition = prompts.draw
+  else:
+    model, draw_condition = teacher.conditional(
+        model, config.guidance.scale, config.guidance.null_class)
   return Experiment(
       model, params, chosen.schedule, chosen.plan, image_shape, images,
       config.seed,
       CalibrationSettings(**config.calibrate), QuantSettings(**config.quant),
       finetune_lib.FinetuneSettings(**config.finetune), draw_condition, decode,
-      sampler=chosen.sampler_fields)
+      sampler=chosen.sampler_fields, prompts=prompts)
