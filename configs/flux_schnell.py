@@ -30,7 +30,7 @@ PROMPTS = str(pathlib.Path(__file__).with_name('prompts.txt'))
 # Tiny random parts.
 SMOKE = common.SMOKE | {
     'first_stage': 'random', 'first_stage_rows': 0, 'text_encoder': 'random',
-    'prompts': PROMPTS, 'text_length': 12, 'image_size': (),
+    'prompts': PROMPTS, 'text_length': 64, 'image_size': (),
     'autoencoder.ch': 8, 'autoencoder.ch_mult': (1, 2),
     'autoencoder.norm_groups': 4, 'autoencoder.num_res_blocks': 1,
     'eval.num_samples': 16, 'eval.batch_size': 8, 'eval.vectors': 0,

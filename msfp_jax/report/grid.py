@@ -20,7 +20,8 @@ def labelled(rows: Mapping[str, np.ndarray], height: int = 48,
     rows: {name: uint8 `[N, H, W, C]`}, all of one size; C = 1 or 3.
     height: of an image in pixels; images are enlarged by a whole factor to at
       least about this.
-    texts: what the images of a column show, in a list below the rows.
+    texts: what the image of each column shows: listed below the rows, each
+      text once.
 
   Returns:
     uint8 `[H', W', 3]`, white background.
@@ -34,7 +35,10 @@ def labelled(rows: Mapping[str, np.ndarray], height: int = 48,
   tall, wide = first.shape[1] * factor, first.shape[2] * factor
   left = max(round(font.getlength(name)) for name in rows) + 2 * _MARGIN
   count = max(len(images) for images in rows.values())
-  lines = [f'{i}: {text}' for i, text in enumerate(texts[:count], 1)]
+  columns = {}
+  for i, text in enumerate(texts[:count], 1):
+    columns.setdefault(text, []).append(str(i))
+  lines = [f'{", ".join(held)}: {text}' for text, held in columns.items()]
   end = len(rows) * (tall + 2)
   across = left + count * (wide + 2)
   lines = [part for line in lines for part in _wrapped(

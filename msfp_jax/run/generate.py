@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 import functools
 import statistics
 import time
-from typing import Any
 
 import jax
 import numpy as np

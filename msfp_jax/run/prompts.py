@@ -59,7 +59,7 @@ class Prompts:
 
   def batch(self, number: int, size: int
             ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-    """Of batch `number` of `size` images: seeds `[B]`, rounds `[B]`, conditions.
+    """Seeds `[B]`, rounds `[B]` and conditions of batch `number`, B = `size`.
     """
     rounds, rows = np.divmod(
         np.arange(number * size, (number + 1) * size), len(self))

@@ -22,7 +22,7 @@ from msfp_jax.text import backends
 from msfp_jax.text import encode
 from msfp_jax.text import tokenizer as tokenizer_lib
 
-_LENGTH = 16  # of texts, in tokens
+_LENGTH = 64  # of texts, in tokens
 _LETTERS = string.ascii_lowercase + string.digits + string.punctuation
 _SPACE = '▁'
 
@@ -34,7 +34,7 @@ def random_encoders(widths: Mapping[str, int], seed: int,
   Args:
     widths: {condition: width}: `context`, or `text` and `pooled`.
     seed: of the parameters.
-    length: of the texts of `text`, in tokens; 16 if None.
+    length: of the texts of `text`, in tokens; 64 if None.
 
   Raises:
     ValueError: the library `tokenizers` is not installed.
