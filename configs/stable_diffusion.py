@@ -33,7 +33,8 @@ VARIANTS = {
         'autoencoder.ch': 8, 'autoencoder.ch_mult': (1, 2),
         'autoencoder.norm_groups': 4, 'autoencoder.num_res_blocks': 1,
         'schedule.name': 'scaled_linear', 'schedule.beta_start': 0.00085,
-        'schedule.beta_end': 0.012, 'eval.num_samples': 16, 'eval.batch_size': 8, 'eval.vectors': 0,
+        'schedule.beta_end': 0.012, 'eval.num_samples': 16,
+        'eval.batch_size': 8, 'eval.vectors': 0,
         'eval.rows': ('fp', 'tuned', 'packed')},
 }
 
