@@ -19,9 +19,9 @@ from msfp_jax.models.guided import GuidedByText
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.run import experiment as experiment_lib
+from msfp_jax.run import first_stage
 from msfp_jax.run import generate
 from msfp_jax.run import prompts as prompts_lib
-from msfp_jax.run import teacher
 from msfp_jax.run import workdir as workdir_lib
 
 DIFFUSES = UNet(UNetConfig(
@@ -260,7 +260,7 @@ def test_a_workdir_of_other_prompts_is_refused(tmp_path, file):
 
 
 def test_a_transformer_of_another_size():
-  model, shape = teacher.resized(SCHNELL, (16, 16, 3), (32, 48))
+  model, shape = first_stage.resized(SCHNELL, (16, 16, 3), (32, 48))
   side = SCHNELL.sample_shape[0]
   stride = 16 // side
   assert shape == (32, 48, 3)
@@ -269,7 +269,7 @@ def test_a_transformer_of_another_size():
       model.config, image_size=side,
       image_width=SCHNELL.config.image_width) == SCHNELL.config
   with pytest.raises(ValueError, match='size of its own, 8 x 8'):
-    teacher.resized(DIFFUSES, (8, 8, 3), (16, 16))
+    first_stage.resized(DIFFUSES, (8, 8, 3), (16, 16))
 
 
 def test_random_encoders_tell_texts_apart(file):

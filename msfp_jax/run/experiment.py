@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from typing import Any
 
 from absl import logging
@@ -27,6 +26,7 @@ from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.observe import collect
 from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.run import first_stage
 from msfp_jax.run import prompts as prompts_lib
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune as finetune_lib
@@ -234,36 +234,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.quant.weight_bits={FULL_BITS}: no weight is quantized, and '
         'there is nothing to fine-tune: set config.finetune.num_updates=0')
-  if config.first_stage and not config.pretrained:
-    raise ValueError(
-        f'config.first_stage={config.first_stage!r} without config.pretrained: '
-        'a teacher that is trained here works on pixels')
-  if config.first_stage_rows < 0 or (
-      config.first_stage_rows and not config.first_stage):
-    raise ValueError(
-        f'config.first_stage_rows={config.first_stage_rows}, first_stage='
-        f'{config.first_stage!r}: must be the rows of a first stage\'s images '
-        'that are decoded at a time, or 0 for all')
-  _check_latents(config)
-  teacher.check_size(config.image_size)
+  first_stage.check(config)
   prompts_lib.check(config)
-
-
-def _check_latents(config):
-  """Raises ValueError for a scale of latents that none can have."""
-  scale, shift = config.first_stage_scale, config.first_stage_shift
-  if (scale, shift) == (None, None):
-    return
-  if config.first_stage in ('', teacher.RANDOM):
-    raise ValueError(
-        f'config.first_stage_scale={scale}, first_stage_shift={shift}, and '
-        f'config.first_stage={config.first_stage!r}: only the first stage of a '
-        'checkpoint has them')
-  if scale is not None and not 0 < scale < math.inf:
-    raise ValueError(f'config.first_stage_scale={scale}: must be a number '
-                     'above 0')
-  if shift is not None and not math.isfinite(shift):
-    raise ValueError(f'config.first_stage_shift={shift}: must be a number')
 
 
 def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
@@ -304,7 +276,7 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
         fields=config.autoencoder, seed=config.seed,
         rows=config.first_stage_rows)
   if config.image_size:
-    model, image_shape = teacher.resized(
+    model, image_shape = first_stage.resized(
         model, image_shape, tuple(config.image_size))
   # Against what is decoded: latents are not compared with images.
   if images is not None:

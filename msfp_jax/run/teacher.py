@@ -1,7 +1,6 @@
 """The full-precision model of a run: loaded, untrained, or with guidance."""
 
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Callable, Mapping
 import functools
 import pathlib
 from typing import Any
@@ -18,15 +17,12 @@ from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import autoencoder
 from msfp_jax.models import decode_rows
 from msfp_jax.models import denoiser
-from msfp_jax.models import flux
 from msfp_jax.models import guided
 from msfp_jax.models import registry
 from msfp_jax.models import unet
 
 # In place of a checkpoint: an untrained model.
 RANDOM = 'random'
-# Pixels along a token of transformers: 2 latents, of 8 pixels each.
-_TOKEN = 16
 
 
 def load(path: str, workdir: str, *, described_by: str, ema: bool,
@@ -165,41 +161,6 @@ def load_decoder(path: str, latent_shape: tuple[int, int, int], *,
   stride = stage.config.stride
   return functools.partial(decode, params), (
       height * stride, width * stride, stage.config.out_channels)
-
-
-def check_size(size: Sequence[int]) -> None:
-  """Raises ValueError unless config.image_size is () or fits a transformer."""
-  if not size:
-    return
-  if len(size) != 2 or any(side < _TOKEN or side % _TOKEN for side in size):
-    raise ValueError(
-        f'config.image_size={tuple(size)}: must be height and width in pixels, '
-        f'multiples of {_TOKEN}, as a token of the transformer is {_TOKEN} x '
-        f'{_TOKEN} of them; or () for the model\'s own')
-
-
-def resized(model: denoiser.Denoiser, image_shape: tuple[int, int, int],
-            size: tuple[int, int]
-            ) -> tuple[denoiser.Denoiser, tuple[int, int, int]]:
-  """A transformer for images of another size, and their (H, W, C).
-
-  Args:
-    model: of any size.
-    image_shape: (H, W, C) of what its samples become.
-    size: (H, W) that they are to become.
-
-  Raises:
-    ValueError: a model of one size alone, or sides that it does not take.
-  """
-  if not isinstance(model, flux.Flux):
-    raise ValueError(
-        f'config.image_size={size}: this model has a size of its own, '
-        f'{image_shape[0]} x {image_shape[1]}; leave it at (), as only '
-        'transformers can be asked for another')
-  stride = image_shape[0] // model.sample_shape[0]
-  return flux.Flux(dataclasses.replace(
-      model.config, image_size=size[0] // stride,
-      image_width=size[1] // stride)), (*size, image_shape[-1])
 
 
 def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
