@@ -121,8 +121,8 @@ def test_flux_from_a_prompt(tmp_path, guidance):
       scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
           use_dynamic_shifting=guidance, shift=3.0 if guidance else 1.0))
   pipeline.save_pretrained(tmp_path)
-  changes = {'guidance.scale': 3.5, 'sampler.shift': 0.0,
-             'sampler.image_tokens': 32} if guidance else {}
+  # The shift depends on the size, which is not the transformer's own.
+  changes = {'guidance.scale': 3.5, 'sampler.shift': 0.0} if guidance else {}
   noise, latents, images = drawn(config_of(
       'flux_schnell', image_size=(16, 32), text_length=16, first_stage_rows=0,
       **changes), tmp_path, 3)

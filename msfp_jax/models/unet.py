@@ -163,7 +163,7 @@ class UNet(nn.Module):
     cfg = self.config
     cfg.check_size(*x.shape[1:3])
     # By their order, conditions of a model without labels begin here.
-    if (context is None and jnp.ndim(labels) == 3 and cfg.by_context
+    if (context is None and getattr(labels, 'ndim', 0) == 3 and cfg.by_context
         and not cfg.by_class):
       labels, context = None, labels
     self._check_condition(labels, context)

@@ -251,11 +251,10 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       none of ours and the config names none.
   """
   # First, for it takes no time: a sampler that there is not ends the run here.
-  chosen = origin_lib.choose(
-      teacher.load_origin(config.pretrained, workdir,
-                          described_by=config.pretrained_config,
-                          ema=config.ema),
-      config.schedule, config.sampler)
+  origin = teacher.load_origin(
+      config.pretrained, workdir, described_by=config.pretrained_config,
+      ema=config.ema)
+  chosen = origin_lib.choose(origin, config.schedule, config.sampler)
   model, params = teacher.load(
       config.pretrained, workdir, described_by=config.pretrained_config,
       ema=config.ema, fields=config.model, seed=config.seed)
@@ -278,6 +277,11 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   if config.image_size:
     model, image_shape = first_stage.resized(
         model, image_shape, tuple(config.image_size))
+    if chosen.sampler_fields.get('shift_by_tokens'):
+      # The checkpoint's are those of its own size.
+      chosen = origin_lib.choose(
+          origin, config.schedule,
+          first_stage.sampler_for(model, config.sampler))
   # Against what is decoded: latents are not compared with images.
   if images is not None:
     teacher.check_images(images, image_shape)

@@ -1,8 +1,9 @@
 """What a config says of the first stage, and of the images that it makes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+from typing import Any
 
 import ml_collections
 
@@ -84,3 +85,16 @@ def resized(model: denoiser.Denoiser, image_shape: tuple[int, int, int],
   return flux.Flux(dataclasses.replace(
       model.config, image_size=size[0] // stride,
       image_width=size[1] // stride)), (*size, image_shape[-1])
+
+
+def sampler_for(model: flux.Flux, sampler: Mapping[str, Any]
+                ) -> dict[str, Any]:
+  """Fields of config.sampler, with the tokens of a resized model's images.
+
+  Args:
+    model: of `resized`.
+    sampler: the fields, in which `image_tokens` may be typed: then it stays.
+  """
+  height, width, _ = model.sample_shape
+  return dict(sampler) | {'image_tokens': sampler['image_tokens'] or (
+      height * width // flux.PATCH**2)}
