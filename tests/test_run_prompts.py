@@ -38,7 +38,8 @@ def config_of(path, lines=LINES, **changes):
   path.write_text('\n'.join(map(json.dumps, lines)))
   config = common.get_config()
   config.update_from_flattened_dict({
-      'prompts': str(path), 'text_encoder': 'random', 'seed': 11} | changes)
+      'pretrained': 'random', 'prompts': str(path), 'text_encoder': 'random',
+      'seed': 11} | changes)
   return config
 
 
@@ -55,7 +56,7 @@ def save(path, **widths):
   np.savez(path, **{name: rng.standard_normal(shape).astype(np.float32)
                     for name, shape in shapes.items()})
   config = common.get_config()
-  config.prompts = str(path)
+  config.pretrained, config.prompts = 'random', str(path)
   return config
 
 
@@ -215,6 +216,9 @@ def test_what_a_model_needs_and_what_there_is(file):
     ({'prompts': ''}, ValueError, 'without config.prompts'),
     ({'prompts': 'no.txt'}, FileNotFoundError, 'no prompts at no.txt'),
     ({'prompts': 'a.csv'}, ValueError, 'jsonl'),
+    ({'pretrained': ''}, ValueError, 'trained here takes no text'),
+    ({'pretrained': '', 'prompts': '', 'text_encoder': '',
+      'image_size': (16, 16)}, ValueError, 'has the size of its data'),
     ({'text_length': -1}, ValueError, 'text_length=-1'),
     ({'image_size': (512, 520)}, ValueError, r'image_size=\(512, 520\)'),
     ({'image_size': (0, 16)}, ValueError, 'multiples of 16'),

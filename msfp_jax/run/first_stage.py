@@ -32,6 +32,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'{config.first_stage!r}: must be the rows of a first stage\'s images '
         'that are decoded at a time, or 0 for all')
   _check_latents(config)
+  if config.image_size and not config.pretrained:
+    raise ValueError(
+        f'config.image_size={tuple(config.image_size)} without '
+        'config.pretrained: a teacher that is trained here has the size of '
+        'its data')
   _check_size(config.image_size)
 
 

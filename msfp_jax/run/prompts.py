@@ -100,6 +100,10 @@ def check(config: ml_collections.ConfigDict) -> None:
           f'config.text_encoder={config.text_encoder!r} without '
           'config.prompts: there is nothing to encode')
     return
+  if not config.pretrained:
+    raise ValueError(
+        f'config.prompts={config.prompts} without config.pretrained: a teacher '
+        'that is trained here takes no text')
   if config.text_length < 0:
     raise ValueError(f'config.text_length={config.text_length}: must be a '
                      'number of tokens, or 0 for what the tokenizer says')
