@@ -56,7 +56,19 @@ def get_config() -> ml_collections.ConfigDict:
   # Of a random first stage.
   config.autoencoder = ml_collections.ConfigDict(
       {'num_res_blocks': 2, 'norm_groups': 32})
-  # Class-conditional models: classifier-free guidance.
+  # Of transformers: height and width of images in pixels, multiples of 16.
+  # (): as the model says.
+  config.image_size = ()
+  # Models that take a text: a .txt with a prompt a line, a .jsonl of prompt,
+  # seed and negative_prompt, or an .npz of embeddings (docs/usage.md).
+  config.prompts = ''
+  # What makes conditions of texts: a pipeline's folder with tokenizer and
+  # text_encoder (FLUX: and tokenizer_2 and text_encoder_2); or 'random'.
+  config.text_encoder = ''
+  config.text_length = 0  # of FLUX's texts in tokens; 0: as tokenizer_2 says
+  # Classifier-free guidance of models of labels, and of a context (against the
+  # negative prompt). Models that take its strength, as FLUX.1-dev, are given
+  # it.
   config.guidance = ml_collections.ConfigDict({
       'scale': 1.0,
       'null_class': False,  # whether the last class stands for none
@@ -65,7 +77,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict({
       # A name in msfp_jax/data, DATASETS. Empty: none; then evaluation needs
-      # eval.reference, and nothing can be pre-trained.
+      # eval.reference, or prompts, of which images are compared with full
+      # precision's alone; and nothing can be pre-trained.
       'name': 'digits',
       'path': '',  # of its files: a folder, an .npz, ...
   })

@@ -90,7 +90,10 @@ def test_what_a_config_names_exists(module, variant):
     assert config.pretrained in module.__doc__
   fields = dict(config.model)
   side = fields['image_size'] or 16
-  unet.UNetConfig(**fields | {'image_size': side})
+  teacher.new_model(fields | {'image_size': side})
+  # A file of the user's, or one beside the configs.
+  assert (config.prompts in module.__doc__
+          or pathlib.Path(config.prompts).is_file())
   kind, _, path = config.eval.features.partition(':')
   if path:  # a file of the user's
     assert kind == 'cifar_resnet' and config.eval.features in module.__doc__

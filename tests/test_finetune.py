@@ -128,9 +128,12 @@ def test_trajectories_start_and_go_on_with_noise_of_their_own():
   assert apart.min() > 0.1
 
 
-def test_teacher_and_student_are_asked_for_the_same():
+@pytest.mark.parametrize('draw', [
+    conditions.classes(50), conditions.rows((np.arange(50),))],
+                         ids=['classes', 'rows of a table'])
+def test_teacher_and_student_are_asked_for_the_same(draw):
   """A condition of every trajectory, and the index of every step."""
-  asked, losses = follow(2 * STEPS, conditions.classes(50))
+  asked, losses = follow(2 * STEPS, draw)
   for trajectory in range(2):
     key = jax.random.fold_in(KEY, trajectory)
     labels = np.float64(jax.random.randint(

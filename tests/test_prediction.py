@@ -73,3 +73,23 @@ def test_between_two_steps_the_schedule_is_on_a_line(predicts):
               else (1 - signal * given[:3]) / sigma)
   np.testing.assert_allclose(found[:3], expected, rtol=1e-5, atol=1e-6)
   assert np.isnan(found[3:]).all()
+
+
+def test_a_model_of_v_with_guidance_is_computed():
+  """By the formula, and with the parameters under their own names."""
+  class Labelled(nn.Module):
+    conditions = ()
+
+    @nn.compact
+    def __call__(self, x, t, labels):
+      scale = self.param('scale', nn.initializers.ones, ())
+      return scale * x + labels[:, None, None, None].astype(x.dtype)
+
+  bar = (0.9, 0.25)
+  model = Guided(AsNoise(Labelled(), 'v', bar), 3.0, 5)
+  x, t = jnp.full((1, 2, 2, 1), 0.5), jnp.array([1.0])
+  found = model.apply({'params': {'scale': jnp.float32(2)}}, x, t,
+                      jnp.array([1]))
+  predict = lambda label: 0.5 * (2 * 0.5 + label) + np.sqrt(0.75) * 0.5
+  np.testing.assert_allclose(
+      found, predict(5) + 3 * (predict(1) - predict(5)), rtol=1e-5)

@@ -17,6 +17,7 @@ from msfp_jax.convert import native
 from msfp_jax.models import denoiser
 from msfp_jax.models import registry
 from msfp_jax.models.guided import Guided
+from msfp_jax.models.guided import GuidedByText
 from msfp_jax.models.unet import UNet
 from msfp_jax.models.unet import UNetConfig
 from msfp_jax.run import teacher
@@ -90,8 +91,10 @@ def test_a_guided_model_is_not_asked_for_none():
 @pytest.mark.parametrize('model, row', [
     (PLAIN_UNET, {'unet': CONFIG.to_dict()}),
     (Guided(LABELLED, 1.5, 3), {'unet': LABELLED.config.to_dict(),
-                                'scale': 1.5, 'null_label': 3})],
-    ids=['unet', 'guided'])
+                                'scale': 1.5, 'null_label': 3}),
+    (GuidedByText(WITH_TEXT, 7.5), {'unet': WITH_TEXT.config.to_dict(),
+                                    'text_scale': 7.5})],
+    ids=['unet', 'guided', 'guided by text'])
 def test_rows_of_files_are_as_ever(model, row):
   assert registry.to_dict(model) == row
   assert list(registry.to_dict(model)) == list(row)

@@ -51,6 +51,23 @@ def test_images_larger_than_a_row_keep_their_size():
   assert grid.labelled({'a': images(1, 100, 60, 3)}, 48).shape[0] == 102
 
 
+def test_texts_are_listed_below_each_once():
+  rows = {'a': images(3, 16, 16, 3)}
+  plain = grid.labelled(rows)
+  found = {}
+  for texts in (['cat', 'dog', 'cat'], ['cat', 'dog', 'dog'], ['cat'] * 3,
+                ['cat ' * 100] * 3):
+    canvas = grid.labelled(rows, texts=texts)
+    height, width = plain.shape[:2]
+    np.testing.assert_array_equal(canvas[:height, :width], plain)
+    found[tuple(texts)] = canvas[height:]
+  two, other, one, long = found.values()
+  assert two.shape == other.shape and (two != other).any()  # other numbers
+  assert 0 < len(one) == len(two) // 2 < len(long)
+  # Long texts are broken, and nothing is cut off.
+  assert long.shape[1] < 1000 and (long[:, -4:] == 255).all()
+
+
 def test_no_rows():
   with pytest.raises(ValueError, match='no rows'):
     grid.labelled({})

@@ -200,7 +200,7 @@ def source(**changes):
   fields = {
       'workdir': '', 'command': EVIL, 'row': EVIL,
       'results': {'dataset': EVIL, 'num_samples': 9, 'features': 'x',
-                  'rows': ROWS},
+                  'rows': ROWS, 'prompts': [EVIL, 'a cat']},
       'pictures': {name: np.zeros((4, 8, 8, 1), np.uint8)
                    for name in ('data', 'fp', EVIL)},
       'deployed': types.SimpleNamespace(choices={}), 'layers': {'a': full},
@@ -247,7 +247,8 @@ def test_what_comes_from_files_is_escaped():
   found = page_lib.Page(html)
   assert len(found.all('script')) == 1
   assert EVIL not in html
-  assert found.text.count(EVIL) >= 8
+  assert found.text.count(EVIL) >= 9
+  assert 'a cat' in found.text
   assert EVIL in [attrs.get('data-method') for attrs in found.all('img')]
   assert [attrs['href'] for attrs in found.all('a')] == [
       '#results', '#samples', '#layers', '#drawn']

@@ -201,3 +201,14 @@ def test_the_inception_score_is_of_the_logits():
   assert found['is_own'] == pytest.approx(np.mean(scores), rel=1e-5)
   assert found['is_own_std'] == pytest.approx(np.std(scores), rel=1e-4)
   assert 'confidence' not in found
+
+
+def test_without_a_reference_only_the_first_call_is_compared_with():
+  network = features.get('random', (8, 8, 1))
+  scorer = scorer_lib.Scorer(network, stats_file.NOTHING)
+  assert scorer.least_samples == 2
+  assert scorer.provenance['reference'] == {}
+  assert scorer.score(smooth(20, 0)) == {}
+  with pytest.warns(frechet.FewSamplesWarning):
+    found = scorer.score(smooth(20, 1))
+  assert list(found) == ['fd_random_to_fp', 'psnr_to_fp']

@@ -26,7 +26,8 @@ class Scorer:
     Args:
       network: the feature network.
       reference: statistics of the data by that network. Where it has vectors,
-        as many of the images' are kept for the metrics that need them.
+        as many of the images' are kept for the metrics that need them. With
+        `stats_file.NOTHING` there are those to full precision alone.
 
     Raises:
       ValueError: the reference is another network's.
@@ -35,7 +36,8 @@ class Scorer:
     odd = [f'{name}: {reference.provenance[name]!r} there, {value!r} here'
            for name, value in network.provenance.items()
            if reference.provenance.get(name, value) != value]
-    if len(reference.pool.mean) != network.dim:
+    if reference.pool is not None and (
+        len(reference.pool.mean) != network.dim):
       odd.append(f'{len(reference.pool.mean)} features there, {network.dim} '
                  'here')
     if reference.vectors is not None and len(

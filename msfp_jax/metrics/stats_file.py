@@ -29,16 +29,20 @@ class Reference(NamedTuple):
   """Statistics of a set of images.
 
   Attributes:
-    pool: of the feature vectors.
+    pool: of the feature vectors; None in NOTHING.
     spatial: of sFID's; None where the file or the network has none.
     provenance: JSON-like: 'features', 'preprocessing' and more; empty in
       files of other tools.
     vectors: some of the feature vectors, float32 `[K, D]`, or None.
   """
-  pool: frechet.Stats
+  pool: frechet.Stats | None
   spatial: frechet.Stats | None
   provenance: Mapping[str, Any]
   vectors: np.ndarray | None = None
+
+
+# Where images are compared with full precision's alone.
+NOTHING = Reference(None, None, {})
 
 
 class _Hashed:

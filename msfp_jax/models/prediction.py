@@ -24,20 +24,22 @@ class AsNoise(nn.Module):
   model. Parameters and layer names are the inner model's.
 
   Attributes:
-    inner: a model of (x, t, *conditions), t being steps of its schedule, whole
+    raw: a model of (x, t, *conditions), t being steps of its schedule, whole
       or between two. Of a t that the schedule does not have all is NaN.
     predicts: 'v' or 'x0'.
     alphas_cumprod: alphabar_t of the schedule that it was trained on, `[T]`,
       each in (0, 1).
   """
 
-  inner: nn.Module
+  # Not called as that of other wrappers: modules of one scope need names of
+  # their own.
+  raw: nn.Module
   predicts: str
   alphas_cumprod: tuple[float, ...]
 
   def setup(self):
     # The UNet's parameters and layer names stay as they are, without a prefix.
-    nn.share_scope(self, self.inner)
+    nn.share_scope(self, self.raw)
 
   def __post_init__(self):
     if self.predicts not in (VELOCITY, DATA):
@@ -51,18 +53,23 @@ class AsNoise(nn.Module):
     super().__post_init__()
 
   @property
+  def inner(self) -> nn.Module:
+    """`raw`, by the name that it has in all wrappers."""
+    return self.raw
+
+  @property
   def sample_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of what it denoises."""
-    return self.inner.sample_shape
+    return self.raw.sample_shape
 
   @property
   def conditions(self) -> tuple[denoiser.Condition, ...]:
     """Those of the inner model."""
-    return self.inner.conditions
+    return self.raw.conditions
 
   def __call__(self, x: jax.Array, t: jax.Array, *conditions: jax.Array,
                **named: Any) -> jax.Array:
-    predicted = self.inner(x, t, *conditions, **named)
+    predicted = self.raw(x, t, *conditions, **named)
     # In float64, as 1 - alphabar cancels near t = 0; between two steps both
     # are on a line, so that they still add up to 1.
     bar = np.asarray(self.alphas_cumprod, np.float64)

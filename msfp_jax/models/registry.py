@@ -23,7 +23,8 @@ REGISTRY: dict[str, type[denoiser.Denoiser]] = {
 # beside that model's name.
 _WRAPPERS: dict[type[nn.Module], tuple[str, ...]] = {
     prediction.AsNoise: ('predicts', 'alphas_cumprod'),
-    guided.Guided: ('scale', 'null_label')}
+    guided.Guided: ('scale', 'null_label'),
+    guided.GuidedByText: ('text_scale',)}
 
 
 def to_dict(model: Any) -> dict[str, Any]:

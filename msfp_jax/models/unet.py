@@ -149,7 +149,8 @@ class UNet(nn.Module):
   Call with x `[B, H, W, in_channels]` float32 (H and W multiples of
   `config.stride`) and t `[B]` (timesteps, int or float). Class-conditional
   models (`num_classes`, `context_classes`) take labels `[B]` int; with a
-  `context_dim` alone, context `[B, N, context_dim]`. Returns float32
+  `context_dim` alone, context `[B, N, context_dim]`, by its name or as the only
+  argument after t. Returns float32
   `[B, H, W, out_channels]`. With `train=True` dropout needs a 'dropout' rng.
 
   Raises ValueError where labels or context are missing or not wanted.
@@ -161,6 +162,10 @@ class UNet(nn.Module):
   def __call__(self, x, t, labels=None, context=None, *, train: bool = False):
     cfg = self.config
     cfg.check_size(*x.shape[1:3])
+    # By their order, conditions of a model without labels begin here.
+    if (context is None and getattr(labels, 'ndim', 0) == 3 and cfg.by_context
+        and not cfg.by_class):
+      labels, context = None, labels
     self._check_condition(labels, context)
     temb = self._embed(t, labels, x.dtype)
     # A class as a context of one token (cin256-v2).

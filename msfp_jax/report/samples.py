@@ -58,6 +58,8 @@ def section(source: Source) -> Section | None:
         'alt': f'{count} images, {columns} a row: {name}, {note}'})
   return Section('samples', 'Samples', 'Samples', 'samples.html', {
       'methods': methods, 'count': count,
+      # What `run.evaluate` writes of prompts, an image each.
+      'texts': source.results.get('prompts', [])[:count],
       'left': 'fp' if 'fp' in source.pictures else methods[0]['name'],
       'right': source.row if source.row in source.pictures
       else methods[-1]['name'],

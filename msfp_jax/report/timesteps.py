@@ -26,11 +26,11 @@ def measure(experiment: section_lib.Experiment,
 
   # Weights are arguments: constants would be folded at compile time.
   @jax.jit
-  def run(params, arrays, key):
+  def run(params, arrays, key, draw):
     model = deployed.with_arrays(arrays)
     noise = jax.random.normal(
         jax.random.fold_in(key, 0), (count, *experiment.model.sample_shape))
-    condition = experiment.draw_condition(jax.random.fold_in(key, 2), count)
+    condition = draw(jax.random.fold_in(key, 2), count)
     return gap.along_trajectory(
         lambda x, t, index: experiment.model.apply(
             {'params': params}, x, t, *condition),
@@ -38,7 +38,8 @@ def measure(experiment: section_lib.Experiment,
         experiment.plan, noise, jax.random.fold_in(key, 1))
 
   return jax.tree.map(lambda a: np.asarray(a, np.float64), run(
-      experiment.params, deployed.arrays, key))
+      experiment.params, deployed.arrays, key,
+      jax.tree_util.Partial(experiment.draw_condition)))
 
 
 def shares(values: np.ndarray) -> np.ndarray:

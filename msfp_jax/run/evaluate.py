@@ -51,7 +51,7 @@ def results_head(config: ml_collections.ConfigDict,
   if more.get('shift_by_tokens'):
     more['shift_type'] = sampler['shift_type']
   return {
-      'dataset': config.data.path or config.data.name,
+      'dataset': config.data.path or config.data.name or config.prompts,
       'num_samples': config.eval.num_samples,
       'sampler': sampler['name'],
       'steps': plan.num_steps,
@@ -137,6 +137,11 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
       name for name in cfg.rows if name != methods_lib.FULL_PRECISION]
   results = results_head(config, experiment.plan, experiment.sampler)
   results |= {**scorer.provenance, 'rows': []}
+  texts = []
+  if experiment.prompts is not None:
+    texts = experiment.prompts.texts_of(min(cfg.pictures, cfg.num_samples))
+    results |= {'num_prompts': len(experiment.prompts),
+                'prompts_digest': experiment.prompts.digest, 'prompts': texts}
   shown = {}
   if experiment.images is not None:
     shown['data'] = experiment.images[:cfg.pictures]
@@ -146,7 +151,8 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
         experiment, cfg, workdir, name, samples, scorer, meter)
     results['rows'].append(content)
     shown[name] = samples[:cfg.pictures]
-  pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(shown))
+  pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(
+      shown, texts=texts))
   files.write_json(f'{workdir}/results.json', results)
   if cfg.report:
     # Also where the last row was done by an earlier run, which kept its metrics
@@ -194,7 +200,8 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   name, path = source
   make = lambda: scorer_lib.Scorer(network, references.reference_of(
       images, network, dataset=path or name, file=cfg.reference,
-      num_vectors=cfg.vectors, path=folder / 'reference.npz'))
+      num_vectors=cfg.vectors, path=folder / 'reference.npz',
+      needed=experiment.prompts is None))
   # A reference file may be of another network, and without data there may be
   # none: to be known before `claim`. Statistics of the data are measured after
   # it, into the folder that it may delete.
@@ -210,7 +217,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'layer_images': cfg.layer_images, 'timing': cfg.timing,
       'network': network.provenance,
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
-                   else [*source, *images.shape]}
+                   else [*source, *(() if images is None else images.shape)]}
   prepare()
   sample_store.claim(folder, samples, scores)
   return scorer or make()

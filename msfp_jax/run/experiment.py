@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from typing import Any
 
 from absl import logging
@@ -27,6 +26,8 @@ from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.observe import collect
 from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.run import first_stage
+from msfp_jax.run import prompts as prompts_lib
 from msfp_jax.run import teacher
 from msfp_jax.tune import finetune as finetune_lib
 
@@ -108,6 +109,7 @@ class Experiment:
     ahead: what recipes need to see that will be asked for later, so that all
       share one run of the sampler.
     sampler: {field: value} that the plan was made of, `name` among them.
+    prompts: what images are made from; None of models that take no text.
   """
 
   model: denoiser.Denoiser
@@ -124,6 +126,7 @@ class Experiment:
   decode: Callable[[jax.Array], jax.Array] | None = None
   ahead: frozenset[str] = frozenset()
   sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  prompts: prompts_lib.Prompts | None = None
 
   @property
   def sample_shape(self) -> tuple[int, int, int]:
@@ -132,10 +135,13 @@ class Experiment:
 
   @property
   def taken(self) -> dict[str, Any]:
-    """The sampler as it is, part of which the checkpoint may have said."""
+    """The sampler as it is, part of which the checkpoint may have said, and
+    which prompts the file holds."""
     plan = json.dumps(self.plan.to_dict()).encode()
-    return {'sampler': dict(self.sampler),
-            'plan': hashlib.sha256(plan).hexdigest()[:16]}
+    found = {'sampler': dict(self.sampler),
+             'plan': hashlib.sha256(plan).hexdigest()[:16]}
+    return found if self.prompts is None else found | {
+        'prompts': self.prompts.digest}
 
   def key(self, use: int) -> jax.Array:
     """The key of one use of the seed, such as SAMPLES."""
@@ -228,34 +234,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.quant.weight_bits={FULL_BITS}: no weight is quantized, and '
         'there is nothing to fine-tune: set config.finetune.num_updates=0')
-  if config.first_stage and not config.pretrained:
-    raise ValueError(
-        f'config.first_stage={config.first_stage!r} without config.pretrained: '
-        'a teacher that is trained here works on pixels')
-  if config.first_stage_rows < 0 or (
-      config.first_stage_rows and not config.first_stage):
-    raise ValueError(
-        f'config.first_stage_rows={config.first_stage_rows}, first_stage='
-        f'{config.first_stage!r}: must be the rows of a first stage\'s images '
-        'that are decoded at a time, or 0 for all')
-  _check_latents(config)
-
-
-def _check_latents(config):
-  """Raises ValueError for a scale of latents that none can have."""
-  scale, shift = config.first_stage_scale, config.first_stage_shift
-  if (scale, shift) == (None, None):
-    return
-  if config.first_stage in ('', teacher.RANDOM):
-    raise ValueError(
-        f'config.first_stage_scale={scale}, first_stage_shift={shift}, and '
-        f'config.first_stage={config.first_stage!r}: only the first stage of a '
-        'checkpoint has them')
-  if scale is not None and not 0 < scale < math.inf:
-    raise ValueError(f'config.first_stage_scale={scale}: must be a number '
-                     'above 0')
-  if shift is not None and not math.isfinite(shift):
-    raise ValueError(f'config.first_stage_shift={shift}: must be a number')
+  first_stage.check(config)
+  prompts_lib.check(config)
 
 
 def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
@@ -271,16 +251,17 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       none of ours and the config names none.
   """
   # First, for it takes no time: a sampler that there is not ends the run here.
-  chosen = origin_lib.choose(
-      teacher.load_origin(config.pretrained, workdir,
-                          described_by=config.pretrained_config,
-                          ema=config.ema),
-      config.schedule, config.sampler)
+  origin = teacher.load_origin(
+      config.pretrained, workdir, described_by=config.pretrained_config,
+      ema=config.ema)
+  chosen = origin_lib.choose(origin, config.schedule, config.sampler)
   model, params = teacher.load(
       config.pretrained, workdir, described_by=config.pretrained_config,
       ema=config.ema, fields=config.model, seed=config.seed)
   logging.info('the model has %s parameters',
                f'{parameter_overview.count_parameters(params):,}')
+  # Before data and encoders are loaded.
+  prompts_lib.check_model(model, config)
   # A workdir may be evaluated against a file of statistics, without the data.
   images = None
   if config.data.name:
@@ -293,14 +274,27 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
         scale=config.first_stage_scale, shift=config.first_stage_shift,
         fields=config.autoencoder, seed=config.seed,
         rows=config.first_stage_rows)
+  if config.image_size:
+    model, image_shape = first_stage.resized(
+        model, image_shape, tuple(config.image_size))
+    if chosen.sampler_fields.get('shift_by_tokens'):
+      # The checkpoint's are those of its own size.
+      chosen = origin_lib.choose(
+          origin, config.schedule,
+          first_stage.sampler_for(model, config.sampler))
   # Against what is decoded: latents are not compared with images.
   if images is not None:
     teacher.check_images(images, image_shape)
-  model, draw_condition = teacher.conditional(
-      model, config.guidance.scale, config.guidance.null_class)
+  prompts = None
+  if config.prompts:
+    model, prompts = prompts_lib.load(model, config)
+    draw_condition = prompts.draw
+  else:
+    model, draw_condition = teacher.conditional(
+        model, config.guidance.scale, config.guidance.null_class)
   return Experiment(
       model, params, chosen.schedule, chosen.plan, image_shape, images,
       config.seed,
       CalibrationSettings(**config.calibrate), QuantSettings(**config.quant),
       finetune_lib.FinetuneSettings(**config.finetune), draw_condition, decode,
-      sampler=chosen.sampler_fields)
+      sampler=chosen.sampler_fields, prompts=prompts)

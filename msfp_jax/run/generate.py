@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 import functools
 import statistics
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.run import prompts as prompts_lib
 
 _TIMED = 3  # batches, at least, by which a model is timed
 
@@ -31,7 +31,8 @@ class Drawer:
   def __init__(self, model: packed_lib.PackedModel,
                plan: diffusion.SamplerPlan, batch_size: int,
                shape: tuple[int, ...],
-               draw_condition: conditions.Draw = conditions.none):
+               draw_condition: conditions.Draw = conditions.none,
+               prompts: prompts_lib.Prompts | None = None):
     """Nothing runs yet.
 
     Args:
@@ -40,13 +41,15 @@ class Drawer:
       batch_size: images in a batch, a multiple of the number of devices.
       shape: of a sample, `[H, W, C]`.
       draw_condition: of every batch, for conditional models.
+      prompts: in place of it: each image is made from its own.
 
     Raises:
       ValueError: a batch that cannot be split.
     """
     devices.check_batch('batch_size', batch_size)
     self.model, self.batch_size = model, batch_size
-    self._more = plan, batch_size, shape, draw_condition
+    self._more = plan, batch_size, shape, draw_condition, prompts
+    self._prompts = prompts
     self._arrays, self._times = None, []
 
   def of(self, model: packed_lib.PackedModel) -> 'Drawer':
@@ -54,20 +57,24 @@ class Drawer:
     return Drawer(model, *self._more)
 
   @functools.cached_property
-  def _draw(self) -> Callable[[Any, jax.Array], jax.Array]:
-    """(arrays, key) -> a batch; compiled."""
-    plan, batch_size, shape, draw_condition = self._more
+  def _draw(self) -> Callable[..., jax.Array]:
+    """(arrays, key, of `Prompts.batch` or None) -> a batch; compiled."""
+    plan, batch_size, shape, draw_condition, _ = self._more
     sharding = devices.batch_sharding()
 
-    def draw(arrays, key):
+    def draw(arrays, key, prompted):
       model = self.model.with_arrays(arrays)
       # Drawn inside of the program and by the batch's own key: which batches
       # are drawn, and in which order, is of no account to a batch.
-      noise = jax.random.normal(
-          jax.random.fold_in(key, 0), (batch_size, *shape))
+      if prompted is None:
+        noise = jax.random.normal(
+            jax.random.fold_in(key, 0), (batch_size, *shape))
+        condition = draw_condition(jax.random.fold_in(key, 2), batch_size)
+      else:
+        seeds, rounds, condition = prompted
+        noise = prompts_lib.noise(seeds, rounds, shape)
       if sharding is not None:
         noise = jax.lax.with_sharding_constraint(noise, sharding)
-      condition = draw_condition(jax.random.fold_in(key, 2), batch_size)
       return diffusion.sample(
           lambda x, t, index: model.eps_fn(x, t, index, *condition), plan,
           noise, jax.random.fold_in(key, 1))
@@ -75,16 +82,21 @@ class Drawer:
     # Weights are arguments: constants would be folded at compile time.
     return jax.jit(draw, compiler_options=kernels.compiler_options())
 
-  def __call__(self, key: jax.Array) -> jax.Array:
+  def __call__(self, key: jax.Array, number: int = 0) -> jax.Array:
     """One batch `[batch_size, H, W, C]`, before any decoder.
 
-    Of what folding makes of the key, 0 is the noise that samples start from, 1
-    that of the sampler's steps, 2 the condition.
+    Args:
+      key: of what folding makes of it, 0 is the noise that samples start from,
+        1 that of the sampler's steps, 2 the condition. With prompts, 1 alone
+        counts.
+      number: of the batch, which tells its prompts.
     """
     if self._arrays is None:  # copied once, not with every batch
       self._arrays = devices.on_all(self.model.arrays)
+    prompted = None if self._prompts is None else self._prompts.batch(
+        number, self.batch_size)
     begin = time.perf_counter()
-    x = self._draw(self._arrays, key).block_until_ready()
+    x = self._draw(self._arrays, key, prompted).block_until_ready()
     self._times.append(time.perf_counter() - begin)
     return x
 
@@ -120,7 +132,7 @@ def batches(draw: Drawer, numbers: Iterable[int], key: jax.Array,
     ValueError: samples that are NaN or infinite.
   """
   for number in numbers:
-    x = draw(jax.random.fold_in(key, number))
+    x = draw(jax.random.fold_in(key, number), number)
     # Before anything becomes uint8, in which NaN would be a pixel like any.
     _check_finite(x, name, number)
     if decode is not None:

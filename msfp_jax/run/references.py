@@ -62,7 +62,8 @@ def run(source: str, path: str, feature_name: str, *, weights: str = '',
 
 def reference_of(images: data.Images | None, network: features.FeatureNetwork,
                  *, dataset: str, file: str = '', num_vectors: int = 0,
-                 path: pathlib.Path | None = None) -> stats_file.Reference:
+                 path: pathlib.Path | None = None,
+                 needed: bool = True) -> stats_file.Reference:
   """Statistics of a file, or of the data.
 
   Args:
@@ -72,12 +73,16 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
     file: of statistics, config.eval.reference; '' for those of the data.
     num_vectors: feature vectors wanted beside them; 0 for none.
     path: where those of the data are kept, and looked for.
+    needed: whether to raise where there is nothing, as `stats_file.NOTHING`
+      would do.
 
   Raises:
     ValueError: neither a reference nor data, or no statistics file.
   """
   if file:
     return _read(file, num_vectors)
+  if images is None and not needed:
+    return stats_file.NOTHING
   if images is None:
     raise ValueError('nothing to compare with: set config.eval.reference to a '
                      'file of statistics, or config.data.name to a data set')

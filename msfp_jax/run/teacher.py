@@ -168,7 +168,7 @@ def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
   """The model with guidance, and what it is asked for.
 
   Args:
-    model: unconditional, or of labels.
+    model: unconditional, or of labels; of a text, see `run.prompts`.
     scale: of the guidance; 1 for none.
     has_null_class: whether the last class stands for none.
 
@@ -188,8 +188,8 @@ def conditional(model: denoiser.Denoiser, scale: float, has_null_class: bool
   for condition in (first, *others):
     if condition.classes is None:
       raise ValueError(
-          f'the model takes a {condition.name} of width {condition.shape[-1]}, '
-          'such as a text: experiments have none to give')
+          f'the model takes a {condition.name}, which cannot be drawn at '
+          'random: that of a text comes from config.prompts')
   if others:
     raise ValueError(
         f'the model takes {[c.name for c in model.conditions]}: experiments '

@@ -210,7 +210,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   # The teacher's parameters, and weights that calibration rounded, are an
   # argument: as constants they would be folded for a minute of compilation.
   @functools.partial(jax.jit, donate_argnums=0)
-  def update(state: FinetuneState, arrays: Any):
+  def update(state: FinetuneState, arrays: Any, draw: conditions.Draw):
     params, _ = arrays
     index = state.step % plan.num_steps
     step = jax.tree.map(lambda a: a[index], steps)
@@ -224,7 +224,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         sampling.start(plan, noise), state.position)
     x = position.x
     # By the trajectory's key: the condition stays the same along it.
-    condition = draw_condition(jax.random.fold_in(run_key, 2), len(x))
+    condition = draw(jax.random.fold_in(run_key, 2), len(x))
     eps_teacher = student.model.apply(
         {'params': params}, x, jnp.full(x.shape[:1], step['t']), *condition)
     (loss, (mse, choices)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -245,7 +245,9 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
             plan, step, position, eps_teacher,
             jax.random.fold_in(run_key, 1))), scalars
 
-  return lambda state: update(state, student.arrays)
+  # Likewise an argument, as it may hold embeddings of many prompts.
+  draw = jax.tree_util.Partial(draw_condition)
+  return lambda state: update(state, student.arrays, draw)
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:
