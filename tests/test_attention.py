@@ -33,6 +33,7 @@ def test_the_scores_of_a_large_batch_are_never_all_in_memory():
   assert 'scan' in jaxpr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scale', [0.0, 3.0])
 def test_guidance_is_two_predictions(scale):
   config = UNetConfig(

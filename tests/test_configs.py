@@ -103,6 +103,7 @@ def test_what_a_config_names_exists(module, variant):
     recipes.get(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant, count', [
     ('small', 2_736_099), ('ten', 9_492_883)])
 def test_the_teachers_of_cifar10(variant, count):

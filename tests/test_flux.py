@@ -40,6 +40,7 @@ def test_a_token_is_channels_of_two_by_two_places():
   np.testing.assert_array_equal(flux.from_tokens(tokens, 4, 6), x)
 
 
+@pytest.mark.slow
 # As published: tensors of diffusers' files and of BFL's, and parameters.
 @pytest.mark.parametrize('config, tensors, fused, parameters', [
     (FluxConfig(), 1156, 776, 11_891_178_560),

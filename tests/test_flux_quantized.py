@@ -50,6 +50,7 @@ def kept(path, model, params, spec):
   return packed, loaded
 
 
+@pytest.mark.slow
 def test_without_data_to_a_file(model, params, tmp_path):
   """Which layers have 8 bits, and all of it comes back."""
   spec = msfp.calibrate(model, params, recipe='nvfp4')

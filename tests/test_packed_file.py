@@ -159,6 +159,7 @@ def of_shapes(config):
   return packed_lib.PackedModel(UNet(config), params, layers, choices, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config, limit', [
     (native.load_pretrained('digits16')[0].config, 4.3),
     (tiny.CIFAR10, 4.1)], ids=['digits', 'cifar10'])

@@ -236,6 +236,7 @@ class Deep(nn.Module):
     return x
 
 
+@pytest.mark.slow
 def test_deep_networks_are_equal_bit_for_bit():
   """A last bit that differs would move levels, more with every layer."""
   x, t = noise((8, 10, 14, 64)), jnp.zeros(8)

@@ -171,6 +171,7 @@ class Own(nn.Module):
     return nn.Conv(1, (3, 3), name='last')(nn.silu(h))
 
 
+@pytest.mark.slow
 def test_a_model_and_a_recipe_of_ones_own(tmp_path, monkeypatch):
   """A recipe is one entry; the model is passed to load."""
   msfp_signed = msfp.RECIPES['signed_fp']

@@ -38,6 +38,7 @@ FLUX_ROLES = {
     'feed_forward': 4 * 19 + 2 * 38, 'norm_out': 1, 'proj_out': 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config, expected', [
     (tiny.CIFAR10, CIFAR10_ROLES), (tiny.CELEBA64, CELEBA64_ROLES),
     pytest.param(tiny.CIN256, CIN256_ROLES, marks=pytest.mark.slow)],

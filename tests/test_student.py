@@ -133,6 +133,7 @@ def test_step_0_is_the_plain_int_baseline_bit_for_bit():
   assert len(list(assert_starts_as_plain(net(recipe='int'), 'int'))) == 2
 
 
+@pytest.mark.slow
 @variants
 def test_deployed_equals_the_student_at_every_step(options):
   setup, trainable = net(**options), trained(**options)

@@ -62,9 +62,8 @@ def evaluate_in_pieces(config, workdir, each):
         stops += 1
 
 
-@pytest.mark.parametrize('each', [
-    5, pytest.param(3, marks=pytest.mark.slow),
-    pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('each', [3, 4, 5])
 def test_interrupted_is_uninterrupted(copy, npz, drawn, each):
   """No batch is drawn twice, and none is lost."""
   before = runs.contents(copy)
@@ -234,6 +233,7 @@ def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   assert output['conv_in'] > packed['sqnr_mean'] > packed['sqnr_min'] > 5
 
 
+@pytest.mark.slow
 def test_the_packed_model_is_a_row(copy, npz):
   """The file that training left, beside the simulation that it equals."""
   found = evaluate.run(runs.config_of(
