@@ -47,6 +47,7 @@ SQNR = {
     'NVFP4': (20.44, 20.66, 20.88, 20.23, 21.71)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [
     768, pytest.param(2048, marks=pytest.mark.slow)])
 def test_formats_have_the_known_signal_to_noise(rows):
@@ -120,6 +121,7 @@ def test_errors_by_hand():
   assert errors.ratios(layers) == [['conv', '2', '4.00', '3.00', '6.00']]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('on_cpu')
 def test_layers_of_a_packed_model_are_found_and_run():
   """Those of packed weights, the most work first; each runs by itself."""

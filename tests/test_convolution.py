@@ -61,6 +61,7 @@ def both(features, x, **fields):
           lambda p, x: conv(features, **fields).apply(p, x), params)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_plain_convolutions():
   x = jax.random.normal(jax.random.key(1), (2, 6, 4, 128))
   ours, theirs, params = both(128, x, padding=((1, 1), (1, 1)))

@@ -83,6 +83,7 @@ def test_a_file_samples_what_the_simulation_does(
   assert 1e-3 < error < 0.3
 
 
+@pytest.mark.slow
 def test_aals_are_seen_in_the_inputs(model, params):
   """By their values: SiLU's and GELU's ends below, and no other's."""
   seen = observe.collect(model, params, PLAN, [inputs_of(CONFIG)],

@@ -75,6 +75,7 @@ def test_a_killed_stage_leaves_what_it_had_and_others_go_on(tmp_path):
   assert 'said' in (tmp_path / 'two.log').read_text()
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_ends_with_all_that_it_started(tmp_path):
   start = time.monotonic()
   hangs = session(tmp_path, stage('one', HANGS, limit=3.0),

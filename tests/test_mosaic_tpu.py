@@ -229,6 +229,7 @@ def test_result_is_rounded_once_to_bfloat16():
   np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_no_races_and_no_reads_beyond_an_array(capfd):
   interpret = pltpu.InterpretParams(
       detect_races=True, out_of_bounds_reads='raise')

@@ -189,6 +189,7 @@ class Silu(nn.Module):
         nn.silu(8 * y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [
     jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_a_half_precision_model_has_aals(dtype):

@@ -83,8 +83,8 @@ REAL = {
 }
 
 
-# One of either kind is a quick test, the others are slow ones.
-QUICK = ('cifar10', 'cin256-v2')
+# One is a quick test, the others are slow ones.
+QUICK = ('cifar10',)
 
 
 @pytest.mark.parametrize('config, family, rename, tensors, parameters', [

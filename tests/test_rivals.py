@@ -69,6 +69,7 @@ def test_a_layer_is_rotated_where_its_output_gains(rows, rotated):
   assert (errors[1] < errors[0]) == rotated
 
 
+@pytest.mark.slow
 def test_the_error_of_a_trial_is_that_of_the_outputs():
   """In float64, by explicit matrices, with a branch and smoothing as well."""
   rows = outliers(8)

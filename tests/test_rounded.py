@@ -173,6 +173,7 @@ def test_training_starts_from_the_rounded_weights(seen, recipe, base):
         layers[name].weight.bank(0).dequantize(), layer.rounded.dequantize())
 
 
+@pytest.mark.slow
 def test_a_student_predicts_by_the_rounded_weights_and_learns(
     seen, monkeypatch):
   monkeypatch.setitem(recipes.RECIPES, 'own', dataclasses.replace(

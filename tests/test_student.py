@@ -152,6 +152,7 @@ def test_deployed_equals_the_student_at_every_step(options):
           choices)
 
 
+@pytest.mark.slow
 def test_deployed_weights_are_the_quantized_sum_of_kernel_and_update():
   setup, trainable = net(), trained()
   deployed = packed_lib.deploy(setup.student, trainable, tiny.PLAN)
@@ -237,6 +238,7 @@ def test_banks_go_to_the_layers_of_fewest_bits():
     make(free)
 
 
+@pytest.mark.slow
 def test_one_bank_has_no_router():
   setup = net(**PLAIN_LORA)
   assert setup.student.router is None

@@ -110,6 +110,7 @@ def test_a_study_collects_mean_and_spread(tmp_path, text, draws):
   assert 'psnr_to_fp' not in found['one']['fp']
 
 
+@pytest.mark.slow
 def test_the_same_study_again_measures_no_row_twice(tmp_path, text, draws):
   work = tmp_path / 'work'
   table = study.run(text, str(work))
@@ -137,6 +138,7 @@ def test_parts_make_up_the_whole(tmp_path, text, draws):
   assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', ['quant', 'eval'])
 def test_rows_of_another_config_are_not_passed_off(
     tmp_path, text, draws, part):

@@ -276,6 +276,7 @@ def test_a_packed_file_is_the_simulation_and_counts_every_bit(
     assert layer.nbits == codes + scales + bias + branch + smooth, name
 
 
+@pytest.mark.slow
 def test_the_same_spec_twice(monkeypatch):
   first, again = (calibrated('roomy', monkeypatch).to_json() for _ in range(2))
   assert first == again

@@ -85,6 +85,7 @@ def test_merge_adds_to_the_layers_that_have_banks():
     np.testing.assert_allclose(merged[name], 1 + update, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rank_is_at_most_the_kernels():
   kernels = {'thin': jnp.ones((1, 1, 3, 8)), 'narrow': jnp.ones((3, 3, 4, 2)),
              'wide': jnp.ones((20, 20))}

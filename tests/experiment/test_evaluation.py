@@ -107,6 +107,7 @@ def test_another_batch_size_starts_anew(stopped, npz, drawn):
   assert not (stopped / 'eval').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [
     {'eval.pictures': 100, 'eval.keep': 'npz'},
     pytest.param({'eval.vectors': 50}, marks=pytest.mark.slow)])

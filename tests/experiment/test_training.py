@@ -139,6 +139,7 @@ def test_the_same_command_again_changes_and_trains_nothing(
   assert runs.times(copy / 'checkpoints') == stamps
 
 
+@pytest.mark.slow
 def test_eval_again_gives_identical_results(copy, npz):
   before = runs.contents(copy)
   returned = evaluate.run(runs.config_of(npz), str(copy))
@@ -146,6 +147,7 @@ def test_eval_again_gives_identical_results(copy, npz):
   assert returned == json.loads(before['results.json'])
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others(copy, npz):
   """Full precision comes first, asked for or not."""
   rows = json.loads((copy / 'results.json').read_text())['rows']
