@@ -406,12 +406,6 @@ def test_the_loss_falls():
   assert loss[-10:].mean() < 0.93 * loss[:10].mean()
 
 
-@pytest.mark.slow
-def test_the_loss_of_the_unet_falls():
-  loss = loss_by_trajectory(unet(), 40)
-  assert loss[-2:].mean() < 0.8 * loss[:2].mean()
-
-
 BY_STEP = (0.2, 0.3, 0.5, 0.9)  # scales of the input at the 4 steps
 
 
