@@ -25,14 +25,15 @@ from msfp_jax.quant.fit import Seen
 from msfp_jax.run import cli
 
 _BITS = 4
-_STEPS, _IMAGES = 20, 64  # of DDIM, whose inputs are seen
+_STEPS = 20  # of DDIM, whose inputs are seen
 
 
-def digits16() -> tuple[dict[str, np.ndarray], dict[str, Seen]]:
+def digits16(images: int = 64
+             ) -> tuple[dict[str, np.ndarray], dict[str, Seen]]:
   """{layer: kernel} of the shipped model, and what its layers' inputs were."""
   model, params = msfp.load_pretrained('digits16')
   noise = jax.random.normal(
-      jax.random.key(0), (_IMAGES, *model.sample_shape))
+      jax.random.key(0), (images, *model.sample_shape))
   plan = diffusion.ddim_plan(diffusion.make_schedule(
       'linear', num_train_steps=1000, beta_start=1e-4, beta_end=0.02), _STEPS)
   seen = observe.collect(model, params, plan, [noise], needs=('gram',),

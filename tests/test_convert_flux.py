@@ -73,6 +73,17 @@ DAMAGE = {
         'double_blocks.1.txt_mlp.0.weight', 3)}
 
 
+def refusal(tmp_path, tensors):
+  """What is said of a file of these tensors, described as TINY."""
+  safetensors.numpy.save_file(tensors, tmp_path / 'a.safetensors')
+  described = tmp_path / 'described.json'
+  described.write_text(json.dumps(flux_oracle.config_json(TINY)))
+  with pytest.raises(ValueError) as error:
+    convert.load_pretrained(str(tmp_path / 'a.safetensors'),
+                            config=str(described))
+  return str(error.value)
+
+
 @pytest.mark.parametrize('naming', DAMAGE)
 def test_every_damage_is_listed(tmp_path, naming):
   dropped, cut, retyped, turned, parts = DAMAGE[naming]
@@ -83,13 +94,7 @@ def test_every_damage_is_listed(tmp_path, naming):
   tensors |= {'extra.weight': np.zeros(3, np.float32), cut: tensors[cut][:-1],
               retyped: tensors[retyped].astype(np.int32),
               turned: np.ascontiguousarray(tensors[turned].T)}
-  safetensors.numpy.save_file(tensors, tmp_path / 'a.safetensors')
-  described = tmp_path / 'described.json'
-  described.write_text(json.dumps(flux_oracle.config_json(TINY)))
-  with pytest.raises(ValueError) as error:
-    convert.load_pretrained(str(tmp_path / 'a.safetensors'),
-                            config=str(described))
-  message = str(error.value)
+  message = refusal(tmp_path, tensors)
   for text, count in (('missing ', parts), ('unexpected extra.weight', 1),
                       ('the model wants', 2), ('holds no weights', 1)):
     assert message.count(text) == count, text
@@ -116,13 +121,7 @@ def test_a_fused_tensor_of_another_width(tmp_path):
   tensors = flux_oracle.bfl(flux_oracle.state_of(TINY), TINY)
   name = 'single_blocks.0.linear1.weight'
   tensors[name] = np.ascontiguousarray(tensors[name][:-1])
-  safetensors.numpy.save_file(tensors, tmp_path / 'a.safetensors')
-  described = tmp_path / 'described.json'
-  described.write_text(json.dumps(flux_oracle.config_json(TINY)))
-  with pytest.raises(ValueError) as error:
-    convert.load_pretrained(str(tmp_path / 'a.safetensors'),
-                            config=str(described))
-  message = str(error.value)
+  message = refusal(tmp_path, tensors)
   assert f'unexpected {name} (111, 16)' in message
   assert message.count('missing') == 4
 

@@ -1,6 +1,5 @@
 """GPTQ against its textbook form."""
 
-import functools
 import itertools
 
 import flax.linen as nn
@@ -21,13 +20,12 @@ import numpy as np
 import pytest
 import tiny
 
-import msfp_jax as msfp
+from benchmarks import gptq as benchmark
 from msfp_jax import diffusion
 from msfp_jax.quant import block_formats
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import functional
 from msfp_jax.quant import gptq
-from msfp_jax.quant import interception
 from msfp_jax.quant import observe
 from msfp_jax.quant import recipes
 from msfp_jax.quant.block import Block
@@ -274,7 +272,7 @@ def test_layers_of_digits16_err_less_in_every_format():
   see `python -m benchmarks.gptq`. The first convolution sees little
   but noise: where nearest levels are the best there are, GPTQ must be as good.
   """
-  kernels, seen = digits16()
+  kernels, seen = benchmark.digits16(images=16)
   # Recipes that differ by their inputs alone have the same weights.
   fits = {recipe.weight: name for name, recipe in recipes.RECIPES.items()}
   for count, (of, recipe) in enumerate(fits.items()):
@@ -288,17 +286,6 @@ def test_layers_of_digits16_err_less_in_every_format():
         assert after <= 1.05 * best_of_neighbours(quantizer, kernel, gram)
       else:
         assert after < before, (recipe, name)
-
-
-@functools.cache
-def digits16():
-  """{layer: kernel}, and what its layers' inputs were in 20 steps of DDIM."""
-  model, params = msfp.load_pretrained('digits16')
-  noise = jax.random.normal(jax.random.key(2), (16, 16, 16, 1))
-  seen = observe.collect(
-      model, params, diffusion.ddim_plan(tiny.SCHEDULE, 20), [noise],
-      needs=('gram',), key=jax.random.key(0))
-  return jax.device_get(interception.leaves(params, 'kernel')), seen
 
 
 def best_of_neighbours(quantizer, kernel, gram):

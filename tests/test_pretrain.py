@@ -110,15 +110,19 @@ def test_the_loss_is_that_of_the_noise_in_x_t():
   # Uniform over 0..255 in [-1, 1].
   power = np.mean((np.arange(256) / 127.5 - 1)**2)
   for a in (0.0, 0.8):
-    state = start(tx)
-    state = state.replace(params={'a': jnp.full(2, a)})
-    losses = []
-    for _ in range(8):
-      state, scalars = update(state)
-      losses.append(float(scalars['loss']))
+    losses = losses_of(update, start(tx), a)
     expected = np.mean(a**2 * bar * power + (a * np.sqrt(1 - bar) - 1)**2)
     assert np.mean(losses) == pytest.approx(expected, rel=0.02)
     assert len(set(losses)) == 8  # noise, timesteps and images are fresh
+
+
+def losses_of(update, state, a):
+  """The losses of 8 updates of a model that predicts a x_t."""
+  state, losses = state.replace(params={'a': jnp.full(2, a)}), []
+  for _ in range(8):
+    state, scalars = update(state)
+    losses.append(float(scalars['loss']))
+  return losses
 
 
 def take_many(key):
@@ -137,11 +141,6 @@ def test_the_loss_of_a_flow_is_that_of_its_velocity():
   s = (np.arange(10_000) + 0.5) / 10_000
   power = np.mean((np.arange(256) / 127.5 - 1)**2)
   for a in (0.0, 0.8):
-    state = start(tx)
-    state = state.replace(params={'a': jnp.full(2, a)})
-    losses = []
-    for _ in range(8):
-      state, scalars = update(state)
-      losses.append(float(scalars['loss']))
+    losses = losses_of(update, start(tx), a)
     expected = np.mean((a * (1 - s) + 1)**2 * power + (a * s - 1)**2)
     assert np.mean(losses) == pytest.approx(expected, rel=0.02)

@@ -30,6 +30,16 @@ class Condition:
     return jax.ShapeDtypeStruct((batch, *self.shape), jnp.float32)
 
 
+def shape_of(config: Any) -> tuple[int, int, int]:
+  """(H, W, C) by the fields of a configuration that all families share.
+
+  Args:
+    config: has image_size, image_width (None: as high as wide), in_channels.
+  """
+  return (config.image_size, config.image_width or config.image_size,
+          config.in_channels)
+
+
 class Denoiser(Protocol):
   """A linen module, called as model(x, t, *conditions), with a name in files.
 

@@ -177,9 +177,7 @@ class Flux(nn.Module):
   @property
   def sample_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of what it denoises."""
-    cfg = self.config
-    width = cfg.image_width or cfg.image_size
-    return cfg.image_size, width, cfg.in_channels
+    return denoiser.shape_of(self.config)
 
   @property
   def conditions(self) -> tuple[denoiser.Condition, ...]:

@@ -9,22 +9,18 @@ import jax.numpy as jnp
 from msfp_jax.models import denoiser
 
 
-class Guided(nn.Module):
-  """A UNet with classifier-free guidance, as one model of (x, t, labels).
+class _Guidance(nn.Module):
+  """What guidance by labels and by texts have in common.
 
-  Both predictions come from one batch, first that without condition; so what
-  is calibrated, distilled and sampled is the guided model. Parameters and
+  Both predictions come from one batch, first that which is led away from; so
+  what is calibrated, distilled and sampled is the guided model. Parameters and
   layer names are the inner model's.
 
   Attributes:
-    inner: a model of (x, t, labels).
-    scale: s.
-    null_label: the class that stands for none.
+    inner: a model of (x, t, condition).
   """
 
   inner: nn.Module
-  scale: float
-  null_label: int
 
   def setup(self):
     # The UNet's parameters and layer names stay as they are, without a prefix.
@@ -35,6 +31,26 @@ class Guided(nn.Module):
     """(H, W, C) of what it denoises."""
     return self.inner.sample_shape
 
+  def _lead(self, predict, scale, x, t, away, toward):
+    """p(away) + scale * (p(toward) - p(away)), p = predict(x, t, condition)."""
+    twice = lambda a: jnp.concatenate([a, a])
+    both = predict(twice(x), twice(t), jnp.concatenate([away, toward]))
+    without, within = jnp.split(both, 2)
+    return without + scale * (within - without)
+
+
+class Guided(_Guidance):
+  """A UNet with classifier-free guidance, as one model of (x, t, labels).
+
+  Attributes:
+    inner: a model of (x, t, labels).
+    scale: s.
+    null_label: the class that stands for none.
+  """
+
+  scale: float
+  null_label: int
+
   @property
   def conditions(self) -> tuple[denoiser.Condition, ...]:
     """The labels below that of none."""
@@ -42,15 +58,11 @@ class Guided(nn.Module):
 
   def __call__(self, x: jax.Array, t: jax.Array, labels: jax.Array
                ) -> jax.Array:
-    twice = lambda a: jnp.concatenate([a, a])
     null = jnp.full_like(labels, self.null_label)
-    both = self.inner(
-        twice(x), twice(t), jnp.concatenate([null, labels]))
-    without, within = jnp.split(both, 2)
-    return without + self.scale * (within - without)
+    return self._lead(self.inner, self.scale, x, t, null, labels)
 
 
-class GuidedByText(nn.Module):
+class GuidedByText(_Guidance):
   """A model of a context with guidance, as one of two contexts.
 
   As `Guided`, where what it is led away from is a context too: that of an
@@ -61,16 +73,7 @@ class GuidedByText(nn.Module):
     text_scale: s; 1 for no guidance.
   """
 
-  inner: nn.Module
   text_scale: float
-
-  def setup(self):
-    nn.share_scope(self, self.inner)
-
-  @property
-  def sample_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of what it denoises."""
-    return self.inner.sample_shape
 
   @property
   def conditions(self) -> tuple[denoiser.Condition, ...]:
@@ -81,8 +84,6 @@ class GuidedByText(nn.Module):
 
   def __call__(self, x: jax.Array, t: jax.Array, context: jax.Array,
                negative_context: jax.Array) -> jax.Array:
-    twice = lambda a: jnp.concatenate([a, a])
-    both = self.inner(twice(x), twice(t), context=jnp.concatenate(
-        [negative_context, context]))
-    without, within = jnp.split(both, 2)
-    return without + self.text_scale * (within - without)
+    predict = lambda x, t, context: self.inner(x, t, context=context)
+    return self._lead(
+        predict, self.text_scale, x, t, negative_context, context)

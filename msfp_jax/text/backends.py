@@ -25,7 +25,7 @@ _SPACE = '▁'
 _GAPS = 100
 
 
-def library() -> Any:
+def import_tokenizers() -> Any:
   """The library `tokenizers`, with which texts become tokens.
 
   Raises:
@@ -47,7 +47,7 @@ def from_json(path: pathlib.Path) -> tuple[Any, str]:
   Raises:
     ValueError: it is none, or one of neither kind.
   """
-  tokenizers = library()
+  tokenizers = import_tokenizers()
   try:
     found = tokenizers.Tokenizer.from_str(_text(path))
   # The library raises Exception itself.
@@ -78,7 +78,7 @@ def from_vocabulary(vocab: pathlib.Path, merges: pathlib.Path,
   Raises:
     ValueError: files that are none of CLIP's.
   """
-  tokenizers = library()
+  tokenizers = import_tokenizers()
   if not merges.is_file():
     raise ValueError(f'{vocab} has no {merges.name} beside it, which says how '
                      'words become its tokens')
@@ -121,7 +121,7 @@ def from_sentencepiece(path: pathlib.Path, named: Mapping[str, str]
   Raises:
     ValueError: as `sentencepiece_file.read`; or it lacks the end.
   """
-  tokenizers = library()
+  tokenizers = import_tokenizers()
   held = sentencepiece_file.read(path)
   gaps = tuple(f'<extra_id_{i}>' for i in reversed(range(_GAPS)))
   found = tokenizers.Tokenizer(tokenizers.models.Unigram(

@@ -61,13 +61,14 @@ def _clip(width, seed):
 
 
 def _t5(width, seed, length):
-  library, named = backends.library(), backends.NAMED[backends.T5]
+  tokenizers, named = (
+      backends.import_tokenizers(), backends.NAMED[backends.T5])
   end, unknown = named['eos_token'], named['unk_token']
   pieces = [named['pad_token'], end, unknown, _SPACE, *_LETTERS]
-  backend = library.Tokenizer(library.models.Unigram(
+  backend = tokenizers.Tokenizer(tokenizers.models.Unigram(
       [(piece, -1.0) for piece in pieces], unk_id=2, byte_fallback=False))
-  backend.pre_tokenizer = library.pre_tokenizers.Metaspace(_SPACE)
-  backend.post_processor = library.processors.TemplateProcessing(
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(_SPACE)
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
       single=f'$A {end}', special_tokens=[(end, pieces.index(end))])
   with tempfile.TemporaryDirectory() as folder:
     backend.save(f'{folder}/tokenizer.json')

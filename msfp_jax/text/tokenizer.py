@@ -241,7 +241,7 @@ def _add_tokens(backend, config, named, plain, file):
   # A tokenizer.json has its own of them.
   for token in backend.get_added_tokens_decoder().values():
     added.pop(token.content, None)
-  make = backends.library().AddedToken
+  make = backends.import_tokenizers().AddedToken
   backend.add_tokens([
       make(text, **{'special': True} | (
           {flag: token[flag] for flag in _FLAGS if flag in token}
