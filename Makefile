@@ -33,7 +33,9 @@ PARITY_READY := $(PARITY_VENV)/ready
 BROWSER_READY := $(BROWSER_VENV)/ready
 AOT_READY := $(AOT_VENV)/ready
 
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Python compiles what it imports; of PyTorch's and JAX's thousands of files most
+# are never imported.
+PIP_INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
 
 # The versions that the tests have run with; others are refused by name.
 define CHECK_PYTHON
@@ -59,14 +61,17 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table costs test test-slow parity browser aot \
-  packed versus inception golden lint clean
+.PHONY: help setup environments demo table costs test test-slow parity \
+  browser aot packed versus inception golden lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
 	  $(firstword $(MAKEFILE_LIST))
 
 setup: $(TEST_READY) ## create .venv with everything that demo and test need
+
+# Of the targets that need more than `test` does.
+environments: $(PARITY_READY) $(AOT_READY) $(BROWSER_READY) ## and all others
 
 demo: $(RUN_READY) ## quantize, fine-tune and evaluate the embedded default
 	$(PY) train.py --config=configs/digits.py:demo --workdir=runs/demo

@@ -16,6 +16,9 @@ if jax.__version_info__ >= (0, 11):
 
 _COMPILED = pathlib.Path(__file__).parents[1] / '.pytest_cache/jax'
 _LARGEST = 2**30  # bytes, after which it starts anew
+# Files whose tests take minutes begin first: begun last, one process would be
+# left with them while the others have nothing to do.
+_FIRST = ('experiment', 'test_gpu_session', 'test_smoke', 'test_wheel')
 
 
 def pytest_configure():
@@ -53,6 +56,15 @@ def on_cpu(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
   with jax.default_device(jax.devices('cpu')[0]):
     yield
+
+
+def pytest_collection_modifyitems(items):
+  def place(item):
+    names = (item.path.parent.name, item.path.stem)
+    return min((_FIRST.index(name) for name in names if name in _FIRST),
+               default=len(_FIRST))
+
+  items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
