@@ -66,6 +66,7 @@ _ROWS = {
 _RECIPES = (*recipes.RECIPES, 'msfp+gptq', 'msfp_group+gptq',
             'mixup_weights+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
             'quartz+gptq')
+_BEST = ('msfp', 'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq')
 VARIANTS |= {f'recipe={name}': {'quant.recipe': name} for name in _RECIPES}
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
@@ -112,6 +113,16 @@ STUDIES = {
         'base': 'recipes',
         'groups': {group: {name: f'recipes,{group},recipe={name}'
                            for name in _RECIPES}
+                   for group in ('ends-8', 'skip-8')},
+    },
+    # The best of those, and MSFP, fine-tuned.
+    'recipes_tuned': {
+        'seeds': (0, 1, 2),
+        'metrics': ('bits_per_weight', 'bits_per_act', *_METRICS, 'ssim_to_fp'),
+        'groups': {group: {f'{name} + {label}': f'{group},recipe={name},{words}'
+                           for name in _BEST
+                           for label, words in (('LoRA', 'lora'),
+                                                ('TALoRA + DFA', 'talora,dfa'))}
                    for group in ('ends-8', 'skip-8')},
     },
 }

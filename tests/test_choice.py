@@ -39,7 +39,7 @@ def test_levels_are_simulated_and_codes_are_run():
 @pytest.mark.parametrize('fastest', ['int8', 'f32'])
 def test_carriers_of_cpus(monkeypatch, fastest):
   """int8 where that is fast, it holds both formats and scales leave the sum."""
-  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
+  monkeypatch.setattr(cpu, 'carrier', lambda products: fastest)
   of = lambda case, layer: choice.pick_carrier(
       layer, case.x.shape, 'xla', case.resolved)
   for act, expected in (('UE2M2', fastest), ('UE4M0', 'f32')):
@@ -65,7 +65,7 @@ def test_carriers_of_cpus(monkeypatch, fastest):
                          ids=lambda case: case if isinstance(case, str) else
                          f'{case.x.shape}')
 def test_where_cpus_are_fast_and_exact_in_int8(monkeypatch, case, expected):
-  monkeypatch.setattr(cpu, 'carrier', lambda: 'int8')
+  monkeypatch.setattr(cpu, 'carrier', lambda products: 'int8')
   assert choice.pick_carrier(
       case.packed, case.x.shape, 'xla', case.resolved) == expected
 

@@ -63,7 +63,7 @@ def calls(monkeypatch):
 def test_prepared_layers_equal_the_reference(
     monkeypatch, calls, fastest, weight, act, zero_point, expected):
   """Prepared layers equal the reference bit for bit."""
-  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
+  monkeypatch.setattr(cpu, 'carrier', lambda products: fastest)
   layer, prepared = wide_layer(weight, act, zero_point)
   x = jnp.asarray(
       np.random.default_rng(4).normal(size=(16, 16, 16, 64)), jnp.float32)
@@ -82,7 +82,7 @@ def test_prepared_layers_equal_the_reference(
     {'implementation': 'reference'}], ids=str)
 @pytest.mark.parametrize('fastest', ['f32', 'int8'])
 def test_other_convolutions_are_plain(monkeypatch, calls, fastest, options):
-  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
+  monkeypatch.setattr(cpu, 'carrier', lambda products: fastest)
   _, prepared = wide_layer('E2M1', 'E2M1')
   jax.eval_shape(lambda x: convolve(x, prepared, **options),
                  jax.ShapeDtypeStruct((64, 8, 8, 64), jnp.float32))
@@ -95,7 +95,7 @@ def test_other_convolutions_are_plain(monkeypatch, calls, fastest, options):
     ('int8', 3, False)])
 def test_few_pixels_do_not_pay_for_the_weights(
     monkeypatch, calls, fastest, images, is_taken):
-  monkeypatch.setattr(cpu, 'carrier', lambda: fastest)
+  monkeypatch.setattr(cpu, 'carrier', lambda products: fastest)
   _, prepared = wide_layer('E2M1', 'E2M1')
   jax.eval_shape(lambda x: convolve(x, prepared),
                  jax.ShapeDtypeStruct((images, 8, 8, 64), jnp.float32))

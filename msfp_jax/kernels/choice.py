@@ -134,7 +134,10 @@ def _carriers_of_cpu(layer, shape, geometry):
   if (terms * carriers.magnitude(weight.numbers)
       * carriers.magnitude(seen.numbers) > carriers.EXACT_FLOAT32):
     return ('f32',)
-  return ('int8', 'f32') if cpu.carrier() == 'int8' else ('f32',)
+  rows = shape[:-1] if geometry is None else (
+      shape[0], *geometry.size(shape[1:-1], weight.window))
+  products = math.prod(rows) * terms * jnp.shape(weight.data)[-1]
+  return ('int8', 'f32') if cpu.carrier(products) == 'int8' else ('f32',)
 
 
 def input_of(layer, shape):

@@ -13,6 +13,7 @@ lists and ranges are ours (docs/method.md).
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,22 @@ def _level_table(formats: tuple[numbers_lib.FPFormat, ...]) -> np.ndarray:
       np.pad(grid, (0, width - len(grid)), mode='edge') for grid in grids])
 
 
+class Sorted(NamedTuple):
+  """Rows of a tensor, as the errors of quantizers follow from them.
+
+  Attributes:
+    values: ascending `[..., n]`; infinite where there are no more.
+    sums: of those before each place, `[..., n + 1]`.
+    squares: sums of their squares, likewise.
+    largest: magnitude, `[...]`.
+  """
+
+  values: np.ndarray
+  sums: np.ndarray
+  squares: np.ndarray
+  largest: np.ndarray
+
+
 def _search_rows(rows, table, zero_points):
   """Finds the best (mse, maximum, zero point) of rows and formats, `[R, F]`."""
   count, length = rows.shape
@@ -174,9 +191,20 @@ def _search_rows(rows, table, zero_points):
                       constant_values=np.inf)
       values[len(chunk):, :length] = 0.0  # rows of nothing but zeros
       zeros = np.pad(zero_points[start:start + group], ((0, fill), (0, 0)))
-      result = _best_of_rows(values, np.float64(length), table, zeros)
+      result = _best_of_rows(
+          _sorted(values, length), np.float64(length), table, zeros)
       out.append([np.asarray(r)[:len(chunk)] for r in result])
   return [np.concatenate(parts) for parts in zip(*out, strict=True)]
+
+
+def _sorted(values, length):
+  """`Sorted` of rows `[R, n]`, of which `length` count and others are inf."""
+  # By NumPy: several times faster than XLA on a CPU, and nothing to compile.
+  values = np.sort(values, axis=1)
+  used = np.where(np.arange(values.shape[1]) < length, values, 0.0)
+  before = lambda a: np.pad(np.cumsum(a, axis=1), ((0, 0), (1, 0)))
+  return Sorted(values, before(used), before(used**2),
+                np.abs(used).max(axis=1))
 
 
 def _host() -> jax.Device | None:
@@ -188,16 +216,14 @@ def _host() -> jax.Device | None:
 
 
 @jax.jit
-def _best_of_rows(values, length, table, zero_points):
+def _best_of_rows(rows, length, table, zero_points):
   return jax.lax.map(lambda row: _best_of_row(row[0], length, table, row[1]),
-                     (values, zero_points))
+                     (rows, zero_points))
 
 
-def _best_of_row(values, length, table, zero_points):
-  """Does what `_search_rows` does, for one row `[n]`: each result `[F]`."""
-  values = jnp.sort(values)
-  used = jnp.where(jnp.arange(len(values)) < length, values, 0.0)
-  largest = jnp.max(jnp.abs(used))
+def _best_of_row(row, length, table, zero_points):
+  """Does what `_search_rows` does, for one row: each result `[F]`."""
+  values, largest = row.values, row.largest
   largest = jnp.where(largest > 0, largest, 1.0)  # all zero: any scale does
   # With a zero point z, the grid reaches from z to z + c: best values of c lie
   # near the largest magnitude or near the span from z to the largest value.
@@ -211,7 +237,7 @@ def _best_of_row(values, length, table, zero_points):
   maxima = jnp.concatenate([
       jnp.broadcast_to(m, (len(zero_points), len(RANGE_GRID)))
       for m in maxima], axis=1)
-  error = _error_function(values, used, length)
+  error = _error_function(row, length)
 
   def best_of(levels, maxima, zero_points):
     """The best of pairs `[Z, G]` of maximum value and zero point `[Z]`."""
@@ -243,26 +269,22 @@ def _best_of_row(values, length, table, zero_points):
   return jax.lax.map(best_of_format, table)
 
 
-def _error_function(values, used, length):
+def _error_function(row, length):
   """Makes (levels `[K]`, maximum value, zero point) -> mean squared error.
 
   Args:
-    values: sorted `[n]`; beyond `length` infinite.
-    used: the same with zeros beyond `length`.
+    row: one.
     length: number of values that count.
   """
-  prefix = lambda a: jnp.concatenate([jnp.zeros(1), jnp.cumsum(a)])
-  sums, squares = prefix(used), prefix(used**2)
-
   def error(levels, maximum, zero_point):
     # Formats with fewer levels repeat their top, between which nothing lies:
     # there counts and sums are 0.
     points = levels * maximum + zero_point
-    places = jnp.searchsorted(values, (points[1:] + points[:-1]) / 2)
+    places = jnp.searchsorted(row.values, (points[1:] + points[:-1]) / 2)
     ends = jnp.concatenate([places, length.astype(places.dtype)[None]])
     between = lambda a: jnp.diff(a[ends], prepend=0.0)
     counts = jnp.diff(ends, prepend=0)
-    return jnp.sum(between(squares) - 2 * points * between(sums)
+    return jnp.sum(between(row.squares) - 2 * points * between(row.sums)
                    + points**2 * counts) / length
 
   return error
