@@ -1,0 +1,357 @@
+"""A checkpoint becomes a packed model layer by layer, and may be resumed.
+
+What `load_pretrained`, `calibrate`, `pack` and `save` make of a model that fits
+into memory, byte for byte, of one that does not: no more is held than a layer.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+
+from msfp_jax import convert
+from msfp_jax import diffusion
+from msfp_jax.base import journal as journal_lib
+from msfp_jax.base import lock
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.convert import piecewise
+from msfp_jax.convert import restore
+from msfp_jax.convert import source as source_lib
+from msfp_jax.packed import file as file_lib
+from msfp_jax.packed import header as header_lib
+from msfp_jax.packed import layers as stored
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import calibrate as calibrate_lib
+from msfp_jax.quant import interception
+from msfp_jax.quant import layout as layout_lib
+from msfp_jax.quant import quantize as quantize_lib
+from msfp_jax.quant import recipes
+from msfp_jax.quant import roles as roles_lib
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant.fit import Dynamic
+from msfp_jax.quant.fit import EXTREMES
+from msfp_jax.quant.fit import Seen
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.quant.spec import LayerSpec
+from msfp_jax.quant.spec import QuantSpec
+
+# Beside the file, while it is made.
+SUFFIX = '.partial'
+_FITS = 'fits.jsonl'
+_VECTORS = 'vectors'
+
+
+def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
+                  recipe: str = 'nvfp4', bits: int = 4,
+                  act_bits: int | None = None,
+                  exceptions: str | Mapping[str, int] | None = None,
+                  roles: Mapping[str, str] | None = None,
+                  spec: QuantSpec | None = None,
+                  plan: diffusion.SamplerPlan | None = None,
+                  num_steps: int = 20,
+                  config: str | None = None, ema: bool | None = None,
+                  about: Mapping[str, str] | None = None) -> pathlib.Path:
+  """Packs a checkpoint of any size, a layer in memory at a time.
+
+  The model does not run, so that the recipe must see nothing of its inputs
+  ('nvfp4', 'quartz'; any with act_bits=32 that needs nothing for weights), or
+  `spec` says how every layer is quantized. A process that is killed goes on
+  where it stopped when the same is asked again. Until all is there, nothing
+  has the file's name; what is needed meanwhile is in TARGET.partial.
+
+  Args:
+    source: as of `load_pretrained`.
+    target: the packed model's file, .safetensors; `load` reads it.
+    recipe: as of `calibrate`; bits, act_bits, exceptions and roles likewise.
+    bits: of weights.
+    act_bits: of inputs.
+    exceptions: roles with other bits.
+    roles: of layers, for models of no known family.
+    spec: of `calibrate` or `QuantSpec.load`, in place of recipe and bits.
+    plan: the sampler; None for the checkpoint's own, see `load_plan`.
+    num_steps: of that one.
+    config: as of `load_pretrained`.
+    ema: likewise.
+    about: goes into the header, as of `save`.
+
+  Returns:
+    The file's path.
+
+  Raises:
+    FileNotFoundError: no checkpoint, or shards that are absent: all are named.
+    OSError: the disk has no room for the result.
+    ValueError: a checkpoint that does not fit its model, a recipe that has to
+      see inputs, a spec of another model, what another call has begun, or
+      weights that are not finite.
+  """
+  target = pathlib.Path(target).expanduser()
+  if target.suffix != '.safetensors':
+    raise ValueError(f'{target}: the file of a packed model must end in '
+                     '.safetensors')
+  opened = convert.open_pretrained(os.fspath(source), config, ema)
+  if plan is None:
+    plan = convert.load_plan(os.fspath(source), config, num_steps)
+  diffusion.check_plan(plan)
+  job = _Job(opened.model, plan, opened.places(), dict(about or {}))
+  how = _Recipe(recipe, bits, act_bits, exceptions, roles)
+  identity = {'files': _identity_of(opened.path)}
+  if spec is None:
+    how.check()
+    order = calibrate_lib.check_model(opened.model, opened.abstract)
+    identity['recipe'] = dataclasses.astuple(how)
+  else:
+    quantize_lib.check_layers(
+        QuantSpec(spec.recipe, {
+            name: dataclasses.replace(layer, rounded=None)
+            for name, layer in spec.layers.items()}), job.kernels)
+    identity['spec'] = _digest_of(spec)
+  folder = target.with_name(target.name + SUFFIX)
+  try:
+    with lock.hold(folder):
+      if spec is None:
+        spec = how.fit(job, order, folder, identity)
+      _write(job, spec, target, folder, identity)
+  except lock.InUseError as error:
+    raise ValueError(f'{folder} is in use: {error}') from error
+  # A folder of an earlier process stays when the lock is given back.
+  with contextlib.suppress(OSError):
+    folder.rmdir()
+  logging.info('wrote %s', target)
+  return target
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """A model, and where its parameters lie: {path: place}."""
+
+  model: Any
+  plan: diffusion.SamplerPlan
+  places: Mapping[tuple[str, ...], restore.Place]
+  about: Mapping[str, str]
+
+  @property
+  def kernels(self) -> dict[str, restore.Place]:
+    """{layer: where its kernel lies}."""
+    return self.leaves('kernel')
+
+  def leaves(self, kind: str) -> dict[str, restore.Place]:
+    """{layer: where its parameter of one kind lies}."""
+    return interception.leaves(
+        traverse_util.unflatten_dict(self.places), kind)
+
+  def params_of(self, layer: str) -> Any:
+    """A layer's parameters alone, read, in their places in the model's."""
+    return traverse_util.unflatten_dict({
+        path: place.read() for path, place in self.places.items()
+        if '.'.join(path[:-1]) == layer})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+  """Arguments of `calibrate`."""
+
+  recipe: str
+  bits: int
+  act_bits: int | None
+  exceptions: str | Mapping[str, int] | None
+  roles: Mapping[str, str] | None
+
+  def check(self) -> None:
+    """Raises ValueError for a recipe that has to see inputs."""
+    act_bits = self.bits if self.act_bits is None else self.act_bits
+    needs = set(recipes.get(self.recipe).needs_at(self.bits, act_bits))
+    if self.roles is None:
+      # Extremes tell what follows SiLU or GELU, and so does the structure of
+      # the models that are known.
+      needs.discard(EXTREMES)
+    if needs:
+      raise ValueError(
+          f'recipe {self.recipe!r} looks at {sorted(needs)} of the inputs, for '
+          'which the model must run: pass a spec that calibrate made, '
+          'act_bits=32 to quantize weights alone, or a recipe without data '
+          "such as 'nvfp4'")
+
+  def fit(self, job: _Job, order: list[str], folder: pathlib.Path,
+          identity: Any) -> QuantSpec:
+    """What `calibrate` finds, layer by layer, but for errors (`stats`)."""
+    of, kernels = recipes.get(self.recipe), job.kernels
+    act_bits = self.bits if self.act_bits is None else self.act_bits
+    widths_of = calibrate_lib.layer_widths(
+        self.bits, act_bits, self.exceptions, self.roles)
+    widths = {name: widths_of(name) for name in kernels}
+    kind = lambda unused_name: ''
+    if EXTREMES in of.needs_at(self.bits, act_bits):
+      # Calibration would run the model, and have its layers in this order.
+      kernels = {name: kernels[name] for name in order}
+      kind = lambda name: (spec_lib.AAL if roles_lib.follows_activation(name)
+                           else spec_lib.NAL)
+    one = lambda name, kernel: calibrate_lib.fit_layer(
+        of, widths[name][0], Seen(), kernel, *widths[name][1:], measured=False,
+        kind=kind(name))
+    if (type(of.weight) is Dynamic and of.around is None
+        or self.bits == FULL_BITS):
+      # Their quantizers are the same whatever the weights are.
+      return QuantSpec(self.recipe, {
+          name: one(name, np.zeros((1,) * len(place.shape), np.float32))
+          for name, place in kernels.items()})
+    # Scales and what stays come on top; how large these are, formats tell.
+    least = sum(math.prod(place.shape) * widths[name][1] // 8
+                for name, place in kernels.items())
+    piecewise.check_room(folder.with_suffix(''), least, folder)
+    return QuantSpec(self.recipe, _searched(
+        kernels, self.recipe, one, folder, identity))
+
+
+def _searched(kernels: Mapping[str, restore.Place], recipe: str,
+              one: Callable[[str, np.ndarray], LayerSpec],
+              folder: pathlib.Path, identity: Any) -> dict[str, LayerSpec]:
+  """Fits that look at the weights; those that are found stay found."""
+  journal = journal_lib.Journal(
+      folder / _FITS, identity,
+      f'delete {folder} to begin anew, or ask for what it was begun with')
+  # A first pass of its own: a format's bits say where the tensors lie.
+  found = {entry['layer']: entry['spec'] for entry in journal.entries}
+  progress = progress_lib.Progress(
+      f'search {recipe}, layers', len(kernels), len(found), unit='layers')
+  with threadpoolctl.threadpool_limits(1, 'blas'):
+    for name, place in kernels.items():
+      if name in found:
+        continue
+      kernel = place.read()
+      interception.check_finite({name: kernel})
+      layer = one(name, kernel)
+      found[name] = QuantSpec(recipe, {name: layer}).to_json()
+      journal.add({'layer': name, 'spec': found[name]})
+      progress.update(len(found))
+  journal.close()
+  # Also those of this process from their JSON: resumed or not, it is the same.
+  return {name: QuantSpec.from_json(found[name]).layers[name]
+          for name in kernels}
+
+
+def _write(job: _Job, spec: QuantSpec, target: pathlib.Path,
+           folder: pathlib.Path, identity: Any) -> None:
+  """Quantizes and writes what is not in the file yet."""
+  layers = {name: _shape_of(job, name, layer)
+            for name, layer in spec.layers.items()}
+  own = {name: layer for name, layer in layers.items()
+         if layer.weight is not None}
+  vectors, rest = _others(job, own)
+  shapes, starts, end = {}, {}, 0
+  for name, layer in own.items():
+    shapes |= stored.shapes_of(name, layer)
+    starts[name] = end
+    end += sum(part.size for part in stored.channels_of(layer))
+  sizes = {name: place.shape[0] for name, place in vectors.items()}
+  channels = end + sum(sizes.values())
+  shapes[file_lib.CHANNELS] = jax.ShapeDtypeStruct((channels,), jnp.float32)
+  if taken := sorted(shapes.keys() & {*rest, *vectors}):
+    raise ValueError(f'parameters named {taken}, as the file names its own')
+  shapes |= {name: jax.ShapeDtypeStruct(place.shape, jnp.float32)
+             for name, place in rest.items()}
+  metadata = file_lib.metadata_of(job.model, layers, sizes, job.plan)
+  with piecewise.PiecewiseFile(
+      target, folder, metadata | job.about, shapes, identity) as out:
+    _write_pieces(job, spec, out, starts | {_VECTORS: end}, vectors, rest)
+    out.finish()
+  (folder / _FITS).unlink(missing_ok=True)
+
+
+def _write_pieces(job, spec, out, starts, vectors, rest):
+  """Writes layers, then the parameters that stay, with progress in MB."""
+  def of_layer(name):
+    alone = packed_lib.simulate(
+        job.model, job.params_of(name),
+        QuantSpec(spec.recipe, {name: spec.layers[name]}), job.plan)
+    layer = packed_lib.as_codes(name, alone.layers[name])
+    parts = stored.channels_of(layer)
+    within = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return stored.tensors_of(name, layer), {
+        (file_lib.CHANNELS, starts[name]): within}
+
+  pieces = {f'layer {name}': (
+      lambda name=name: of_layer(name), math.prod(job.kernels[name].shape))
+            for name in starts if name != _VECTORS}
+  for name, place in rest.items():
+    pieces[f'parameter {name}'] = (
+        lambda name=name, place=place: ({name: place.read()}, {}),
+        math.prod(place.shape))
+  if vectors:
+    pieces[_VECTORS] = lambda: ({}, {
+        (file_lib.CHANNELS, starts[_VECTORS]): np.concatenate(
+            [place.read() for place in vectors.values()])}), sum(
+                place.shape[0] for place in vectors.values())
+  count = lambda names: sum(pieces[name][1] for name in names) // 10**6
+  progress = progress_lib.Progress(
+      f'pack {spec.recipe}, million parameters', count(pieces), count(out.done),
+      unit='million')
+  for name, (make, _) in pieces.items():
+    if name in out.done:
+      continue
+    out.write(name, *make())
+    progress.update(count(out.done))
+
+
+def _others(job, own):
+  """Places of parameters that stay: of one axis, and others, by path."""
+  vectors, rest = {}, {}
+  for path, place in job.places.items():
+    if '.'.join(path[:-1]) in own:
+      continue
+    if odd := [part for part in path if '/' in part]:
+      raise ValueError(f"parameters cannot have '/' in their names: {odd}")
+    group = vectors if len(place.shape) == 1 else rest
+    group['/'.join(path)] = place
+  return vectors, rest
+
+
+def _shape_of(job: _Job, name: str, layer: LayerSpec) -> QLayer:
+  """A layer as packed: shapes and types of its arrays; these hold zeros."""
+  if layer.rounded is not None:
+    weight = layer.rounded.weight
+  elif layer.weight.is_full:
+    weight = None
+  else:
+    kernel = jax.ShapeDtypeStruct((1, *job.kernels[name].shape), jnp.float32)
+    abstract = jax.eval_shape(layer.weight.quantize_banks, kernel)
+    # Views of one zero: of the layer's size, and no room.
+    zeros = lambda part: np.broadcast_to(
+        np.zeros((), part.dtype), part.shape)
+    layout = header_lib.stored_layout(abstract.fmt)
+    *window, rows, outputs = abstract.data.shape
+    if layout == layout_lib.NIBBLES:
+      rows = -(-rows // 2)
+    weight = jax.tree.map(zeros, abstract.replace(
+        data=jax.ShapeDtypeStruct((*window, rows, outputs), np.uint8),
+        layout=layout))
+  bias = job.leaves('bias').get(name)
+  if bias is not None:
+    bias = np.broadcast_to(np.zeros((), np.float32), bias.shape)
+  return quantize_lib.make_layer(weight, layer, bias)
+
+
+def _identity_of(path: pathlib.Path) -> dict[str, list[int]]:
+  """By what a checkpoint is known again: {file: [size, time of its change]}."""
+  found = {file.name: file.stat() for file in source_lib.files_of(path)}
+  return {name: [stat.st_size, stat.st_mtime_ns]
+          for name, stat in found.items()}
+
+
+def _digest_of(spec: QuantSpec) -> str:
+  # A layer at a time: a spec may hold all weights, rounded.
+  made = hashlib.sha256(spec.recipe.encode())
+  for name, layer in spec.layers.items():
+    made.update(QuantSpec(spec.recipe, {name: layer}).to_json().encode())
+  return made.hexdigest()
