@@ -35,10 +35,21 @@ class Journal:
       raise ValueError(f'{self._path} is of another job: '
                        f'{_differing(lines[0], job)} differ; {way_out}')
     self.entries: list[Any] = lines[1:]
-    self._file = open(self._path, 'ab')  # noqa: SIM115
-    self._file.truncate(size)
-    if not lines:
-      self._write(job)
+    # Without a buffer: a line that is not on disk yet is nowhere else either.
+    self._file = open(self._path, 'ab', 0)  # noqa: SIM115
+    try:
+      self._file.truncate(size)
+      if not lines:
+        self._write(job)
+    except BaseException:
+      self.close()
+      raise
+
+  def __enter__(self) -> 'Journal':
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
 
   def add(self, entry: Any) -> None:
     """Appends a line; it is on disk when this returns."""
@@ -55,7 +66,6 @@ class Journal:
 
   def _write(self, entry):
     self._file.write(json.dumps(entry).encode() + b'\n')
-    self._file.flush()
     os.fsync(self._file.fileno())
 
 

@@ -61,21 +61,26 @@ class PiecewiseFile:
     self._size = len(head) + sum(map(_nbytes, self._shapes.values()))
     check_room(path, self._size, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder / _DATA
-    self._journal = journal_lib.Journal(
-        folder / _JOURNAL, {'job': job, 'metadata': self._metadata},
+    data, journal = folder / _DATA, folder / _JOURNAL
+    open_journal = lambda: journal_lib.Journal(
+        journal, {'job': job, 'metadata': self._metadata},
         f'delete {folder} to begin anew, or ask for what it was begun with')
+    self._journal, self._file = open_journal(), None
     self._is_named = self._was_named(data)
     if not self._is_named and not data.exists() and self._journal.entries:
       # Somebody took the data: what the journal says of it is void.
       self._journal.remove()
-      self._journal = journal_lib.Journal(
-          folder / _JOURNAL, {'job': job, 'metadata': self._metadata}, '')
-    self._file = None if self._is_named else _with_room(data, self._size)
+      self._journal = open_journal()
     self._parts = {name: bytes.fromhex(part) for entry in self._journal.entries
                    for name, part in entry.get('tensors', {}).items()}
     self.done = {entry['piece'] for entry in self._journal.entries
                  if 'piece' in entry}
+    try:
+      if not self._is_named:
+        self._file = _with_room(data, self._size)
+    except BaseException:
+      self._journal.close()
+      raise
 
   def __enter__(self) -> 'PiecewiseFile':
     return self
@@ -189,9 +194,11 @@ def _with_room(data, size):
       # A disk that others fill meanwhile does not end hours of work.
       os.posix_fallocate(file.fileno(), 0, size)
     file.truncate(size)
-  except OSError as error:
+  except BaseException as error:
     file.close()
-    raise OSError(error.errno, error.strerror, str(data)) from error
+    if isinstance(error, OSError):
+      raise OSError(error.errno, error.strerror, str(data)) from error
+    raise
   return file
 
 

@@ -4,7 +4,7 @@ What `load_pretrained`, `calibrate`, `pack` and `save` make of a model that fits
 into memory, byte for byte, of one that does not: no more is held than a layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -14,42 +14,31 @@ import pathlib
 from typing import Any
 
 from absl import logging
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import threadpoolctl
 
 from msfp_jax import convert
 from msfp_jax import diffusion
-from msfp_jax.base import journal as journal_lib
 from msfp_jax.base import lock
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.convert import piecewise
-from msfp_jax.convert import restore
 from msfp_jax.convert import source as source_lib
 from msfp_jax.packed import file as file_lib
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as stored
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.packed import streamed_fits
 from msfp_jax.quant import calibrate as calibrate_lib
-from msfp_jax.quant import interception
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant import quantize as quantize_lib
-from msfp_jax.quant import recipes
-from msfp_jax.quant import roles as roles_lib
-from msfp_jax.quant import spec as spec_lib
-from msfp_jax.quant.fit import Dynamic
-from msfp_jax.quant.fit import EXTREMES
-from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.qlayer import QLayer
-from msfp_jax.quant.quantizers import FULL_BITS
 from msfp_jax.quant.spec import LayerSpec
 from msfp_jax.quant.spec import QuantSpec
 
 # Beside the file, while it is made.
 SUFFIX = '.partial'
-_FITS = 'fits.jsonl'
+# The piece of parameters of one axis.
 _VECTORS = 'vectors'
 
 
@@ -104,8 +93,9 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   if plan is None:
     plan = convert.load_plan(os.fspath(source), config, num_steps)
   diffusion.check_plan(plan)
-  job = _Job(opened.model, plan, opened.places(), dict(about or {}))
-  how = _Recipe(recipe, bits, act_bits, exceptions, roles)
+  job = streamed_fits.Job(
+      opened.model, plan, opened.places(), dict(about or {}))
+  how = streamed_fits.Fits(recipe, bits, act_bits, exceptions, roles)
   identity = {'files': _identity_of(opened.path)}
   if spec is None:
     how.check()
@@ -132,120 +122,13 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   return target
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-  """A model, and where its parameters lie: {path: place}."""
-
-  model: Any
-  plan: diffusion.SamplerPlan
-  places: Mapping[tuple[str, ...], restore.Place]
-  about: Mapping[str, str]
-
-  @property
-  def kernels(self) -> dict[str, restore.Place]:
-    """{layer: where its kernel lies}."""
-    return self.leaves('kernel')
-
-  def leaves(self, kind: str) -> dict[str, restore.Place]:
-    """{layer: where its parameter of one kind lies}."""
-    return interception.leaves(
-        traverse_util.unflatten_dict(self.places), kind)
-
-  def params_of(self, layer: str) -> Any:
-    """A layer's parameters alone, read, in their places in the model's."""
-    return traverse_util.unflatten_dict({
-        path: place.read() for path, place in self.places.items()
-        if '.'.join(path[:-1]) == layer})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-  """Arguments of `calibrate`."""
-
-  recipe: str
-  bits: int
-  act_bits: int | None
-  exceptions: str | Mapping[str, int] | None
-  roles: Mapping[str, str] | None
-
-  def check(self) -> None:
-    """Raises ValueError for a recipe that has to see inputs."""
-    act_bits = self.bits if self.act_bits is None else self.act_bits
-    needs = set(recipes.get(self.recipe).needs_at(self.bits, act_bits))
-    if self.roles is None:
-      # Extremes tell what follows SiLU or GELU, and so does the structure of
-      # the models that are known.
-      needs.discard(EXTREMES)
-    if needs:
-      raise ValueError(
-          f'recipe {self.recipe!r} looks at {sorted(needs)} of the inputs, for '
-          'which the model must run: pass a spec that calibrate made, '
-          'act_bits=32 to quantize weights alone, or a recipe without data '
-          "such as 'nvfp4'")
-
-  def fit(self, job: _Job, order: list[str], folder: pathlib.Path,
-          identity: Any) -> QuantSpec:
-    """What `calibrate` finds, layer by layer, but for errors (`stats`)."""
-    of, kernels = recipes.get(self.recipe), job.kernels
-    act_bits = self.bits if self.act_bits is None else self.act_bits
-    widths_of = calibrate_lib.layer_widths(
-        self.bits, act_bits, self.exceptions, self.roles)
-    widths = {name: widths_of(name) for name in kernels}
-    kind = lambda unused_name: ''
-    if EXTREMES in of.needs_at(self.bits, act_bits):
-      # Calibration would run the model, and have its layers in this order.
-      kernels = {name: kernels[name] for name in order}
-      kind = lambda name: (spec_lib.AAL if roles_lib.follows_activation(name)
-                           else spec_lib.NAL)
-    one = lambda name, kernel: calibrate_lib.fit_layer(
-        of, widths[name][0], Seen(), kernel, *widths[name][1:], measured=False,
-        kind=kind(name))
-    if (type(of.weight) is Dynamic and of.around is None
-        or self.bits == FULL_BITS):
-      # Their quantizers are the same whatever the weights are.
-      return QuantSpec(self.recipe, {
-          name: one(name, np.zeros((1,) * len(place.shape), np.float32))
-          for name, place in kernels.items()})
-    # Scales and what stays come on top; how large these are, formats tell.
-    least = sum(math.prod(place.shape) * widths[name][1] // 8
-                for name, place in kernels.items())
-    piecewise.check_room(folder.with_suffix(''), least, folder)
-    return QuantSpec(self.recipe, _searched(
-        kernels, self.recipe, one, folder, identity))
-
-
-def _searched(kernels: Mapping[str, restore.Place], recipe: str,
-              one: Callable[[str, np.ndarray], LayerSpec],
-              folder: pathlib.Path, identity: Any) -> dict[str, LayerSpec]:
-  """Fits that look at the weights; those that are found stay found."""
-  journal = journal_lib.Journal(
-      folder / _FITS, identity,
-      f'delete {folder} to begin anew, or ask for what it was begun with')
-  # A first pass of its own: a format's bits say where the tensors lie.
-  found = {entry['layer']: entry['spec'] for entry in journal.entries}
-  progress = progress_lib.Progress(
-      f'search {recipe}, layers', len(kernels), len(found), unit='layers')
-  with threadpoolctl.threadpool_limits(1, 'blas'):
-    for name, place in kernels.items():
-      if name in found:
-        continue
-      kernel = place.read()
-      interception.check_finite({name: kernel})
-      layer = one(name, kernel)
-      found[name] = QuantSpec(recipe, {name: layer}).to_json()
-      journal.add({'layer': name, 'spec': found[name]})
-      progress.update(len(found))
-  journal.close()
-  # Also those of this process from their JSON: resumed or not, it is the same.
-  return {name: QuantSpec.from_json(found[name]).layers[name]
-          for name in kernels}
-
-
-def _write(job: _Job, spec: QuantSpec, target: pathlib.Path,
+def _write(job: streamed_fits.Job, spec: QuantSpec, target: pathlib.Path,
            folder: pathlib.Path, identity: Any) -> None:
   """Quantizes and writes what is not in the file yet."""
   layers = {name: _shape_of(job, name, layer)
             for name, layer in spec.layers.items()}
+  # What it refuses, before work is done.
+  packed_lib.PackedModel(job.model, {}, layers, {}, job.plan)
   own = {name: layer for name, layer in layers.items()
          if layer.weight is not None}
   vectors, rest = _others(job, own)
@@ -266,11 +149,11 @@ def _write(job: _Job, spec: QuantSpec, target: pathlib.Path,
       target, folder, metadata | job.about, shapes, identity) as out:
     _write_pieces(job, spec, out, starts | {_VECTORS: end}, vectors, rest)
     out.finish()
-  (folder / _FITS).unlink(missing_ok=True)
+  (folder / streamed_fits.FITS).unlink(missing_ok=True)
 
 
 def _write_pieces(job, spec, out, starts, vectors, rest):
-  """Writes layers, then the parameters that stay, with progress in MB."""
+  """Writes layers, then the parameters that stay, with progress."""
   def of_layer(name):
     alone = packed_lib.simulate(
         job.model, job.params_of(name),
@@ -300,8 +183,10 @@ def _write_pieces(job, spec, out, starts, vectors, rest):
   for name, (make, _) in pieces.items():
     if name in out.done:
       continue
+    before = count(out.done)
     out.write(name, *make())
-    progress.update(count(out.done))
+    if (now := count(out.done)) > before:
+      progress.update(now)
 
 
 def _others(job, own):
@@ -317,7 +202,7 @@ def _others(job, own):
   return vectors, rest
 
 
-def _shape_of(job: _Job, name: str, layer: LayerSpec) -> QLayer:
+def _shape_of(job: streamed_fits.Job, name: str, layer: LayerSpec) -> QLayer:
   """A layer as packed: shapes and types of its arrays; these hold zeros."""
   if layer.rounded is not None:
     weight = layer.rounded.weight
