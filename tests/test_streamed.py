@@ -84,9 +84,10 @@ def by_structure():
 
 
 @pytest.mark.parametrize('recipe, options', [
-    ('nvfp4', {}), ('quartz', {}),
-    ('mxfp4', {'bits': 6, 'act_bits': 3, 'exceptions': 'skip-8'}),
-    ('int4_group', {'bits': 32, 'act_bits': 4})])
+    ('nvfp4', {}), ('quartz', {}), ('int4_group', {'bits': 32, 'act_bits': 4}),
+    pytest.param(
+        'mxfp4', {'bits': 6, 'act_bits': 3, 'exceptions': 'skip-8'},
+        marks=pytest.mark.slow)])
 def test_flux_in_shards_as_by_the_ordinary_path(
     tmp_path, target, recipe, options):
   state = {name: value.astype(ml_dtypes.bfloat16)
@@ -100,7 +101,8 @@ def test_flux_in_shards_as_by_the_ordinary_path(
   assert pack(source, target, spec=spec) == expected
 
 
-@pytest.mark.parametrize('recipe, bits', [('signed_fp', 3), ('msfp', 5)])
+@pytest.mark.parametrize('recipe, bits', [
+    ('signed_fp', 3), pytest.param('msfp', 5, marks=pytest.mark.slow)])
 def test_weights_alone_are_searched(source, target, tmp_path, recipe, bits):
   expected, _ = ordinary(source, tmp_path / 'a.safetensors', recipe=recipe,
                          bits=bits, act_bits=32)
@@ -154,11 +156,15 @@ def die_at(monkeypatch, count):
 
 
 @pytest.mark.parametrize('options', [
-    {'recipe': 'int4_group'}, {'recipe': 'int', 'act_bits': 32}],
+    {'recipe': 'int4_group'},
+    pytest.param({'recipe': 'int', 'act_bits': 32}, marks=pytest.mark.slow)],
                          ids=['data-free', 'searched'])
 def test_killed_anywhere_and_resumed(source, target, monkeypatch, options):
   expected = pack(source, target, **options)
   target.unlink()
+  # To trace the model each time is what takes time.
+  monkeypatch.setattr(
+      streamed.calibrate_lib, 'check_model', lambda *unused: None)
   done = kills = 0
   # Some deaths leave nothing new behind: others come between these.
   for count in itertools.chain(range(1, 6), itertools.cycle((4, 9, 12))):

@@ -1,6 +1,5 @@
 """Packing 2 GB layer by layer: its peak of memory, and SIGKILL."""
 
-import dataclasses
 import hashlib
 import json
 import math
