@@ -89,9 +89,9 @@ def test_peak_is_below_the_result_and_a_layer(folder, recipe):
   target.unlink()
   assert extra > layer  # else it was not measured
   assert extra < result + 1.2 * layer
-  # Nothing of the result is held: ten times the largest layer, and no more
-  # with more layers.
-  assert extra < 10 * layer
+  # Nothing of the result is held. Four copies of the largest layer, and what
+  # compiling takes, which is much beside so small a one.
+  assert extra < 4 * layer + 350e6
 
 
 def test_killed_at_random_moments(folder):
