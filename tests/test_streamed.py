@@ -138,6 +138,13 @@ def test_a_spec_that_saw_inputs(source, target, tmp_path, recipe):
       plan=plan), plan)
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+  """To trace the model each time is what takes time."""
+  monkeypatch.setattr(
+      streamed.calibrate_lib, 'check_model', lambda *unused: None)
+
+
 class Killed(BaseException):
   """Nobody catches it, as nobody does SIGKILL."""
 
@@ -155,6 +162,7 @@ def die_at(monkeypatch, count):
     monkeypatch.setattr(os, name, call)
 
 
+@pytest.mark.usefixtures('untraced')
 @pytest.mark.parametrize('options', [
     {'recipe': 'int4_group'},
     pytest.param({'recipe': 'int', 'act_bits': 32}, marks=pytest.mark.slow)],
@@ -162,9 +170,6 @@ def die_at(monkeypatch, count):
 def test_killed_anywhere_and_resumed(source, target, monkeypatch, options):
   expected = pack(source, target, **options)
   target.unlink()
-  # To trace the model each time is what takes time.
-  monkeypatch.setattr(
-      streamed.calibrate_lib, 'check_model', lambda *unused: None)
   done = kills = 0
   # Some deaths leave nothing new behind: others come between these.
   for count in itertools.chain(range(1, 6), itertools.cycle((4, 9, 12))):
@@ -190,6 +195,7 @@ def streamed_folder(target):
   return target.with_name(target.name + streamed.SUFFIX)
 
 
+@pytest.mark.usefixtures('untraced')
 def test_a_torn_line_is_done_again(source, target, monkeypatch):
   expected = pack(source, target)
   target.unlink()
@@ -203,6 +209,7 @@ def test_a_torn_line_is_done_again(source, target, monkeypatch):
   assert pack(source, target) == expected
 
 
+@pytest.mark.usefixtures('untraced')
 def test_death_between_naming_and_tidying(source, target, monkeypatch):
   expected = pack(source, target)
   target.unlink()
@@ -219,13 +226,15 @@ def test_death_between_naming_and_tidying(source, target, monkeypatch):
     assert pack(source, target) == expected
 
 
+@pytest.mark.usefixtures('untraced')
 def test_another_job_is_not_continued(source, target, monkeypatch):
   with monkeypatch.context() as patched:
     die_at(patched, 9)
     with pytest.raises(Killed):
       pack(source, target)
   kept = (streamed_folder(target) / 'journal.jsonl').read_bytes()
-  for change in ({'recipe': 'mxfp4'}, {'bits': 6}, {'num_steps': 3}):
+  for change in ({'recipe': 'mxfp4'}, {'bits': 6}, {'num_steps': 3},
+                 {'ema': False}):
     with pytest.raises(ValueError, match='another job.*delete .*partial'):
       pack(source, target, **change)
   os.utime(source, ns=(0, 0))

@@ -96,7 +96,8 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   job = streamed_fits.Job(
       opened.model, plan, opened.places(), dict(about or {}))
   how = streamed_fits.Fits(recipe, bits, act_bits, exceptions, roles)
-  identity = {'files': _identity_of(opened.path)}
+  # The files alone do not say which of two sets of weights in them is read.
+  identity = {'files': _identity_of(opened.path), 'ema': ema}
   if spec is None:
     how.check()
     order = calibrate_lib.check_model(opened.model, opened.abstract)
@@ -221,7 +222,7 @@ def _shape_of(job: streamed_fits.Job, name: str, layer: LayerSpec) -> QLayer:
     weight = jax.tree.map(zeros, abstract.replace(
         data=jax.ShapeDtypeStruct((*window, rows, outputs), np.uint8),
         layout=layout))
-  bias = job.leaves('bias').get(name)
+  bias = job.biases.get(name)
   if bias is not None:
     bias = np.broadcast_to(np.zeros((), np.float32), bias.shape)
   return quantize_lib.make_layer(weight, layer, bias)

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -48,13 +49,17 @@ class Job:
   places: Mapping[tuple[str, ...], restore.Place]
   about: Mapping[str, str]
 
-  @property
+  @functools.cached_property
   def kernels(self) -> dict[str, restore.Place]:
     """{layer: where its kernel lies}."""
-    return self.leaves('kernel')
+    return self._leaves('kernel')
 
-  def leaves(self, kind: str) -> dict[str, restore.Place]:
-    """{layer: where its parameter of one kind lies}."""
+  @functools.cached_property
+  def biases(self) -> dict[str, restore.Place]:
+    """{layer: where its bias lies} of the layers that have one."""
+    return self._leaves('bias')
+
+  def _leaves(self, kind):
     return interception.leaves(
         traverse_util.unflatten_dict(self.places), kind)
 
