@@ -15,6 +15,7 @@ from msfp_jax.packed.file import load
 from msfp_jax.packed.file import save
 from msfp_jax.packed.model import pack
 from msfp_jax.packed.model import PackedModel
+from msfp_jax.packed.streamed import pack_streamed
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.functional import fake_quant
 from msfp_jax.quant.numbers import FPFormat
@@ -27,6 +28,6 @@ __all__ = [
     'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'RECIPES',
     'Recipe', 'calibrate', 'fake_quant', 'load', 'load_first_stage',
     'load_plan', 'load_pretrained', 'make_plan', 'make_schedule', 'pack',
-    'quantize', 'sample', 'save',
+    'pack_streamed', 'quantize', 'sample', 'save',
 ]
 __version__ = '0.1.0'

@@ -68,12 +68,23 @@ def load_pretrained(path: str, config: str | None = None,
       model by its scheduler_config.json, or tensors that are
       missing, unexpected, misshapen or not finite: all are listed.
   """
+  opened = open_pretrained(path, config, ema)
+  return opened.model, opened.params()
+
+
+def open_pretrained(path: str, config: str | None = None,
+                    ema: bool | None = None) -> restore.Pretrained:
+  """Likewise, with the parameters still in the file.
+
+  Raises:
+    As `load_pretrained`; what is wrong with tensors, when these are asked for.
+  """
   if str(path) in native.SHIPPED:
-    return native.load_pretrained(path)
+    return native.open_pretrained(path)
   opened = _opened(path, config, ema)
   source, family, found = opened.source, opened.family, opened.config
   if family is None:
-    return native.load_pretrained(source.path)
+    return native.open_pretrained(source.path)
   logging.info('%s: %s, %s', source.path, opened.name, found)
   if why := opened.origin.refused.get(opened.origin.sampler):
     logging.warning('%s: %s', opened.origin.source, why)
@@ -81,10 +92,9 @@ def load_pretrained(path: str, config: str | None = None,
   model = family.MODEL(found)
   if opened.origin.predicts != prediction.NOISE:
     native.check_prediction(model)
-  params = restore.restore(
-      named, native.abstract_params(model), str(source.path), restore.TORCH,
-      leftover)
-  return _as_noise(model, opened.origin), params
+  return restore.Pretrained(
+      _as_noise(model, opened.origin), source.path, named,
+      native.abstract_params(model), restore.TORCH, leftover)
 
 
 def load_origin(path: str, config: str | None = None,

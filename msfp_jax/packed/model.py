@@ -97,13 +97,7 @@ class PackedModel:
     """
     layers = {}
     for name, layer in self.layers.items():
-      try:
-        # In NumPy: on a device, codes would take memory before anything is
-        # sampled.
-        layers[name] = layer if layer.weight is None else jax.tree.map(
-            np.asarray, layer.replace(weight=layer.weight.packed()))
-      except ValueError as error:
-        raise ValueError(f'layer {name}: {error}') from error
+      layers[name] = as_codes(name, layer)
     host = dataclasses.replace(
         self, layers=layers, params=jax.tree.map(np.asarray, self.params))
     # Codes in hand, an implementation can find out what it needs once a model.
@@ -169,6 +163,20 @@ class PackedModel:
     bits = sum(layer.nbits for layer in self.layers.values())
     return math.ceil(bits / 8) + sum(
         leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+
+def as_codes(name: str, layer: QLayer) -> QLayer:
+  """A layer with its weights as codes, in NumPy; one without stays as it is.
+
+  Raises:
+    ValueError: weights that are NaN; names the layer.
+  """
+  try:
+    # In NumPy: on a device, codes would take memory before anything is sampled.
+    return layer if layer.weight is None else jax.tree.map(
+        np.asarray, layer.replace(weight=layer.weight.packed()))
+  except ValueError as error:
+    raise ValueError(f'layer {name}: {error}') from error
 
 
 def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
