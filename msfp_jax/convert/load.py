@@ -32,7 +32,8 @@ from msfp_jax.models import prediction
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
 # One of flow matching has `flow` as well, its configuration -> a
-# `flow_scheduler.FlowModel`.
+# `flow_scheduler.FlowModel`. For LoRAs: `module_name`, (module, config) -> our
+# name of it or None; or, where modules are fused, `rename_products`.
 FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet, 'flux': flux}
 # Those with a yaml of their own.
 _BY_YAML = ('ddim', 'ldm')
