@@ -71,11 +71,15 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     **about: goes into the header, such as the command that made the model.
 
   Raises:
-    ValueError: a model that is not packed, layers laid out for a kernel, names
-      that cannot be told apart in the file, or too many banks.
+    ValueError: a model that is not packed, one with LoRAs, layers laid out for
+      a kernel, names that cannot be told apart in the file, or too many banks.
   """
   arguments.check_type('model', model, packed_lib.PackedModel,
                        'msfp.pack(...) or msfp.load(...)')
+  if any(layer.adapter is not None for layer in model.layers.values()):
+    raise ValueError('the model has LoRAs, which keep their own files: save '
+                     'model.with_loras([]), and give them to what is loaded; '
+                     'or merge them before packing, with merge_loras')
   # Those without weights of their own have only an input quantizer, for
   # `others`; their kernels and biases are among the parameters.
   own = {name: layer for name, layer in model.layers.items()
