@@ -12,6 +12,7 @@ import sys
 import flux_oracle
 import jax
 import jax.numpy as jnp
+import lora_files
 import ml_dtypes
 import numpy as np
 import pytest
@@ -107,6 +108,23 @@ def test_weights_alone_are_searched(source, target, tmp_path, recipe, bits):
   expected, _ = ordinary(source, tmp_path / 'a.safetensors', recipe=recipe,
                          bits=bits, act_bits=32)
   assert pack(source, target, recipe=recipe, bits=bits, act_bits=32) == expected
+
+
+def test_loras_are_merged_before(source, target, tmp_path):
+  """The bytes of the ordinary path."""
+  halves = np.ones((2, 8), np.float32), np.ones((8, 2), np.float32)
+  file = lora_files.write(tmp_path / 'lora.safetensors', lora_files.kohya(
+      {'mid_block_attentions_0_to_q': halves}))
+  model, params = msfp.load_pretrained(str(source))
+  changed = tmp_path / 'in' / 'changed.safetensors'
+  native.save_pretrained(changed, model, msfp.merge_loras(
+      params, [(msfp.load_lora(file, model), 0.5)]))
+  expected, _ = ordinary(changed, tmp_path / 'a.safetensors', recipe='nvfp4')
+  plain, _ = ordinary(source, tmp_path / 'b.safetensors', recipe='nvfp4')
+  assert pack(source, target, loras=[(file, 0.5)]) == expected != plain
+  with pytest.raises(ValueError, match='belongs|is no LoRA for this model'):
+    lora_files.write(file, lora_files.kohya({'conv_9': halves}))
+    msfp.pack_streamed(source, target, loras=[(file, 0.5)])
 
 
 def check_spec(tmp_path, source, target, spec, plan):
@@ -304,3 +322,21 @@ def test_the_command_names_missing_shards(tmp_path):
   assert all(path.name in done.stderr for path in gone)
   assert 'Traceback' not in done.stderr
   assert not target.parent.exists()
+
+
+@pytest.mark.slow
+def test_the_command_takes_loras(source, target, tmp_path):
+  """With a strength, or without one: 1."""
+  down, up = np.ones((2, 8), np.float32), np.ones((8, 2), np.float32)
+  files = [lora_files.write(tmp_path / f'{name}.safetensors', lora_files.kohya(
+      {f'mid_block_attentions_0_to_{name}': (down, up)})) for name in 'qk']
+  done = subprocess.run(
+      [sys.executable, '-m', 'msfp_jax.packed', str(source), str(target),
+       f'--lora={files[0]}=0.5', f'--lora={files[1]}'],
+      cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
+      check=False)
+  assert done.returncode == 0, done.stderr
+  actual = target.read_bytes()
+  target.unlink()
+  msfp.pack_streamed(source, target, loras=[(files[0], 0.5), (files[1], 1)])
+  assert target.read_bytes() == actual

@@ -2,6 +2,7 @@
 
   python -m msfp_jax.packed SRC DST.safetensors [--recipe=nvfp4] [--bits=w4a4]
       [--exceptions=ends-8] [--spec=FILE] [--config=FILE] [--noema]
+      [--lora=FILE=0.8 ...]
 
 SRC is what `msfp_jax.convert` takes: a file, a folder of diffusers, its shards.
 The same command again goes on where a killed one stopped.
@@ -29,6 +30,9 @@ _SPEC = flags.DEFINE_string(
 _STEPS = flags.DEFINE_integer('num_steps', 20, 'Of the sampler.')
 _CONFIG = flags.DEFINE_string(
     'config', None, 'config.json or CompVis yaml that describes the model.')
+_LORAS = flags.DEFINE_multi_string(
+    'lora', [], 'A LoRA that is merged into the weights: FILE, or '
+    'FILE=STRENGTH. May be repeated.')
 _EMA = flags.DEFINE_bool(
     'ema', None, 'Take the moving average where the file has one; by default '
     'yes, unless the yaml says otherwise.')
@@ -47,7 +51,17 @@ def _pack(source, target):
   streamed.pack_streamed(
       source, target, recipe=_RECIPE.value, bits=bits, act_bits=act_bits,
       exceptions=_EXCEPTIONS.value, spec=spec, num_steps=_STEPS.value,
-      config=_CONFIG.value, ema=_EMA.value)
+      config=_CONFIG.value, ema=_EMA.value,
+      loras=[_file_and_strength(text) for text in _LORAS.value])
+
+
+def _file_and_strength(text):
+  """'FILE=0.8' as ('FILE', 0.8); without a number the strength is 1."""
+  file, _, number = text.rpartition('=')
+  try:
+    return file, float(number)
+  except ValueError:
+    return text, 1.0
 
 
 if __name__ == '__main__':

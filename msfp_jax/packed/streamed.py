@@ -4,7 +4,7 @@ What `load_pretrained`, `calibrate`, `pack` and `save` make of a model that fits
 into memory, byte for byte, of one that does not: no more is held than a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -22,6 +22,7 @@ from msfp_jax import convert
 from msfp_jax import diffusion
 from msfp_jax.base import lock
 from msfp_jax.base import progress as progress_lib
+from msfp_jax.convert import lora as lora_lib
 from msfp_jax.convert import piecewise
 from msfp_jax.convert import source as source_lib
 from msfp_jax.packed import file as file_lib
@@ -51,6 +52,7 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
                   plan: diffusion.SamplerPlan | None = None,
                   num_steps: int = 20,
                   config: str | None = None, ema: bool | None = None,
+                  loras: Iterable[tuple[str | os.PathLike, float]] = (),
                   about: Mapping[str, str] | None = None) -> pathlib.Path:
   """Packs a checkpoint of any size, a layer in memory at a time.
 
@@ -73,6 +75,8 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
     num_steps: of that one.
     config: as of `load_pretrained`.
     ema: likewise.
+    loras: (file, as of `load_lora`, strength) of those that are merged into
+      the weights before they are quantized.
     about: goes into the header, as of `save`.
 
   Returns:
@@ -81,9 +85,9 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   Raises:
     FileNotFoundError: no checkpoint, or shards that are absent: all are named.
     OSError: the disk has no room for the result.
-    ValueError: a checkpoint that does not fit its model, a recipe that has to
-      see inputs, a spec of another model, what another call has begun, or
-      weights that are not finite.
+    ValueError: a checkpoint that does not fit its model, a LoRA of another
+      model, a recipe that has to see inputs, a spec of another model, what
+      another call has begun, or weights that are not finite.
   """
   target = pathlib.Path(target).expanduser()
   if target.suffix != '.safetensors':
@@ -93,11 +97,17 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   if plan is None:
     plan = convert.load_plan(os.fspath(source), config, num_steps)
   diffusion.check_plan(plan)
+  read = [(convert.load_lora(file, opened.model), strength)
+          for file, strength in loras]
   job = streamed_fits.Job(
-      opened.model, plan, opened.places(), dict(about or {}))
+      opened.model, plan, lora_lib.merge_places(opened.places(), read),
+      dict(about or {}))
   how = streamed_fits.Fits(recipe, bits, act_bits, exceptions, roles)
   # The files alone do not say which of two sets of weights in them is read.
   identity = {'files': _identity_of(opened.path), 'ema': ema}
+  if read:
+    identity['loras'] = [[_identity_of(pathlib.Path(lora.source)), strength]
+                         for lora, strength in read]
   if spec is None:
     how.check()
     order = calibrate_lib.check_model(opened.model, opened.abstract)
