@@ -89,15 +89,18 @@ def test_every_layer_of_flux(tmp_path, name, naming):
     assert read.layers.keys() == flux_oracle.layers(model.config).keys()
 
 
-@pytest.mark.parametrize('name', [
-    'sd1', 'unet2d_relative', pytest.param('sd2', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('naming', ['diffusers', 'old', 'kohya', 'compvis'])
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('name, naming', [
+    ('sd1', 'diffusers'), ('sd1', 'old'), ('sd1', 'kohya'), ('sd1', 'compvis'),
+    ('unet2d_relative', 'diffusers'), ('unet2d_relative', 'kohya'),
+    _slow('sd2', 'diffusers'), _slow('sd2', 'old'), _slow('sd2', 'kohya'),
+    _slow('sd2', 'compvis'), _slow('unet2d_relative', 'old')])
 def test_every_layer_of_unets(tmp_path, name, naming):
   """Convolutions among them, of 3x3 and of 1x1, with strides and without."""
   case = model, state, _ = unet(name)
   lora = lora_of(state)
-  if naming == 'compvis' and model.config.context_dim is None:
-    pytest.skip('fuses q, k and v by head')
   if naming == 'compvis':
     # Their names of the same modules, by way of ours.
     ours = families.state_of(model.config)

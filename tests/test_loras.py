@@ -165,6 +165,13 @@ def test_beside_codes_they_are_what_they_are_beside_the_simulation():
       deployed().with_loras(loras).packed().arrays, both[1].arrays)
 
 
+@pytest.mark.parametrize('implementation', kernels.IMPLEMENTATIONS)
+def test_weights_in_a_kernels_layout_are_of_the_same_shape(implementation):
+  packed = deployed().packed().with_implementation(implementation)
+  found = packed.with_loras([(lora(), 0.5)]).layers
+  assert all(layer.adapter is not None for layer in found.values())
+
+
 @pytest.mark.parametrize('loras', [
     [], [(lora(), 0.0)], [(lora(), 0), (lora(5), -0.0)]])
 def test_strength_0_is_no_lora(loras):

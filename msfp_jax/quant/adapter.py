@@ -61,4 +61,4 @@ def _joined(arrays, axis):
   if len({half.dtype for half in halves}) > 1:
     # Neither of float16 and bfloat16 holds the other; this loses nothing.
     halves = [half.astype(np.float32) for half in halves]
-  return np.concatenate(halves, axis)
+  return np.concatenate(halves, axis) if halves[1:] else halves[0]
