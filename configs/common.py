@@ -44,6 +44,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.pretrained_config = ''
   # Take the moving average where the checkpoint has one.
   config.ema = True
+  # LoRAs that are merged into it before anything else: ((file, strength), ...)
+  config.loras = ()
   # Latent diffusion: checkpoint of the first stage, which decodes.
   config.first_stage = ''
   config.first_stage_config = ''  # as pretrained_config, of the first stage

@@ -1,5 +1,6 @@
 """From prompts to conditions, and embeddings in files."""
 
+import lora_files
 import numpy as np
 import pytest
 import text_files
@@ -83,6 +84,27 @@ def test_stable_diffusion_with_guidance(tmp_path):
       ids = encoders.clip.tokenizer(prompts).ids
       assert list(conditions) == ['context']
       assert is_close(conditions['context'], oracles['clip'](ids)[0])
+
+
+def test_what_a_lora_has_for_text_encoders_is_merged(flux, tmp_path):
+  """Into the one that it is for; the file's other parts are no concern."""
+  folder, _ = flux
+  encoders = encode.load_encoders(folder)
+  name = 'text_model_encoder_layers_0_mlp_fc1'
+  down, up = np.ones((1, 24), np.float32), np.ones((40, 1), np.float32)
+  path = lora_files.write(tmp_path / 'a.safetensors', lora_files.kohya(
+      {name: (down, up)}, 'lora_te1_') | lora_files.kohya(
+          {'single_blocks_0_linear2': (down, up)}))
+  merged = encoders.with_loras([(str(path), 0.5)])
+  before, after = (found.clip.params['layers.0']['fc1']['kernel']
+                   for found in (encoders, merged))
+  np.testing.assert_allclose(after, before + 0.5, rtol=1e-6)
+  assert merged.t5.params['blocks.0'].keys() == (
+      encoders.t5.params['blocks.0'].keys())
+  prompts = encode.encode_prompts(merged, ['a cat']).conditions
+  plain = encode.encode_prompts(encoders, ['a cat']).conditions
+  np.testing.assert_array_equal(prompts['text'], plain['text'])
+  assert np.abs(prompts['pooled'] - plain['pooled']).max() > 1e-2
 
 
 @pytest.mark.parametrize('prompts, negative, said', [

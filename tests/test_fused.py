@@ -9,8 +9,10 @@ import safetensors.numpy
 
 from msfp_jax.convert import source
 from msfp_jax.convert.fused import Fused
+from msfp_jax.convert.fused import Product
 from msfp_jax.convert.fused import renamed
 from msfp_jax.convert.fused import take_apart
+from msfp_jax.convert.fused import take_apart_products
 from msfp_jax.convert.tensors import LazyTensor
 
 TABLE = (
@@ -85,3 +87,28 @@ def test_nothing_is_read_before_it_is_asked_for():
   found = take_apart({'b.0.qkv.weight': tensor}, TABLE)
   assert [t.shape for t in found.values()] == [(2, 2)] * 3
   assert {t.refused for t in found.values()} == {'is sparse'}
+
+
+@pytest.mark.parametrize('module, whole', [
+    ('in3', ['first.3']), ('b.7.qkv', ['7.q', '7.k', '7.v']),
+    ('swapped', ['right']), ('wide', ['a', 'b']), ('other', ['other'])])
+def test_a_products_parts_are_those_of_the_matrix(module, whole):
+  """Taken apart and multiplied, or multiplied and taken apart."""
+  rng = np.random.default_rng(0)
+  down, up = rng.integers(-9, 9, (2, 6)), rng.integers(-9, 9, (12, 2))
+  found = take_apart_products({module: Product(
+      LazyTensor.of(down), LazyTensor.of(up), 0.5, 'its name')}, TABLE)
+  expected = take_apart({f'{module}.weight': LazyTensor.of(up @ down)}, TABLE)
+  assert [*found] == whole
+  for part, product in found.items():
+    assert product.scale == 0.5 and product.name == 'its name'
+    np.testing.assert_array_equal(
+        product.up.read() @ product.down.read(),
+        expected[f'{part}.weight'].read())
+
+
+def test_a_product_that_cannot_be_split_keeps_its_name():
+  one = Product(LazyTensor.of(np.ones((1, 4))), LazyTensor.of(np.ones((4, 1))),
+                1.0, 'x')
+  found = take_apart_products({'wide': one, 'b.1.qkv': one}, TABLE)
+  assert [*found] == ['wide', 'b.1.qkv']

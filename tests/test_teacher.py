@@ -1,8 +1,10 @@
 """The full-precision model of a run: what is made, and what is refused."""
 
 import dataclasses
+import types
 
 import jax
+import lora_files
 import numpy as np
 import pytest
 
@@ -105,8 +107,9 @@ def test_a_model_of_more_or_less_than_the_noise(
     teacher.load('random', '', described_by='', ema=True,
                  fields=FIELDS | fields, seed=0)
   for found in (model, AsNoise(model, 'v', (0.9, 0.5))):
-    monkeypatch.setattr(teacher.convert, 'load_pretrained',
-                        lambda *unused, found=found: (found, {}))
+    monkeypatch.setattr(
+        teacher.convert, 'open_pretrained', lambda *unused, found=found: (
+            types.SimpleNamespace(model=found, params=None)))
     with pytest.raises(ValueError, match=message):
       teacher.load('a.ckpt', '', described_by='', ema=True, fields={}, seed=0)
 
@@ -138,3 +141,29 @@ def test_a_random_teacher_depends_on_the_seed_alone():
   assert model == UNLABELLED
   jax.tree.map(np.testing.assert_array_equal, params, same)
   assert np.any(params['conv_in']['kernel'] != other['conv_in']['kernel'])
+
+
+def test_loras_are_merged_into_the_teacher(tmp_path):
+  """Of a config, by file and strength."""
+  down, up = (np.random.default_rng(i).standard_normal(shape, np.float32)
+              for i, shape in enumerate(((1, 16), (16, 1))))
+  path = lora_files.write(tmp_path / 'a.safetensors', lora_files.peft(
+      {'mid_block.attentions.0.to_q': (down, up)}, 'unet.'))
+  load = lambda loras: teacher.load(
+      'random', '', described_by='', ema=True, fields=FIELDS, seed=3,
+      loras=loras)[1]
+  plain, changed = load(()), load(((str(path), 0.5), (str(path), 0.25)))
+  np.testing.assert_allclose(
+      changed['mid.attn_1']['q']['kernel'],
+      plain['mid.attn_1']['q']['kernel'] + 0.75 * (up @ down).T, rtol=1e-5,
+      atol=1e-6)
+  changed['mid.attn_1']['q']['kernel'] = plain['mid.attn_1']['q']['kernel']
+  jax.tree.map(np.testing.assert_array_equal, changed, plain)
+
+
+@pytest.mark.parametrize('loras', [
+    ('a.safetensors', 1.0), (('a.safetensors',),), (('a.safetensors', '1'),),
+    (('', 1.0),), (('a.safetensors', float('nan')),)])
+def test_loras_of_a_config_are_pairs(loras):
+  with pytest.raises(ValueError, match='config.loras=.*a file and a strength'):
+    teacher.check_loras(loras)

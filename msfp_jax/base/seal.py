@@ -28,18 +28,27 @@ def digest_of(content: Any, arrays: Mapping[str, Callable[[], np.ndarray]]
     arrays: {name: a call that reads it}; names, types, shapes and values count.
       One is read at a time by each of a few threads.
   """
-  def one(name: str) -> bytes:
-    array = np.asarray(arrays[name]())
-    head = json.dumps([name, array.dtype.name, list(array.shape)])
-    made = hashlib.sha256(head.encode())
-    # As bytes, without a copy: not all types have a buffer of their own.
-    made.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return made.digest()
-
-  whole = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+  names = sorted(arrays)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    for part in pool.map(one, sorted(arrays)):
-      whole.update(part)
+    parts = pool.map(lambda name: part_of(name, arrays[name]()), names)
+    return whole_of(content, dict(zip(names, parts, strict=True)))
+
+
+def part_of(name: str, array: np.ndarray) -> bytes:
+  """One array's part of a digest: its name, type, shape and values count."""
+  array = np.asarray(array)
+  head = json.dumps([name, array.dtype.name, list(array.shape)])
+  made = hashlib.sha256(head.encode())
+  # As bytes, without a copy: not all types have a buffer of their own.
+  made.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return made.digest()
+
+
+def whole_of(content: Any, parts: Mapping[str, bytes]) -> str:
+  """The digest of content and arrays whose parts are known; see `digest_of`."""
+  whole = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+  for name in sorted(parts):
+    whole.update(parts[name])
   return whole.hexdigest()
 
 

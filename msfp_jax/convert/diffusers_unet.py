@@ -208,10 +208,14 @@ def _from_shapes(tensors):
 
 def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+  return naming.rename(tensors, lambda module: module_name(module, config))
+
+
+def module_name(module: str, config: UNetConfig) -> str | None:
+  """Our name of a module; None where there is no rule."""
   # Attentions of one name are transformers where the model has a context.
   levels = len(config.ch_mult)
   attention = (diffusers_names.ATTENTION if config.context_dim is None
                else naming.TRANSFORMER)
-  return naming.rename(tensors, lambda module: (
-      naming.rename_module(module, _ROOT)
-      or diffusers_names.block_module(module, levels, attention)))
+  return (naming.rename_module(module, _ROOT)
+          or diffusers_names.block_module(module, levels, attention))

@@ -15,8 +15,10 @@ from msfp_jax.convert import flow_scheduler
 from msfp_jax.convert import flux_keys
 from msfp_jax.convert import naming
 from msfp_jax.convert.fused import Fused
+from msfp_jax.convert.fused import Product
 from msfp_jax.convert.fused import renamed
 from msfp_jax.convert.fused import take_apart
+from msfp_jax.convert.fused import take_apart_products
 from msfp_jax.convert.tensors import LazyTensor
 from msfp_jax.models import flux
 
@@ -46,6 +48,13 @@ def _three(*names):
   return {name: (i,) for i, name in enumerate(names)}
 
 
+_IMAGE_QKV = _three(
+    f'{_OWN}attn.to_q', f'{_OWN}attn.to_k', f'{_OWN}attn.to_v')
+_TEXT_QKV = _three(f'{_OWN}attn.add_q_proj', f'{_OWN}attn.add_k_proj',
+                   f'{_OWN}attn.add_v_proj')
+_SINGLE_QKV = _three(f'{_OWN_SINGLE}attn.to_q', f'{_OWN_SINGLE}attn.to_k',
+                     f'{_OWN_SINGLE}attn.to_v')
+
 # BFL's modules -> diffusers'.
 _BFL: tuple[Fused, ...] = (
     renamed('img_in', 'x_embedder'), renamed('txt_in', 'context_embedder'),
@@ -53,11 +62,8 @@ _BFL: tuple[Fused, ...] = (
     *_embedder('guidance_in', 'guidance'),
     _double(r'img_mod\.lin', 'norm1.linear'),
     _double(r'txt_mod\.lin', 'norm1_context.linear'),
-    Fused(_DOUBLE + r'img_attn\.qkv', _three(
-        f'{_OWN}attn.to_q', f'{_OWN}attn.to_k', f'{_OWN}attn.to_v'), 3),
-    Fused(_DOUBLE + r'txt_attn\.qkv', _three(
-        f'{_OWN}attn.add_q_proj', f'{_OWN}attn.add_k_proj',
-        f'{_OWN}attn.add_v_proj'), 3),
+    Fused(_DOUBLE + r'img_attn\.qkv', _IMAGE_QKV, 3),
+    Fused(_DOUBLE + r'txt_attn\.qkv', _TEXT_QKV, 3),
     _double(r'img_attn\.norm\.query_norm', 'attn.norm_q'),
     _double(r'img_attn\.norm\.key_norm', 'attn.norm_k'),
     _double(r'txt_attn\.norm\.query_norm', 'attn.norm_added_q'),
@@ -69,16 +75,24 @@ _BFL: tuple[Fused, ...] = (
     _double(r'txt_mlp\.2', 'ff_context.net.2'),
     renamed(_SINGLE + r'modulation\.lin', _OWN_SINGLE + 'norm.linear'),
     # q, k, v of D rows each, then the feed-forward layer's 4 D.
-    Fused(_SINGLE + 'linear1', _three(
-        f'{_OWN_SINGLE}attn.to_q', f'{_OWN_SINGLE}attn.to_k',
-        f'{_OWN_SINGLE}attn.to_v') | {
-            f'{_OWN_SINGLE}proj_mlp': (3, 4, 5, 6)}, 7),
+    Fused(_SINGLE + 'linear1', _SINGLE_QKV | {
+        f'{_OWN_SINGLE}proj_mlp': (3, 4, 5, 6)}, 7),
     renamed(_SINGLE + r'norm\.query_norm', _OWN_SINGLE + 'attn.norm_q'),
     renamed(_SINGLE + r'norm\.key_norm', _OWN_SINGLE + 'attn.norm_k'),
     renamed(_SINGLE + 'linear2', _OWN_SINGLE + 'proj_out'),
     renamed(r'final_layer\.linear', 'proj_out'),
     # Theirs is (shift, scale), diffusers' (scale, shift).
     Fused(r'final_layer\.adaLN_modulation\.1', {'norm_out.linear': (1, 0)}, 2))
+
+# XLabs' LoRAs name what they add to; of linear1 and linear2 they know a part
+# and all.
+_XLABS: tuple[Fused, ...] = (
+    Fused(_DOUBLE + r'processor\.qkv_lora1', _IMAGE_QKV, 3),
+    Fused(_DOUBLE + r'processor\.qkv_lora2', _TEXT_QKV, 3),
+    _double(r'processor\.proj_lora1', 'attn.to_out.0'),
+    _double(r'processor\.proj_lora2', 'attn.to_add_out'),
+    Fused(_SINGLE + r'processor\.qkv', _SINGLE_QKV, 3),
+    renamed(_SINGLE + r'processor\.proj', _OWN_SINGLE + 'proj_out'))
 
 # diffusers' modules -> ours, where they differ: inputs [attention D, GELU 4 D].
 _OURS = (Fused(
@@ -195,3 +209,10 @@ def rename(tensors: Mapping[str, LazyTensor], unused_config: flux.FluxConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
   """Gives tensors our names, and splits what diffusers has as one."""
   return take_apart(tensors, _OURS), ()
+
+
+def rename_products(products: Mapping[str, Product],
+                    unused_config: flux.FluxConfig) -> dict[str, Product]:
+  """Likewise what LoRAs add to modules, of either naming or XLabs'."""
+  return take_apart_products(
+      take_apart_products(products, _BFL + _XLABS), _OURS)

@@ -35,6 +35,22 @@ class Fused(NamedTuple):
   axis: int = 0
 
 
+class Product(NamedTuple):
+  """A matrix that a file holds as a product: up down, of few rows between.
+
+  Attributes:
+    down: `[R, I]`, or of a convolution `[R, I, *window]`.
+    up: `[O, R]`, or `[O, R, 1, 1]`.
+    scale: what it is multiplied with.
+    name: that the file has for it.
+  """
+
+  down: LazyTensor
+  up: LazyTensor
+  scale: float
+  name: str
+
+
 def renamed(pattern: str, module: str) -> Fused:
   """A module that only gets another name."""
   return Fused(pattern, {module: (0,)})
@@ -61,6 +77,28 @@ def take_apart(tensors: Mapping[str, LazyTensor], table: Sequence[Fused]
         for part, value in _split(tensor, row, leaf).items()}
     if not new or new.keys() & found.keys():
       new = {name: tensor}
+    found |= new
+  return found
+
+
+def take_apart_products(products: Mapping[str, Product],
+                        table: Sequence[Fused]) -> dict[str, Product]:
+  """As `take_apart`, of {module: what is added to its weight}.
+
+  Outputs are rows of `up`, inputs columns of `down`: one of the two is split,
+  the other is that of every part.
+  """
+  found = {}
+  for module, product in products.items():
+    row, match = _row(table, module)
+    new = {}
+    if row is not None:
+      half = 'down' if row.axis else 'up'
+      new = {match.expand(part): product._replace(**{half: value})
+             for part, value in _split(
+                 getattr(product, half), row, 'weight').items()}
+    if not new or new.keys() & found.keys():
+      new = {module: product}
     found |= new
   return found
 

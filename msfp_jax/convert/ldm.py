@@ -255,10 +255,11 @@ def rename(tensors: Mapping[str, LazyTensor], config: UNetConfig
            ) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
   """Gives tensors our names, and splits fused projections by head."""
   return naming.rename(_split_qkv(tensors, config),
-                       lambda module: _module(module, config))
+                       lambda module: module_name(module, config))
 
 
-def _module(module: str, config: UNetConfig) -> str | None:
+def module_name(module: str, config: UNetConfig) -> str | None:
+  """Our name of a module; None where there is no rule."""
   if (ours := naming.rename_module(module, _ROOT)) is not None:
     return ours
   if match := re.fullmatch(r'middle_block\.([012])\.(.+)', module):

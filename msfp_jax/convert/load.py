@@ -32,7 +32,8 @@ from msfp_jax.models import prediction
 # Name -> module with MODEL, detect, select, config and rename; a new family is
 # one module and one entry. The first that detects its landmark takes the file.
 # One of flow matching has `flow` as well, its configuration -> a
-# `flow_scheduler.FlowModel`.
+# `flow_scheduler.FlowModel`. For LoRAs: `module_name`, (module, config) -> our
+# name of it or None; or, where modules are fused, `rename_products`.
 FAMILIES = {'ddim': ddim, 'ldm': ldm, 'diffusers': diffusers_unet, 'flux': flux}
 # Those with a yaml of their own.
 _BY_YAML = ('ddim', 'ldm')
@@ -68,12 +69,23 @@ def load_pretrained(path: str, config: str | None = None,
       model by its scheduler_config.json, or tensors that are
       missing, unexpected, misshapen or not finite: all are listed.
   """
+  opened = open_pretrained(path, config, ema)
+  return opened.model, opened.params()
+
+
+def open_pretrained(path: str, config: str | None = None,
+                    ema: bool | None = None) -> restore.Pretrained:
+  """Likewise, with the parameters still in the file.
+
+  Raises:
+    As `load_pretrained`; what is wrong with tensors, when these are asked for.
+  """
   if str(path) in native.SHIPPED:
-    return native.load_pretrained(path)
+    return native.open_pretrained(path)
   opened = _opened(path, config, ema)
   source, family, found = opened.source, opened.family, opened.config
   if family is None:
-    return native.load_pretrained(source.path)
+    return native.open_pretrained(source.path)
   logging.info('%s: %s, %s', source.path, opened.name, found)
   if why := opened.origin.refused.get(opened.origin.sampler):
     logging.warning('%s: %s', opened.origin.source, why)
@@ -81,10 +93,9 @@ def load_pretrained(path: str, config: str | None = None,
   model = family.MODEL(found)
   if opened.origin.predicts != prediction.NOISE:
     native.check_prediction(model)
-  params = restore.restore(
-      named, native.abstract_params(model), str(source.path), restore.TORCH,
-      leftover)
-  return _as_noise(model, opened.origin), params
+  return restore.Pretrained(
+      _as_noise(model, opened.origin), source.path, named,
+      native.abstract_params(model), restore.TORCH, leftover)
 
 
 def load_origin(path: str, config: str | None = None,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -57,20 +58,36 @@ def write_safetensors(path: str | pathlib.Path,
   metadata = metadata | {seal.KEY: _digest(metadata, {
       name: functools.partial(np.asarray, array)
       for name, array in tensors.items()})}
-  header, end = {'__metadata__': dict(sorted(metadata.items()))}, 0
+  head, _ = safetensors_head(metadata, tensors)
+  with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
+    file.write(head)
+    for name in sorted(tensors):
+      file.write(np.ascontiguousarray(tensors[name]).data)
+
+
+def safetensors_head(metadata: Mapping[str, str], tensors: Mapping[str, Any]
+                     ) -> tuple[bytes, dict[str, int]]:
+  """What a safetensors file begins with, and where in it each tensor begins.
+
+  Args:
+    metadata: of its header.
+    tensors: {name: what has the shape and dtype of one}; in the file they are
+      in the order of their names.
+  """
+  header, places = {'__metadata__': dict(sorted(metadata.items()))}, {}
+  end = 0
   for name in sorted(tensors):
-    array = tensors[name]
-    start, end = end, end + array.nbytes
-    header[name] = {'dtype': _DTYPES[array.dtype], 'shape': list(array.shape),
+    shape, dtype = tensors[name].shape, np.dtype(tensors[name].dtype)
+    places[name] = end
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {'dtype': _DTYPES[dtype], 'shape': list(shape),
                     'data_offsets': [start, end]}
   # safetensors: 8 bytes with the header's length, the header in JSON, padded so
   # that tensors begin at a multiple of 8, then the tensors without gaps.
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
-    file.write(len(text).to_bytes(8, 'little') + text)
-    for name in sorted(tensors):
-      file.write(np.ascontiguousarray(tensors[name]).data)
+  head = len(text).to_bytes(8, 'little') + text
+  return head, {name: len(head) + start for name, start in places.items()}
 
 
 def check_seal(path: str | pathlib.Path,
@@ -138,6 +155,16 @@ def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
     ValueError: not such a file, or tensors that are missing, unexpected,
       misshapen or not finite: all are listed.
   """
+  opened = open_pretrained(path)
+  return opened.model, opened.params()
+
+
+def open_pretrained(path: str | pathlib.Path) -> restore_lib.Pretrained:
+  """Likewise, with the parameters still in the file, its digest checked.
+
+  Raises:
+    As `load_pretrained`; what is wrong with tensors, when these are asked for.
+  """
   file, tensors, metadata = _opened(path)
   # The models of this package are older than the digest, and so may others be:
   # without it there is nothing to say.
@@ -150,8 +177,8 @@ def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{file}: its header describes no model of this version '
                      f'({error})') from error
-  return model, restore_lib.restore(
-      tensors, abstract_params(model), str(file), restore_lib.FLAX)
+  return restore_lib.Pretrained(
+      model, file, tensors, abstract_params(model), restore_lib.FLAX)
 
 
 def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:

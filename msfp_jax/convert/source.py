@@ -156,7 +156,7 @@ def _unwrapped(tensors: Mapping[str, LazyTensor], path: pathlib.Path
 
 def _read(path: pathlib.Path
           ) -> tuple[dict[str, LazyTensor], dict[str, str], str]:
-  if path.name.endswith(('.index.json', '.index.fp16.json')):
+  if _is_index(path):
     return _read_shards(path), {}, ''
   if path.suffix == '.safetensors':
     return *read_safetensors(path), ''
@@ -219,6 +219,17 @@ def _safetensors_row_reader(path, name):
     with safetensors.safe_open(path, 'np') as opened:
       return opened.get_slice(name)[first:end]
   return read_rows
+
+
+def _is_index(path: pathlib.Path) -> bool:
+  return path.name.endswith(('.index.json', '.index.fp16.json'))
+
+
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files of `Source.path`: itself, and its shards if it is an index."""
+  if not _is_index(path):
+    return [path]
+  return [path, *[path.parent / name for name in shard_names(path)]]
 
 
 def shard_names(index: pathlib.Path) -> list[str]:

@@ -148,6 +148,17 @@ def _fields(given, table):
           for theirs, (ours, _, default) in table.items()}
 
 
+def clip_module(module: str) -> str | None:
+  """Our name of a CLIP's module; None where there is no rule."""
+  return naming.rename_module(
+      module.removeprefix(_CLIP_PREFIX), _CLIP_RULES)
+
+
+def t5_module(module: str) -> str | None:
+  """Likewise of a T5's."""
+  return naming.rename_module(module, _T5_RULES)
+
+
 def _clip(tensors: Mapping[str, LazyTensor], given: Mapping[str, Any]):
   """The model of a CLIP's config.json, and its tensors by our names."""
   # Counts up to the length, which old files hold, are no weights.
@@ -160,8 +171,7 @@ def _clip(tensors: Mapping[str, LazyTensor], given: Mapping[str, Any]):
   # means is what that version computed, see `ClipTextConfig`.
   if fields['eos_id'] == 2:
     fields['eos_id'] = None
-  named, leftover = naming.rename(found, lambda module: naming.rename_module(
-      module.removeprefix(_CLIP_PREFIX), _CLIP_RULES))
+  named, leftover = naming.rename(found, clip_module)
   return ClipText(ClipTextConfig(**fields)), named, leftover
 
 
@@ -179,8 +189,7 @@ def _t5(tensors: Mapping[str, LazyTensor], given: Mapping[str, Any]):
     del found[_T5_OTHER]
   model = T5(T5Config(**_fields(given, keys.T5_FIELDS),
                       **keys.feed_forward(given)))
-  named, leftover = naming.rename(
-      found, lambda module: naming.rename_module(module, _T5_RULES))
+  named, leftover = naming.rename(found, t5_module)
   return model, named, leftover
 
 

@@ -1,7 +1,8 @@
 """Running any linen model on quantized layers, by interception."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -44,7 +45,11 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
     layer = layers[name]
     if layer.weight is None:
       # Its weights stay in full precision: the module's own product is right.
-      return compute(layer.input.fake_quant(x))
+      out = compute(layer.input.fake_quant(x))
+      if layer.adapter is None:
+        return out
+      return (out + _by_geometry(module, x, functools.partial(
+          door.run_adapter, layer.adapter))).astype(out.dtype)
     try:
       return run_layer(module, x, layer, implementation)
     except ValueError as error:
@@ -71,17 +76,21 @@ def run_layer(module: nn.Module, x: jax.Array, layer: QLayer,
   dtype = module.dtype or jnp.promote_types(x.dtype, module.param_dtype)
   # Quantized as it comes: rounded to fewer bits first, levels would differ.
   x = x.astype(jnp.promote_types(x.dtype, dtype))
+  return _by_geometry(module, x, functools.partial(
+      door.run, layer, implementation=implementation)).astype(dtype)
+
+
+def _by_geometry(module: nn.Module, x: jax.Array,
+                 run: Callable[..., jax.Array]) -> jax.Array:
+  """run(x), or of a convolution run(x, geometry, conv_general_dilated=)."""
   if isinstance(module, nn.Dense):
-    return door.run(
-        layer, x, implementation=implementation).astype(dtype)
+    return run(x)
   # `of_module` makes one batch axis of all; they come back at the end.
   batch = x.shape[:x.ndim - _axes_of(module) - 1]
   x, geometry, _ = geometry_lib.of_module(module, x)
-  out = door.run(
-      layer, x, geometry, implementation=implementation,
-      conv_general_dilated=(
-          module.conv_general_dilated or jax.lax.conv_general_dilated))
-  return out.reshape(*batch, *out.shape[1:]).astype(dtype)
+  out = run(x, geometry, conv_general_dilated=(
+      module.conv_general_dilated or jax.lax.conv_general_dilated))
+  return out.reshape(*batch, *out.shape[1:])
 
 
 def _axes_of(module: nn.Conv) -> int:

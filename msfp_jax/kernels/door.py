@@ -26,6 +26,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.kernels import beside
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import choice
 from msfp_jax.kernels import compiler
@@ -33,6 +34,7 @@ from msfp_jax.kernels import epilogue
 from msfp_jax.kernels import product
 from msfp_jax.kernels import training
 from msfp_jax.kernels import winograd
+from msfp_jax.quant.adapter import Adapter
 from msfp_jax.quant.geometry import Geometry
 from msfp_jax.quant.qlayer import Latent
 from msfp_jax.quant.qlayer import QLayer
@@ -89,6 +91,24 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
   return compiler.apart(lambda x, layer: work(layer, x), x, layer)
 
 
+def run_adapter(adapter: Adapter, x: jax.Array,
+                geometry: Geometry | None = None, *,
+                conv_general_dilated: Callable[..., jax.Array]
+                = lax.conv_general_dilated) -> jax.Array:
+  """What an adapter adds to a layer that is not quantized, float32.
+
+  Args:
+    adapter: of the layer.
+    x: its input, as of `run`.
+    geometry: likewise.
+    conv_general_dilated: likewise.
+  """
+  return beside.low_rank(
+      x, adapter.down, adapter.up, functools.partial(
+          _plain, geometry=geometry, function=conv_general_dilated),
+      adapter.gain)
+
+
 def _plain(x, w, *, geometry, function):
   """The product of float32 values, by XLA."""
   if geometry is None or geometry.is_pointwise(w.shape[:-2]):
@@ -126,10 +146,7 @@ def _run(layer, x, geometry, implementation, carrier, plain):
     out = _run_winograd(algorithm, layer, seen, geometry)
   else:
     out = _run_xla(layer, seen, geometry, implementation, carrier, plain)
-  if layer.around.down is not None:
-    # The branch sees x' before it was quantized: it carries what 4 bits lose.
-    out = out + training.low_rank(layer.around, seen, plain)
-  return out.astype(x.dtype)
+  return beside.add(out, layer, x, seen, plain).astype(x.dtype)
 
 
 def _run_xla(layer, x, geometry, implementation, carrier, plain):

@@ -5,11 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from msfp_jax.quant.around import Around
+from msfp_jax.kernels import beside
+from msfp_jax.kernels.beside import Plain
 from msfp_jax.quant.qlayer import QLayer
-
-# (x [B, *spatial, I], w [*window, I, O]) -> [B, *spatial', O].
-Plain = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
@@ -19,7 +17,7 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
   Forward it is `product` on the weights as they are quantized now: what the
   simulation and packed models compute. Backward it is the gradient of
 
-      plain(Q_a(x'), Q_w(W')) + bias + low rank
+      plain(Q_a(x'), Q_w(W')) + bias + branches of low rank
 
   with each quantizer's own gradient (`Quantizer.fake_quant`), whatever the
   product sums in and by what scales.
@@ -44,9 +42,7 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
     y = plain(layer.input.fake_quant(jnp.asarray(seen, jnp.float32)), w)
     if layer.bias is not None:
       y = y + layer.bias
-    if layer.around.down is not None:
-      y = y + low_rank(layer.around, seen, plain)
-    return y.astype(x.dtype)
+    return beside.add(y, layer, x, seen, plain).astype(x.dtype)
 
   # Full weights have no levels to multiply: one way for both directions.
   if layer.weight.quantizer.is_full:
@@ -64,17 +60,3 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
       lambda layer, x: (quantized(layer, x), (layer, x)),
       lambda inputs, gradient: jax.vjp(dequantized, *inputs)[1](gradient))
   return quantized(layer, x)
-
-
-def low_rank(around: Around, x: jax.Array, plain: Plain) -> jax.Array:
-  """The branch x' A B, float32.
-
-  Args:
-    around: with `down` and `up`.
-    x: x', the input as smoothed and rotated, not quantized.
-    plain: product of float32 values, with the layer's geometry.
-  """
-  # A has the window and its geometry, B is pointwise.
-  inner = plain(jnp.asarray(x, jnp.float32), jnp.float32(around.down))
-  # 'highest': TPUs round the factors of a product to bfloat16 by default.
-  return jnp.matmul(inner, jnp.float32(around.up), precision='highest')

@@ -58,7 +58,7 @@ from msfp_jax.quant.qlayer import QLayer
 # has hundreds of short ones (scales, biases, normalizations): hence `channels`.
 _FAMILY = 'msfp-jax/packed/'
 FORMAT, _FIRST = _FAMILY + '2', _FAMILY + '1'
-_CHOICES, _CHANNELS = 'choices', 'channels'
+_CHOICES, CHANNELS = 'choices', 'channels'
 
 
 def save(path: str | os.PathLike, model: packed_lib.PackedModel,
@@ -71,11 +71,15 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     **about: goes into the header, such as the command that made the model.
 
   Raises:
-    ValueError: a model that is not packed, layers laid out for a kernel, names
-      that cannot be told apart in the file, or too many banks.
+    ValueError: a model that is not packed, one with LoRAs, layers laid out for
+      a kernel, names that cannot be told apart in the file, or too many banks.
   """
   arguments.check_type('model', model, packed_lib.PackedModel,
                        'msfp.pack(...) or msfp.load(...)')
+  if any(layer.adapter is not None for layer in model.layers.values()):
+    raise ValueError('the model has LoRAs, which keep their own files: save '
+                     'model.with_loras([]), and give them to what is loaded; '
+                     'or merge them before packing, with merge_loras')
   # Those without weights of their own have only an input quantizer, for
   # `others`; their kernels and biases are among the parameters.
   own = {name: layer for name, layer in model.layers.items()
@@ -88,7 +92,7 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     channels += stored.channels_of(layer)
   vectors, rest = _flatten(model.params)
   channels += vectors.values()
-  tensors[_CHANNELS] = np.concatenate(channels)
+  tensors[CHANNELS] = np.concatenate(channels)
   if model.choices:
     # In the order of the layers, so that the table needs no names.
     choices = np.stack([model.choices[name] for name in own
@@ -99,19 +103,36 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
+  metadata = metadata_of(model.model, model.layers, {
+      name: len(vector) for name, vector in vectors.items()}, model.plan)
+  tensors |= rest
+  native.write_safetensors(path, tensors, metadata | about)
+
+
+def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
+                vectors: Mapping[str, int], plan: diffusion.SamplerPlan
+                ) -> dict[str, str]:
+  """The header's metadata, but for the digest.
+
+  Args:
+    model: the linen model.
+    layers: all of them; of arrays in weights only shapes and types count.
+    vectors: {path: size} of the parameters in `channels`.
+    plan: the sampler.
+  """
+  own = {name: layer for name, layer in layers.items()
+         if layer.weight is not None}
   header = {
-      'model': registry.to_dict(model.model),
+      'model': registry.to_dict(model),
       'layers': [header_lib.layer_to_row(name, layer)
                  for name, layer in own.items()],
       'others': {name: header_lib.input_to_row(layer.input)
-                 for name, layer in model.layers.items() if name not in own},
-      'vectors': {name: len(vector) for name, vector in vectors.items()},
-      'plan': model.plan.to_dict(),
+                 for name, layer in layers.items() if name not in own},
+      'vectors': dict(vectors),
+      'plan': plan.to_dict(),
   }
-  metadata = {key: header_lib.dumps(value) for key, value in header.items()}
-  tensors |= rest
-  native.write_safetensors(path, tensors,
-                           {'format': FORMAT} | metadata | about)
+  return {'format': FORMAT} | {
+      key: header_lib.dumps(value) for key, value in header.items()}
 
 
 def _check_layout(name: str, layer: QLayer) -> None:
@@ -241,12 +262,12 @@ def _read_layers(
   sizes = [codes[row[0]].shape[-1] * len(row[3]) for row in rows]
   sizes += vectors.values()
   known = len(reader.problems)
-  table = reader.take(_CHANNELS, np.float32, (sum(sizes),))
+  table = reader.take(CHANNELS, np.float32, (sum(sizes),))
   # Where the table is missing it is zeros now, which are nobody's scales: to
   # list each of these as flawed would bury the one problem that there is.
   is_read = len(reader.problems) == known
   if is_read and not np.isfinite(table).all():
-    reader.problems.append(f'{_CHANNELS} holds values that are not finite')
+    reader.problems.append(f'{CHANNELS} holds values that are not finite')
   pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
   layers = {
       row[0]: stored.read_layer(

@@ -1,7 +1,9 @@
 """One layer of a packed model's file: its tensors, written and read."""
 
+import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from msfp_jax.packed import header as header_lib
@@ -32,6 +34,28 @@ def tensors_of(name: str, layer: QLayer) -> dict[str, np.ndarray]:
       part = part.view(np.uint8)
     found[f'{name}.{key}'] = part
   return found
+
+
+def shapes_of(name: str, layer: QLayer) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and types of what `tensors_of` returns, and nothing computed."""
+  weight = layer.weight
+  shape = np.shape(weight.data)
+  if header_lib.is_stream(weight.fmt):
+    shape = (_stream_size(
+        (*shape[:-2], weight.length, shape[-1]), weight.fmt.bits),)
+  found = {f'{name}.codes': jax.ShapeDtypeStruct(shape, np.uint8)}
+  for key, part in header_lib.parts_of(layer).items():
+    shape, dtype = part.shape, part.dtype
+    if key == 'shift':
+      shape, dtype = (_stream_size(shape, SHIFT_BITS),), np.uint8
+    elif dtype.name in header_lib.TYPES:
+      shape, dtype = (*shape[:-1], shape[-1] * dtype.itemsize), np.uint8
+    found[f'{name}.{key}'] = jax.ShapeDtypeStruct(shape, dtype)
+  return found
+
+
+def _stream_size(shape, bits):
+  return -(-math.prod(shape) * bits // 8)
 
 
 def channels_of(layer: QLayer) -> list[np.ndarray]:

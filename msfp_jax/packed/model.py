@@ -1,6 +1,6 @@
 """PackedModel: a quantized model and its sampler, ready to sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import math
@@ -15,7 +15,9 @@ import numpy as np
 from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import arguments
+from msfp_jax.convert.lora import Lora
 from msfp_jax.kernels.apply import apply
+from msfp_jax.packed import loras as loras_lib
 from msfp_jax.quant import batches
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
@@ -97,17 +99,37 @@ class PackedModel:
     """
     layers = {}
     for name, layer in self.layers.items():
-      try:
-        # In NumPy: on a device, codes would take memory before anything is
-        # sampled.
-        layers[name] = layer if layer.weight is None else jax.tree.map(
-            np.asarray, layer.replace(weight=layer.weight.packed()))
-      except ValueError as error:
-        raise ValueError(f'layer {name}: {error}') from error
+      layers[name] = as_codes(name, layer)
     host = dataclasses.replace(
         self, layers=layers, params=jax.tree.map(np.asarray, self.params))
     # Codes in hand, an implementation can find out what it needs once a model.
     return host.with_implementation(self.implementation)
+
+  def with_loras(self, loras: Iterable[tuple[Lora, Any]]) -> 'PackedModel':
+    """The model with these LoRAs, and no others, beside its weights.
+
+    Weights stay as they are, packed or not: LoRAs come, change and go without
+    packing anew, and `with_loras([])` is the model without. Where models differ
+    in strengths alone they share what was compiled; one of strength 0 is as if
+    it were not there, bit for bit.
+
+    Args:
+      loras: (what `load_lora` returned for `model`, its strength), as many as
+        wanted. 1 is the strength that a LoRA was trained with; it may be
+        negative, and traced.
+
+    Raises:
+      ValueError: a LoRA of another model, or a strength that is no number.
+      TypeError: other things than LoRAs.
+    """
+    adapters = loras_lib.adapters(loras, self.layers, self.params)
+    other = dataclasses.replace(self, layers={
+        name: layer.replace(adapter=adapters.get(name))
+        for name, layer in self.layers.items()})
+    # Past the fields, which are frozen: it is where cached_property looks. All
+    # that differs are arrays, which are arguments of the compiled sampler.
+    other.__dict__['_draw'] = self._draw
+    return other
 
   def layer_at(self, name: str, index: Any) -> QLayer:
     """A layer at a position of the plan, traced or not: with one bank."""
@@ -169,6 +191,20 @@ class PackedModel:
     bits = sum(layer.nbits for layer in self.layers.values())
     return math.ceil(bits / 8) + sum(
         leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+
+def as_codes(name: str, layer: QLayer) -> QLayer:
+  """A layer with its weights as codes, in NumPy; one without stays as it is.
+
+  Raises:
+    ValueError: weights that are NaN; names the layer.
+  """
+  try:
+    # In NumPy: on a device, codes would take memory before anything is sampled.
+    return layer if layer.weight is None else jax.tree.map(
+        np.asarray, layer.replace(weight=layer.weight.packed()))
+  except ValueError as error:
+    raise ValueError(f'layer {name}: {error}') from error
 
 
 def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,

@@ -1,6 +1,6 @@
 """Calibration: finds every layer's quantizers by a recipe -> QuantSpec."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import concurrent.futures
 import functools
 import os
@@ -102,11 +102,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   # What can be refused is refused first: the sampler may run for minutes.
   of = recipes.get(recipe)
   act_bits = bits if act_bits is None else act_bits
-  if exceptions is None:
-    exceptions = 'ends-8' if roles is None else {}
-  exceptions = roles_lib.exceptions_of(exceptions, roles)
-  for width in (bits, act_bits, *exceptions.values()):
-    recipes.check_bits(width)
+  widths_of = layer_widths(bits, act_bits, exceptions, roles)
   if plan is not None:
     diffusion.check_plan(plan)
   params = interception.parameters(params)
@@ -121,10 +117,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
                      'are in one of them only; collect on this model')
 
   def fit_one(name: str) -> spec_lib.LayerSpec:
-    role = roles_lib.role_of(name, roles)
-    # w32a8 leaves every weight in full precision, those of exceptions too.
-    widths = [width if width == FULL_BITS else exceptions.get(role, width)
-              for width in (bits, act_bits)]
+    role, *widths = widths_of(name)
     try:
       return fit_layer(of, role, activations[name], kernels[name], *widths)
     except ValueError as error:
@@ -148,17 +141,43 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   return found
 
 
+def layer_widths(bits: int, act_bits: int,
+                 exceptions: str | Mapping[str, int] | None = None,
+                 roles: Mapping[str, str] | None = None
+                 ) -> Callable[[str], tuple[str, int, int]]:
+  """A function of a layer's name: its role, and bits of weights and input.
+
+  Args:
+    bits: of weights.
+    act_bits: of inputs.
+    exceptions: as of `calibrate`.
+    roles: likewise.
+
+  Raises:
+    ValueError: unknown exceptions or widths; and the function, for a layer that
+      no rule covers.
+  """
+  if exceptions is None:
+    exceptions = 'ends-8' if roles is None else {}
+  other = roles_lib.exceptions_of(exceptions, roles)
+  for width in (bits, act_bits, *other.values()):
+    recipes.check_bits(width)
+
+  def of(name: str) -> tuple[str, int, int]:
+    role = roles_lib.role_of(name, roles)
+    # w32a8 leaves every weight in full precision, those of exceptions too.
+    return role, *(width if width == FULL_BITS else other.get(role, width)
+                   for width in (bits, act_bits))
+  return of
+
+
 def _look(model, params, recipe, widths, batches, plan, kernels, key):
   """{layer: what was seen of its input}; runs the sampler if it must."""
   # Layers are found by their kernels: the model need not run. Where there is
   # something to trace it on, what cannot be quantized is refused by its name;
   # of other models without batches, when they first run.
   if not recipe.needs_at(*widths) and (batches is None or not recipe.needs):
-    inputs = _inputs_of(model, batches)
-    if inputs is not None:
-      noise, *condition = inputs
-      interception.list_layers(
-          model, params, noise, jnp.zeros(len(noise)), *condition)
+    check_model(model, params, batches)
     return {name: Seen() for name in kernels}
   if batches is None or plan is None:
     raise ValueError(
@@ -167,6 +186,31 @@ def _look(model, params, recipe, widths, batches, plan, kernels, key):
   return observe.collect(
       model, params, plan, batches, needs=recipe.needs,
       key=jax.random.key(0) if key is None else key)
+
+
+def check_model(model: nn.Module, params: Any,
+                batches: Iterable[observe.Batch] | None = None
+                ) -> list[str] | None:
+  """Refuses what cannot be quantized, by name, if the inputs are known.
+
+  Args:
+    model: which is traced; nothing runs.
+    params: its parameters, or their shapes.
+    batches: as of `calibrate`.
+
+  Returns:
+    The layers in the order of their execution; None where the inputs are not
+    known.
+
+  Raises:
+    ValueError: see `interception.list_layers`.
+  """
+  inputs = _inputs_of(model, batches)
+  if inputs is None:
+    return None
+  noise, *condition = inputs
+  return list(interception.list_layers(
+      model, params, noise, jnp.zeros(len(noise)), *condition))
 
 
 def _inputs_of(model, batches):
@@ -184,7 +228,8 @@ def _inputs_of(model, batches):
 
 
 def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
-              kernel: np.ndarray, bits: int, act_bits: int
+              kernel: np.ndarray, bits: int, act_bits: int,
+              measured: bool = True, kind: str = ''
               ) -> spec_lib.LayerSpec:
   """One layer: what stands around its product, weights, input.
 
@@ -195,9 +240,11 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     kernel: `[*window, I, O]`.
     bits: of the weights, 3 to 8 or 32.
     act_bits: of the input, likewise.
+    measured: whether `stats` has errors that are work of their own.
+    kind: AAL or NAL where that is known; what is seen goes before it.
   """
   # By the layer's own input: smoothing and rotation would hide SiLU's tail.
-  kind, stats = '', {}
+  stats = {}
   if seen.minimum is not None:
     kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum, seen.dtype)
             else spec_lib.NAL)
@@ -215,7 +262,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   if act_bits < FULL_BITS and act.mse is not None:
     stats |= _input_errors(act, seen, act_bits)
   weight = fit_lib.fit(
-      recipe.weight, Seen.of_weights(kernel), bits, axis=-2)
+      recipe.weight, Seen.of_weights(kernel), bits, axis=-2, measured=measured)
   if around is not None and weight.quantizer.is_full:
     raise ValueError('the weights stay in full precision, with which nothing '
                      'can stand around the product: leave `around` out')

@@ -210,8 +210,16 @@ def restored(quantizer: Quantizer, x: jax.Array, axis: int) -> jax.Array:
 _dequantize = jax.jit(lambda tensor: tensor.dequantize())
 
 
-def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
+def fit(of: Fit, seen: Seen, bits: int, axis: int, measured: bool = True
+        ) -> Fitted:
   """The quantizer of a tensor; `Full` at 32 bits.
+
+  Args:
+    of: what finds it.
+    seen: of the tensor.
+    bits: of an element.
+    axis: of the contraction.
+    measured: whether its error is wanted where that is work of its own.
 
   Raises:
     ValueError: what the fit needs to see is not there; it found a quantizer
@@ -228,7 +236,8 @@ def fit(of: Fit, seen: Seen, bits: int, axis: int) -> Fitted:
         f'{type(of).__name__} needs to see {absent} of the input, which was '
         f'not gathered, or is not known of it as smoothed and rotated: with '
         f'{ROWS!r} among the needs of `around` it is')
-  found = of(seen, bits, axis)
+  found = (of(seen, bits, axis) if measured else
+           Fitted(of.quantizer(seen, bits, axis), None))
   quantizer = as_arrays(found.quantizer)
   if flaws := quantizers.flaws_of(quantizer):
     raise ValueError(f'{type(of).__name__} found a quantizer with '

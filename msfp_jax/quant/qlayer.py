@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 
+from msfp_jax.quant.adapter import Adapter
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.qtensor import QTensor
 from msfp_jax.quant.quantizers import Full
@@ -54,6 +55,7 @@ class QLayer:
     bias: float32 `[O]`, or None.
     around: what stands around the product.
     prepared: None for weights that are not packed.
+    adapter: what LoRAs of a user add, or None; no part of the layer's file.
   """
 
   weight: QTensor | Latent | None
@@ -61,6 +63,7 @@ class QLayer:
   bias: jax.Array | None = None
   around: Around = Around()
   prepared: Prepared | None = None
+  adapter: Adapter | None = None
 
   @property
   def num_banks(self) -> int:
@@ -71,7 +74,7 @@ class QLayer:
   def nbits(self) -> int:
     """Bits of weights, bias, what stands around, and the input's parameters.
 
-    All banks counted.
+    All banks counted; of an adapter none, which is the user's own.
     """
     total = self.around.nbits + self.input.nbits
     total += 0 if self.bias is None else 32 * self.bias.size

@@ -263,8 +263,10 @@ _AT_ONCE = 2**18
 
 
 def _encode(levels: np.ndarray, fmt: FPFormat) -> np.ndarray:
-  # resize fills the last piece with repeats, which are cut off again.
-  pieces = -(-levels.size // _AT_ONCE)
-  flat = np.resize(levels, (pieces, _AT_ONCE))
-  codes = [functional.encode(part, fmt, np.float32(1)) for part in flat]
+  # resize fills the last piece with repeats, which are cut off again. By piece,
+  # as of all of a large layer it would make two copies.
+  flat = np.ravel(levels)
+  codes = [np.asarray(functional.encode(
+      np.resize(flat[first:first + _AT_ONCE], _AT_ONCE), fmt, np.float32(1)))
+           for first in range(0, flat.size, _AT_ONCE)]
   return np.concatenate(codes)[:levels.size].reshape(levels.shape)

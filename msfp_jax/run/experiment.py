@@ -235,6 +235,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'config.quant.weight_bits={FULL_BITS}: no weight is quantized, and '
         'there is nothing to fine-tune: set config.finetune.num_updates=0')
   first_stage.check(config)
+  teacher.check_loras(config.loras)
   prompts_lib.check(config)
 
 
@@ -257,7 +258,8 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
   chosen = origin_lib.choose(origin, config.schedule, config.sampler)
   model, params = teacher.load(
       config.pretrained, workdir, described_by=config.pretrained_config,
-      ema=config.ema, fields=config.model, seed=config.seed)
+      ema=config.ema, fields=config.model, seed=config.seed,
+      loras=config.loras)
   logging.info('the model has %s parameters',
                f'{parameter_overview.count_parameters(params):,}')
   # Before data and encoders are loaded.

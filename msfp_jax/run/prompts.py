@@ -248,6 +248,7 @@ def _encode(model, config, texts, negative):
     encoders = letters.random_encoders(widths, config.seed, length)
   else:
     encoders = encode.load_encoders(config.text_encoder, length)
+  encoders = encoders.with_loras(config.loras)
   logging.info('encoding %d prompts', len(texts))
   return encode.encode_prompts(encoders, texts, negative)
 

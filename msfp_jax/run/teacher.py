@@ -1,6 +1,6 @@
 """The full-precision model of a run: loaded, untrained, or with guidance."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from msfp_jax import convert
 from msfp_jax import data
+from msfp_jax.base import arguments
 from msfp_jax.base import errors
 from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import origin as origin_lib
@@ -26,7 +27,8 @@ RANDOM = 'random'
 
 
 def load(path: str, workdir: str, *, described_by: str, ema: bool,
-         fields: Mapping[str, Any], seed: int
+         fields: Mapping[str, Any], seed: int,
+         loras: Sequence[tuple[str, float]] = ()
          ) -> tuple[denoiser.Denoiser, Any]:
   """The teacher and its parameters.
 
@@ -38,20 +40,38 @@ def load(path: str, workdir: str, *, described_by: str, ema: bool,
     ema: whether to take the moving average where a checkpoint has one.
     fields: of a random model, see `new_model`.
     seed: of a random model.
+    loras: (file, strength) of those that are merged into it.
 
   Raises:
     errors.WorkdirError: the workdir holds none.
-    FileNotFoundError, ValueError: see `convert.load_pretrained`; ValueError
-      too for a model that no sampler steps, see `convert.check_prediction`.
+    FileNotFoundError, ValueError: see `convert.load_pretrained` and
+      `convert.load_lora`; ValueError too for a model that no sampler steps, see
+      `convert.check_prediction`.
   """
   if path == RANDOM:
     model = new_model(fields)
     convert.check_prediction(model)
-    return model, random_params(convert.abstract_params(model), seed)
-  model, params = convert.load_pretrained(
-      path or _trained(workdir), described_by or None, ema)
-  convert.check_prediction(model)
-  return model, params
+    read_params = lambda: random_params(convert.abstract_params(model), seed)
+  else:
+    opened = convert.open_pretrained(
+        path or _trained(workdir), described_by or None, ema)
+    model, read_params = opened.model, opened.params
+    convert.check_prediction(model)
+  # Before weights are read, which of large models takes minutes.
+  read = [(convert.load_lora(file, model), strength)
+          for file, strength in loras]
+  return model, convert.merge_loras(read_params(), read)
+
+
+def check_loras(loras: Any) -> None:
+  """Raises ValueError unless config.loras is pairs of a file and a strength."""
+  for entry in loras:
+    if not (isinstance(entry, tuple | list) and len(entry) == 2
+            and isinstance(entry[0], str) and entry[0]
+            and arguments.NUMBER[0](entry[1])):
+      raise ValueError(
+          f'config.loras={loras!r}: must be pairs of a file and a strength, '
+          "such as (('style.safetensors', 0.8),)")
 
 
 def load_origin(path: str, workdir: str, *, described_by: str, ema: bool

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax import convert
 from msfp_jax.convert import hub
 from msfp_jax.convert import text_encoder
 from msfp_jax.models.clip_text import ClipText
@@ -126,6 +127,28 @@ class Encoders:
 
   clip: TextEncoder
   t5: TextEncoder | None = None
+
+  def with_loras(self, loras: Sequence[tuple[str, float]]) -> 'Encoders':
+    """The encoders with what LoRAs have for them merged into their weights.
+
+    Args:
+      loras: (file, as of `convert.load_lora`, strength); those that have
+        nothing for a text encoder change none.
+
+    Raises:
+      As `convert.load_lora`.
+    """
+    return Encoders(*(
+        None if encoder is None else _merged(encoder, loras)
+        for encoder in (self.clip, self.t5)))
+
+
+def _merged(encoder, loras):
+  found = [(convert.load_lora(file, encoder.model), strength)
+           for file, strength in loras
+           if convert.holds_lora(file, encoder.model)]
+  return dataclasses.replace(
+      encoder, params=convert.merge_loras(encoder.params, found))
 
 
 def load_encoders(path: str | pathlib.Path, length: int | None = None

@@ -1,0 +1,68 @@
+"""Packs a checkpoint of any size, a layer in memory at a time.
+
+  python -m msfp_jax.packed SRC DST.safetensors [--recipe=nvfp4] [--bits=w4a4]
+      [--exceptions=ends-8] [--spec=FILE] [--config=FILE] [--noema]
+      [--lora=FILE=0.8 ...]
+
+SRC is what `msfp_jax.convert` takes: a file, a folder of diffusers, its shards.
+The same command again goes on where a killed one stopped.
+"""
+
+from collections.abc import Sequence
+
+from absl import app
+from absl import flags
+
+from msfp_jax.packed import streamed
+from msfp_jax.quant import recipes
+from msfp_jax.quant import spec as spec_lib
+from msfp_jax.run import cli
+
+_RECIPE = flags.DEFINE_string(
+    'recipe', 'nvfp4', 'One that sees nothing of the inputs.')
+_BITS = flags.DEFINE_string(
+    'bits', 'w4a4', 'Of weights and inputs, 3 to 8; a32 leaves inputs in full '
+    'precision.')
+_EXCEPTIONS = flags.DEFINE_string(
+    'exceptions', 'ends-8', 'Which layers have other bits.')
+_SPEC = flags.DEFINE_string(
+    'spec', None, 'A spec.json, in place of recipe, bits and exceptions.')
+_STEPS = flags.DEFINE_integer('num_steps', 20, 'Of the sampler.')
+_CONFIG = flags.DEFINE_string(
+    'config', None, 'config.json or CompVis yaml that describes the model.')
+_LORAS = flags.DEFINE_multi_string(
+    'lora', [], 'A LoRA that is merged into the weights: FILE, or '
+    'FILE=STRENGTH. May be repeated.')
+_EMA = flags.DEFINE_bool(
+    'ema', None, 'Take the moving average where the file has one; by default '
+    'yes, unless the yaml says otherwise.')
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) != 3:
+    raise app.UsageError('expected SRC and DST, got '
+                         f'{len(argv) - 1} arguments')
+  cli.guard(lambda: _pack(*argv[1:]))
+
+
+def _pack(source, target):
+  spec = None if _SPEC.value is None else spec_lib.QuantSpec.load(_SPEC.value)
+  bits, act_bits = recipes.parse_bits(_BITS.value)
+  streamed.pack_streamed(
+      source, target, recipe=_RECIPE.value, bits=bits, act_bits=act_bits,
+      exceptions=_EXCEPTIONS.value, spec=spec, num_steps=_STEPS.value,
+      config=_CONFIG.value, ema=_EMA.value,
+      loras=[_file_and_strength(text) for text in _LORAS.value])
+
+
+def _file_and_strength(text):
+  """'FILE=0.8' as ('FILE', 0.8); without a number the strength is 1."""
+  file, _, number = text.rpartition('=')
+  try:
+    return file, float(number)
+  except ValueError:
+    return text, 1.0
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,64 @@
+"""Lines that survive their process."""
+
+import pytest
+
+from msfp_jax.base.journal import Journal
+
+JOB = {'files': ('a', 3), 'bits': 4}
+
+
+def entries(path, job=JOB):
+  with Journal(path, job, 'delete it') as journal:
+    return list(journal.entries)
+
+
+def test_lines_come_back_as_json_has_them(tmp_path):
+  path = tmp_path / 'j.jsonl'
+  with Journal(path, JOB, '') as journal:
+    journal.add({'piece': 'a'})
+    journal.add({'piece': 'b'})
+  assert entries(path, {'bits': 4, 'files': ['a', 3]}) == [
+      {'piece': 'a'}, {'piece': 'b'}]
+
+
+def test_a_line_is_on_disk_when_add_returns(tmp_path):
+  path = tmp_path / 'j.jsonl'
+  with Journal(path, JOB, '') as journal:
+    journal.add(1)
+    assert path.read_bytes().endswith(b'\n1\n')
+
+
+@pytest.mark.parametrize('cut', range(1, 18))
+def test_half_a_line_is_dropped_and_the_next_stands_alone(tmp_path, cut):
+  path = tmp_path / 'j.jsonl'
+  with Journal(path, JOB, '') as journal:
+    journal.add(1)
+    journal.add({'piece': 'abcdef'})  # 19 bytes
+  path.write_bytes(path.read_bytes()[:-cut])
+  with Journal(path, JOB, '') as journal:
+    assert journal.entries == [1]
+    journal.add(3)
+  assert entries(path) == [1, 3]
+
+
+def test_what_is_written_by_a_failing_disk_ends_it(tmp_path):
+  """Zeros where a power failure left a hole: later lines are not believed."""
+  path = tmp_path / 'j.jsonl'
+  with Journal(path, JOB, '') as journal:
+    for number in (1, 2, 3):
+      journal.add(number)
+  path.write_bytes(path.read_bytes().replace(b'\n2\n', b'\n\0\n'))
+  assert entries(path) == [1]
+
+
+def test_half_a_first_line_is_no_journal(tmp_path):
+  path = tmp_path / 'j.jsonl'
+  path.write_bytes(b'{"bits": 4, "fi')
+  assert entries(path) == []
+
+
+def test_of_another_job(tmp_path):
+  path = tmp_path / 'j.jsonl'
+  entries(path)
+  with pytest.raises(ValueError, match=r"another job: \['bits'\] differ; del"):
+    entries(path, JOB | {'bits': 5})
