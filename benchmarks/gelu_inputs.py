@@ -1,6 +1,6 @@
 """What 4 bits leave of inputs behind GELU, by every recipe.
 
-  python -m benchmarks.gelu_inputs [--heads=6] [--draws=3] [--names=NAME,...]
+  python -m benchmarks.gelu_inputs [--heads=3] [--draws=3] [--names=NAME,...]
 
 Prints Markdown tables: how the inputs of three kinds of random weights are
 distributed (`gelu_cases` says which), the signal-to-noise ratio in dB of a
@@ -39,7 +39,7 @@ from msfp_jax.quant.spec import LayerSpec
 from msfp_jax.run import cli
 
 _HEADS = flags.DEFINE_integer(
-    'heads', 6, 'Of 128 channels; FLUX.1 has 24.', lower_bound=1)
+    'heads', 3, 'Of 128 channels; FLUX.1 has 24.', lower_bound=1)
 _DRAWS = flags.DEFINE_integer('draws', 3, 'Of weights.', lower_bound=2)
 _NAMES = flags.DEFINE_list('names', [], 'Recipes; all of them if empty.')
 
@@ -48,13 +48,13 @@ BITS = 4
 SHIFT = 0.171875
 # {row: (recipe, what is added to inputs behind GELU)}; recipes as they are, and
 # what others do with the same inputs.
-SHIFTED = 'svdquant, shifted'
+SHIFTED = 'svdquant shifted'
 ROWS: dict[str, tuple[Recipe, float]] = {
     **{name: (recipe, 0.0) for name, recipe in recipes.RECIPES.items()},
     SHIFTED: (recipes.RECIPES['svdquant'], SHIFT),
-    'quartz, signed': (
+    'quartz signed': (
         recipes.quartz(unsigned=suppress.first_stage()), 0.0),
-    'quartz, groups of 64': (recipes.quartz(
+    'quartz by 64': (recipes.quartz(
         signed=suppress.first_stage(shared='group', group=64),
         unsigned=suppress.first_stage(False, 'group', 64)), 0.0)}
 

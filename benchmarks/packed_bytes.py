@@ -10,7 +10,7 @@ weights, these are taken as normal numbers, and every layer that may have
 smoothing and a branch as one that has them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import functools
 import math
 import re
@@ -71,10 +71,17 @@ def job_of(model: Any, plan: diffusion.SamplerPlan) -> streamed_fits.Job:
       convert.abstract_params(model)), {})
 
 
-def spec_of(recipe: str, job: streamed_fits.Job) -> QuantSpec:
-  """What calibration finds, as far as bytes depend on it."""
-  of, widths_of, layers = recipes.get(recipe), calibrate.layer_widths(
-      BITS, BITS), {}
+def spec_of(recipe: str, job: streamed_fits.Job,
+            exceptions: Mapping[str, int] | None = None) -> QuantSpec:
+  """What calibration finds, as far as bytes depend on it.
+
+  Args:
+    recipe: its name.
+    job: of the layers.
+    exceptions: as of `calibrate`.
+  """
+  of, layers = recipes.get(recipe), {}
+  widths_of = calibrate.layer_widths(BITS, BITS, exceptions)
   for name, place in job.kernels.items():
     role, bits, act_bits = widths_of(name)
     kind = AAL if roles.follows_activation(name) else NAL
@@ -172,20 +179,26 @@ def companions() -> dict[str, int]:
           AutoencoderConfig(z_channels=16, embed_dim=16, quant_conv=False))))}
 
 
-def rows_of(job: streamed_fits.Job, names: Iterable[str]) -> list[list[str]]:
-  """Rows: recipes of equal bytes, GB by part, together, bits a parameter."""
+def rows_of(job: streamed_fits.Job,
+            ways: Mapping[str, tuple[str, Mapping[str, int] | None]]
+            ) -> list[list[str]]:
+  """Rows: ways of equal bytes, GB by part and of the file, bits a parameter.
+
+  Args:
+    job: of the layers.
+    ways: {what a row is called: (recipe, exceptions)}.
+  """
   numbers = parameters_of(job)
-  row = lambda sizes: [
-      *[_giga(sizes[part]) for part in PARTS], _giga(sum(sizes.values())),
-      f'{8 * sum(sizes.values()) / sum(numbers.values()):.2f}']
-  found: dict[tuple[str, ...], list[str]] = {
-      tuple(row({part: 2 * number for part, number in numbers.items()})): [
-          'bfloat16']}
-  names = list(names)
-  progress = progress_lib.Progress('recipes', len(names), unit='recipes')
-  for done, name in enumerate(names, 1):
-    sizes = bytes_of(streamed.contents_of(job, spec_of(name, job)))
-    found.setdefault(tuple(row(sizes)), []).append(f'`{name}`')
+  row = lambda sizes: (
+      *[_giga(sizes[part]) for part in PARTS if part != HEADER],
+      _giga(sum(sizes.values())),
+      f'{8 * sum(sizes.values()) / sum(numbers.values()):.2f}')
+  found = {row({part: 2 * number for part, number in numbers.items()}): [
+      'bfloat16']}
+  progress = progress_lib.Progress('recipes', len(ways), unit='recipes')
+  for done, (name, (recipe, exceptions)) in enumerate(ways.items(), 1):
+    held = streamed.contents_of(job, spec_of(recipe, job, exceptions))
+    found.setdefault(row(bytes_of(held)), []).append(name)
     progress.update(done)
   return [[', '.join(same), *cells] for cells, same in found.items()]
 
@@ -207,12 +220,18 @@ def _others(transformers: Mapping[str, float]) -> list[list[str]]:
 def main(argv):
   del argv
   job = job_of(Flux(FluxConfig()), diffusion.flow_plan(4))
-  rows = rows_of(job, recipes.RECIPES)
+  ways = {f'`{name}`': (name, None) for name in recipes.RECIPES}
+  few = {role: bits for role, bits in roles.exceptions_of('ends-8').items()
+         if role not in ('modulation', 'norm_out')}
+  ways |= {f'`{name}`, adaLN at 4 bits': (name, few)
+           for name in ('nvfp4', 'msfp')}
+  rows = rows_of(job, ways)
+  heads = [part for part in PARTS if part != HEADER]
   print(markdown.table(
-      ['', *PARTS, 'file, GB', 'bits a parameter'], rows))
-  whole = {row[0].split(',')[0]: 1e9 * float(row[-2]) for row in rows}
+      ['', *heads, 'file, GB', 'bits a parameter'], rows, aligned=False))
+  whole = {row[0]: 1e9 * float(row[-2]) for row in rows}
   print('\n' + markdown.table(['16 bits', 'parameters', 'GB'], _others({
-      name: whole[name] for name in ('bfloat16', '`nvfp4`')})))
+      name: whole[name] for name in ('bfloat16', '`nvfp4`')}), aligned=False))
 
 
 if __name__ == '__main__':

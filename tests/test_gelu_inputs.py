@@ -77,7 +77,7 @@ def test_errors_of_input_and_weights_reach_the_output():
   found = gelu_inputs.run(layer, x, kernel)
   assert found.x_back.tolist() == [[[1.0, 2.0, 0.0]]]
   assert (found.y.item(), found.y_back.item()) == (1.25 + 4.5, 1.0 + 4.0)
-  assert found.bits == 4.0
+  assert found.bits == 4 + 32 / (128 * 3)  # a scale for 128 tokens
 
 
 def post_gelu(seed, width=1.0, shape=(4, 64, 128)):
@@ -114,7 +114,7 @@ def test_rows_are_all_recipes_and_others_ways():
   assert [*gelu_inputs.ROWS][:len(recipes.RECIPES)] == [*recipes.RECIPES]
   kernel = np.random.default_rng(2).standard_normal((128, 8), np.float32)
   case = Case(post_gelu(1), post_gelu(2), kernel)
-  names = ['int4_group', 'quartz', 'quartz, signed', 'quartz, groups of 64']
+  names = ['int4_group', 'quartz', 'quartz signed', 'quartz by 64']
   found = dict(gelu_inputs.outcomes(case, names))
   # Bits with scales: an image of 128 tokens of 128 channels.
   assert [found[name].bits for name in names] == [
@@ -122,7 +122,7 @@ def test_rows_are_all_recipes_and_others_ways():
       4 + 3 / 16 + 2 * 16 / 64]
   error = lambda name: gelu_inputs.decibels(
       found[name].x, found[name].x_back)
-  assert error('quartz') > error('quartz, signed') + 3
+  assert error('quartz') > error('quartz signed') + 3
 
 
 @pytest.fixture(scope='module')
@@ -153,7 +153,7 @@ def test_a_small_flux_has_the_inputs_that_are_stated(draws):
   # Xavier's layer [D, 4 D] makes 0.4^(1/2) of what a norm makes 1.
   assert np.all(ratios['initial'] < 2)
   assert np.all(ratios['uneven'] > 3) and np.all(ratios['uneven'] < 15)
-  assert np.all(ratios['outliers'] > 20)
+  assert np.all(ratios['outliers'] > 10) and np.median(ratios['outliers']) > 30
   x = draws['initial'][1][gelu_cases.FEED_FORWARD]
   normal = np.random.default_rng(0).standard_normal(10**6) * np.sqrt(0.4)
   expected = np.asarray(flux_blocks.gelu(jnp.asarray(normal)))

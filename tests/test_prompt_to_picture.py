@@ -20,7 +20,7 @@ USAGE = pathlib.Path(__file__).parents[1] / 'docs/usage.md'
 # As wide as the encoders' vectors and the first stage's latents are.
 CONFIG = dataclasses.replace(
     flux_oracle.TINY, in_channels=16, out_channels=16, num_layers=1,
-    num_single_layers=1, text_dim=24, pooled_dim=20)
+    num_single_layers=1, text_dim=24, pooled_dim=24)
 STAGE = families.STAGES['kl, shift']
 
 
