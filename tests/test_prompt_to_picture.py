@@ -4,11 +4,13 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
 
 import checkpoints
 import families
 import flux_oracle
 import foreign
+import hub_cache
 import numpy as np
 from PIL import Image
 import pytest
@@ -46,18 +48,22 @@ def pipeline(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_documented_way(pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize('named', ['FLUX.1-schnell', 'hf:someone/schnell'])
+def test_the_documented_way(pipeline, tmp_path, monkeypatch, named):
   """What the section says to run, but for the size of the picture."""
   section = USAGE.read_text().split('## A prompt and its image')[1]
   packing = re.search(r'^    python -m msfp_jax.packed (.*)$', section, re.M)[1]
   source, target, steps = packing.split()
   assert source == pipeline.name and steps == '--num_steps=4'
   monkeypatch.chdir(tmp_path)
-  msfp.pack_streamed(source, target, num_steps=4)
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', hub_cache.stand_in(
+      tmp_path / 'cache', {'someone/schnell': hub_cache.files_in(pipeline)}))
+  msfp.pack_streamed(named, target, num_steps=4)
   assert msfp.load(target).plan.num_steps == 4
   code = re.search(r'^```python\n(.*?)^```$', section, re.M | re.S)[1]
   whole = '(1, *packed.model.sample_shape)'
   assert whole in code
-  exec(compile(code.replace(whole, '(1, 4, 6, 16)'), 'usage.md', 'exec'), {})
+  code = code.replace(whole, '(1, 4, 6, 16)').replace(source, named)
+  exec(compile(code, 'usage.md', 'exec'), {})
   picture = np.asarray(Image.open('cat.png'))
   assert picture.shape == (8, 12, 3) and picture.std() > 1
