@@ -4,10 +4,10 @@
 
 Prints Markdown tables: how the inputs of three kinds of random weights are
 distributed (`gelu_cases` says which), the signal-to-noise ratio in dB of a
-layer's input and of its output, and the second layer of FLUX's single blocks,
-a part of whose input is attention's, as two layers and as one. Calibration
-sees one batch, and another one is measured. Means and standard deviations are
-over draws of weights.
+layer's input, of its output, and of its output by an exact input, and the
+second layer of FLUX's single blocks, a part of whose input is attention's, as
+two layers and as one. Calibration sees one batch, and another one is measured.
+Means and standard deviations are over draws of weights.
 """
 
 import collections
@@ -67,6 +67,7 @@ class Outcome(NamedTuple):
     x_back: the same, quantized.
     y: its output `[B, N, O]`, without the bias.
     y_back: that of quantized input and weights.
+    y_weights: that of the exact input and quantized weights.
     bits: of an element of the input, scales and shifts counted.
   """
 
@@ -74,6 +75,7 @@ class Outcome(NamedTuple):
   x_back: np.ndarray
   y: np.ndarray
   y_back: np.ndarray
+  y_weights: np.ndarray
   bits: float
 
 
@@ -99,14 +101,15 @@ def run(layer: LayerSpec, x: np.ndarray, kernel: np.ndarray,
   moved = around.input(x + np.float32(shift))
   offset = np.float64(around.input(jnp.full(x.shape[-1:], np.float32(shift))))
   back = np.float64(restored(layer.act, moved, -1)) - offset
-  output = back @ np.float64(restored(
+  given = np.float64(moved) - offset
+  weights = np.float64(restored(
       layer.weight, jnp.asarray(around.residual(kernel)), -2))
-  if around.down is not None:
-    # In 16 bits, and no part of what is quantized.
-    output += (np.float64(moved) - offset) @ np.float64(around.low_rank())
+  # In 16 bits, and no part of what is quantized.
+  branch = 0 if around.down is None else given @ np.float64(around.low_rank())
   exact = np.float64(x)
   return Outcome(exact, _unmoved(around, back), exact @ np.float64(kernel),
-                 output, formats.bits_of(layer.act, x.shape[-1]))
+                 back @ weights + branch, given @ weights + branch,
+                 formats.bits_of(layer.act, x.shape[-1]))
 
 
 def _unmoved(around, x):
@@ -162,6 +165,8 @@ def add_feed_forward(figures: Figures, case: Case, kind: str,
     figures[name, 'bits'].append(one.bits)
     figures[name, f'{kind}: input'].append(decibels(one.x, one.x_back))
     figures[name, f'{kind}: output'].append(decibels(one.y, one.y_back))
+    figures[name, f'{kind}: weights alone'].append(
+        decibels(one.y, one.y_weights))
 
 
 def add_single(figures: Figures, attention: Case, gelu: Case,

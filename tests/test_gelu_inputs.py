@@ -68,6 +68,7 @@ def test_what_stands_around_a_product_is_taken_back(around, shift):
   np.testing.assert_allclose(
       found.y_back, np.float64(x) @ np.float64(kernel), atol=1e-9)
   np.testing.assert_array_equal(found.y, np.float64(x) @ np.float64(kernel))
+  np.testing.assert_allclose(found.y_weights, found.y, atol=1e-9)
 
 
 def test_errors_of_input_and_weights_reach_the_output():
@@ -77,6 +78,7 @@ def test_errors_of_input_and_weights_reach_the_output():
   found = gelu_inputs.run(layer, x, kernel)
   assert found.x_back.tolist() == [[[1.0, 2.0, 0.0]]]
   assert (found.y.item(), found.y_back.item()) == (1.25 + 4.5, 1.0 + 4.0)
+  assert found.y_weights.item() == 1.25 + 4.0
   assert found.bits == 4 + 32 / (128 * 3)  # a scale for 128 tokens
 
 
