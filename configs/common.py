@@ -65,7 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
   # seed and negative_prompt, or an .npz of embeddings (docs/usage.md).
   config.prompts = ''
   # What makes conditions of texts: a pipeline's folder with tokenizer and
-  # text_encoder (FLUX: and tokenizer_2 and text_encoder_2); or 'random'.
+  # text_encoder (FLUX: and tokenizer_2 and text_encoder_2), or one of the hub
+  # (hf:OWNER/NAME); or 'random'.
   config.text_encoder = ''
   config.text_length = 0  # of FLUX's texts in tokens; 0: as tokenizer_2 says
   # Classifier-free guidance of models of labels, and of a context (against the

@@ -1,5 +1,8 @@
 """From prompts to conditions, and embeddings in files."""
 
+import sys
+
+import hub_cache
 import lora_files
 import numpy as np
 import pytest
@@ -143,8 +146,58 @@ def test_pipelines_that_are_none_of_ours(tmp_path):
   (tmp_path / 'text_encoder_3').mkdir()
   with pytest.raises(ValueError, match='three text encoders'):
     encode.load_encoders(tmp_path)
-  with pytest.raises(ValueError, match='hf download a/b'):
+
+
+@pytest.fixture
+def connect(tmp_path, monkeypatch):
+  """Puts a stand-in for the hub's library in place: connect(files)."""
+  def put(files):
+    module = hub_cache.stand_in(
+        tmp_path / 'cache', None if files is None else {'a/b': files})
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+    return module
+  return put
+
+
+@pytest.mark.parametrize('below', ['', 'deep/'])
+def test_encoders_of_the_hub(flux, connect, below):
+  """Only what is read is downloaded; the conditions are the folder's."""
+  read = {f'{below}{name}': content
+          for name, content in hub_cache.files_in(flux[0]).items()}
+  unread = {f'{below}{name}': b'x' for name in (
+      'model_index.json', 'vae/diffusion_pytorch_model.safetensors',
+      'transformer/diffusion_pytorch_model.safetensors', 'flux1.safetensors',
+      'text_encoder/model.fp16.safetensors', 'text_encoder_2/README.md',
+      'text_encoder/pytorch_model.bin', 'tokenizer/README.md',
+      'scheduler/scheduler_config.json')}
+  module = connect(unread | read)
+  text = 'hf:a/b' + f'/{below}'.rstrip('/')
+  expected = encode.encode_prompts(encode.load_encoders(flux[0], 9), ['a cat'])
+  for attempt in range(2):
+    found = encode.encode_prompts(encode.load_encoders(text, 9), ['a cat'])
+    for name, value in expected.conditions.items():
+      np.testing.assert_array_equal(found.conditions[name], value)
+    if not attempt:
+      assert sorted(module.taken) == sorted(read)
+      connect(None)  # without a network the cache serves
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda files: files | {'text_encoder_3/config.json': b'x'},
+     'hf:a/b has three text encoders'),
+    (lambda files: {name: x for name, x in files.items()
+                    if not name.startswith('tokenizer_2/')},
+     r"hf:a/b lacks \['tokenizer_2'\]"),
+    (lambda files: {name: x for name, x in files.items()
+                    if name != 'text_encoder_2/model.safetensors'},
+     r"no weights there.*text_encoder/model.safetensors"),
+    (lambda files: None, 'hf download a/b')])
+def test_what_the_hub_lacks_is_said_before_a_download(
+    flux, connect, change, said):
+  module = connect(change(hub_cache.files_in(flux[0])))
+  with pytest.raises((ValueError, FileNotFoundError), match=said):
     encode.load_encoders('hf:a/b')
+  assert not module.taken
 
 
 @pytest.mark.parametrize('flux, changes, said', [

@@ -7,7 +7,7 @@ token from its own places (HF_TOKEN, `hf auth login`) and shows its own
 progress.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 import functools
 import os
 import pathlib
@@ -65,6 +65,25 @@ def fetch(text: str, parts: tuple[str, ...] = (), ema: bool = True
     ema: likewise.
 
   Returns:
+    As `fetch_files`.
+
+  Raises:
+    As `fetch_files`.
+  """
+  return fetch_files(
+      text, lambda path, names: _wanted(text, path, names, parts, ema))
+
+
+def fetch_files(text: str, choose: Callable[[str, Collection[str]], list[str]]
+                ) -> pathlib.Path:
+  """Downloads files of a repository, or finds them in the hub's cache.
+
+  Args:
+    text: the reference.
+    choose: (the reference's path, names of all files) -> those that are
+      wanted; with an index of shards these are taken too. It may refuse.
+
+  Returns:
     The file or folder in the cache, to be opened as any other.
 
   Raises:
@@ -91,7 +110,7 @@ def fetch(text: str, parts: tuple[str, ...] = (), ema: bool = True
   except Exception as error:
     return _cached(huggingface_hub, text, reference, error) / reference.path
   try:
-    wanted = _wanted(text, reference.path, names, parts, ema)
+    wanted = choose(reference.path, frozenset(names))
     folder = pathlib.Path(huggingface_hub.snapshot_download(
         **where, allow_patterns=wanted))
     for index in (name for name in wanted if '.index.' in name):
@@ -142,25 +161,42 @@ def _by_hand(reference: Reference) -> str:
           f'{path} instead')
 
 
-def _wanted(text: str, path: str, names: Iterable[str],
+def _wanted(text: str, path: str, names: Collection[str],
             parts: tuple[str, ...], ema: bool) -> list[str]:
   """The files of a repository that an import of `path` reads, shards aside."""
-  names = set(names)
-  if path in names:
-    weights = PurePosixPath(path)
-  else:
-    weights = next((file for file, _ in source.candidates(
-        PurePosixPath(path), parts, ema) if str(file) in names), None)
-  if weights is None:
-    others = sorted(name for name in names if name.endswith(_WEIGHT_SUFFIXES))
-    raise FileNotFoundError(
-        f"{text}: no weights there under diffusers' names"
-        + (f'; name one of its files, such as {others[:5]}, as PATH in '
-           f'{PREFIX}OWNER/NAME/PATH' if others else
-           ', nor any others in the repository'))
+  weights = weights_in(text, path, names, parts, ema)
   beside = weights.parent
   folders = {beside, PurePosixPath(path), beside / 'scheduler',
              beside.parent / 'scheduler'}
   return sorted({str(weights)} | {
       name for name in names if PurePosixPath(name).parent in folders
       and (PurePosixPath(name).name in _CONFIGS or name.endswith('.yaml'))})
+
+
+def weights_in(text: str, path: str, names: Collection[str],
+               parts: tuple[str, ...] = (), ema: bool = True
+               ) -> PurePosixPath:
+  """The file with the weights among those of a repository, or its index.
+
+  Args:
+    text: the reference, for messages.
+    path: of the file, or of a folder.
+    names: of all files.
+    parts: as of `source.open_source`.
+    ema: likewise.
+
+  Raises:
+    FileNotFoundError: there is none; names others that there are.
+  """
+  if path in names:
+    return PurePosixPath(path)
+  found = next((file for file, _ in source.candidates(
+      PurePosixPath(path), parts, ema) if str(file) in names), None)
+  if found is None:
+    others = sorted(name for name in names if name.endswith(_WEIGHT_SUFFIXES))
+    raise FileNotFoundError(
+        f"{text}: no weights there under diffusers' names"
+        + (f'; name one of its files, such as {others[:5]}, as PATH in '
+           f'{PREFIX}OWNER/NAME/PATH' if others else
+           ', nor any others in the repository'))
+  return found

@@ -133,12 +133,42 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   return target
 
 
-def _write(job: streamed_fits.Job, spec: QuantSpec, target: pathlib.Path,
-           folder: pathlib.Path, identity: Any) -> None:
-  """Quantizes and writes what is not in the file yet."""
+@dataclasses.dataclass(frozen=True)
+class Contents:
+  """What a packed model's file holds, by shapes and types alone.
+
+  Attributes:
+    layers: as packed, those with weights of their own; arrays hold zeros.
+    vectors: {path: what has the shape} of parameters of one axis that stay.
+    rest: {path: likewise} of others that stay.
+    starts: {layer: the first of its numbers in `channels`}.
+    end: of all of theirs, where the vectors begin.
+    shapes: {tensor of the file: what has its shape and type}.
+    metadata: of the header, but for digest and `about`.
+  """
+
+  layers: Mapping[str, QLayer]
+  vectors: Mapping[str, Any]
+  rest: Mapping[str, Any]
+  starts: Mapping[str, int]
+  end: int
+  shapes: Mapping[str, jax.ShapeDtypeStruct]
+  metadata: Mapping[str, str]
+
+
+def contents_of(job: streamed_fits.Job, spec: QuantSpec) -> Contents:
+  """What the file of a job will hold; nothing is computed.
+
+  Args:
+    job: of whose places the shapes count.
+    spec: how every layer is quantized.
+
+  Raises:
+    ValueError: the file could not tell names apart, or a spec of other steps
+      than the plan's.
+  """
   layers = {name: _shape_of(job, name, layer)
             for name, layer in spec.layers.items()}
-  # What it refuses, before work is done.
   packed_lib.PackedModel(job.model, {}, layers, {}, job.plan)
   own = {name: layer for name, layer in layers.items()
          if layer.weight is not None}
@@ -155,15 +185,24 @@ def _write(job: streamed_fits.Job, spec: QuantSpec, target: pathlib.Path,
     raise ValueError(f'parameters named {taken}, as the file names its own')
   shapes |= {name: jax.ShapeDtypeStruct(place.shape, jnp.float32)
              for name, place in rest.items()}
-  metadata = file_lib.metadata_of(job.model, layers, sizes, job.plan)
+  return Contents(own, vectors, rest, starts, end, shapes, file_lib.metadata_of(
+      job.model, layers, sizes, job.plan))
+
+
+def _write(job: streamed_fits.Job, spec: QuantSpec, target: pathlib.Path,
+           folder: pathlib.Path, identity: Any) -> None:
+  """Quantizes and writes what is not in the file yet."""
+  # What it refuses, before work is done.
+  held = contents_of(job, spec)
   with piecewise.PiecewiseFile(
-      target, folder, metadata | job.about, shapes, identity) as out:
-    _write_pieces(job, spec, out, starts | {_VECTORS: end}, vectors, rest)
+      target, folder, {**held.metadata, **job.about}, held.shapes, identity
+  ) as out:
+    _write_pieces(job, spec, out, held)
     out.finish()
   (folder / streamed_fits.FITS).unlink(missing_ok=True)
 
 
-def _write_pieces(job, spec, out, starts, vectors, rest):
+def _write_pieces(job, spec, out, held):
   """Writes layers, then the parameters that stay, with progress."""
   def of_layer(name):
     alone = packed_lib.simulate(
@@ -173,20 +212,20 @@ def _write_pieces(job, spec, out, starts, vectors, rest):
     parts = stored.channels_of(layer)
     within = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     return stored.tensors_of(name, layer), {
-        (file_lib.CHANNELS, starts[name]): within}
+        (file_lib.CHANNELS, held.starts[name]): within}
 
   pieces = {f'layer {name}': (
       lambda name=name: of_layer(name), math.prod(job.kernels[name].shape))
-            for name in starts if name != _VECTORS}
-  for name, place in rest.items():
+            for name in held.layers}
+  for name, place in held.rest.items():
     pieces[f'parameter {name}'] = (
         lambda name=name, place=place: ({name: place.read()}, {}),
         math.prod(place.shape))
-  if vectors:
+  if held.vectors:
     pieces[_VECTORS] = lambda: ({}, {
-        (file_lib.CHANNELS, starts[_VECTORS]): np.concatenate(
-            [place.read() for place in vectors.values()])}), sum(
-                place.shape[0] for place in vectors.values())
+        (file_lib.CHANNELS, held.end): np.concatenate(
+            [place.read() for place in held.vectors.values()])}), sum(
+                place.shape[0] for place in held.vectors.values())
   count = lambda names: sum(pieces[name][1] for name in names) // 10**6
   progress = progress_lib.Progress(
       f'pack {spec.recipe}, million parameters', count(pieces), count(out.done),

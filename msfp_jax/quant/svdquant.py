@@ -30,7 +30,7 @@ from msfp_jax.quant.block import Block
 
 # Layers of more bits lose too little to pay for a branch; deepcompressor leaves
 # those that we keep at 8 bits in 16.
-_MOST_BITS = 7
+MOST_BITS = 7
 _STEP = 0.05  # of exponents of the smoothing
 # Rows by which the smoothing is chosen: what is searched are 39 candidates, and
 # with more rows hardly another one wins.
@@ -78,7 +78,7 @@ class SVDQuant(FindAround):
                        f'{sorted(_DTYPES)}')
 
   def __call__(self, trial):
-    if trial.bits > _MOST_BITS:
+    if trial.bits > MOST_BITS:
       return Around()
     rank = self.rank_of(trial.kernel.shape, trial.bits)
     smoothed = self.search(trial, rank)

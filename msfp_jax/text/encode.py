@@ -1,9 +1,10 @@
 """Prompts to conditions, by the encoders in a pipeline's folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
 import pathlib
+from pathlib import PurePosixPath
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from msfp_jax.text import backends
 from msfp_jax.text.embeddings import Embeddings
 from msfp_jax.text.tokenizer import check_texts
 from msfp_jax.text.tokenizer import load_tokenizer
+from msfp_jax.text.tokenizer import READ
 from msfp_jax.text.tokenizer import Tokenizer
 
 _KINDS = {ClipText: backends.CLIP, T5: backends.T5}
@@ -160,7 +162,8 @@ def load_encoders(path: str | pathlib.Path, length: int | None = None
 
   Args:
     path: a folder with `tokenizer` and `text_encoder`, and for FLUX with
-      `tokenizer_2` and `text_encoder_2`.
+      `tokenizer_2` and `text_encoder_2`; or one in the Hugging Face Hub, of
+      which these alone are downloaded (see `hub`).
     length: of T5's texts, in tokens; by default as its tokenizer says, 512 of
       FLUX's; FLUX.1-schnell was trained with 256.
 
@@ -171,34 +174,52 @@ def load_encoders(path: str | pathlib.Path, length: int | None = None
       tokenizer that does not belong to its encoder.
   """
   if hub.is_reference(path):
-    raise ValueError(
-        f'{path}: text encoders and tokenizers are read from a folder: '
-        f'download it, `hf download {hub.parse(str(path)).repository} '
-        '--local-dir FOLDER`, and pass FOLDER')
+    path = hub.fetch_files(
+        str(path), functools.partial(_wanted, str(path)))
   path = pathlib.Path(path).expanduser()
-  number = _count(path)
+  if not path.is_dir():
+    raise FileNotFoundError(f'no folder of a pipeline at {path}')
+  ends = _ends(str(path), lambda part: (path / part).is_dir())
   # FLUX alone takes CLIP's pooled vector.
-  opened = [_open(path, '', ClipText, None, pools=number == 2)]
-  if number == 2:
+  opened = [_open(path, '', ClipText, None, pools=len(ends) == 2)]
+  if len(ends) == 2:
     opened.append(_open(path, '_2', T5, length))
   return Encoders(*(TextEncoder(tokenizer, model, read(True))
                     for tokenizer, model, read in opened))
 
 
-def _count(path):
-  """How many encoders there are: one or two."""
-  if not path.is_dir():
-    raise FileNotFoundError(f'no folder of a pipeline at {path}')
-  if (path / 'text_encoder_3').is_dir():
-    raise ValueError(f'{path} has three text encoders: those of Stable '
+def _ends(name: str, has: Callable[[str], bool]) -> tuple[str, ...]:
+  """What stands behind the names of a pipeline's parts: of one encoder or two.
+
+  Args:
+    name: of the pipeline, for messages.
+    has: whether it has a folder of this name.
+  """
+  if has('text_encoder_3'):
+    raise ValueError(f'{name} has three text encoders: those of Stable '
                      'Diffusion 1 and 2 (CLIP) and of FLUX (CLIP and T5) are '
                      'known')
-  count = 2 if (path / 'text_encoder_2').is_dir() else 1
-  parts = [part + end for end in ('', '_2')[:count]
-           for part in ('tokenizer', 'text_encoder')]
-  if absent := [part for part in parts if not (path / part).is_dir()]:
-    raise FileNotFoundError(f'{path} lacks {absent} of a pipeline of diffusers')
-  return count
+  ends = ('', '_2') if has('text_encoder_2') else ('',)
+  parts = [part + end for end in ends for part in ('tokenizer', 'text_encoder')]
+  if absent := [part for part in parts if not has(part)]:
+    raise FileNotFoundError(f'{name} lacks {absent} of a pipeline of diffusers')
+  return ends
+
+
+def _wanted(text: str, path: str, names: Collection[str]) -> list[str]:
+  """Of a repository's files those that `load_encoders` reads."""
+  folder, found = PurePosixPath(path), []
+  inside = {}
+  for name in names:
+    inside.setdefault(PurePosixPath(name).parent, []).append(name)
+  for end in _ends(text, lambda part: folder / part in inside):
+    encoder, tokens = folder / f'text_encoder{end}', folder / f'tokenizer{end}'
+    found.append(str(hub.weights_in(text, str(encoder), names)))
+    found += [name for name in inside[encoder]
+              if name == str(encoder / 'config.json')]
+    found += [name for name in inside[tokens]
+              if PurePosixPath(name).name in READ]
+  return sorted(found)
 
 
 def _open(path, end, wanted, length, pools=False):

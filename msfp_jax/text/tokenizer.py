@@ -14,6 +14,9 @@ from msfp_jax.text import backends
 
 _CONFIG, _SPECIAL = 'tokenizer_config.json', 'special_tokens_map.json'
 _FILES = ('tokenizer.json', 'spiece.model', 'vocab.json')
+_ADDED, _MERGES = 'added_tokens.json', 'merges.txt'
+# All that is read of a folder.
+READ = frozenset({*_FILES, _CONFIG, _SPECIAL, _ADDED, _MERGES})
 # What transformers writes for tokenizers of any length is larger.
 _LONGEST = 10**6
 # What stands around a text: begin and end, or the end alone.
@@ -139,7 +142,7 @@ def load_tokenizer(path: str | pathlib.Path, length: int | None = None,
   else:
     kind = backends.CLIP
     named = _named(config, kind)
-    backend = backends.from_vocabulary(file, file.parent / 'merges.txt', named)
+    backend = backends.from_vocabulary(file, file.parent / _MERGES, named)
   _add_tokens(backend, config, named, plain, file)
   # Both are done here, so that what was cut is known.
   backend.no_padding()
@@ -230,7 +233,7 @@ def _add_tokens(backend, config, named, plain, file):
       key=lambda item: int(item[0])):
     numbers[_content(token)] = int(number)
     added[_content(token)] = token
-  for text, number in _read(file.parent / 'added_tokens.json').items():
+  for text, number in _read(file.parent / _ADDED).items():
     numbers.setdefault(text, number)
     if text not in named.values():
       added.setdefault(text, {'content': text, 'special': False})
