@@ -25,9 +25,9 @@ from msfp_jax.models.flux import FluxConfig
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 CHIP = 'v6e'
-# Two blocks of a kind and three of the other: 45 layers.
+# A block of a kind and two of the other: 32 layers.
 MODEL = Flux(FluxConfig(
-    image_size=8, num_layers=2, num_single_layers=3, num_heads=4,
+    image_size=8, num_layers=1, num_single_layers=2, num_heads=4,
     text_dim=256, pooled_dim=128))
 PLAN = diffusion.SamplerPlan(
     np.array([1.0, 0.5]), np.ones(2), np.full(2, 0.5), np.zeros(2))
@@ -60,7 +60,7 @@ def account(sharding, platform, function, *arguments):
 
 @pytest.fixture(scope='module', params=[on_tpu, on_gpu], ids=['tpu', 'gpu'])
 def compiled(request):
-  """(XLA's account where weights wait, and where not; bytes that wait)."""
+  """(XLA's account where weights wait, and where not; bytes by layer)."""
   with pytest.MonkeyPatch.context() as patch:
     sharding, backend, platform = request.param(patch)
     cpu = jax.sharding.NamedSharding(
@@ -84,25 +84,28 @@ def compiled(request):
         layer, at(cpu.with_memory_kind(offload.KIND)), at(cpu))
              for name, layer in packed.layers.items()}
     stays = jax.tree.map(at(cpu), packed.layers)
-    size = sum(math.prod(part.shape) * part.dtype.itemsize
-               for part in jax.tree.leaves(waits)
-               if part.sharding.memory_kind == offload.KIND)
+    sizes = [sum(math.prod(part.shape) * part.dtype.itemsize
+                 for part in jax.tree.leaves(layer)
+                 if part.sharding.memory_kind == offload.KIND)
+             for layer in waits.values()]
     return *(account(sharding, platform, draw, (other, layers), *inputs)
-             for layers in (waits, stays)), size
-
-
-def _on_device(account):
-  return account.argument_size_in_bytes + account.temp_size_in_bytes
+             for layers in (waits, stays)), sizes
 
 
 def test_weights_are_arguments_on_the_host(compiled):
-  waits, _, waiting = compiled
-  # Tiles may be padded.
-  assert waiting <= waits.host_argument_size_in_bytes < 1.1 * waiting
-  assert waits.argument_size_in_bytes < 0.1 * waiting
+  waits, stays, sizes = compiled
+  assert waits.host_argument_size_in_bytes == sum(sizes)
+  assert stays.host_argument_size_in_bytes == 0
+  assert stays.argument_size_in_bytes >= sum(sizes)
+  assert waits.argument_size_in_bytes < 0.05 * sum(sizes)
 
 
-def test_the_device_holds_a_few_layers_at_a_time(compiled):
-  waits, stays, waiting = compiled
-  assert _on_device(stays) > waiting
-  assert _on_device(waits) < 0.5 * waiting
+def test_the_device_holds_three_layers_at_most(compiled):
+  """One that is multiplied, one that has come, one that comes.
+
+  Each may be there flat and in its shape. That is beside what the program takes
+  where all weights are on the device.
+  """
+  waits, stays, sizes = compiled
+  extra = waits.temp_size_in_bytes - stays.temp_size_in_bytes
+  assert extra <= 2 * 3 * max(sizes) < 0.75 * sum(sizes)

@@ -16,6 +16,8 @@ import tiny
 import toy
 
 import msfp_jax as msfp
+from msfp_jax.convert.lora import Lora
+from msfp_jax.convert.lora import LowRank
 from msfp_jax.kernels import apply as apply_lib
 from msfp_jax.kernels import offload
 from msfp_jax.quant import interception
@@ -71,6 +73,21 @@ def test_samples_are_the_same_bit_for_bit():
   t = jnp.full(3, 500.0)
   np.testing.assert_allclose(
       waiting.eps_fn(noise, t, 1), packed.eps_fn(noise, t, 1), atol=1e-6)
+
+
+def test_loras_beside_weights_that_wait():
+  rng = np.random.default_rng(2)
+  part = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  loras = [(Lora('mine', {
+      'conv_in': LowRank(part(3, 3, 1, 2), part(2, 4), 0.5)}), 1.0)]
+  packed = toy.deployed().packed()
+  x, t = tiny.noise(0, batch=3), jnp.full(3, 500.0)
+  expected, found = (
+      jax.jit(lambda arrays, model=model: model.with_arrays(arrays).eps_fn(
+          x, t, 1))(model.arrays)
+      for model in (packed.with_loras(loras),
+                    packed.offloaded().with_loras(loras)))
+  np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize('block', ['jit', 'remat', 'vmap'])
