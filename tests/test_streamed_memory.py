@@ -44,7 +44,7 @@ def test_peaks_are_below_the_result_and_a_layer(folder):
   # compiling takes, are less.
   assert packing < 4 * layer + 350e6 < result
   # Beside a layer what tracing the model takes, and the seal's threads keep.
-  assert result < loading < result + 1.2 * layer + 80e6
+  assert result < loading < result + 1.2 * layer + 100e6
 
 
 def test_killed_at_random_moments(tmp_path):
