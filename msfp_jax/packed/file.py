@@ -25,7 +25,6 @@ their header counts.
 """
 
 from collections.abc import Callable, Mapping
-import functools
 import json
 import os
 import pathlib
@@ -45,6 +44,7 @@ from msfp_jax.models import registry
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as stored
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.packed import placing
 from msfp_jax.packed import reader as reader_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.qlayer import QLayer
@@ -83,10 +83,10 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     raise ValueError('the model has LoRAs, which keep their own files: save '
                      'model.with_loras([]), and give them to what is loaded; '
                      'or merge them before packing, with merge_loras')
-  # Those without weights of their own have only an input quantizer, for
-  # `others`; their kernels and biases are among the parameters.
   layers = {name: offload_lib.to_numpy(layer)
             for name, layer in model.layers.items()}
+  # Those without weights of their own have only an input quantizer, for
+  # `others`; their kernels and biases are among the parameters.
   own = {name: layer for name, layer in layers.items()
          if layer.weight is not None}
   tensors: dict[str, np.ndarray] = {}
@@ -175,10 +175,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
       such implementation; a device that does not read the host's memory.
   """
   arguments.check_type('path', path, (str, os.PathLike), 'pathlib.Path(...)')
-  packed_lib.check_implementation(implementation)
-  settle = functools.partial(
-      packed_lib.settle, implementation=implementation,
-      memory=offload_lib.host() if offload else None)
+  settle = placing.settler(implementation, offload)
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f'no packed model at {file}')

@@ -19,6 +19,7 @@ from msfp_jax.convert.lora import Lora
 from msfp_jax.kernels import offload
 from msfp_jax.kernels.apply import apply
 from msfp_jax.packed import loras as loras_lib
+from msfp_jax.packed import placing
 from msfp_jax.quant import batches
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
@@ -83,7 +84,7 @@ class PackedModel:
     Raises:
       ValueError: there is no such implementation.
     """
-    check_implementation(implementation)
+    placing.check_implementation(implementation)
     layers = {name: offload.like(kernels.prepare(layer, implementation), layer)
               for name, layer in self.layers.items()}
     return dataclasses.replace(
@@ -205,31 +206,6 @@ class PackedModel:
     bits = sum(layer.nbits for layer in self.layers.values())
     return math.ceil(bits / 8) + sum(
         leaf.nbytes for leaf in jax.tree.leaves(self.params))
-
-
-def check_implementation(implementation: str | None) -> None:
-  """Raises ValueError unless it is one of `kernels.IMPLEMENTATIONS`, or None.
-  """
-  known = (None, *kernels.IMPLEMENTATIONS)
-  if implementation not in known:
-    raise ValueError(
-        f'implementation {implementation!r}: must be one of {known}')
-
-
-def settle(layer: QLayer, implementation: str | None = None,
-           memory: jax.sharding.NamedSharding | None = None) -> QLayer:
-  """Prepares a packed layer and puts it where it runs.
-
-  Args:
-    layer: in NumPy.
-    implementation: see `PackedModel.with_implementation`.
-    memory: of `offload.host`, where weights wait; None for the device.
-  """
-  layer = kernels.prepare(layer, implementation)
-  layer = (jax.device_put(layer) if memory is None else
-           offload.to_host(layer, memory))
-  # What is copied later is held in NumPy as well until then.
-  return jax.block_until_ready(layer)
 
 
 def as_codes(name: str, layer: QLayer) -> QLayer:
