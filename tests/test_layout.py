@@ -41,8 +41,10 @@ def test_half_a_byte_holds_no_more_than_15():
 
 @pytest.mark.parametrize('bits', range(3, 9))
 @pytest.mark.parametrize('shape', [(1,), (7,), (3, 5), (2, 3, 4), (0, 3)])
-def test_streams_are_the_bits_of_a_number(bits, shape):
+@pytest.mark.parametrize('at_once', [layout_lib._AT_ONCE, 8])
+def test_streams_are_the_bits_of_a_number(monkeypatch, bits, shape, at_once):
   """A stream is the integer sum of code_i 2^(bits i), its lowest byte first."""
+  monkeypatch.setattr(layout_lib, '_AT_ONCE', at_once)
   codes = np.random.default_rng(bits).integers(0, 2**bits, shape, np.uint8)
   packed = layout_lib.pack_bits(codes, bits)
   number = sum(int(code) << bits * i for i, code in enumerate(codes.ravel()))

@@ -23,7 +23,7 @@ from msfp_jax.base import seal
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 
-_DATA, _JOURNAL = 'data', 'journal.jsonl'
+_DATA, JOURNAL = 'data', 'journal.jsonl'
 # SHA-256 in hex: what the digest will be does not move the tensors.
 _UNKNOWN = 64 * '0'
 
@@ -61,7 +61,7 @@ class PiecewiseFile:
     self._size = len(head) + sum(map(_nbytes, self._shapes.values()))
     check_room(path, self._size, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data, journal = folder / _DATA, folder / _JOURNAL
+    data, journal = folder / _DATA, folder / JOURNAL
     open_journal = lambda: journal_lib.Journal(
         journal, {'job': job, 'metadata': self._metadata},
         f'delete {folder} to begin anew, or ask for what it was begun with')

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from msfp_jax.kernels import door
+from msfp_jax.kernels import offload
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant import quantize as quantize_lib
@@ -18,23 +19,27 @@ from msfp_jax.quant.qlayer import QLayer
 
 
 def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
-          *inputs: Any, implementation: str | None = None) -> Any:
+          *inputs: Any, implementation: str | None = None,
+          at: Callable[[str, QLayer], QLayer] = lambda name, layer: layer
+          ) -> Any:
   """model(*inputs) with quantized layers in place of its nn.Conv, nn.Dense.
 
   Args:
     model: any linen model.
     params: its parameters; kernels and biases of layers with quantized weights
       are not used and may be absent.
-    layers: {name: one set of weights}, for every nn.Conv and nn.Dense.
+    layers: {name: layer}, for every nn.Conv and nn.Dense; weights may wait in
+      the host's memory, see `offload`.
     *inputs: of the model.
     implementation: see `kernels.door`; None picks for every layer.
+    at: (name, layer of `layers`, on the device) -> with one set of weights.
 
   Raises:
     ValueError: a layer of the model is not in `layers`, or an entry names
       none; a layer that is not supported, or not by the implementation.
   """
   # Filled while the model is traced, or run: layers are found by being called.
-  visited = set()
+  visited, queue = set(), offload.Queue()
 
   def visit(module, x, compute):
     name = interception.layer_name(module)
@@ -42,7 +47,8 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
     if name not in layers:
       raise ValueError(f'no rule covers layer {name!r}: calibrate this model, '
                        'or state that the layer stays in full precision')
-    layer = layers[name]
+    layer, x = queue.fetch(layers[name], x)
+    layer = at(name, layer)
     if layer.weight is None:
       # Its weights stay in full precision: the module's own product is right.
       out = compute(layer.input.fake_quant(x))
@@ -51,9 +57,11 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
       return (out + _by_geometry(module, x, functools.partial(
           door.run_adapter, layer.adapter))).astype(out.dtype)
     try:
-      return run_layer(module, x, layer, implementation)
+      out = run_layer(module, x, layer, implementation)
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
+    queue.ran(out)
+    return out
 
   own = [name for name, layer in layers.items() if layer.weight is not None]
   out = interception.call(model, params, visit, *inputs, names=own)

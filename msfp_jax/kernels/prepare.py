@@ -6,11 +6,15 @@ import numpy as np
 
 from msfp_jax.kernels import carriers
 from msfp_jax.kernels import choice
+from msfp_jax.kernels import offload
 from msfp_jax.kernels import winograd
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.qlayer import Prepared
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.qtensor import QTensor
+
+# Weights whose values are summed at once.
+_AT_ONCE = 2**22
 
 
 def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
@@ -30,22 +34,20 @@ def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
     return layer
   # On the host: this happens once, with as many shapes as there are layers,
   # each of which XLA would compile.
-  layer = layer.replace(weight=jax.tree.map(np.asarray, weight))
+  layer = offload.to_numpy(layer)
   weight = layer.weight
   prepared = Prepared()
   if not layer.input.is_full and _per_output(weight):
     needs_sums = _has_zero(layer)
     # [h, kh, kw, I, O]: a convolution of images.
     wide = weight.data.ndim == 5
-    if needs_sums or wide:
-      values = np.asarray(carriers.operand(weight, 'f32').v)
-      if needs_sums:
-        prepared = prepared.replace(tap_sums=values.sum(-2))
-      if wide and _has_winograd(layer, values):
-        reach = _reach(layer.input)
-        prepared = prepared.replace(
-            parts=winograd.splits(values, *reach),
-            fits_bytes=winograd.fits(values, *reach))
+    if needs_sums:
+      prepared = prepared.replace(tap_sums=_sums(weight))
+    if wide and _has_winograd(layer):
+      values, reach = _values(weight), _reach(layer.input)
+      prepared = prepared.replace(
+          parts=winograd.splits(values, *reach),
+          fits_bytes=winograd.fits(values, *reach))
   if _is_for_kernels(layer):
     weight = choice.lay_out(weight, implementation)
   return layer.replace(weight=weight, prepared=prepared)
@@ -53,6 +55,25 @@ def prepare(layer: QLayer, implementation: str | None = None) -> QLayer:
 
 def _per_output(weight):
   return weight.outer is None and set(weight.scale.shape[:-1]) <= {1}
+
+
+def _values(weight):
+  """v of the weights as carried in float32, `[h, *window, I, O]`."""
+  return np.asarray(carriers.operand(weight, 'f32').v)
+
+
+def _sums(weight):
+  """Sums of them over I, `[h, *window, O]`."""
+  # Some columns at a time: all values of a large layer are eight times what it
+  # takes packed, and are there more than once while they are made.
+  outputs = weight.data.shape[-1]
+  pieces = min(-(-weight.size // _AT_ONCE), outputs // 2) or 1
+  ends = [outputs * i // pieces for i in range(pieces + 1)]
+  of = lambda columns: jax.tree.map(
+      lambda part: part[..., columns] if part.shape[-1:] == (outputs,)
+      else part, weight)
+  return np.concatenate([_values(of(slice(*ends[i:i + 2]))).sum(-2)
+                         for i in range(pieces)], axis=-1)
 
 
 def _has_zero(layer):
@@ -78,18 +99,19 @@ def _reach(quantizer):
   return values.min() - offset.max(), values.max() - offset.min()
 
 
-def _has_winograd(layer, values):
+def _has_winograd(layer):
   static = layer.input.one_scale()
   if static is None:
     return False
   carried = carriers.carry(layer.weight.numbers, 'f32')
   of_input = carriers.carry(static[0], 'f32')
   # An offset is a zero as well, which `winograd` does not add.
-  return (values.shape[-4:-2] == (3, 3) and layer.weight.zero_point is None
+  data = layer.weight.data
+  return (data.shape[-4:-2] == (3, 3) and layer.weight.zero_point is None
           and carried.lowest_offset == 0
           and carried.unit == layer.weight.fmt.step
           and of_input.unit == static[0].step
-          and winograd.pays(*values.shape[-2:]))
+          and winograd.pays(layer.weight.length, data.shape[-1]))
 
 
 def _is_for_kernels(layer):

@@ -24,7 +24,7 @@ PyTorch is not needed to read it. Small models are the reason for the brevity:
 their header counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import os
 import pathlib
@@ -32,16 +32,19 @@ from typing import Any
 
 from flax import traverse_util
 import flax.linen as nn
+import jax
 import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax.base import arguments
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
+from msfp_jax.kernels import offload as offload_lib
 from msfp_jax.models import registry
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as stored
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.packed import placing
 from msfp_jax.packed import reader as reader_lib
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.qlayer import QLayer
@@ -80,9 +83,11 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
     raise ValueError('the model has LoRAs, which keep their own files: save '
                      'model.with_loras([]), and give them to what is loaded; '
                      'or merge them before packing, with merge_loras')
+  layers = {name: offload_lib.to_numpy(layer)
+            for name, layer in model.layers.items()}
   # Those without weights of their own have only an input quantizer, for
   # `others`; their kernels and biases are among the parameters.
-  own = {name: layer for name, layer in model.layers.items()
+  own = {name: layer for name, layer in layers.items()
          if layer.weight is not None}
   tensors: dict[str, np.ndarray] = {}
   channels = [np.zeros(0, np.float32)]
@@ -103,7 +108,7 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
-  metadata = metadata_of(model.model, model.layers, {
+  metadata = metadata_of(model.model, layers, {
       name: len(vector) for name, vector in vectors.items()}, model.plan)
   tensors |= rest
   native.write_safetensors(path, tensors, metadata | about)
@@ -148,21 +153,29 @@ def _check_layout(name: str, layer: QLayer) -> None:
 
 
 def load(path: str | os.PathLike, model: nn.Module | None = None,
-         implementation: str | None = None) -> packed_lib.PackedModel:
-  """Reads a packed model; weights stay packed.
+         implementation: str | None = None, offload: bool = False
+         ) -> packed_lib.PackedModel:
+  """Reads a packed model onto the device; weights stay packed.
+
+  Tensor by tensor: no more is held than the model and a layer of it.
 
   Args:
     path: a file that `save` wrote.
     model: the linen model, for those that are no model of this package, which
       the file describes itself.
     implementation: of `kernels.door`; None picks for every layer.
+    offload: whether the weights wait in the host's memory, and come to the
+      device layer by layer whenever these run: for models that are larger than
+      the memory of the device. The samples are the same.
 
   Raises:
     FileNotFoundError: no such file.
     ValueError: another format or version, a damaged or incomplete file, or
-      tensors that are missing, unexpected or misshapen: all are listed.
+      tensors that are missing, unexpected or misshapen: all are listed; no
+      such implementation; a device that does not read the host's memory.
   """
   arguments.check_type('path', path, (str, os.PathLike), 'pathlib.Path(...)')
+  settle = placing.settler(implementation, offload)
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f'no packed model at {file}')
@@ -188,7 +201,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     rows = header['layers']
     if first:
       rows = [header_lib.row_from_first(row) for row in rows]
-    layers, vectors = _read_layers(rows, header['vectors'], reader, first)
+    layers, found, vectors = _read_layers(
+        rows, header['vectors'], reader, first, settle)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError
           ) as error:
     # The header comes from outside, and may fail in any of these ways.
@@ -201,13 +215,13 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   # Of a model that the caller gave nothing is known to compare with; Flax will
   # say what it misses.
   if header['model'] and model is None:
-    problems += reader_lib.misfits(built, layers, others, params)
+    problems += reader_lib.misfits(built, found, others, params)
   if problems:
     raise ValueError(f'{file} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))
   return packed_lib.PackedModel(
-      built, params, layers | others, choices, plan
-  ).with_implementation(implementation)
+      built, jax.device_put(params), layers | others, choices, plan,
+      implementation)
 
 
 def _check_format(file: pathlib.Path, found: str | None) -> bool:
@@ -252,14 +266,17 @@ def _flatten(params: Any) -> tuple[dict[str, np.ndarray],
 
 
 def _read_layers(
-    rows: list[list[Any]], vectors: dict[str, int],
-    reader: reader_lib.Reader, first: bool
-) -> tuple[dict[str, QLayer], dict[str, np.ndarray]]:
-  """The layers, and what else is in `channels`."""
-  # Codes first: their shapes tell how many output channels a layer has, and so
-  # where its part of `channels` ends.
-  codes = {row[0]: stored.read_codes(row, reader, first) for row in rows}
-  sizes = [codes[row[0]].shape[-1] * len(row[3]) for row in rows]
+    rows: list[list[Any]], vectors: dict[str, int], reader: reader_lib.Reader,
+    first: bool, settle: Callable[[QLayer], QLayer]
+) -> tuple[dict[str, QLayer], dict[str, reader_lib.Found],
+           dict[str, np.ndarray]]:
+  """The layers, settled one by one; what they are; what else is in `channels`.
+  """
+  # The shapes of codes tell how many output channels a layer has, and so where
+  # its part of `channels` ends.
+  outputs = [stored.outputs_of(row, reader, first) for row in rows]
+  sizes = [count * len(row[3])
+           for row, count in zip(rows, outputs, strict=True)]
   sizes += vectors.values()
   known = len(reader.problems)
   table = reader.take(CHANNELS, np.float32, (sum(sizes),))
@@ -269,10 +286,13 @@ def _read_layers(
   if is_read and not np.isfinite(table).all():
     reader.problems.append(f'{CHANNELS} holds values that are not finite')
   pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
-  layers = {
-      row[0]: stored.read_layer(
-          row, codes[row[0]], channels.reshape(
-              # No -1: a layer without bias whose scales are of groups has none.
-              len(row[3]), codes[row[0]].shape[-1]), reader, is_read)
-      for row, channels in zip(rows, pieces[:len(rows)], strict=True)}
-  return layers, dict(zip(vectors, pieces[len(rows):], strict=True))
+  layers, found = {}, {}
+  for row, count, piece in zip(rows, outputs, pieces, strict=False):
+    # No -1: a layer without bias whose scales are of groups has no channels.
+    layer = stored.read_layer(
+        row, stored.read_codes(row, reader, first),
+        piece.reshape(len(row[3]), count), reader, is_read)
+    found[row[0]] = reader_lib.Found.of(layer)
+    # Of a file that will be refused nothing need be moved.
+    layers[row[0]] = layer if reader.problems else settle(layer)
+  return layers, found, dict(zip(vectors, pieces[len(rows):], strict=True))

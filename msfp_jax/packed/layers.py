@@ -68,6 +68,22 @@ def channels_of(layer: QLayer) -> list[np.ndarray]:
   return [np.asarray(part, np.float32).ravel() for part in found]
 
 
+def outputs_of(row: list[Any], reader: Reader, first: bool) -> int:
+  """Output channels of a layer; see `read_codes`, without reading any."""
+  if first or not header_lib.is_stream(FPFormat.parse(row[1])):
+    return reader.shape_of(f'{row[0]}.codes')[-1]
+  return _shape_of(row)[-1]
+
+
+def _shape_of(row):
+  """The shape of codes that lie in the file as a stream of bits."""
+  # Written by others, perhaps damaged: checked before a size follows from it.
+  shape = tuple(row[5]['shape'])
+  if len(shape) < 3 or shape[-2] != row[2] or min(shape) < 1:
+    raise ValueError(f'{row[0]}: codes of shape {shape}')
+  return shape
+
+
 def read_codes(row: list[Any], reader: Reader, first: bool) -> np.ndarray:
   """Codes `[h, *window, rows, O]`, in the layout of `stored_layout`.
 
@@ -80,11 +96,7 @@ def read_codes(row: list[Any], reader: Reader, first: bool) -> np.ndarray:
   if first or not header_lib.is_stream(fmt):
     return reader.take_codes(
         f'{name}.codes', -(-length // 2) if fmt.bits <= 4 else length)
-  # Written by others, perhaps damaged: checked before a size follows from it.
-  shape = tuple(row[5]['shape'])
-  if len(shape) < 3 or shape[-2] != length or min(shape) < 1:
-    raise ValueError(f'{name}: codes of shape {shape}')
-  codes = reader.take_stream(f'{name}.codes', fmt.bits, shape)
+  codes = reader.take_stream(f'{name}.codes', fmt.bits, _shape_of(row))
   return layout_lib.pack_halves(codes) if fmt.bits <= 4 else codes
 
 

@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 from flax import traverse_util
+import jax
 
 from msfp_jax.convert import lora as lora_lib
+from msfp_jax.kernels import offload
 from msfp_jax.quant import adapter as adapter_lib
 from msfp_jax.quant.adapter import Adapter
 from msfp_jax.quant.qlayer import QLayer
@@ -42,6 +44,7 @@ def adapters(loras: Iterable[tuple[lora_lib.Lora, Any]],
 
 def _shape(weight):
   """`[*window, I, O]` of weights with an axis of banks, in any layout."""
-  one = weight.bank(0)
+  # Wherever they are: shapes alone.
+  one = jax.eval_shape(lambda weight: offload.fetch(weight).bank(0), weight)
   inputs = math.prod(one.window) * one.length
   return (*one.window, one.length, one.size // inputs)

@@ -16,8 +16,10 @@ from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import arguments
 from msfp_jax.convert.lora import Lora
+from msfp_jax.kernels import offload
 from msfp_jax.kernels.apply import apply
 from msfp_jax.packed import loras as loras_lib
+from msfp_jax.packed import placing
 from msfp_jax.quant import batches
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
@@ -82,14 +84,23 @@ class PackedModel:
     Raises:
       ValueError: there is no such implementation.
     """
-    known = (None, *kernels.IMPLEMENTATIONS)
-    if implementation not in known:
-      raise ValueError(
-          f'implementation {implementation!r}: must be one of {known}')
-    layers = {name: kernels.prepare(layer, implementation)
+    placing.check_implementation(implementation)
+    layers = {name: offload.like(kernels.prepare(layer, implementation), layer)
               for name, layer in self.layers.items()}
     return dataclasses.replace(
         self, layers=layers, implementation=implementation)
+
+  def offloaded(self) -> 'PackedModel':
+    """The model with its weights in the host's memory, as `load` can have it.
+
+    Raises:
+      ValueError: the device does not read the host's memory.
+    """
+    memory = offload.host()
+    layers = {name: offload.to_host(layer, memory)
+              for name, layer in self.layers.items()}
+    return dataclasses.replace(
+        self, layers=layers, params=jax.device_put(self.params))
 
   def packed(self) -> 'PackedModel':
     """The model with its weights as codes; a packed one stays as it is.
@@ -133,9 +144,13 @@ class PackedModel:
 
   def layer_at(self, name: str, index: Any) -> QLayer:
     """A layer at a position of the plan, traced or not: with one bank."""
+    return self._at(name, offload.fetch(self.layers[name]), index)
+
+  def _at(self, name, layer, index):
     bank = (jnp.asarray(self.choices[name])[index]
             if name in self.choices else 0)
-    return jax.device_put(self.layers[name]).at(index, bank)
+    # As JAX arrays, for NumPy's cannot be indexed by a traced index.
+    return jax.device_put(layer).at(index, bank)
 
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
@@ -146,11 +161,11 @@ class PackedModel:
     #                                   \               /
     #   x, t, condition --> model with these as its layers --> eps
     #
-    # As JAX arrays, for NumPy's cannot be indexed by a traced index. All banks
-    # stay on the device, and a step picks by index: S steps, one program.
-    layers = {name: self.layer_at(name, index) for name in self.layers}
-    return apply(self.model, self.params, layers, x, t, *condition,
-                 implementation=self.implementation)
+    # All banks are on the device, and a step picks by index: S steps, one
+    # program.
+    return apply(self.model, self.params, self.layers, x, t, *condition,
+                 implementation=self.implementation,
+                 at=lambda name, layer: self._at(name, layer, index))
 
   def sample(self, noise: jax.Array, *condition: jax.Array,
              key: jax.Array | None = None) -> jax.Array:
@@ -201,8 +216,8 @@ def as_codes(name: str, layer: QLayer) -> QLayer:
   """
   try:
     # In NumPy: on a device, codes would take memory before anything is sampled.
-    return layer if layer.weight is None else jax.tree.map(
-        np.asarray, layer.replace(weight=layer.weight.packed()))
+    return layer if layer.weight is None else offload.to_numpy(
+        layer.replace(weight=layer.weight.packed()))
   except ValueError as error:
     raise ValueError(f'layer {name}: {error}') from error
 

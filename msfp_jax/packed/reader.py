@@ -1,6 +1,7 @@
 """Tensors of a packed model's file, with account of what does not fit."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from flax import traverse_util
@@ -52,6 +53,11 @@ class Reader:
     if not codes.size:
       self.problems.append(f'{name} is empty: {codes.shape}')
     return codes
+
+  def shape_of(self, name: str) -> tuple[int, ...]:
+    """A tensor's shape; of one that is not there, or has no axis, (1,)."""
+    tensor = self._left.get(name)
+    return (1,) if tensor is None else tensor.shape or (1,)
 
   def has(self, name: str) -> bool:
     """Whether the file has a tensor that nobody took yet."""
@@ -123,7 +129,26 @@ class Reader:
     return traverse_util.unflatten_dict(flat)
 
 
-def misfits(model: nn.Module, layers: Mapping[str, QLayer],
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a file has of a layer.
+
+  Attributes:
+    shape: of the kernel, `[*window, I, O]`.
+    has_bias: whether there is a bias.
+  """
+
+  shape: tuple[int, ...]
+  has_bias: bool
+
+  @classmethod
+  def of(cls, layer: QLayer) -> 'Found':
+    """Of a layer as it was read."""
+    *window, _, outputs = layer.weight.data.shape[1:]
+    return cls((*window, layer.weight.length, outputs), layer.bias is not None)
+
+
+def misfits(model: nn.Module, layers: Mapping[str, Found],
             others: Mapping[str, Any], params: Any) -> list[str]:
   """Lists where the tensors of a file and the parameters of a model differ.
 
@@ -158,15 +183,9 @@ def misfits(model: nn.Module, layers: Mapping[str, QLayer],
           f'{name} is {found[path]}, the model wants {expected[path]}')
   for name in layers.keys() & kernels_of.keys():
     path, wanted = kernels_of[name]
-    layer, bias = layers[name], flat.get((*path[:-1], 'bias'))
-    shape = _kernel_shape(layer)
-    if shape != wanted:
-      problems.append(f'{name} is {shape}, the model wants {wanted}')
-    if (layer.bias is None) != (bias is None):
+    own, bias = layers[name], flat.get((*path[:-1], 'bias'))
+    if own.shape != wanted:
+      problems.append(f'{name} is {own.shape}, the model wants {wanted}')
+    if own.has_bias != (bias is not None):
       problems.append(f'{name}: a bias in the model or in the file alone')
   return problems
-
-
-def _kernel_shape(layer: QLayer) -> tuple[int, ...]:
-  *window, _, outputs = layer.weight.data.shape[1:]
-  return (*window, layer.weight.length, outputs)

@@ -78,6 +78,10 @@ class Nibbles(Layout):
     return int(np.prod(data.shape)) // data.shape[-2] * length
 
 
+# Codes that become a stream of bits at once, or come of one: a bit takes a byte
+# meanwhile, of a large layer more than the layer. Of so many a piece of the
+# stream is of whole bytes, whatever the bits of a code.
+_AT_ONCE = 2**18
 # Layouts have no fields, so those of a class are equal: compare them with ==.
 LEVELS, BYTES, NIBBLES = Levels(), Bytes(), Nibbles()
 
@@ -133,14 +137,22 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
   # 0b011101. Files alone: 6-bit codes a byte each would waste a quarter of the
   # room, but in memory a kernel wants to find a code without shifting across
   # bytes.
-  each = np.unpackbits(codes.reshape(-1, 1), axis=1, bitorder='little')
-  return np.packbits(each[:, :bits], bitorder='little')
+  flat = codes.reshape(-1, 1)
+  packed = [np.packbits(np.unpackbits(
+      flat[first:first + _AT_ONCE], axis=1, bitorder='little')[:, :bits],
+                        bitorder='little')
+            for first in range(0, len(flat), _AT_ONCE)]
+  return np.concatenate([np.zeros(0, np.uint8), *packed])
 
 
 def unpack_bits(packed: np.ndarray, bits: int, shape: tuple[int, ...]
                 ) -> np.ndarray:
   """The inverse of `pack_bits`, uint8 of `shape`."""
-  size = int(np.prod(shape))
-  each = np.unpackbits(packed, count=size * bits, bitorder='little')
-  return np.packbits(each.reshape(size, bits), axis=1,
-                     bitorder='little').reshape(shape)
+  codes = np.empty(int(np.prod(shape)), np.uint8)
+  for first in range(0, codes.size, _AT_ONCE):
+    part = codes[first:first + _AT_ONCE]
+    each = np.unpackbits(packed[first * bits // 8:], count=part.size * bits,
+                         bitorder='little')
+    part[:] = np.packbits(each.reshape(part.size, bits), axis=1,
+                          bitorder='little')[:, 0]
+  return codes.reshape(shape)
