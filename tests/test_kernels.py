@@ -1,6 +1,7 @@
 """Quantized layers by every implementation, against float64."""
 
 import functools
+import importlib
 import itertools
 
 import jax
@@ -147,6 +148,15 @@ def test_prepared_layers_agree_too(kind, weight, act, act_zero):
   found = prepared(case.packed)
   assert found.prepared.tap_sums is not None
   case.assert_agree(found)
+
+
+@pytest.mark.parametrize('kind', ['dense', 'conv'])
+def test_sums_some_columns_at_a_time_are_the_same(monkeypatch, kind):
+  packed = SOME[kind]('E2M1', 'UE2M2', act_zero=-0.3).packed
+  expected = prepared(packed).prepared.tap_sums
+  monkeypatch.setattr(
+      importlib.import_module('msfp_jax.kernels.prepare'), '_AT_ONCE', 16)
+  np.testing.assert_array_equal(prepared(packed).prepared.tap_sums, expected)
 
 
 def test_what_is_not_packed_is_not_prepared():
