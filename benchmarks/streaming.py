@@ -1,13 +1,13 @@
 """Memory of packing and loading a model layer by layer, and SIGKILL.
 
   python -m benchmarks.streaming
-  python -m benchmarks.streaming --blocks=1,1 --heads=24 --kills=0
+  python -m benchmarks.streaming --blocks=1,1 --width=3072 --kills=0
 
 Writes a checkpoint of a transformer of FLUX.1's layers with random weights, in
 shards of bfloat16; by default 2.2 GB of 1.09 billion. Packs it by each recipe
 in a process of its own, loads what was packed in another, and prints the table
 of docs/usage.md. Then packs it again, killed at random moments, and compares
-the bytes. Linux only. With --folder, that of --blocks=19,38 --heads=24 is
+the bytes. Linux only. With --place, that of --blocks=19,38 --width=3072 is
 FLUX.1-schnell's own size.
 """
 
@@ -47,12 +47,12 @@ _RECIPES = flags.DEFINE_multi_enum(
     'recipe', RECIPES, RECIPES, "To pack by; msfp's quantizers are a spec by "
     'hand.')
 _BLOCKS = flags.DEFINE_list('blocks', ['6', '16'], 'Double and single blocks.')
-_HEADS = flags.DEFINE_integer('heads', 12, 'Of 128 channels each.')
+_WIDTH = flags.DEFINE_integer('width', 1536, 'Channels, in heads of 128.')
 _SHARDS = flags.DEFINE_integer('shards', 8, 'Files of the checkpoint.')
 _KILLS = flags.DEFINE_integer('kills', 5, 'Times that packing is killed.')
 _SEED = flags.DEFINE_integer('seed', None, 'Of the moments of the kills.')
-_FOLDER = flags.DEFINE_string(
-    'folder', None, 'Where the files go, and are deleted; on a disk with room.')
+_PLACE = flags.DEFINE_string(
+    'place', None, 'Where the files go, and are deleted; on a disk with room.')
 
 
 def largest_layer(config: FluxConfig) -> int:
@@ -160,8 +160,8 @@ def _kill_and_resume(folder, layers):
 def main(unused_argv: Sequence[str]) -> None:
   double, single = map(int, _BLOCKS.value)
   config = FluxConfig(
-      num_layers=double, num_single_layers=single, num_heads=_HEADS.value)
-  with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
+      num_layers=double, num_single_layers=single, num_heads=_WIDTH.value // 128)
+  with tempfile.TemporaryDirectory(dir=_PLACE.value) as name:
     folder = pathlib.Path(name)
     size = big_checkpoints.write_flux(
         folder / 'flux', config, shards=_SHARDS.value)
