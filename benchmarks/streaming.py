@@ -1,13 +1,13 @@
 """Memory of packing and loading a model layer by layer, and SIGKILL.
 
   python -m benchmarks.streaming
-  python -m benchmarks.streaming --blocks=1,1 --width=3072 --kills=0
+  python -m benchmarks.streaming --blocks=1,1 --heads=24 --kills=0
 
 Writes a checkpoint of a transformer of FLUX.1's layers with random weights, in
 shards of bfloat16; by default 2.2 GB of 1.09 billion. Packs it by each recipe
 in a process of its own, loads what was packed in another, and prints the table
 of docs/usage.md. Then packs it again, killed at random moments, and compares
-the bytes. Linux only. With --place, that of --blocks=19,38 --width=3072 is
+the bytes. Linux only. With --folder, that of --blocks=19,38 --heads=24 is
 FLUX.1-schnell's own size.
 """
 
@@ -43,16 +43,6 @@ import big_checkpoints  # noqa: E402
 import flux_oracle  # noqa: E402
 
 RECIPES = ('nvfp4', 'quartz', 'msfp')
-_RECIPES = flags.DEFINE_multi_enum(
-    'recipe', RECIPES, RECIPES, "To pack by; msfp's quantizers are a spec by "
-    'hand.')
-_BLOCKS = flags.DEFINE_list('blocks', ['6', '16'], 'Double and single blocks.')
-_WIDTH = flags.DEFINE_integer('width', 1536, 'Channels, in heads of 128.')
-_SHARDS = flags.DEFINE_integer('shards', 8, 'Files of the checkpoint.')
-_KILLS = flags.DEFINE_integer('kills', 5, 'Times that packing is killed.')
-_SEED = flags.DEFINE_integer('seed', None, 'Of the moments of the kills.')
-_PLACE = flags.DEFINE_string(
-    'place', None, 'Where the files go, and are deleted; on a disk with room.')
 
 
 def largest_layer(config: FluxConfig) -> int:
@@ -141,13 +131,13 @@ def measure(folder: pathlib.Path, config: FluxConfig, recipe: str) -> Sequence:
 
 
 def _kill_and_resume(folder, layers):
-  seed = time.time_ns() if _SEED.value is None else _SEED.value
+  seed = time.time_ns() if flags.FLAGS.seed is None else flags.FLAGS.seed
   whole, target = folder / 'whole.safetensors', folder / 'out.safetensors'
   pack = lambda target: subprocess.run(
       [sys.executable, '-m', 'msfp_jax.packed', str(folder / 'flux'),
        str(target)], cwd=ROOT, stderr=subprocess.DEVNULL, check=True)
   pack(whole)
-  seen = kill(folder / 'flux', target, _KILLS.value, layers,
+  seen = kill(folder / 'flux', target, flags.FLAGS.kills, layers,
               random.Random(seed))
   pack(target)
   print(f'Killed {len(seen)} times (seed {seed}), with {seen} of {layers} '
@@ -157,27 +147,43 @@ def _kill_and_resume(folder, layers):
   print('Resumed to the bytes of what was packed at once.')
 
 
+def _define_flags():
+  # Not when this is imported: tests import what other programs define too.
+  flags.DEFINE_multi_enum(
+      'recipe', RECIPES, RECIPES, "To pack by; msfp's quantizers are a spec by "
+      'hand.')
+  flags.DEFINE_list('blocks', ['6', '16'], 'Double and single blocks.')
+  flags.DEFINE_integer('heads', 12, 'Of 128 channels each.')
+  flags.DEFINE_integer('shards', 8, 'Files of the checkpoint.')
+  flags.DEFINE_integer('kills', 5, 'Times that packing is killed.')
+  flags.DEFINE_integer('seed', None, 'Of the moments of the kills.')
+  flags.DEFINE_string('folder', None, 'Where the files go, and are deleted; on '
+                      'a disk with room.')
+
+
 def main(unused_argv: Sequence[str]) -> None:
-  double, single = map(int, _BLOCKS.value)
+  double, single = map(int, flags.FLAGS.blocks)
   config = FluxConfig(
-      num_layers=double, num_single_layers=single, num_heads=_WIDTH.value // 128)
-  with tempfile.TemporaryDirectory(dir=_PLACE.value) as name:
+      num_layers=double, num_single_layers=single,
+      num_heads=flags.FLAGS.heads)
+  with tempfile.TemporaryDirectory(dir=flags.FLAGS.folder) as name:
     folder = pathlib.Path(name)
     size = big_checkpoints.write_flux(
-        folder / 'flux', config, shards=_SHARDS.value)
+        folder / 'flux', config, shards=flags.FLAGS.shards)
     what = f'{size / 2e9:.2f} billion parameters, {config.channels} wide'
     print('| model | recipe | file | peak of packing | peak of loading | '
           'largest layer in float32 |\n|---|---|---|---|---|---|', flush=True)
-    for recipe in dict.fromkeys(_RECIPES.value):
+    for recipe in dict.fromkeys(flags.FLAGS.recipe):
       name, *sizes = measure(folder, config, recipe)
       print(' | '.join(
           [f'| {what}', name, *(f'{size / 1e6:,.0f} MB' for size in sizes)]),
             '|', flush=True)
       (folder / f'{recipe}.safetensors').unlink()
-    if _KILLS.value:
+    if flags.FLAGS.kills:
       print()
       _kill_and_resume(folder, len(flux_oracle.layers(config)))
 
 
 if __name__ == '__main__':
+  _define_flags()
   app.run(main)
