@@ -71,7 +71,7 @@ help: ## list the targets
 setup: $(TEST_READY) ## create .venv with everything that demo and test need
 
 # Of the targets that need more than `test` does.
-environments: $(PARITY_READY) $(AOT_READY) $(BROWSER_READY) ## and all others
+environments: $(PARITY_READY) $(AOT_READY) $(BROWSER_READY) ## create those of parity, aot, browser
 
 demo: $(RUN_READY) ## quantize, fine-tune and evaluate the embedded default
 	$(PY) train.py --config=configs/digits.py:demo --workdir=runs/demo

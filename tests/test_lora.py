@@ -2,10 +2,12 @@
 
 import functools
 import re
+import sys
 
 import families
 import flux_oracle
 import foreign
+import hub_cache
 import jax
 import lora_files
 import ml_dtypes
@@ -84,7 +86,10 @@ def test_every_layer_of_flux(tmp_path, name, naming):
       'kohya bfl': lambda: lora_files.kohya(of_bfl()),
       'xlabs': lambda: lora_files.xlabs(of_bfl())}[naming]()
   path = lora_files.write(tmp_path / 'a.safetensors', tensors)
-  read = assert_adds(case, path, lora, 1)
+  beside = tmp_path / 'adapter_config.json'
+  if naming == 'PEFT':  # which has alpha in no other place
+    beside.write_text('{"lora_alpha": 4}')
+  read = assert_adds(case, path, lora, 2 if beside.exists() else 1)
   if naming != 'xlabs':
     assert read.layers.keys() == flux_oracle.layers(model.config).keys()
 
@@ -172,13 +177,17 @@ CONFIG = {'peft_type': 'LORA', 'r': 4, 'lora_alpha': 8, 'use_dora': False,
     ({'alpha_pattern': {'to_q': 2, '^transformer_blocks.0.attn.to_k$': 4}},
      (0.5, 1)),
     ({'alpha_pattern': {'o_q': 2, '^attn.to_k': 4}}, (2, 2))])
-@pytest.mark.parametrize('where', ['header', 'beside'])
+@pytest.mark.parametrize('where', ['header', 'alone', 'beside'])
 def test_alpha_of_peft(tmp_path, changes, scales, where):
   """In the header of diffusers' files, or in the file beside PEFT's own."""
   _, state, _ = flux()
   lora = lora_of(state, rank=4, only=r'blocks\.0\.attn\.to_[qk]')
   config = CONFIG | changes
-  if where == 'header':
+  if where == 'alone':  # as `save_lora_adapter` of diffusers' models has it
+    path = lora_files.write(
+        tmp_path / 'pytorch_lora_weights.safetensors',
+        lora_files.peft(lora, ''), lora_adapter_metadata=config)
+  elif where == 'header':
     path = lora_files.write(
         tmp_path / 'pytorch_lora_weights.safetensors', lora_files.peft(lora),
         lora_adapter_metadata={f'transformer.{key}': value
@@ -193,6 +202,47 @@ def test_alpha_of_peft(tmp_path, changes, scales, where):
   layers = msfp.load_lora(path.parent, flux()[0]).layers
   assert (layers['transformer_blocks.0.attn.to_q'].scale,
           layers['transformer_blocks.0.attn.to_k'].scale) == scales
+
+
+def test_peft_without_its_configuration(tmp_path):
+  """Its alpha is not known, and not 1."""
+  model, state, _ = flux()
+  path = lora_files.write(
+      tmp_path / 'adapter_model.safetensors',
+      lora_files.peft(lora_of(state, only='to_q'), 'base_model.model.'))
+  with pytest.raises(ValueError, match='alpha in a adapter_config.json'):
+    msfp.load_lora(path, model)
+
+
+@pytest.mark.parametrize('first', ['ours', 'bfl'])
+def test_two_halves_of_one_place(tmp_path, first):
+  """Neither is dropped, in whichever order the file has them."""
+  model, state, _ = flux()
+  lora = lora_of(state)
+  parts = {'ours': lora_files.peft(lora), 'bfl': lora_files.peft(
+      lora_files.bfl(lora, model.config), 'diffusion_model.')}
+  tensors = parts.pop(first) | parts.popitem()[1]
+  path = lora_files.write(tmp_path / 'a.safetensors', tensors)
+  with pytest.raises(ValueError, match='to_q|img_attn.qkv'):
+    msfp.load_lora(path, model)
+
+
+@pytest.mark.parametrize('file', ['', '/adapter_model.safetensors'])
+def test_a_lora_of_the_hub(tmp_path, monkeypatch, file):
+  """With PEFT's configuration, without which its strength is another."""
+  model, state, _ = flux()
+  folder = tmp_path / 'saved'
+  folder.mkdir()
+  lora_files.write(folder / 'adapter_model.safetensors', lora_files.peft(
+      lora_of(state, rank=4, only='to_q'), 'base_model.model.'))
+  (folder / 'adapter_config.json').write_text(lora_files.json.dumps(CONFIG))
+  module = hub_cache.stand_in(tmp_path / 'cache', {
+      'a/b': hub_cache.files_in(folder) | {'README.md': b'x'}})
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', module)
+  layers = msfp.load_lora(f'hf:a/b{file}', model).layers
+  assert {layer.scale for layer in layers.values()} == {2}
+  assert sorted(module.taken) == [
+      'adapter_config.json', 'adapter_model.safetensors']
 
 
 @pytest.mark.parametrize('changes, part', [

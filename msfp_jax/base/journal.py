@@ -65,7 +65,10 @@ class Journal:
     self._path.unlink(missing_ok=True)
 
   def _write(self, entry):
-    self._file.write(json.dumps(entry).encode() + b'\n')
+    line = json.dumps(entry).encode() + b'\n'
+    # Without a buffer a full disk takes a part of it, and says nothing.
+    if self._file.write(line) != len(line):
+      raise OSError(f'{self._path}: the disk has no room for a line')
     os.fsync(self._file.fileno())
 
 

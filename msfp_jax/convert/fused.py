@@ -76,7 +76,7 @@ def take_apart(tensors: Mapping[str, LazyTensor], table: Sequence[Fused]
         f'{match.expand(part)}.{_LEAVES[leaf]}': value
         for part, value in _split(tensor, row, leaf).items()}
     if not new or new.keys() & found.keys():
-      new = {name: tensor}
+      new = {_free(name, found): tensor}
     found |= new
   return found
 
@@ -98,9 +98,14 @@ def take_apart_products(products: Mapping[str, Product],
              for part, value in _split(
                  getattr(product, half), row, 'weight').items()}
     if not new or new.keys() & found.keys():
-      new = {module: product}
+      new = {_free(module, found): product}
     found |= new
   return found
+
+
+def _free(name, found):
+  """The name, or one that no layer has, where a part of another took it."""
+  return f'{name} (twice)' if name in found else name
 
 
 def _row(table, module):

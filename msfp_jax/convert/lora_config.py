@@ -90,18 +90,24 @@ def _matches(name, module):
   return module == plain or module.endswith(f'.{plain}')
 
 
-def read(path: pathlib.Path, metadata: Mapping[str, str], part: str) -> Scales:
+def read(path: pathlib.Path, metadata: Mapping[str, str], part: str,
+         is_peft: bool = False) -> Scales:
   """Reads what is said of one part of the pipeline.
 
   Args:
     path: of the LoRA's file.
     metadata: of its header.
     part: of `lora_names`.
+    is_peft: whether the tensors have PEFT's names, and none is an alpha.
 
   Raises:
-    ValueError: no JSON, or by key for what is not computed here.
+    ValueError: no JSON, or by key for what is not computed here; PEFT's file
+      without its configuration.
   """
-  found = _config(path, metadata, part)
+  found = _config(path, metadata, part, is_peft)
+  if not found and is_peft:
+    raise ValueError(f'its names are those of PEFT, which has alpha in a '
+                     f'{BESIDE}: put that beside it')
   if not found:
     return Scales()
   what = 'what adds LoRAs'
@@ -113,7 +119,7 @@ def read(path: pathlib.Path, metadata: Mapping[str, str], part: str) -> Scales:
                 found.get('use_rslora', False))
 
 
-def _config(path, metadata, part):
+def _config(path, metadata, part, is_peft):
   if HEADER in metadata:
     try:
       content = json.loads(metadata[HEADER])
@@ -121,11 +127,15 @@ def _config(path, metadata, part):
       raise ValueError(f'{HEADER} in its header is no JSON: {error}') from error
     if not isinstance(content, dict):
       raise ValueError(f'{HEADER} in its header holds no fields')
+    known = tuple(f'{name}.' for names in _PARTS.values() for name in names)
+    if not any(key.startswith(known) for key in content):
+      # Of a model that was saved alone, as the tensors beside it.
+      return content
     starts = tuple(f'{name}.' for name in _PARTS.get(part, ()))
     return {key.partition('.')[2]: value for key, value in content.items()
             if key.startswith(starts)}
   beside = path.parent / BESIDE
   # Other files in a folder need not be PEFT's.
-  if path.name.startswith('adapter_model') and beside.is_file():
+  if (path.name.startswith('adapter_model') or is_peft) and beside.is_file():
     return source_lib.read_config(beside)
   return {}

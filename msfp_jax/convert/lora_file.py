@@ -66,7 +66,9 @@ def load_lora(path: str | os.PathLike, model: Any) -> Lora:
                      + (f', but modules of {_counts(left_out)}' if left_out
                         else ''))
   try:
-    scales = lora_config.read(path, metadata, part)
+    is_peft = (any(name.startswith('base_model.model.') for name in tensors)
+               and not any(name.endswith('.alpha') for name in tensors))
+    scales = lora_config.read(path, metadata, part, is_peft)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
   products, more = _products(modules, scales)
@@ -132,9 +134,21 @@ def _abstract(part, model):
           else text_encoder.abstract_text_encoder(model))
 
 
+def _wanted(path, names):
+  """What of a repository is read: the LoRA, and PEFT's configuration."""
+  place = pathlib.PurePosixPath(path)
+  files = [place] if path in names else [place / name for name in _FILES]
+  found = next((file for file in files if str(file) in names), None)
+  if found is None:
+    raise FileNotFoundError(f'no LoRA in {path or "the repository"}: it has '
+                            f'none of {list(_FILES)}; give the file')
+  beside = str(found.with_name(lora_config.BESIDE))
+  return [str(found), *([beside] if beside in names else [])]
+
+
 def _file(path):
   if hub.is_reference(path):
-    path = hub.fetch(str(path))
+    path = hub.fetch_files(str(path), _wanted)
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
     file = next((path / name for name in _FILES if (path / name).is_file()),

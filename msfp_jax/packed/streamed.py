@@ -106,7 +106,8 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   # The files alone do not say which of two sets of weights in them is read.
   identity = {'files': _identity_of(opened.path), 'ema': ema}
   if read:
-    identity['loras'] = [[_identity_of(pathlib.Path(lora.source)), strength]
+    identity['loras'] = [[_identity_of(pathlib.Path(lora.source)),
+                          float(strength)]
                          for lora, strength in read]
   if spec is None:
     how.check()
