@@ -1,5 +1,7 @@
 """A file in pieces is the file as a whole."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -55,10 +57,29 @@ def test_damage_meanwhile_does_not_pass_the_seal(tmp_path):
     native.check_seal(path, tensors, metadata, '')
 
 
-def test_data_that_were_taken_away_are_written_again(tmp_path):
+def test_damage_of_what_pieces_share_is_not_sealed(tmp_path):
+  """Its digest is of the file, which is compared with what was written."""
+  with opened(tmp_path) as file:
+    file.write(
+        '1', {name: array for name, array in TENSORS.items()
+              if name != 'shared'}, {('shared', 0): TENSORS['shared'][:4]})
+    file.write('2', {}, {('shared', 4): TENSORS['shared'][4:]})
+  data = tmp_path / 'work' / 'data'
+  content = bytearray(data.read_bytes())
+  content[content.index(TENSORS['shared'].tobytes()) + 4 * 5] ^= 1
+  data.write_bytes(content)
+  with opened(tmp_path) as file:
+    with pytest.raises(ValueError, match="changed shared, of '2'; delete"):
+      file.finish()
+  assert not (tmp_path / 'f.safetensors').exists()
+
+
+@pytest.mark.parametrize('take', [
+    lambda data: data.unlink(), lambda data: os.truncate(data, 100)])
+def test_data_that_were_taken_away_are_written_again(tmp_path, take):
   with opened(tmp_path) as file:
     file.write('1', {'a': TENSORS['a']})
-  (tmp_path / 'work' / 'data').unlink()
+  take(tmp_path / 'work' / 'data')
   with opened(tmp_path) as file:
     assert not file.done
 

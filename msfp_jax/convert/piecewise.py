@@ -67,7 +67,8 @@ class PiecewiseFile:
         f'delete {folder} to begin anew, or ask for what it was begun with')
     self._journal, self._file = open_journal(), None
     self._is_named = self._was_named(data)
-    if not self._is_named and not data.exists() and self._journal.entries:
+    if not self._is_named and self._journal.entries and not (
+        data.exists() and data.stat().st_size == self._size):
       # Somebody took the data: what the journal says of it is void.
       self._journal.remove()
       self._journal = open_journal()
@@ -120,14 +121,15 @@ class PiecewiseFile:
                          f'{expected.dtype} {expected.shape} was expected')
       parts[name] = seal.part_of(name, array).hex()
       self._put(self._places[name], array)
+    shared = []
     for (name, first), array in (within or {}).items():
-      itemsize = np.dtype(self._shapes[name].dtype).itemsize
-      self._put(self._places[name] + first * itemsize,
-                np.asarray(array, self._shapes[name].dtype))
+      array = np.asarray(array, self._shapes[name].dtype)
+      shared.append([name, first, array.size, seal.part_of(name, array).hex()])
+      self._put(self._places[name] + first * array.itemsize, array)
     # The data before the line that says that they are there.
     self._file.flush()
     os.fsync(self._file.fileno())
-    self._journal.add({'piece': piece, 'tensors': parts})
+    self._journal.add({'piece': piece, 'tensors': parts, 'within': shared})
     self._parts |= {name: bytes.fromhex(part) for name, part in parts.items()}
     self.done.add(piece)
 
@@ -141,7 +143,7 @@ class PiecewiseFile:
     if not self._is_named:
       # Of those that pieces share, now that all of them are there.
       for name in self._shapes.keys() - self._parts.keys():
-        self._parts[name] = seal.part_of(name, self._read(name))
+        self._parts[name] = seal.part_of(name, self._checked(name))
       digest = seal.whole_of(self._metadata, self._parts)
       head, _ = native.safetensors_head(
           self._metadata | {seal.KEY: digest}, self._shapes)
@@ -153,6 +155,18 @@ class PiecewiseFile:
       self._journal.add({'digest': digest})
       os.replace(self._folder / _DATA, self._path)
     self._journal.remove()
+
+  def _checked(self, name):
+    """A tensor that pieces share, as the disk has it, if that is as written."""
+    tensor = self._read(name)
+    for entry in self._journal.entries:
+      for other, first, size, digest in entry.get('within', ()):
+        if other == name and digest != seal.part_of(
+            name, tensor[first:first + size]).hex():
+          raise ValueError(
+              f'{self._folder / _DATA}: the disk changed {name}, of '
+              f'{entry["piece"]!r}; delete {self._folder} to begin anew')
+    return tensor
 
   def _read(self, name):
     shape, dtype = self._shapes[name].shape, np.dtype(self._shapes[name].dtype)
