@@ -340,3 +340,14 @@ def test_the_command_takes_loras(source, target, tmp_path):
   target.unlink()
   msfp.pack_streamed(source, target, loras=[(files[0], 0.5), (files[1], 1)])
   assert target.read_bytes() == actual
+
+
+@pytest.mark.slow
+def test_the_command_takes_a_spec_or_a_recipe(target):
+  done = subprocess.run(
+      [sys.executable, '-m', 'msfp_jax.packed', 'x', str(target),
+       '--spec=spec.json', '--bits=w8a8'],
+      cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
+      check=False)
+  assert done.returncode == 1
+  assert "--spec says what ['bits'] say" in done.stderr

@@ -46,6 +46,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _pack(source, target):
+  if _SPEC.value is not None and (said := [
+      name for name in ('recipe', 'bits', 'exceptions')
+      if flags.FLAGS[name].present]):
+    raise ValueError(f'--spec says what {said} say: leave these out')
   spec = None if _SPEC.value is None else spec_lib.QuantSpec.load(_SPEC.value)
   bits, act_bits = recipes.parse_bits(_BITS.value)
   streamed.pack_streamed(
