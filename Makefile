@@ -90,7 +90,7 @@ test: $(TEST_READY) ## the test suite
 # optimizations. (Those of `test` run as users' programs do.)
 test-slow: $(TEST_READY) ## the tests that take minutes
 	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-	  $(PY) -m pytest $(WORKERS) -m 'slow and not parity'
+	  $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(PARITY_PY) -m pytest $(WORKERS) -m parity
