@@ -29,6 +29,7 @@ from msfp_jax.base import markdown
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.base import seal
 from msfp_jax.convert import native
+from msfp_jax.convert import piecewise
 from msfp_jax.convert import text_encoder
 from msfp_jax.models.autoencoder import Autoencoder
 from msfp_jax.models.autoencoder import AutoencoderConfig
@@ -144,18 +145,14 @@ def bytes_of(held: streamed.Contents) -> dict[str, int]:
   found = dict.fromkeys(PARTS, 0)
   for name, layer in held.layers.items():
     found[part_of(name)] += sum(
-        map(_nbytes, stored.shapes_of(name, layer).values())) + sum(
+        map(piecewise.nbytes, stored.shapes_of(name, layer).values())) + sum(
             part.nbytes for part in stored.channels_of(layer))
   for name, place in {**held.vectors, **held.rest}.items():
     found[part_of(name.replace('/', '.'))] += 4 * math.prod(place.shape)
   # The digest is of one length, whatever it says.
   head, _ = native.safetensors_head(
-      {**held.metadata, seal.KEY: 64 * '0'}, held.shapes)
+      {**held.metadata, seal.KEY: seal.UNKNOWN}, held.shapes)
   return found | {HEADER: len(head)}
-
-
-def _nbytes(like):
-  return math.prod(like.shape) * np.dtype(like.dtype).itemsize
 
 
 def parameters_of(job: streamed_fits.Job) -> dict[str, int]:

@@ -15,6 +15,8 @@ from absl import logging
 import numpy as np
 
 KEY = 'digest'  # under which a file holds it
+# In its place where only its length matters: that of SHA-256 in hex.
+UNKNOWN = 64 * '0'
 # A thread each; more would hold more tensors in memory at once.
 _THREADS = min(4, os.cpu_count() or 1)
 

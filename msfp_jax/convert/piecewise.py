@@ -24,8 +24,6 @@ from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 
 _DATA, JOURNAL = 'data', 'journal.jsonl'
-# SHA-256 in hex: what the digest will be does not move the tensors.
-_UNKNOWN = 64 * '0'
 
 
 class PiecewiseFile:
@@ -57,8 +55,8 @@ class PiecewiseFile:
     self._path, self._folder = path, folder
     self._metadata, self._shapes = dict(metadata), dict(shapes)
     head, self._places = native.safetensors_head(
-        self._metadata | {seal.KEY: _UNKNOWN}, self._shapes)
-    self._size = len(head) + sum(map(_nbytes, self._shapes.values()))
+        self._metadata | {seal.KEY: seal.UNKNOWN}, self._shapes)
+    self._size = len(head) + sum(map(nbytes, self._shapes.values()))
     check_room(path, self._size, folder)
     folder.mkdir(parents=True, exist_ok=True)
     data, journal = folder / _DATA, folder / JOURNAL
@@ -171,7 +169,7 @@ class PiecewiseFile:
   def _read(self, name):
     shape, dtype = self._shapes[name].shape, np.dtype(self._shapes[name].dtype)
     self._file.seek(self._places[name])
-    read = self._file.read(_nbytes(self._shapes[name]))
+    read = self._file.read(nbytes(self._shapes[name]))
     return np.frombuffer(read, dtype).reshape(shape)
 
 
@@ -216,5 +214,6 @@ def _with_room(data, size):
   return file
 
 
-def _nbytes(like):
+def nbytes(like: Any) -> int:
+  """Bytes of an array of this shape and dtype."""
   return int(np.prod(like.shape)) * np.dtype(like.dtype).itemsize

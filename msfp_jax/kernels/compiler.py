@@ -41,6 +41,16 @@ def product_of_bytes(x: jax.Array, weights: jax.Array) -> jax.Array:
   return out.reshape(*x.shape[:-1], -1)
 
 
+def first(x: jax.Array) -> jax.Array:
+  """A number that is known when the array is: its first."""
+  return x[(0,) * x.ndim]
+
+
+def never(number: jax.Array) -> jax.Array:
+  """False, which XLA cannot tell before it has the number."""
+  return (number < 1) & (number > 1)
+
+
 def apart(run: Callable[[jax.Array, QLayer], jax.Array], x: jax.Array,
           layer: QLayer) -> jax.Array:
   """run(x, layer), as a part of a program that XLA leaves where it is.
@@ -53,15 +63,14 @@ def apart(run: Callable[[jax.Array, QLayer], jax.Array], x: jax.Array,
   """
   if not isinstance(x, jax.core.Tracer) or not x.size:
     return run(x, layer)
-  first = x[(0,) * x.ndim]
+  number = first(x)
   if jax.default_backend() != 'cpu':
     if not layer.weight.is_packed:
       return run(x, layer)
-    data, _ = jax.lax.optimization_barrier((layer.weight.data, first))
+    data, _ = jax.lax.optimization_barrier((layer.weight.data, number))
     return run(x, layer.replace(weight=layer.weight.replace(data=data)))
-  # XLA drops optimization barriers on CPUs. What never holds, it cannot tell.
-  never = (first < 1) & (first > 1)
+  # XLA drops optimization barriers on CPUs.
   run = jax.jit(run, inline=True)  # which is traced once for both uses
   out = jax.eval_shape(run, x, layer)
   return jax.lax.cond(
-      never, lambda *_: jnp.zeros(out.shape, out.dtype), run, x, layer)
+      never(number), lambda *_: jnp.zeros(out.shape, out.dtype), run, x, layer)

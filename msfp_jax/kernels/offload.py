@@ -21,6 +21,7 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.kernels import compiler
 from msfp_jax.quant.qlayer import QLayer
 
 # JAX's name of the host's memory that a device reads by itself.
@@ -171,7 +172,7 @@ class Queue:
     # another's: there it begins anew.
     here = core.get_opaque_trace_state()
     if [trace for trace, _ in self._known] != [here] * self._known.maxlen:
-      self._known.extend([(here, _first(x))] * self._known.maxlen)
+      self._known.extend([(here, compiler.first(x))] * self._known.maxlen)
     number = self._known[0][1]
 
     def after(flat):
@@ -179,16 +180,11 @@ class Queue:
       *flat, number = jax.lax.optimization_barrier((*flat, number))
       return flat
     layer = _fetch(layer, after)
-    # XLA takes out of a barrier what is not used behind it. That this never
-    # holds it cannot tell.
-    never = (number < 1) & (number > 1)
-    return layer, jnp.where(never, jnp.zeros((), x.dtype), x)
+    # XLA takes out of a barrier what is not used behind it.
+    return layer, jnp.where(
+        compiler.never(number), jnp.zeros((), x.dtype), x)
 
   def ran(self, out: jax.Array) -> None:
     """Tells what the layer that was fetched last has become."""
     if self._waits and isinstance(out, jax.core.Tracer) and out.size:
-      self._known.append((core.get_opaque_trace_state(), _first(out)))
-
-
-def _first(x):
-  return x[(0,) * x.ndim]
+      self._known.append((core.get_opaque_trace_state(), compiler.first(out)))

@@ -10,13 +10,13 @@ The same command again goes on where a killed one stopped.
 
 from collections.abc import Sequence
 
-from absl import app
 from absl import flags
 
 from msfp_jax.packed import streamed
 from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.run import cli
+from msfp_jax.run import source_flags
 
 _RECIPE = flags.DEFINE_string(
     'recipe', 'nvfp4', 'One that sees nothing of the inputs.')
@@ -28,21 +28,14 @@ _EXCEPTIONS = flags.DEFINE_string(
 _SPEC = flags.DEFINE_string(
     'spec', None, 'A spec.json, in place of recipe, bits and exceptions.')
 _STEPS = flags.DEFINE_integer('num_steps', 20, 'Of the sampler.')
-_CONFIG = flags.DEFINE_string(
-    'config', None, 'config.json or CompVis yaml that describes the model.')
 _LORAS = flags.DEFINE_multi_string(
     'lora', [], 'A LoRA that is merged into the weights: FILE, or '
     'FILE=STRENGTH. May be repeated.')
-_EMA = flags.DEFINE_bool(
-    'ema', None, 'Take the moving average where the file has one; by default '
-    'yes, unless the yaml says otherwise.')
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) != 3:
-    raise app.UsageError('expected SRC and DST, got '
-                         f'{len(argv) - 1} arguments')
-  cli.guard(lambda: _pack(*argv[1:]))
+  source, target = source_flags.source_and_target(argv)
+  cli.guard(lambda: _pack(source, target))
 
 
 def _pack(source, target):
@@ -55,7 +48,7 @@ def _pack(source, target):
   streamed.pack_streamed(
       source, target, recipe=_RECIPE.value, bits=bits, act_bits=act_bits,
       exceptions=_EXCEPTIONS.value, spec=spec, num_steps=_STEPS.value,
-      config=_CONFIG.value, ema=_EMA.value,
+      config=source_flags.CONFIG.value, ema=source_flags.EMA.value,
       loras=[_file_and_strength(text) for text in _LORAS.value])
 
 
