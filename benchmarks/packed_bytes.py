@@ -42,11 +42,11 @@ from msfp_jax.models.t5 import T5Config
 from msfp_jax.packed import layers as stored
 from msfp_jax.packed import streamed
 from msfp_jax.packed import streamed_fits
-from msfp_jax.quant import calibrate
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import recipes
 from msfp_jax.quant import roles
 from msfp_jax.quant import svdquant
+from msfp_jax.quant import widths
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import FindAround
 from msfp_jax.quant.around import Rotation
@@ -82,7 +82,7 @@ def spec_of(recipe: str, job: streamed_fits.Job,
     exceptions: as of `calibrate`.
   """
   of, layers = recipes.get(recipe), {}
-  widths_of = calibrate.layer_widths(BITS, BITS, exceptions)
+  widths_of = widths.layer_widths(BITS, BITS, exceptions)
   for name, place in job.kernels.items():
     role, bits, act_bits = widths_of(name)
     kind = AAL if roles.follows_activation(name) else NAL

@@ -22,6 +22,7 @@ from msfp_jax.quant import interception
 from msfp_jax.quant import recipes
 from msfp_jax.quant import roles as roles_lib
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant import widths as widths_lib
 from msfp_jax.quant.fit import Dynamic
 from msfp_jax.quant.fit import EXTREMES
 from msfp_jax.quant.fit import Seen
@@ -100,7 +101,7 @@ class Fits:
     """What `calibrate` finds, layer by layer, but for errors (`stats`)."""
     of, kernels = recipes.get(self.recipe), job.kernels
     act_bits = self.bits if self.act_bits is None else self.act_bits
-    widths_of = calibrate_lib.layer_widths(
+    widths_of = widths_lib.layer_widths(
         self.bits, act_bits, self.exceptions, self.roles)
     widths = {name: widths_of(name) for name in kernels}
     kind = lambda unused_name: ''

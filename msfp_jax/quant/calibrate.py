@@ -1,6 +1,6 @@
 """Calibration: finds every layer's quantizers by a recipe -> QuantSpec."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 import concurrent.futures
 import functools
 import os
@@ -22,9 +22,9 @@ from msfp_jax.quant import gptq
 from msfp_jax.quant import interception
 from msfp_jax.quant import observe
 from msfp_jax.quant import recipes
-from msfp_jax.quant import roles as roles_lib
 from msfp_jax.quant import rounded as rounded_lib
 from msfp_jax.quant import spec as spec_lib
+from msfp_jax.quant import widths as widths_lib
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.quantizers import FULL_BITS
 
@@ -102,7 +102,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   # What can be refused is refused first: the sampler may run for minutes.
   of = recipes.get(recipe)
   act_bits = bits if act_bits is None else act_bits
-  widths_of = layer_widths(bits, act_bits, exceptions, roles)
+  widths_of = widths_lib.layer_widths(bits, act_bits, exceptions, roles)
   if plan is not None:
     diffusion.check_plan(plan)
   params = interception.parameters(params)
@@ -139,36 +139,6 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   found = spec_lib.QuantSpec(recipe, layers)
   logging.info('%s', summary(found))
   return found
-
-
-def layer_widths(bits: int, act_bits: int,
-                 exceptions: str | Mapping[str, int] | None = None,
-                 roles: Mapping[str, str] | None = None
-                 ) -> Callable[[str], tuple[str, int, int]]:
-  """A function of a layer's name: its role, and bits of weights and input.
-
-  Args:
-    bits: of weights.
-    act_bits: of inputs.
-    exceptions: as of `calibrate`.
-    roles: likewise.
-
-  Raises:
-    ValueError: unknown exceptions or widths; and the function, for a layer that
-      no rule covers.
-  """
-  if exceptions is None:
-    exceptions = 'ends-8' if roles is None else {}
-  other = roles_lib.exceptions_of(exceptions, roles)
-  for width in (bits, act_bits, *other.values()):
-    recipes.check_bits(width)
-
-  def of(name: str) -> tuple[str, int, int]:
-    role = roles_lib.role_of(name, roles)
-    # w32a8 leaves every weight in full precision, those of exceptions too.
-    return role, *(width if width == FULL_BITS else other.get(role, width)
-                   for width in (bits, act_bits))
-  return of
 
 
 def _look(model, params, recipe, widths, batches, plan, kernels, key):
