@@ -1,4 +1,4 @@
-"""The cases of benchmarks/hopper for an H200 that is not there."""
+"""An H200 that is not there, and the cases of benchmarks/hopper for it."""
 
 from collections.abc import Iterable
 import contextlib
@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+from jax.experimental import topologies
 import numpy as np
 
 from benchmarks import hopper_cases
@@ -18,6 +19,17 @@ from benchmarks.hopper_cases import Method
 from msfp_jax.kernels import carriers
 
 TARGET = pathlib.Path(__file__).parents[1] / 'tests' / 'h200.txtpb'
+
+
+def sharding() -> jax.sharding.NamedSharding:
+  """Returns one on the H200; needs JAX's plugin for CUDA."""
+  # Else JAX looks for a GPU that is there.
+  jax.config.update('jax_platforms', 'cpu')
+  topology = topologies.get_topology_desc(
+      platform='cuda', topology='1x1x1', target_config=TARGET.read_text())
+  return jax.sharding.NamedSharding(
+      topologies.make_mesh(topology, (1,), ('x',)),
+      jax.sharding.PartitionSpec())
 
 
 def describe(error: Exception) -> str:
@@ -75,20 +87,14 @@ def compile_all(cases: Iterable[Case], samples: int) -> int:
     cases: in all of `hopper_cases.methods`.
     samples: of a step of packed sampling; 0: without that.
   """
-  from jax.experimental import topologies
-  jax.config.update('jax_platforms', 'cpu')
-  topology = topologies.get_topology_desc(
-      platform='cuda', topology='1x1x1', target_config=TARGET.read_text())
-  sharding = jax.sharding.NamedSharding(
-      topologies.make_mesh(topology, (1,), ('x',)),
-      jax.sharding.PartitionSpec())
-  compile_ = lambda case, method: lower(case, method, sharding).compile()
+  device = sharding()
+  compile_ = lambda case, method: lower(case, method, device).compile()
   parts = [(f'{case.name:12} {method.name:28}',
             functools.partial(compile_, case, method))
            for case in cases for method in hopper_cases.methods(case)]
   if samples:
     parts.append(('sampling', functools.partial(
-        _compile_sampling, samples, sharding)))
+        _compile_sampling, samples, device)))
   failed = 0
   for name, work in parts:
     start = time.perf_counter()

@@ -4,6 +4,7 @@ The public names. MSFP, TALoRA and DFA are those of arXiv 2505.21591.
 """
 
 import msfp_jax.base.quiet  # noqa: F401, isort: skip; before JAX
+from msfp_jax.base import version
 from msfp_jax.convert import load_first_stage
 from msfp_jax.convert import load_lora
 from msfp_jax.convert import load_plan
@@ -32,4 +33,4 @@ __all__ = [
     'load_lora', 'load_plan', 'load_pretrained', 'make_plan', 'make_schedule',
     'merge_loras', 'pack', 'pack_streamed', 'quantize', 'sample', 'save',
 ]
-__version__ = '0.1.0'
+__version__ = version.VERSION

@@ -18,7 +18,8 @@ _COMPILED = pathlib.Path(__file__).parents[1] / '.pytest_cache/jax'
 _LARGEST = 2**30  # bytes, after which it starts anew
 # Files whose tests take minutes begin first: begun last, one process would be
 # left with them while the others have nothing to do.
-_FIRST = ('experiment', 'test_gpu_session', 'test_smoke', 'test_wheel')
+_FIRST = ('experiment', 'test_gpu_session', 'test_smoke', 'test_wheel',
+          'test_aot_gpu_stages', 'test_aot_tpu')
 
 
 def pytest_configure():

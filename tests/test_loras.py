@@ -165,6 +165,15 @@ def test_beside_codes_they_are_what_they_are_beside_the_simulation():
       deployed().with_loras(loras).packed().arrays, both[1].arrays)
 
 
+def test_they_are_where_the_model_is():
+  """On the device of one that is there, on the host with what `pack` made."""
+  packed = deployed().packed()
+  on_device = packed.with_arrays(jax.device_put(packed.arrays))
+  for model, kind in ((packed, np.ndarray), (on_device, jax.Array)):
+    found = model.with_loras([(lora(), 0.5)])
+    assert all(isinstance(leaf, kind) for leaf in jax.tree.leaves(found.arrays))
+
+
 @pytest.mark.parametrize('implementation', kernels.IMPLEMENTATIONS)
 def test_weights_in_a_kernels_layout_are_of_the_same_shape(implementation):
   packed = deployed().packed().with_implementation(implementation)

@@ -21,6 +21,7 @@ import tiny
 import msfp_jax as msfp
 from msfp_jax import convert
 from msfp_jax.base import lock
+from msfp_jax.base import version
 from msfp_jax.convert import native
 from msfp_jax.convert import piecewise
 from msfp_jax.models.unet import UNet
@@ -255,6 +256,10 @@ def test_another_job_is_not_continued(source, target, monkeypatch):
                  {'ema': False}):
     with pytest.raises(ValueError, match='another job.*delete .*partial'):
       pack(source, target, **change)
+  with monkeypatch.context() as patched:
+    patched.setattr(version, 'VERSION', '0.0.1')
+    with pytest.raises(ValueError, match="another job.*'job'"):
+      pack(source, target)
   os.utime(source, ns=(0, 0))
   with pytest.raises(ValueError, match="another job.*'job'"):
     pack(source, target)
@@ -267,7 +272,9 @@ def test_another_job_is_not_continued(source, target, monkeypatch):
     ({'bits': 9}, '9 bits'),
     ({'roles': {'any': '.*'}, 'recipe': 'quartz'}, r"looks at \['extremes'\]"),
     ({'roles': {'conv': 'conv_.*'}}, 'no rule covers layer'),
-    ({'spec': msfp.QuantSpec('nvfp4', {})}, 'does not fit the model')])
+    ({'spec': msfp.QuantSpec('nvfp4', {})}, 'does not fit the model'),
+    ({'spec': msfp.QuantSpec('nvfp4', {}), 'recipe': 'nvfp4', 'bits': 4},
+     'recipe, bits beside a spec')])
 def test_refused_before_anything_is_made(source, target, options, message):
   with pytest.raises(ValueError, match=message):
     pack(source, target, **options)

@@ -21,6 +21,7 @@ import toy
 import unet_oracle
 
 from msfp_jax import diffusion
+from msfp_jax import kernels
 from msfp_jax.convert import native
 from msfp_jax.models.guided import Guided
 from msfp_jax.models.unet import UNet
@@ -331,6 +332,15 @@ def test_a_format_that_the_kernels_lack(tmp_path):
       "layer conv_out: implementation 'mosaic_tpu': .*E1M1")):
     jax.eval_shape(
         lambda x: loaded.eps_fn(x, jnp.zeros(1), 0), jnp.ones((1, *toy.SHAPE)))
+
+
+def test_what_fails_at_preparing_is_not_the_files_fault(saved, monkeypatch):
+  def fail(*_):
+    raise ValueError('no memory left')
+
+  monkeypatch.setattr(kernels, 'prepare', fail)
+  with pytest.raises(ValueError, match='^no memory left$'):
+    packed_file.load(saved)
 
 
 def with_layout(model, layout):

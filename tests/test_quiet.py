@@ -51,7 +51,7 @@ def test_what_orbax_does_is_hidden_but_not_what_went_wrong():
 SLOW = '''
 import msfp_jax, jax
 jax.jit(lambda: jax.lax.reduce_window(
-    jax.numpy.ones((250, 250)), 0., jax.lax.add, (13, 13), (1, 1), 'SAME')
+    jax.numpy.ones((150, 150)), 0., jax.lax.add, (13, 13), (1, 1), 'SAME')
         ).lower().compile()
 '''
 

@@ -118,12 +118,15 @@ def test_candidates_without_a_tail_need_no_zero_point():
 
 # Of those that differ in kind, at 4 bits; the rest are slow tests.
 QUICK = ('dual_scale', 'int4_minmax', 'svdquant')
+# At 8 bits, which has as many formats to search as time allows, of each kind.
+EIGHT = (*QUICK, 'int', 'msfp_group', 'hadamard', 'nvfp4', 'quartz',
+         'mixup_weights')
 
 
 @pytest.mark.parametrize('name, bits', [
-    pytest.param(name, bits, marks=() if bits == 4 and name in QUICK
-                 else pytest.mark.slow)
-    for name in recipes.RECIPES for bits in (4, 8)])
+    *[pytest.param(name, 4, marks=() if name in QUICK else pytest.mark.slow)
+      for name in recipes.RECIPES],
+    *[pytest.param(name, 8, marks=pytest.mark.slow) for name in EIGHT]])
 def test_every_recipe_makes_a_layer(name, bits):
   """From rows alone, at the bits of the rest and at those of exceptions."""
   recipe = recipes.get(name)

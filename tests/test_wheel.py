@@ -126,13 +126,13 @@ def test_train_and_eval(run, tmp_path):
       '--workdir=runs/demo', '--config.finetune.num_updates=0',
       '--config.sampler.num_steps=4', '--config.calibrate.batch_size=4',
       '--config.calibrate.num_batches=1', '--config.eval.num_samples=128',
-      '--config.eval.batch_size=128', '--config.eval.rows=fp,packed')
+      '--config.eval.batch_size=128', '--config.eval.rows=fp')
   run(tmp_path, '-m', 'msfp_jax.train', '--config=digits.py:demo', *arguments)
   shown = run(tmp_path, '-m', 'msfp_jax.eval',
               '--config=configs/digits.py:demo', *arguments)
-  assert '| packed' in shown and 'fd_digits' in shown
+  assert '| fp' in shown and 'fd_digits' in shown
   work = tmp_path / 'runs/demo'
-  assert {'fp', 'packed'} == {row['name'] for row in json.loads(
+  assert {'fp'} == {row['name'] for row in json.loads(
       (work / 'results.json').read_text())['rows']}
   assert '</html>' in (work / 'report.html').read_text()
   with safetensors.safe_open(work / 'packed.safetensors', 'np') as opened:

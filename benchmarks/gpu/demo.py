@@ -17,7 +17,8 @@ from benchmarks.gpu import arguments
 from benchmarks.gpu import runner
 
 _CONFIG = ('--config=configs/digits.py:demo',)
-_DRY = ('--config=configs/cifar10.py:smoke', '--config.model.ch_mult=(1,)')
+_DRY = ('--config=configs/cifar10.py:smoke', '--config.model.ch_mult=(1,)',
+        '--config.finetune.num_updates=0', '--config.eval.rows=fp')
 
 
 def timed(program: str, config: Sequence[str], workdir: pathlib.Path) -> float:

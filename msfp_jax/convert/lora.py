@@ -104,7 +104,7 @@ def _finite(strength, lora):
 def merge_loras(params: Any, loras: Iterable[tuple[Lora, float]]) -> Any:
   """Full-precision parameters with LoRAs added to their weights.
 
-  W + sum of strength alpha / R up down, in float32, then of the weights' own
+  W + sum of strength alpha / R down up, in float32, then of the weights' own
   type. Packed models take LoRAs beside their weights: `with_loras`.
 
   Args:

@@ -73,7 +73,7 @@ class Scales(NamedTuple):
   by_root: bool = False
 
   def of(self, module: str, rank: int) -> float:
-    """The factor of a module's up down."""
+    """The factor of a module's down up."""
     alpha = rank if self.alpha is None else self.alpha
     for name, value in self.by_module.items():
       if _matches(name, module):

@@ -13,7 +13,7 @@ Plain = Callable[[jax.Array, jax.Array], jax.Array]
 
 def add(out: jax.Array, layer: QLayer, x: jax.Array, seen: jax.Array,
         plain: Plain) -> jax.Array:
-  """The layer's product with its branches added; those it has not, it has not.
+  """The layer's product, with the branches added that it has.
 
   Args:
     out: the product and the bias.

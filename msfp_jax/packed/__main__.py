@@ -43,11 +43,14 @@ def _pack(source, target):
       name for name in ('recipe', 'bits', 'exceptions')
       if flags.FLAGS[name].present]):
     raise ValueError(f'--spec says what {said} say: leave these out')
-  spec = None if _SPEC.value is None else spec_lib.QuantSpec.load(_SPEC.value)
-  bits, act_bits = recipes.parse_bits(_BITS.value)
+  if _SPEC.value is not None:
+    how = {'spec': spec_lib.QuantSpec.load(_SPEC.value)}
+  else:
+    bits, act_bits = recipes.parse_bits(_BITS.value)
+    how = {'recipe': _RECIPE.value, 'bits': bits, 'act_bits': act_bits,
+           'exceptions': _EXCEPTIONS.value}
   streamed.pack_streamed(
-      source, target, recipe=_RECIPE.value, bits=bits, act_bits=act_bits,
-      exceptions=_EXCEPTIONS.value, spec=spec, num_steps=_STEPS.value,
+      source, target, **how, num_steps=_STEPS.value,
       config=source_flags.CONFIG.value, ema=source_flags.EMA.value,
       loras=[_file_and_strength(text) for text in _LORAS.value])
 

@@ -24,8 +24,10 @@ PyTorch is not needed to read it. Small models are the reason for the brevity:
 their header counts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -179,8 +181,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f'no packed model at {file}')
-  # Problems are gathered rather than raised, so that one message lists all of
-  # them.
+  # Problems are gathered rather than raised, for one message to list them all.
   tensors, metadata = source_lib.read_safetensors(file)
   first = _check_format(file, metadata.get('format'))
   native.check_seal(file, tensors, metadata, 'restore it, or pack the model '
@@ -189,7 +190,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   if model is None and metadata.get('model') == header_lib.dumps({}):
     raise ValueError(f'{file} does not describe its model, which is none of '
                      'this package: pass load(path, model=...)')
-  try:
+  with _blaming_header(file):
     header = {key: json.loads(metadata[key]) for key in
               ('model', 'layers', 'others', 'vectors', 'plan')}
     built = model
@@ -201,13 +202,16 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     rows = header['layers']
     if first:
       rows = [header_lib.row_from_first(row) for row in rows]
-    layers, found, vectors = _read_layers(
-        rows, header['vectors'], reader, first, settle)
-  except (AttributeError, IndexError, KeyError, TypeError, ValueError
-          ) as error:
-    # The header comes from outside, and may fail in any of these ways.
-    raise ValueError(f'{file}: its header describes no packed model of this '
-                     f'version ({error!r})') from error
+    pieces, vectors, is_read = _read_channels(
+        rows, header['vectors'], reader, first)
+  layers, found = {}, {}
+  for row, piece in zip(rows, pieces, strict=True):
+    with _blaming_header(file):
+      layer = stored.read_layer(
+          row, stored.read_codes(row, reader, first), piece, reader, is_read)
+      found[row[0]] = reader_lib.Found.of(layer)
+    # Of a file that will be refused nothing need be moved.
+    layers[row[0]] = layer if reader.problems else settle(layer)
   choices = _read_choices(layers, plan, reader)
   # After the layers took theirs: what is left is a parameter, or unexpected.
   params = reader.rest(vectors)
@@ -222,6 +226,18 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   return packed_lib.PackedModel(
       built, jax.device_put(params), layers | others, choices, plan,
       implementation)
+
+
+@contextlib.contextmanager
+def _blaming_header(file: pathlib.Path) -> Iterator[None]:
+  """Says of errors that come of a header that it is the file's."""
+  try:
+    yield
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError
+          ) as error:
+    # The header comes from outside, and may fail in any of these ways.
+    raise ValueError(f'{file}: its header describes no packed model of this '
+                     f'version ({error!r})') from error
 
 
 def _check_format(file: pathlib.Path, found: str | None) -> bool:
@@ -265,34 +281,27 @@ def _flatten(params: Any) -> tuple[dict[str, np.ndarray],
   return vectors, rest
 
 
-def _read_layers(
+def _read_channels(
     rows: list[list[Any]], vectors: dict[str, int], reader: reader_lib.Reader,
-    first: bool, settle: Callable[[QLayer], QLayer]
-) -> tuple[dict[str, QLayer], dict[str, reader_lib.Found],
-           dict[str, np.ndarray]]:
-  """The layers, settled one by one; what they are; what else is in `channels`.
+    first: bool
+) -> tuple[list[np.ndarray], dict[str, np.ndarray], bool]:
+  """The layers' parts `[letters, O]` of `channels`; what else is there; and
+  whether it is the file's, for where it is missing it is zeros.
   """
   # The shapes of codes tell how many output channels a layer has, and so where
   # its part of `channels` ends.
-  outputs = [stored.outputs_of(row, reader, first) for row in rows]
-  sizes = [count * len(row[3])
-           for row, count in zip(rows, outputs, strict=True)]
-  sizes += vectors.values()
+  shapes = [(len(row[3]), stored.outputs_of(row, reader, first))
+            for row in rows]
+  sizes = [*map(math.prod, shapes), *vectors.values()]
   known = len(reader.problems)
   table = reader.take(CHANNELS, np.float32, (sum(sizes),))
-  # Where the table is missing it is zeros now, which are nobody's scales: to
-  # list each of these as flawed would bury the one problem that there is.
+  # Zeros are nobody's scales: to list each as flawed would bury the one problem
+  # that there is.
   is_read = len(reader.problems) == known
   if is_read and not np.isfinite(table).all():
     reader.problems.append(f'{CHANNELS} holds values that are not finite')
   pieces = np.split(table, np.cumsum(sizes, dtype=int))[:-1]
-  layers, found = {}, {}
-  for row, count, piece in zip(rows, outputs, pieces, strict=False):
-    # No -1: a layer without bias whose scales are of groups has no channels.
-    layer = stored.read_layer(
-        row, stored.read_codes(row, reader, first),
-        piece.reshape(len(row[3]), count), reader, is_read)
-    found[row[0]] = reader_lib.Found.of(layer)
-    # Of a file that will be refused nothing need be moved.
-    layers[row[0]] = layer if reader.problems else settle(layer)
-  return layers, found, dict(zip(vectors, pieces[len(rows):], strict=True))
+  # No -1 in a shape: a layer without bias whose scales are of groups has none.
+  return ([piece.reshape(shape) for piece, shape
+           in zip(pieces, shapes, strict=False)],
+          dict(zip(vectors, pieces[len(rows):], strict=True)), is_read)

@@ -134,6 +134,10 @@ class PackedModel:
       TypeError: other things than LoRAs.
     """
     adapters = loras_lib.adapters(loras, self.layers, self.params)
+    if any(isinstance(leaf, jax.Array)
+           for leaf in jax.tree.leaves(self.arrays)):
+      # Where the model is: else every call of `sample` would bring them.
+      adapters = jax.device_put(adapters)
     other = dataclasses.replace(self, layers={
         name: layer.replace(adapter=adapters.get(name))
         for name, layer in self.layers.items()})

@@ -22,6 +22,7 @@ from msfp_jax import convert
 from msfp_jax import diffusion
 from msfp_jax.base import lock
 from msfp_jax.base import progress as progress_lib
+from msfp_jax.base import version
 from msfp_jax.convert import lora as lora_lib
 from msfp_jax.convert import piecewise
 from msfp_jax.convert import source as source_lib
@@ -44,7 +45,7 @@ _VECTORS = 'vectors'
 
 
 def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
-                  recipe: str = 'nvfp4', bits: int = 4,
+                  recipe: str | None = None, bits: int | None = None,
                   act_bits: int | None = None,
                   exceptions: str | Mapping[str, int] | None = None,
                   roles: Mapping[str, str] | None = None,
@@ -65,12 +66,13 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   Args:
     source: as of `load_pretrained`.
     target: the packed model's file, .safetensors; `load` reads it.
-    recipe: as of `calibrate`; bits, act_bits, exceptions and roles likewise.
-    bits: of weights.
+    recipe: as of `calibrate`, likewise all to roles; None for 'nvfp4'.
+    bits: of weights; None for 4.
     act_bits: of inputs.
     exceptions: roles with other bits.
     roles: of layers, for models of no known family.
-    spec: of `calibrate` or `QuantSpec.load`, in place of recipe and bits.
+    spec: of `calibrate` or `QuantSpec.load`, in place of all from recipe to
+      roles.
     plan: the sampler; None for the checkpoint's own, see `load_plan`.
     num_steps: of that one.
     config: as of `load_pretrained`.
@@ -86,13 +88,19 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
     FileNotFoundError: no checkpoint, or shards that are absent: all are named.
     OSError: the disk has no room for the result.
     ValueError: a checkpoint that does not fit its model, a LoRA of another
-      model, a recipe that has to see inputs, a spec of another model, what
-      another call has begun, or weights that are not finite.
+      model, a recipe that has to see inputs, a spec of another model or beside
+      a recipe, what another call has begun, or weights that are not finite.
   """
   target = pathlib.Path(target).expanduser()
   if target.suffix != '.safetensors':
     raise ValueError(f'{target}: the file of a packed model must end in '
                      '.safetensors')
+  asked = {'recipe': recipe, 'bits': bits, 'act_bits': act_bits,
+           'exceptions': exceptions, 'roles': roles}
+  if spec is not None and (beside := [
+      name for name, value in asked.items() if value is not None]):
+    raise ValueError(f'{", ".join(beside)} beside a spec, which says how every '
+                     'layer is quantized: pass one or the other')
   opened = convert.open_pretrained(os.fspath(source), config, ema)
   if plan is None:
     plan = convert.load_plan(os.fspath(source), config, num_steps)
@@ -102,9 +110,13 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   job = streamed_fits.Job(
       opened.model, plan, lora_lib.merge_places(opened.places(), read),
       dict(about or {}))
-  how = streamed_fits.Fits(recipe, bits, act_bits, exceptions, roles)
-  # The files alone do not say which of two sets of weights in them is read.
-  identity = {'files': _identity_of(opened.path), 'ema': ema}
+  how = streamed_fits.Fits(
+      'nvfp4' if recipe is None else recipe, 4 if bits is None else bits,
+      act_bits, exceptions, roles)
+  # The files alone do not say which of two sets of weights in them is read, nor
+  # another version that it quantizes as this one.
+  identity = {'files': _identity_of(opened.path), 'ema': ema,
+              'version': version.VERSION}
   if read:
     identity['loras'] = [[_identity_of(pathlib.Path(lora.source)),
                           float(strength)]

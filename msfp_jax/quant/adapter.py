@@ -2,10 +2,10 @@
 
     y = Q_a(x') Q_w(W') + (x' A) B + bias + ((x down) gain) up
 
-A branch of low rank in 16 bits like a recipe's own (`around`), and apart from
-it: weights are not quantized anew, and LoRAs come, change and go without
-touching them. It sees the layer's input x, before smoothing and rotation, for
-which the LoRA was trained.
+A branch of low rank like a recipe's own (`around`), and apart from it: weights
+are not quantized anew, and LoRAs come, change and go without touching them. It
+sees the layer's input x, before smoothing and rotation, for which the LoRA was
+trained.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ class Adapter:
   Their ranks stand beside each other: two products for all of them.
 
   Attributes:
-    down: `[*window, I, R]`, 16-bit.
-    up: `[R, O]`, 16-bit.
+    down: `[*window, I, R]`, float16 or bfloat16; float32 of LoRAs in both.
+    up: `[R, O]`, likewise.
     gain: float32 `[R]`, a LoRA's strength times its scale for each of its
       ranks. The only part that changes with strengths, and it may be traced.
   """

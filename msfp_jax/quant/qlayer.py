@@ -74,7 +74,7 @@ class QLayer:
   def nbits(self) -> int:
     """Bits of weights, bias, what stands around, and the input's parameters.
 
-    All banks counted; of an adapter none, which is the user's own.
+    Of all banks; an adapter, which is the user's own, is not counted.
     """
     total = self.around.nbits + self.input.nbits
     total += 0 if self.bias is None else 32 * self.bias.size

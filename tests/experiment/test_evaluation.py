@@ -63,13 +63,12 @@ def evaluate_in_pieces(config, workdir, each):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('each', [3, 5])
-def test_interrupted_is_uninterrupted(copy, npz, drawn, each):
+def test_interrupted_is_uninterrupted(copy, npz, drawn):
   """No batch is drawn twice, and none is lost."""
   before = runs.contents(copy)
   (copy / 'results.json').unlink()
   (copy / 'samples/methods.png').unlink()
-  assert evaluate_in_pieces(runs.config_of(npz), copy, each) >= 3
+  assert evaluate_in_pieces(runs.config_of(npz), copy, 4) >= 3
   assert runs.contents(copy) == before
   assert len(drawn) == NUM_BATCHES and set(drawn.values()) == {1}
 
