@@ -25,6 +25,9 @@ JAX_EXTRA ?=
 # In the order of their names: by the number of tests, as else, dear files with
 # few of them come last, and one process waits for the other.
 WORKERS ?= -n auto --dist loadscope --no-loadscope-reorder
+# Most of the time of long tests XLA compiles, which takes a third less without
+# LLVM's optimizations. (Those of `test` run as users' programs do.)
+QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
@@ -86,14 +89,11 @@ costs: $(RUN_READY) ## what quantization costs in time
 test: $(TEST_READY) ## the test suite
 	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity and not browser and not aot'
 
-# Most of their time XLA compiles, which takes a third less without LLVM's
-# optimizations. (Those of `test` run as users' programs do.)
 test-slow: $(TEST_READY) ## the tests that take minutes
-	XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
-	  $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity'
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
-	$(PARITY_PY) -m pytest $(WORKERS) -m parity
+	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m parity
 
 browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 	$(BROWSER_PY) -m pytest -m browser
