@@ -50,6 +50,7 @@ def test_strips_are_equal_shares_of_the_latents(
   assert decode_rows.num_strips(height, stride, rows) == expected
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_two_maps_whatever_the_batch():
   model = Autoencoder(AutoencoderConfig(
       **SMALL | {'ch': 32, 'num_res_blocks': 1}, ch_mult=(1, 1, 1)))

@@ -273,7 +273,7 @@ def test_layers_of_digits16_err_less_in_every_format():
   convolution sees little but noise: where nearest levels are the best there
   are, GPTQ must be as good.
   """
-  kernels, seen = benchmark.digits16(images=16)
+  kernels, seen = benchmark.digits16(images=8)
   # Recipes that differ by their inputs alone have the same weights.
   fits = {recipe.weight: name for name, recipe in recipes.RECIPES.items()}
   for count, (of, recipe) in enumerate(fits.items()):

@@ -71,6 +71,8 @@ WAYS = [('reference', 'f32'), ('xla', 'f32'), ('xla', 'bf16'), ('xla', 'int8')]
 EVERYWHERE = ('images with zero points', 'tokens with zero points',
               'groups with zero points, the last shorter',
               'groups of weights alone', 'static, by channel')
+# Each with some of them: strides, then dilation.
+WITH_DILATION = EVERYWHERE[1:3]
 
 
 def each(case, x, *layers, **options):
@@ -82,7 +84,8 @@ def each(case, x, *layers, **options):
         () if name in EVERYWHERE and geometry in ('dense', '3x3, borders')
         else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
-    if name in EVERYWHERE or geometry in ('dense', '3x3, borders')])
+    if geometry in ('dense', '3x3, borders') or name in (
+        WITH_DILATION if geometry == '3x3, dilation' else EVERYWHERE)])
 def test_every_kind_of_scale(name, geometry):
   """Every way is within 1e-6 of float64; packed is not packed, bit for bit."""
   inputs, weights = PAIRS[name]

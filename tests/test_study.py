@@ -89,6 +89,7 @@ def contents(folder):
           for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_study_collects_mean_and_spread(tmp_path, text, draws):
   work = tmp_path / 'work'
   table = study.run(text, str(work))

@@ -286,7 +286,7 @@ def test_the_same_spec_twice(monkeypatch):
 def digits():
   """(kernels, what was seen of 4-bit layers, once more from other noise)."""
   model, params = msfp.load_pretrained('digits16')
-  plan = msfp.make_plan(tiny.SCHEDULE, 'ddim', num_steps=20)
+  plan = msfp.make_plan(tiny.SCHEDULE, 'ddim', num_steps=10)
   needs = recipes.get('svdquant').needs
   seen = [observe.collect(
       model, params, plan, [jax.random.normal(

@@ -95,6 +95,7 @@ def test_the_wheel_holds_the_package_and_the_configs(wheel):
   assert {*map(split, stated)} == {*map(split, required)}
 
 
+@pytest.mark.slow
 def test_the_shipped_configs_are_the_repositorys(run, tmp_path):
   """As --config reads them, where there is no folder configs/."""
   found = json.loads(run(tmp_path, '-c', (
@@ -126,7 +127,8 @@ def test_train_and_eval(run, tmp_path):
       '--workdir=runs/demo', '--config.finetune.num_updates=0',
       '--config.sampler.num_steps=4', '--config.calibrate.batch_size=4',
       '--config.calibrate.num_batches=1', '--config.eval.num_samples=128',
-      '--config.eval.batch_size=128', '--config.eval.rows=fp')
+      '--config.eval.batch_size=128', '--config.eval.rows=fp',
+      '--config.quant.recipe=nvfp4')
   run(tmp_path, '-m', 'msfp_jax.train', '--config=digits.py:demo', *arguments)
   shown = run(tmp_path, '-m', 'msfp_jax.eval',
               '--config=configs/digits.py:demo', *arguments)

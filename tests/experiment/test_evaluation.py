@@ -99,6 +99,7 @@ def stopped(copy, npz, drawn):
   return copy
 
 
+@pytest.mark.slow
 def test_another_batch_size_starts_anew(stopped, npz, drawn):
   evaluate.run(runs.config_of(npz, {
       'eval.rows': ('fp',), 'eval.batch_size': 80}), str(stopped))
