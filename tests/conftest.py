@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -39,6 +40,20 @@ def pytest_configure():
       'jax_persistent_cache_min_entry_size_bytes': -1}.items():
     os.environ[name.upper()] = str(value)
     jax.config.update(name, value)
+
+
+def pytest_ignore_collect(collection_path, config):
+  """Leaves files without a test of what is asked for by -m unread.
+
+  All of them together take longer to import than some of these tests to run.
+  """
+  mark = config.option.markexpr.partition(' ')[0]
+  if (mark in ('aot', 'browser', 'parity', 'slow')
+      and collection_path.match('test_*.py')
+      and not re.search(rf'mark\.{mark}\b|\bmarks\.quick\(',
+                        collection_path.read_text())):
+    return True
+  return None  # as pytest decides
 
 
 @pytest.fixture(scope='module')

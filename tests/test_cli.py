@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 
+import marks
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def test_a_misspelt_field_suggests_the_right_one(tmp_path):
 
 @pytest.mark.parametrize('variant, parts', [
     ('tabel', ("'tabel'", 'w4a4', 'skip-8', 'untuned')),
-    ('w4a9', ("'w4a9'", '3 to 8')),
+    pytest.param('w4a9', ("'w4a9'", '3 to 8'), marks=pytest.mark.slow),
 ])
 def test_an_unknown_variant(tmp_path, variant, parts):
   assert_refused(run('train.py', f'--config=configs/digits.py:{variant}',
@@ -65,7 +66,8 @@ def test_a_config_that_is_not_there(tmp_path):
       'error:', '--help']
 
 
-@pytest.mark.parametrize('program', ['train.py', 'eval.py'])
+@pytest.mark.parametrize('program', marks.quick(
+    ['eval.py'], ['train.py', 'eval.py']))
 def test_no_workdir(program):
   assert_refused(run(program, '--config=configs/digits.py'), '--workdir')
 
@@ -101,6 +103,7 @@ def test_a_workdir_below_a_file(tmp_path):
   assert (tmp_path / 'file').read_text() == 'here'
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_config(tmp_path):
   config = digits.get_config()
   config.seed = 5

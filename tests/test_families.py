@@ -1,6 +1,7 @@
 """Every family computes what diffusers does, from golden files."""
 
 import families
+import marks
 import numpy as np
 import pytest
 import unet_oracle
@@ -13,12 +14,10 @@ def golden():
 
 
 # Of UNets and first stages one of each source is a quick test.
-QUICK = ('ddim', 'sd1')
+QUICK = ('sd1', 'kl')
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in families.CONFIGS])
+@pytest.mark.parametrize('name', marks.quick(QUICK, families.CONFIGS))
 def test_unets_equal_golden(golden, name):
   config = families.CONFIGS[name]
   actual = families.output_of(
@@ -26,9 +25,7 @@ def test_unets_equal_golden(golden, name):
   assert unet_oracle.rel_l2(actual, golden[name]) < 5e-6
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in ('vq', 'kl') else pytest.mark.slow)
-    for name in families.STAGES])
+@pytest.mark.parametrize('name', marks.quick(QUICK, families.STAGES))
 def test_first_stages_equal_golden(golden, name):
   config = families.STAGES[name]
   encoded, decoded = families.first_stage_outputs(

@@ -237,7 +237,9 @@ class Conv(nn.Module):
     return jnp.zeros_like(x) + 0 * y.mean()
 
 
-@pytest.mark.parametrize('groups, stride', [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize('groups, stride', [
+    (1, 2), pytest.param(1, 1, marks=pytest.mark.slow),
+    pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_convolution_errs_less_at_its_own_output(groups, stride):
   """Rows of the Gram matrix are in the order of the kernel's, group by group.
   """

@@ -12,6 +12,7 @@ from kernel_cases import jit
 from kernel_cases import packed
 from kernel_cases import prepared
 from kernel_cases import SOME
+import marks
 import numpy as np
 import pytest
 
@@ -45,8 +46,8 @@ def test_every_pair_of_4_bits(weight):
 _SILU, _RANGE = -0.278, -1.25
 
 
-@pytest.mark.parametrize('bits', [4, *(
-    pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 5, 6, 7, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize('bits', [3, 4, 5, 6, 7, 8])
 def test_every_pair_of_a_width_is_as_good_as_float32(bits):
   """Layers are within 1e-6 of float64, zero points on both sides.
 
@@ -100,7 +101,8 @@ CONVS = {
 }
 
 
-@pytest.mark.parametrize('name', CONVS)
+@pytest.mark.parametrize('name', marks.quick(
+    ('1x1, strides, borders', '2x3', 'dilation', 'groups', '1-D'), CONVS))
 def test_geometries(name):
   """Convolutions of all shapes agree, with zero point, offset and bias."""
   x, w, options = CONVS[name]

@@ -9,6 +9,7 @@ import signal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -327,7 +328,7 @@ def test_nothing_to_restore(tmp_path):
 
 @pytest.mark.parametrize('scalar', ['loss', 'l2_grads'])
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-@pytest.mark.parametrize('bad_step', [5, 6, 9])
+@pytest.mark.parametrize('bad_step', marks.quick([6], [5, 6, 9]))
 def test_divergence_is_named_and_not_saved(tmp_path, bad_step, bad, scalar):
   @jax.jit
   def diverging(state):

@@ -6,6 +6,7 @@ What XLA makes of it for an accelerator is in test_aot_offload.py.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 import packed_files
 import pytest
@@ -137,7 +138,7 @@ def test_nothing_is_added_to_programs_without_any():
   assert 'optimization_barrier' not in program
 
 
-@pytest.fixture(params=['by hand', 'nvfp4'])
+@pytest.fixture(params=marks.quick(['nvfp4'], ['by hand', 'nvfp4']))
 def saved(tmp_path, request):
   params = tiny.params(tiny.UNET)
   spec = (tiny.by_hand(params) if request.param == 'by hand' else

@@ -86,7 +86,9 @@ def by_structure():
 
 
 @pytest.mark.parametrize('recipe, options', [
-    ('nvfp4', {}), ('quartz', {}), ('int4_group', {'bits': 32, 'act_bits': 4}),
+    ('quartz', {}), pytest.param('nvfp4', {}, marks=pytest.mark.slow),
+    pytest.param('int4_group', {'bits': 32, 'act_bits': 4},
+                 marks=pytest.mark.slow),
     pytest.param(
         'mxfp4', {'bits': 6, 'act_bits': 3, 'exceptions': 'skip-8'},
         marks=pytest.mark.slow)])

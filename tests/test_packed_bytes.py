@@ -24,12 +24,9 @@ SMALL = dataclasses.replace(
     flux_oracle.TINY, num_layers=1, num_single_layers=1, num_heads=3,
     head_dim=8, axes_dims=(2, 4, 2), text_dim=40, pooled_dim=36)
 MODEL, PLAN = Flux(SMALL), diffusion.flow_plan(2)
-QUICK = ('quartz_weights',)  # with FLAGs, and scales of an output
 SEARCHED = 'int', 'unsigned_weights', 'mixup_weights'
 # One of those whose weights are stored alike.
-EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-         for name in ('quartz_weights', 'nvfp4', 'int4_group', 'svdquant',
-                      *SEARCHED)]
+EVERY = ('quartz_weights', 'nvfp4', 'int4_group', 'svdquant', *SEARCHED)
 
 
 @functools.cache
@@ -97,6 +94,7 @@ def parts_in(path):
                  for name, tensor in header.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe', EVERY)
 def test_a_file_has_the_bytes_that_shapes_say(packed, recipe):
   """To the byte, header included, and each part; and the spec is foreseen."""

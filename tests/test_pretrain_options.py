@@ -77,6 +77,7 @@ def mirrored(flipped, images):
   return mirror
 
 
+@pytest.mark.slow
 def test_flips_mirror_half_of_the_images_by_the_step(draw):
   by_step = []
   for step in range(3):

@@ -81,7 +81,7 @@ def each(case, x, *layers, **options):
 
 @pytest.mark.parametrize('name, geometry', [
     pytest.param(name, geometry, marks=(
-        () if name in EVERYWHERE and geometry in ('dense', '3x3, borders')
+        () if name in EVERYWHERE[2:] and geometry == '3x3, borders'
         else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
     if geometry in ('dense', '3x3, borders') or name in (

@@ -72,6 +72,7 @@ def test_the_packed_model_samples_what_the_quantized_one_predicts(setting):
       packed, by_hand, rtol=1e-4, atol=1e-4 * np.abs(by_hand).max())
 
 
+@pytest.mark.slow
 def test_quantized_parameters_with_or_without_their_name(setting):
   params, _, noise, spec = setting
   model, qparams = msfp.QuantizedModel(MODEL, spec), msfp.quantize(params, spec)

@@ -91,7 +91,8 @@ def test_the_error_of_a_trial_is_that_of_the_outputs():
 
 
 @pytest.mark.parametrize('shared, group', [
-    ('image', 0), ('token', 0), ('group', 8)])
+    ('group', 8), pytest.param('image', 0, marks=pytest.mark.slow),
+    pytest.param('token', 0, marks=pytest.mark.slow)])
 def test_the_best_of_those_that_follow_the_data(shared, group):
   """By brute force over all candidates, and unsigned where SiLU's tail is."""
   rows = silu(16)

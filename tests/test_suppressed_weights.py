@@ -9,6 +9,7 @@ from kernel_cases import jit
 from kernel_cases import prepared
 import kernel_oracle
 from kernel_oracle import integers
+import marks
 import numpy as np
 import pytest
 
@@ -133,10 +134,7 @@ LAYERS = {  # weights, inputs, window and inputs, bits are equal
                          Static(E1M2, np.float32(0.3)), (3, 3, 64), False)}
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in (
-        'window', 'both, unsigned', 'scales of groups') else pytest.mark.slow)
-    for name in LAYERS])
+@pytest.mark.parametrize('name', marks.quick(('window',), LAYERS))
 def test_layers(monkeypatch, name):
   """Through the door, packed and prepared: as XLA's int8, and as float64."""
   for op in ('matmul', 'conv'):

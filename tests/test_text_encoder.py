@@ -4,6 +4,7 @@ import json
 import math
 
 import jax
+import marks
 import ml_dtypes
 import numpy as np
 import pytest
@@ -103,7 +104,8 @@ def test_a_whole_t5(tmp_path):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('dtype', marks.quick(
+    [ml_dtypes.bfloat16], [np.float16, ml_dtypes.bfloat16]))
 def test_half_precision_in_shards(kind, dtype, tmp_path):
   """Kept or not, the result is that of the values as float32, bit for bit."""
   config, state = case(kind)

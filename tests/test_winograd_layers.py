@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import kernel_cases
+import marks
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.usefixtures('on_cpu')
-@pytest.mark.parametrize('fastest', ['f32', 'int8'])
+@pytest.mark.parametrize('fastest', marks.quick(['int8'], ['f32', 'int8']))
 @pytest.mark.parametrize('weight, act, zero_point, expected', [
     ('E2M1', 'E2M1', None, {'f32': ('f32', 1), 'int8': ('int8', 1)}),
     # Beyond int8 when transformed: the larger tiles of float32 in its place.

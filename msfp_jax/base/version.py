@@ -1,3 +1,4 @@
-"""The version of this package, which pyproject.toml has too."""
+"""The version of this package."""
 
+# A plain string: what builds a wheel reads it without importing anything.
 VERSION = '0.1.0'

@@ -1,0 +1,12 @@
+"""Which cases of a test are quick."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def quick(few: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+  """The cases of `parametrize`, of which all but a few are slow tests."""
+  return [case if case in few else pytest.param(case, marks=pytest.mark.slow)
+          for case in cases]
