@@ -13,7 +13,7 @@ def golden():
     return dict(file)
 
 
-# Of UNets and first stages one of each source is a quick test.
+# Of UNets and of first stages one is a quick test.
 QUICK = ('sd1', 'kl')
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning's optimizer, and the randomness of its trajectories.
 
-test_student.py has what an update does to a student.
+test_finetune_updates.py has what an update does to a student.
 """
 
 import dataclasses

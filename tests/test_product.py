@@ -71,8 +71,8 @@ WAYS = [('reference', 'f32'), ('xla', 'f32'), ('xla', 'bf16'), ('xla', 'int8')]
 EVERYWHERE = ('images with zero points', 'tokens with zero points',
               'groups with zero points, the last shorter',
               'groups of weights alone', 'static, by channel')
-# Each with some of them: strides, then dilation.
 WITH_DILATION = EVERYWHERE[1:3]
+QUICK = EVERYWHERE[2:]  # at borders
 
 
 def each(case, x, *layers, **options):
@@ -81,7 +81,7 @@ def each(case, x, *layers, **options):
 
 @pytest.mark.parametrize('name, geometry', [
     pytest.param(name, geometry, marks=(
-        () if name in EVERYWHERE[2:] and geometry == '3x3, borders'
+        () if name in QUICK and geometry == '3x3, borders'
         else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
     if geometry in ('dense', '3x3, borders') or name in (

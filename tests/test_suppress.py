@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from kernel_cases import jit
 import kernel_oracle
+import marks
 import numpy as np
 import pytest
 
@@ -127,9 +128,8 @@ FROM_DATA = {
         4, first_stage(False, 'group', 32), group=32)}
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in ('a token', 'zero points')
-                 else pytest.mark.slow) for name in FROM_DATA])
+@pytest.mark.parametrize('name', marks.quick(
+    ('a token', 'zero points'), FROM_DATA))
 def test_both_stages_from_the_data(name):
   """Inputs of 40 channels, which no group divides; jitted or not."""
   quantizer, x = FROM_DATA[name], X[..., :40]
