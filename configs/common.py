@@ -181,6 +181,9 @@ def get_config() -> ml_collections.ConfigDict:
       # if empty; and how images are prepared, see metrics/preprocess.py.
       'inception': '',
       'preprocessing': 'tf',
+      # Of column lpips_alex_to_fp or lpips_vgg_to_fp: 'alex:PATH' or
+      # 'vgg:PATH', torchvision's file of that classifier's weights.
+      'lpips': '',
       # Statistics to compare with: an .npz of eval.py --make_stats or of other
       # tools. Empty: those of the data.
       'reference': '',

@@ -13,6 +13,7 @@ import diffusers_oracle
 import families
 import flux_oracle
 import inception_oracle
+import lpips_oracle
 import numpy as np
 import torch
 import unet_oracle
@@ -158,11 +159,19 @@ def golden_inception() -> dict[str, np.ndarray]:
       inception_oracle.random_state(), images)._asdict()
 
 
+def golden_lpips() -> dict[str, np.ndarray]:
+  """Makes LPIPS's distances; the test draws weights and images again."""
+  return {name: lpips_oracle.distances(
+      name, lpips_oracle.random_state(name), *lpips_oracle.random_pairs())
+          for name in lpips_oracle.FEATURES}
+
+
 def all_golden() -> dict[str, dict[str, np.ndarray]]:
   return {
       'families': golden_families(),
       'flux': golden_flux(),
       'inception': golden_inception(),
+      'lpips': golden_lpips(),
       'unet_tiny': golden(unet_oracle.TINY, seed=0),
       'unet_tiny_relative': golden(unet_oracle.TINY_RELATIVE, seed=1),
       'unet_cifar10': golden_cifar10(seed=2),

@@ -45,26 +45,27 @@ def test_the_columns_on_every_network_are_as_they_were():
   usual = [
       'fid', 'sfid', 'kid', 'kid_std', 'precision', 'recall', 'is', 'is_std',
       'confidence', 'class_balance', 'fid_to_fp', 'sfid_to_fp', 'psnr_to_fp',
-      'ssim_to_fp', 'label_agreement']
+      'ssim_to_fp', 'lpips_alex_to_fp', 'lpips_vgg_to_fp', 'label_agreement']
   assert list(registry.columns(INCEPTION)) == facts + usual
   assert list(registry.columns(INCEPTION | {'preprocessing': 'clean'})) == (
       facts + [
           'fid_clean', 'sfid_clean', 'kid_clean', 'kid_clean_std',
           'precision_clean', 'recall_clean', 'is_clean', 'is_clean_std',
           'confidence', 'class_balance', 'fid_clean_to_fp',
-          'sfid_clean_to_fp', *usual[-3:]])
+          'sfid_clean_to_fp', *usual[-5:]])
   assert list(registry.columns({'features': 'resnet20'})) == facts + [
       'fd_resnet20', 'fd_spatial_resnet20', 'kd_resnet20', 'kd_resnet20_std',
       'precision_resnet20', 'recall_resnet20', 'is_resnet20',
       'is_resnet20_std', 'confidence', 'class_balance', 'fd_resnet20_to_fp',
-      'fd_spatial_resnet20_to_fp', *usual[-3:]]
+      'fd_spatial_resnet20_to_fp', *usual[-5:]]
 
 
 def test_which_end_of_a_column_is_good():
   columns = registry.columns(INCEPTION)
   assert {name for name in columns if columns[name].better == 'low'} == {
-      'fid', 'sfid', 'kid', 'fid_to_fp', 'sfid_to_fp', 'bytes',
-      'bits_per_weight', 'bits_per_act', 'seconds', 'seconds_packed'}
+      'fid', 'sfid', 'kid', 'fid_to_fp', 'sfid_to_fp', 'lpips_alex_to_fp',
+      'lpips_vgg_to_fp', 'bytes', 'bits_per_weight', 'bits_per_act', 'seconds',
+      'seconds_packed'}
   assert {name for name in columns if columns[name].better == 'high'} == {
       'precision', 'recall', 'is', 'psnr_to_fp', 'ssim_to_fp',
       'label_agreement', 'sqnr_mean', 'sqnr_min'}

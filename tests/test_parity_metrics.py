@@ -5,6 +5,7 @@ The imports of PyTorch stand inside the tests, as in test_parity.py.
 
 import inception_oracle
 import jax
+import lpips_oracle
 import numpy as np
 import pytest
 import unet_oracle
@@ -14,6 +15,7 @@ from msfp_jax.metrics import inception
 from msfp_jax.metrics import inception_score
 from msfp_jax.metrics import inception_weights
 from msfp_jax.metrics import kernel_distance
+from msfp_jax.metrics import lpips
 from msfp_jax.metrics import neighbours
 from msfp_jax.metrics import preprocess
 
@@ -36,6 +38,16 @@ def test_inception_equals_torch_fidelity(state, shape):
     error = unet_oracle.rel_l2(value, getattr(expected, name))
     print(f'{shape}, {name}: {error:.1e}')
     assert error < 5e-6, name
+
+
+@pytest.mark.parametrize('name', lpips.TRUNKS)
+@pytest.mark.parametrize('shape', [(4, 32, 32, 3), (2, 161, 130, 3)])
+def test_lpips_equals_torch_fidelity_s(name, shape):
+  state = lpips_oracle.random_state(name, 3)
+  pairs = lpips_oracle.random_pairs(shape, 4)
+  expected = lpips_oracle.distances(name, state, *pairs)
+  actual = lpips.distances(name, lpips.params_of(name, state), *pairs)
+  np.testing.assert_allclose(actual, expected, rtol=2e-5)
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from msfp_jax.metrics import collect
+from msfp_jax.metrics import lpips as lpips_lib
 from msfp_jax.metrics import stats_file
 
 _OF_SETS = tuple(field.name for field in dataclasses.fields(collect.Seen))
@@ -12,7 +13,8 @@ _OF_REFERENCES = ('pool', 'spatial', 'vectors')
 # All that a metric may need: 'own.images', 'reference.pool', ...
 NAMES = frozenset([
     *(f'{side}.{name}' for side in ('own', 'full') for name in _OF_SETS),
-    *(f'reference.{name}' for name in _OF_REFERENCES)])
+    *(f'reference.{name}' for name in _OF_REFERENCES),
+    *(f'lpips.{name}' for name in lpips_lib.TRUNKS)])
 
 
 class Evidence:
@@ -23,11 +25,14 @@ class Evidence:
     reference: of the data.
     full: of the images that the full-precision model makes from the same
       noise; None where these are the ones that are measured.
+    lpips: a network that compares pairs of images, or None.
   """
 
   def __init__(self, own: collect.Seen, reference: stats_file.Reference,
-               full: collect.Seen | None = None):
+               full: collect.Seen | None = None,
+               lpips: lpips_lib.Lpips | None = None):
     self.own, self.reference, self.full = own, reference, full
+    self.lpips = lpips
     self._results = {}
 
   def once(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -47,13 +52,15 @@ class Evidence:
 
 
 def at_hand(brings: Collection[str], reference: stats_file.Reference,
-            first: bool) -> frozenset[str]:
+            first: bool, lpips: lpips_lib.Lpips | None = None
+            ) -> frozenset[str]:
   """Which of NAMES there are.
 
   Args:
     brings: the statistics that the feature network gives of a set.
     reference: of the data; with vectors, those of every set are kept.
     first: whether the images are the full-precision model's own.
+    lpips: a network that compares pairs of images, if there is one.
   """
   # A metric on vectors needs them of both sides: where the reference has none,
   # none of the images' are kept either.
@@ -63,4 +70,5 @@ def at_hand(brings: Collection[str], reference: stats_file.Reference,
   return frozenset([
       *(f'{side}.{name}' for side in (('own',) if first else ('own', 'full'))
         for name in of_set),
-      *(f'reference.{name}' for name in of_data)])
+      *(f'reference.{name}' for name in of_data),
+      *([f'lpips.{lpips.name}'] if lpips else [])])

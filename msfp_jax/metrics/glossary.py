@@ -8,14 +8,16 @@ from msfp_jax.metrics import registry
 
 def columns() -> str:
   """Every column, in Markdown."""
-  rows = []
-  # Read off the registry: a new metric is in the table without more ado.
+  rows = {}
+  # Read off the registry: a new metric is in the table without more ado. Those
+  # of one meaning share a line.
   for name, column in (registry.METRICS | registry.FACTS).items():
     source = getattr(column, 'source', '')
     meaning = column.meaning + (f' ({source})' if source else '')
-    rows.append([', '.join(f'`{spelling}`' for spelling in
-                           naming.spellings(name)), column.better, meaning])
-  return markdown.table(['column', 'good is', 'meaning'], rows, aligned=False)
+    rows.setdefault((column.better, meaning), []).extend(
+        f'`{spelling}`' for spelling in naming.spellings(name))
+  return markdown.table(['column', 'good is', 'meaning'], [
+      [', '.join(names), *rest] for rest, names in rows.items()], aligned=False)
 
 
 def networks() -> str:

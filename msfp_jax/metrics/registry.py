@@ -14,6 +14,7 @@ from msfp_jax.metrics import evidence as evidence_lib
 from msfp_jax.metrics import frechet
 from msfp_jax.metrics import inception_score
 from msfp_jax.metrics import kernel_distance
+from msfp_jax.metrics import lpips
 from msfp_jax.metrics import naming
 from msfp_jax.metrics import neighbours
 from msfp_jax.metrics import similarity
@@ -192,6 +193,13 @@ METRICS: dict[str, Metric] = {
         meaning='structural similarity to the same images, 1 for equal ones; '
         'of images of 11 pixels and more',
         source='Wang et al. 2004'),
+    **{f'lpips_{name}_to_fp': Metric(
+        needs=(*_IMAGES, f'lpips.{name}'), better=LOW,
+        compute=lambda e: e.lpips.distance(e.own.images, e.full.images),
+        meaning='how unlike the same images look, 0 for equal ones: LPIPS 0.1 '
+        f'on {" or ".join(trunk.title for trunk in lpips.TRUNKS.values())}, '
+        'where `config.eval.lpips` names the weights',
+        source='Zhang et al. 2018') for name in lpips.TRUNKS},
     'label_agreement': Metric(
         needs=('own.probabilities', 'full.probabilities'), better=HIGH,
         compute=lambda e: class_checks.label_agreement(

@@ -7,6 +7,7 @@ from msfp_jax import data
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import evidence as evidence_lib
 from msfp_jax.metrics import features
+from msfp_jax.metrics import lpips as lpips_lib
 from msfp_jax.metrics import naming
 from msfp_jax.metrics import registry
 from msfp_jax.metrics import stats_file
@@ -20,7 +21,8 @@ class Scorer:
   """
 
   def __init__(self, network: features.FeatureNetwork,
-               reference: stats_file.Reference):
+               reference: stats_file.Reference,
+               lpips: lpips_lib.Lpips | None = None):
     """Checks that the reference can be compared with.
 
     Args:
@@ -28,9 +30,11 @@ class Scorer:
       reference: statistics of the data by that network. Where it has vectors,
         as many of the images' are kept for the metrics that need them. With
         `stats_file.NOTHING` there are those to full precision alone.
+      lpips: compares image with image; None: nothing does.
 
     Raises:
-      ValueError: the reference is another network's.
+      ValueError: the reference is another network's, or the images are none
+        that `lpips` can compare.
     """
     # What the reference does not tell, as files of other tools, cannot differ.
     odd = [f'{name}: {reference.provenance[name]!r} there, {value!r} here'
@@ -48,7 +52,9 @@ class Scorer:
       raise ValueError('the reference statistics are of other features, so no '
                        f'distance to them means anything ({"; ".join(odd)}); '
                        'make them anew with eval.py --make_stats')
-    self._network, self._reference = network, reference
+    if lpips:
+      lpips.check(network.image_shape)
+    self._network, self._reference, self._lpips = network, reference, lpips
     self._full = None
 
   @property
@@ -67,7 +73,7 @@ class Scorer:
     # Of all that later calls compute, the first one's metrics included.
     for metric in self._computed(first=False).values():
       found |= metric.settings
-    return found
+    return found | (self._lpips.provenance if self._lpips else {})
 
   @property
   def least_samples(self) -> int:
@@ -88,7 +94,8 @@ class Scorer:
     seen = collect.collect(
         images, self._network, self._wanted(),
         0 if vectors is None else len(vectors))
-    evidence = evidence_lib.Evidence(seen, self._reference, self._full)
+    evidence = evidence_lib.Evidence(
+        seen, self._reference, self._full, self._lpips)
     found = {}
     for name, metric in self._computed(first=self._full is None).items():
       value = metric.compute(evidence)
@@ -101,7 +108,7 @@ class Scorer:
   def _computed(self, first: bool) -> dict[str, registry.Metric]:
     """The metrics for which there is what they need."""
     there = evidence_lib.at_hand(
-        self._network.brings, self._reference, first)
+        self._network.brings, self._reference, first, self._lpips)
     return {name: metric for name, metric in registry.METRICS.items()
             if there.issuperset(metric.needs)}
 

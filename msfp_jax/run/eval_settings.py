@@ -7,6 +7,7 @@ import pathlib
 from msfp_jax.base import arguments
 from msfp_jax.base import devices
 from msfp_jax.metrics import features
+from msfp_jax.metrics import lpips
 from msfp_jax.metrics import preprocess
 from msfp_jax.metrics import registry
 from msfp_jax.run import sample_store
@@ -34,6 +35,7 @@ class EvalSettings:
     features: the feature network, see `features.get`.
     inception: the file of Inception's weights; '' for a download.
     preprocessing: of Inception's images.
+    lpips: by what LPIPS compares images, see `lpips.load`; '' for without.
     reference: a file of statistics to compare with; '' for those of the data.
     vectors: feature vectors kept of each set; 0 for none.
     keep: the form in which all samples stay, a key of `sample_store.FORMS`, or
@@ -53,6 +55,7 @@ class EvalSettings:
   features: str
   inception: str
   preprocessing: str
+  lpips: str
   reference: str
   vectors: int
   keep: str
@@ -75,7 +78,8 @@ def check(cfg: EvalSettings) -> None:
   devices.check_batch('config.eval.batch_size', cfg.batch_size)
   path = features.check(cfg.features)
   for field, file in (('reference', cfg.reference), ('features', path),
-                      ('inception', cfg.inception)):
+                      ('inception', cfg.inception),
+                      ('lpips', lpips.check(cfg.lpips))):
     if file and not pathlib.Path(file).expanduser().is_file():
       raise FileNotFoundError(f'no file at {file}, which config.eval.{field} '
                               'names')
@@ -87,3 +91,8 @@ def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
   return features.get(
       cfg.features, image_shape, weights=cfg.inception,
       preprocessing=cfg.preprocessing)
+
+
+def pair_network(cfg: EvalSettings) -> lpips.Lpips | None:
+  """The network by which images are compared one by one, if any is."""
+  return lpips.load(cfg.lpips) if cfg.lpips else None

@@ -197,11 +197,12 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   """
   images = experiment.images
   network = eval_settings.feature_network(cfg, experiment.image_shape)
+  pair_network = eval_settings.pair_network(cfg)
   name, path = source
   make = lambda: scorer_lib.Scorer(network, references.reference_of(
       images, network, dataset=path or name, file=cfg.reference,
       num_vectors=cfg.vectors, path=folder / 'reference.npz',
-      needed=experiment.prompts is None))
+      needed=experiment.prompts is None), pair_network)
   # A reference file may be of another network, and without data there may be
   # none: to be known before `claim`. Statistics of the data are measured after
   # it, into the folder that it may delete.
@@ -216,6 +217,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
       'layer_images': cfg.layer_images, 'timing': cfg.timing,
       'network': network.provenance,
+      **({'pairs': pair_network.provenance} if pair_network else {}),
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
                    else [*source, *(() if images is None else images.shape)]}
   prepare()

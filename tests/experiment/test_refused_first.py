@@ -110,6 +110,8 @@ def test_before_a_teacher_trains(tmp_path, npz, refused, changes, parts):
     ({'eval.features': 'cifar_resnet:no.pth'}, ('no.pth', 'eval.features')),
     ({'eval.reference': 'no.npz'}, ('no.npz', 'config.eval.reference')),
     ({'eval.inception': 'no.pth'}, ('no.pth', 'config.eval.inception')),
+    ({'eval.lpips': 'vgg'}, ("'vgg:PATH'", 'vgg16-397923af.pth')),
+    ({'eval.lpips': 'vgg:no.pth'}, ('no.pth', 'config.eval.lpips')),
     ({'quant.recipe': 'nope'}, ('config.quant.recipe',)),
 ])
 def test_before_an_evaluation(tmp_path, npz, refused, changes, parts):
