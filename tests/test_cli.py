@@ -87,9 +87,6 @@ def test_statistics_of_images_are_written(tmp_path):
     (['--make_stats=digits'], '--output'),
     pytest.param(['--make_stats=nowhere', '--output=x.npz'],
                  'no images at nowhere', marks=pytest.mark.slow),
-    pytest.param(['--make_stats=digits', '--output=x.npz',
-                  '--inception=nowhere.pth'], 'nowhere.pth',
-                 marks=pytest.mark.slow),
 ])
 def test_statistics_that_cannot_be_made(arguments, part):
   assert_refused(run('eval.py', *arguments), part)
@@ -179,8 +176,7 @@ def test_the_result_passes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('program, field, value', [
-    ('train.py', 'finetune.save_every', 0), ('train.py', 'quant.recipe', 'x'),
-    ('eval.py', 'eval.num_samples', 0)])
+    ('train.py', 'quant.recipe', 'x'), ('eval.py', 'eval.num_samples', 0)])
 def test_what_cannot_be_run_ends_within_seconds(
     tmp_path, program, field, value):
   """Though the teacher of this config would be trained first, for long."""

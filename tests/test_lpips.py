@@ -51,7 +51,7 @@ def test_images_that_cannot_be_compared():
     alex.distance(a[:, 1:], a[:, 1:])
   with pytest.raises(ValueError, match=r'16 x 16 pixels, grey or in colours'):
     vgg.check((16, 16, 4))
-  with pytest.raises(ValueError, match=r'\[1, 31, 31, 3\] and \[2, 31, 31, 3\]'):
+  with pytest.raises(ValueError, match=r'\[1, 31, 31, 3\] and \[2, 31'):
     alex.distance(a, np.concatenate([a, a]))
 
 

@@ -84,7 +84,7 @@ def each(case, x, *layers, **options):
         () if name in QUICK and geometry == '3x3, borders'
         else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
-    if geometry in ('dense', '3x3, borders') or name in (
+    if geometry == '3x3, borders' or name in (
         WITH_DILATION if geometry == '3x3, dilation' else EVERYWHERE)])
 def test_every_kind_of_scale(name, geometry):
   """Every way is within 1e-6 of float64; packed is not packed, bit for bit."""

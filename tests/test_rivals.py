@@ -120,8 +120,7 @@ def test_candidates_without_a_tail_need_no_zero_point():
 # Of those that differ in kind, at 4 bits; the rest are slow tests.
 QUICK = ('dual_scale', 'int4_minmax', 'svdquant')
 # At 8 bits, whose many formats take long to search, one of each kind.
-EIGHT = (*QUICK, 'int', 'msfp_group', 'hadamard', 'nvfp4', 'quartz',
-         'mixup_weights')
+EIGHT = (*QUICK, 'int', 'msfp_group', 'hadamard', 'nvfp4', 'quartz')
 
 
 @pytest.mark.parametrize('name, bits', [

@@ -108,17 +108,14 @@ def test_another_batch_size_starts_anew(stopped, npz, drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [
-    {'eval.pictures': 100, 'eval.keep': 'npz'},
-    pytest.param({'eval.vectors': 50}, marks=pytest.mark.slow)])
-def test_other_measurements_keep_the_samples(stopped, npz, drawn, changes):
+def test_other_measurements_keep_the_samples(stopped, npz, drawn):
   """Only what the finished row no longer needed is drawn again."""
-  changes = changes | {'eval.rows': ('fp', 'msfp')}
+  changes = {'eval.pictures': 100, 'eval.keep': 'npz', 'eval.vectors': 50,
+             'eval.rows': ('fp', 'msfp')}
   found = evaluate.run(runs.config_of(npz, changes), str(stopped))
   assert drawn == {('msfp', 1): 1, ('msfp', 2): 1}
   assert found == evaluate.run(runs.config_of(npz, changes), str(stopped))
-  if 'eval.keep' in changes:
-    assert (stopped / 'samples/msfp.npz').is_file()
+  assert (stopped / 'samples/msfp.npz').is_file()
 
 
 def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):

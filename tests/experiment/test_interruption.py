@@ -126,7 +126,6 @@ def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz):
              'finetune': workdir / 'metrics.jsonl'}
   points = [  # when to stop; whether a loop is sure to catch it
       (lambda: lines(records['pretrain']) >= 60, True),
-      (lambda: (workdir / 'pretrain/model.safetensors').exists(), False),
       (lambda: (workdir / 'quant_spec.json').exists(), False),
       (lambda: lines(records['finetune']) >= 30, True),
   ]
@@ -150,15 +149,14 @@ def has_batches(folder, count):
 
 @pytest.mark.slow
 def test_an_evaluation_killed_at_any_time(copy, npz):
-  """SIGKILL, at different numbers of files, then the same command."""
+  """SIGKILL, then the same command."""
   before = runs.contents(copy)
   (copy / 'results.json').unlink()
-  for count in (1, 4):
-    process = start(copy, npz, 'eval.py', {})
-    wait_until(process, functools.partial(has_batches, copy / 'eval', count))
-    process.kill()
-    process.communicate()
-    assert not (copy / 'results.json').exists()
+  process = start(copy, npz, 'eval.py', {})
+  wait_until(process, lambda: has_batches(copy / 'eval', 3))
+  process.kill()
+  process.communicate()
+  assert not (copy / 'results.json').exists()
   log = finish(start(copy, npz, 'eval.py', {}))
   assert 'going on with the evaluation' in log
   after = runs.contents(copy)
