@@ -64,8 +64,8 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo table costs test test-slow parity \
-  browser aot packed versus inception golden lint clean
+.PHONY: help setup environments demo table costs test test-slow test-long \
+  parity browser aot packed versus inception golden lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
@@ -87,10 +87,13 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(PY) -m pytest $(WORKERS) -m 'not slow and not parity and not browser and not aot'
+	$(PY) -m pytest $(WORKERS) -m 'not slow and not long and not parity and not browser and not aot'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity'
+
+test-long: $(TEST_READY) ## the tests that CI has no time for
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m long
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m parity

@@ -13,10 +13,10 @@ from msfp_jax.models import registry
 from msfp_jax.run import evaluate
 from msfp_jax.run import train
 
-pytestmark = pytest.mark.slow
-
 # Those that stand for more: lsun_church's config is made of lsun_bedroom's.
 FAMILIES = ('cifar10', 'celeba64', 'lsun_church', 'imagenet256')
+# In CI; lsun_church's first stage is stable_diffusion's (test_prompted.py).
+QUICKER = ('cifar10', 'celeba64', 'imagenet256')
 # Those that are sampled from their packed file as well.
 PACKED = ('cifar10', 'imagenet256')
 
@@ -29,7 +29,9 @@ def rows_of(config, workdir):
   return {row['name']: row for row in results['rows']}
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow if name in QUICKER
+                 else pytest.mark.long) for name in FAMILIES])
 def test_train_then_eval(tmp_path, name):
   config = importlib.import_module(f'configs.{name}').get_config('smoke')
   if name in PACKED:
@@ -75,6 +77,7 @@ class Oblong(nn.Module):
     return nn.Conv(1, (3, 3), name='conv_out')(nn.silu(h))
 
 
+@pytest.mark.slow
 def test_another_family_is_an_entry_of_the_registry(tmp_path, monkeypatch):
   monkeypatch.setitem(registry.REGISTRY, 'oblong', Oblong)
   config = cifar10.get_config('smoke')

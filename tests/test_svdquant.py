@@ -290,7 +290,7 @@ def digits():
   needs = recipes.get('svdquant').needs
   seen = [observe.collect(
       model, params, plan, [jax.random.normal(
-          jax.random.key(seed), (64, 16, 16, 1))],
+          jax.random.key(seed), (32, 16, 16, 1))],
       key=jax.random.key(seed), needs=needs) for seed in (0, 1)]
   kernels = jax.device_get(interception.leaves(
       interception.parameters(params), 'kernel'))

@@ -100,7 +100,7 @@ def test_a_tuned_model_is_better_than_an_untuned_one(trained):
   assert better(json.loads((trained / 'results.json').read_text())['rows'])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_updates_make_it_better_still(tmp_path, trained, npz):
   config = runs.config_of(npz, {
       'seed': 1, 'finetune.num_updates': 200, 'finetune.save_every': 200,
