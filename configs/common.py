@@ -143,6 +143,17 @@ def get_config() -> ml_collections.ConfigDict:
       'num_batches': 4,
       'samples_per_layer': 65_536,  # activations kept of each layer
   })
+  config.mesh = ml_collections.ConfigDict({
+      # Devices that share the large weights among them, for models that one
+      # cannot hold; the others split batches.
+      'model': 1,
+      # Several processes, one a host: 'auto' where JAX finds them by itself
+      # (TPU pods, SLURM, Kubernetes); or HOST:PORT of the first one, and how
+      # many there are and which this is.
+      'coordinator': '',
+      'num_processes': 0,
+      'process_id': -1,
+  })
   config.quant = ml_collections.ConfigDict({
       'recipe': 'msfp',  # see msfp_jax/quant/recipes.py
       'weight_bits': 4,

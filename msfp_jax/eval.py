@@ -17,6 +17,7 @@ from absl import app
 from absl import flags
 
 from msfp_jax.run import cli
+from msfp_jax.run import cluster
 from msfp_jax.run import config_files
 from msfp_jax.run import evaluate
 from msfp_jax.run import references as make_stats
@@ -49,6 +50,7 @@ def main(argv):
         num_vectors=_VECTORS.value)))
     return
   cli.need(config=_CONFIG.value, workdir=_WORKDIR.value)
+  cli.guard(lambda: cluster.join(_CONFIG.value))
   results = cli.guard(lambda: evaluate.run(
       _CONFIG.value, _WORKDIR.value, cli.command()))
   print(evaluate.table(results))

@@ -10,6 +10,7 @@ from absl import app
 from absl import flags
 
 from msfp_jax.run import cli
+from msfp_jax.run import cluster
 from msfp_jax.run import config_files
 from msfp_jax.run import train
 
@@ -22,6 +23,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   cli.need(config=_CONFIG.value, workdir=_WORKDIR.value)
+  cli.guard(lambda: cluster.join(_CONFIG.value))
   cli.guard(lambda: train.run(_CONFIG.value, _WORKDIR.value, cli.command()))
 
 

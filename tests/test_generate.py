@@ -135,7 +135,7 @@ try:
   test_generate.generated(10, 6)
   sys.exit('a batch of 6 was split over 4 devices')
 except ValueError as error:
-  assert 'batch_size=6: must be a multiple of the 4 devices' in str(error)
+  assert 'batch_size=6: must be a multiple of 4, the parts' in str(error)
 """
 
 

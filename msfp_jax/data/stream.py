@@ -61,8 +61,8 @@ def _order(seed: int, num_images: int, epoch: int) -> np.ndarray:
   return order
 
 
-def batches(images: Images, batch_size: int, seed: int, start: int = 0
-            ) -> Iterator[np.ndarray]:
+def batches(images: Images, batch_size: int, seed: int, start: int = 0,
+            part: slice = slice(None)) -> Iterator[np.ndarray]:
   """The batches of steps start, start + 1, ... without end.
 
   Args:
@@ -71,12 +71,16 @@ def batches(images: Images, batch_size: int, seed: int, start: int = 0
     seed: of the order, see `batch_rows`.
     start: the first step; a run that resumes there sees what it would have
       seen.
+    part: of every batch, the rows that are read: a process of several reads
+      its own alone.
 
   Returns:
-    A generator of uint8 `[batch_size, H, W, C]`, see `read_ahead`.
+    A generator of uint8 `[batch_size, H, W, C]`, or so much of it as `part`
+    says; see `read_ahead`.
   """
   return read_ahead(
-      lambda step: images[batch_rows(seed, len(images), batch_size, step)],
+      lambda step: images[
+          batch_rows(seed, len(images), batch_size, step)[part]],
       itertools.count(start))
 
 

@@ -85,9 +85,11 @@ class FeatureNetwork:
     """
     self.name = name
     self.image_shape = image_shape
-    self._params = devices.on_all(jax.device_put(params))
+    self._layout = devices.layout()
+    self._params = self._layout.put(
+        jax.device_put(params), self._layout.whole)
     # A whole number of images on every device.
-    count = jax.device_count()
+    count = self._layout.data
     self._batch_size = batch_size = -(-batch_size // count) * count
     self.provenance = {'features': name, 'image_shape': list(image_shape),
                        **(provenance or {})}
@@ -128,7 +130,7 @@ class FeatureNetwork:
       # Filled up with black images: one shape, one compilation.
       batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
       out = jax.device_get(self._apply(
-          self._params, jax.device_put(batch, devices.batch_sharding())))
+          self._params, self._layout.put(batch, self._layout.batch)))
       for whole, part in zip(
           jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
         whole[start:start + count] = part[:count]

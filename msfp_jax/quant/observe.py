@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax import diffusion
+from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import sampling
 from msfp_jax.quant import batches as batches_lib
@@ -29,7 +30,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
             batches: Iterable[Batch], *, samples_per_layer: int = 65_536,
             key: jax.Array,
             needs: Collection[str] = (fit_lib.EXTREMES, fit_lib.VALUES),
-            ) -> dict[str, Seen]:
+            layout: devices.Layout | None = None) -> dict[str, Seen]:
   """Runs the sampler and keeps what is asked for of every layer's input.
 
   Memory is bounded by `samples_per_layer` values a layer, whatever the number
@@ -45,6 +46,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
     samples_per_layer: values kept of each layer.
     key: for the sample's choice and the sampler's noise.
     needs: of `fit.NEEDS`; extremes are always kept.
+    layout: where weights and batches lie; None: where they do.
 
   Raises:
     ValueError: there are no batches, or an activation is NaN or infinite.
@@ -64,6 +66,10 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   names = interception.list_layers(
       model, params, noise, jnp.zeros(len(noise)), *condition)
   run = jax.jit(functools.partial(watch, model, plan, count, tuple(needs)))
+  if layout is not None and not layout.is_single:
+    run = jax.jit(run, out_shardings=layout.whole)
+    params = layout.put(params)
+    batches = [layout.put(batch, layout.batch) for batch in batches]
   seen, grams = [], {}
   progress = progress_lib.Progress(
       'gather activations, batches', len(batches), unit='batches',

@@ -14,7 +14,7 @@ def drawer(experiment: experiment_lib.Experiment, batch_size: int,
   """Draws samples of an experiment from one model."""
   return generate.Drawer(
       deployed, experiment.plan, batch_size, experiment.sample_shape,
-      experiment.draw_condition, experiment.prompts)
+      experiment.draw_condition, experiment.prompts, experiment.layout)
 
 
 def draw(experiment: experiment_lib.Experiment, num_samples: int,

@@ -68,14 +68,15 @@ class EvalSettings:
     arguments.check_fields('config.eval', self, _RULES)
 
 
-def check(cfg: EvalSettings) -> None:
+def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
   """Raises for settings that do not fit this machine or its files.
 
   Raises:
     ValueError: a batch that the devices cannot share, or an unknown network.
     FileNotFoundError: a reference or weights that are not there.
   """
-  devices.check_batch('config.eval.batch_size', cfg.batch_size)
+  (layout or devices.layout()).check_batch(
+      'config.eval.batch_size', cfg.batch_size)
   path = features.check(cfg.features)
   for field, file in (('reference', cfg.reference), ('features', path),
                       ('inception', cfg.inception),

@@ -19,6 +19,7 @@ from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.report import grid
+from msfp_jax.run import cluster
 from msfp_jax.run import draws
 from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment as experiment_lib
@@ -108,7 +109,7 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   # All that can be refused comes first, the cheap before the dear, and the
   # claims last, which may delete an earlier evaluation's samples.
   experiment_lib.check(config)
-  eval_settings.check(cfg)
+  eval_settings.check(cfg, cluster.layout(config))
   workdir_lib.check(config, workdir)
   with workdir_lib.hold(workdir):
     # Held, so that no training ends in between.

@@ -15,6 +15,7 @@ import ml_collections
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.base import arguments
+from msfp_jax.base import devices
 from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import denoiser
@@ -26,6 +27,7 @@ from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.fit import Seen
 from msfp_jax.quant.observe import collect
 from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.run import cluster
 from msfp_jax.run import first_stage
 from msfp_jax.run import prompts as prompts_lib
 from msfp_jax.run import teacher
@@ -110,6 +112,7 @@ class Experiment:
       share one run of the sampler.
     sampler: {field: value} that the plan was made of, `name` among them.
     prompts: what images are made from; None of models that take no text.
+    layout: of the devices that all of it runs on.
   """
 
   model: denoiser.Denoiser
@@ -127,6 +130,7 @@ class Experiment:
   ahead: frozenset[str] = frozenset()
   sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   prompts: prompts_lib.Prompts | None = None
+  layout: devices.Layout = dataclasses.field(default_factory=devices.layout)
 
   @property
   def sample_shape(self) -> tuple[int, int, int]:
@@ -192,6 +196,7 @@ class Experiment:
     """Runs the sampler from noise of the seed, as much as `calibration` says.
     """
     cfg = self.calibration
+    self.layout.check_batch('config.calibrate.batch_size', cfg.batch_size)
     key = self.key(CALIBRATION)
     batches = []
     for i in range(cfg.num_batches):
@@ -207,7 +212,7 @@ class Experiment:
     return collect(
         self.model, self.params, self.plan, batches,
         samples_per_layer=cfg.samples_per_layer, needs=needs,
-        key=jax.random.fold_in(key, cfg.num_batches))
+        key=jax.random.fold_in(key, cfg.num_batches), layout=self.layout)
 
   def calibrate(self, recipe: str | None = None, bits: int | None = None,
                 act_bits: int | None = None) -> spec_lib.QuantSpec:
@@ -227,6 +232,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: a field that no experiment can work with.
   """
+  cluster.MeshSettings(**config.mesh)
   CalibrationSettings(**config.calibrate)
   quant = QuantSettings(**config.quant)
   tuning = finetune_lib.FinetuneSettings(**config.finetune)
@@ -299,4 +305,5 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       config.seed,
       CalibrationSettings(**config.calibrate), QuantSettings(**config.quant),
       finetune_lib.FinetuneSettings(**config.finetune), draw_condition, decode,
-      sampler=chosen.sampler_fields, prompts=prompts)
+      sampler=chosen.sampler_fields, prompts=prompts,
+      layout=cluster.layout(config))

@@ -32,23 +32,28 @@ class Drawer:
                plan: diffusion.SamplerPlan, batch_size: int,
                shape: tuple[int, ...],
                draw_condition: conditions.Draw = conditions.none,
-               prompts: prompts_lib.Prompts | None = None):
+               prompts: prompts_lib.Prompts | None = None,
+               layout: devices.Layout | None = None):
     """Nothing runs yet.
 
     Args:
       model: that is sampled from.
       plan: the sampler.
-      batch_size: images in a batch, a multiple of the number of devices.
+      batch_size: images in a batch, which the devices can share.
       shape: of a sample, `[H, W, C]`.
       draw_condition: of every batch, for conditional models.
       prompts: in place of it: each image is made from its own.
+      layout: where weights and batches lie; by default each device has all
+        weights.
 
     Raises:
       ValueError: a batch that cannot be split.
     """
-    devices.check_batch('batch_size', batch_size)
+    layout = layout or devices.layout()
+    layout.check_batch('batch_size', batch_size)
     self.model, self.batch_size = model, batch_size
-    self._more = plan, batch_size, shape, draw_condition, prompts
+    self._more = plan, batch_size, shape, draw_condition, prompts, layout
+    self._layout = layout
     self._prompts = prompts
     self._arrays, self._times = None, []
 
@@ -59,8 +64,7 @@ class Drawer:
   @functools.cached_property
   def _draw(self) -> Callable[..., jax.Array]:
     """(arrays, key, of `Prompts.batch` or None) -> a batch; compiled."""
-    plan, batch_size, shape, draw_condition, _ = self._more
-    sharding = devices.batch_sharding()
+    plan, batch_size, shape, draw_condition, _, layout = self._more
 
     def draw(arrays, key, prompted):
       model = self.model.with_arrays(arrays)
@@ -73,8 +77,7 @@ class Drawer:
       else:
         seeds, rounds, condition = prompted
         noise = prompts_lib.noise(seeds, rounds, shape)
-      if sharding is not None:
-        noise = jax.lax.with_sharding_constraint(noise, sharding)
+      noise = layout.constrain(noise, layout.batch)
       return diffusion.sample(
           lambda x, t, index: model.eps_fn(x, t, index, *condition), plan,
           noise, jax.random.fold_in(key, 1))
@@ -92,7 +95,7 @@ class Drawer:
       number: of the batch, which tells its prompts.
     """
     if self._arrays is None:  # copied once, not with every batch
-      self._arrays = devices.on_all(self.model.arrays)
+      self._arrays = self._layout.put(self.model.arrays)
     prompted = None if self._prompts is None else self._prompts.batch(
         number, self.batch_size)
     begin = time.perf_counter()

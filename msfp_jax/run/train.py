@@ -7,12 +7,14 @@ import ml_collections
 
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax.base import devices
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.quantize import check_layers
+from msfp_jax.run import cluster
 from msfp_jax.run import eval_settings
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import teacher
@@ -72,8 +74,10 @@ def _run(config: ml_collections.ConfigDict, workdir: str,
     deployed = packed_lib.simulate(
         experiment.model, experiment.params, spec, experiment.plan)
   path = f'{workdir}/{workdir_lib.PACKED_FILE}'
-  packed_file.save(path, deployed.packed(), command=command)
-  logging.info('wrote %s', path)
+  if devices.is_first():
+    packed_file.save(path, deployed.packed(), command=command)
+    logging.info('wrote %s', path)
+  devices.wait('the packed model is written')
 
 
 def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
@@ -92,7 +96,8 @@ def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
       model, images, chosen.schedule, chosen.plan, settings,
       f'{workdir}/pretrain', seed=config.seed,
       origin=origin_lib.trained_on(chosen.schedule_fields),
-      about={'command': command, 'data': config.data.name})
+      about={'command': command, 'data': config.data.name},
+      layout=cluster.layout(config))
 
 
 def _check_gamma(schedule: diffusion.Schedule,
@@ -111,7 +116,8 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
     ValueError: the file is damaged, or of another model.
   """
   path = pathlib.Path(workdir) / 'quant_spec.json'
-  if path.is_file():
+  # One answer for all processes, of which the first writes the file.
+  if devices.agree(path.is_file()):
     try:
       spec = spec_lib.QuantSpec.load(path)
     except ValueError as error:
@@ -124,9 +130,12 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
       raise ValueError(f'{path}: {error}') from error
     return spec
   spec = experiment.calibrate()
-  spec.save(path)
-  logging.info('wrote %s', path)
-  return spec
+  if devices.is_first():
+    spec.save(path)
+    logging.info('wrote %s', path)
+  devices.wait('the spec is written')
+  # Machines of a run may differ in a last bit: all work with the first one's.
+  return spec if devices.is_first() else spec_lib.QuantSpec.load(path)
 
 
 def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
@@ -147,6 +156,6 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
       sample_shape=experiment.sample_shape,
       bank_key=experiment.key(experiment_lib.BANKS),
       trajectory_key=experiment.key(experiment_lib.TRAJECTORIES),
-      draw_condition=experiment.draw_condition)
+      draw_condition=experiment.draw_condition, layout=experiment.layout)
   return (packed_lib.deploy(student, trainable, experiment.plan),
           student_lib.with_ranges(spec, trainable['ranges']))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from msfp_jax.base import devices
 from msfp_jax.base import errors
 from msfp_jax.base import files
 from msfp_jax.base import lock as lock_lib
@@ -17,6 +18,8 @@ from msfp_jax.base import lock as lock_lib
 PACKED_FILE = 'packed.safetensors'
 # Of config.json: what is no field of the config.
 TAKEN = 'taken'
+# How many processes and devices share the work may change at any time.
+_MESH = 'mesh'
 
 
 @contextlib.contextmanager
@@ -48,7 +51,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str,
   Args, returns and raises as `check`, and OSError where it cannot be written.
   """
   new = check(config, workdir, free, taken)
-  files.write_json(pathlib.Path(workdir) / 'config.json', new)
+  if devices.is_first():
+    files.write_json(pathlib.Path(workdir) / 'config.json', new)
+  devices.wait('the workdir is claimed')
   return new
 
 
@@ -96,7 +101,7 @@ def check(config: ml_collections.ConfigDict, workdir: str,
     # differ.
     differences = [
         line for key in sorted(old.keys() | new.keys())
-        if key not in free and (key != TAKEN or key in old)
+        if key not in (*free, _MESH) and (key != TAKEN or key in old)
         for line in _differences(old.get(key), new.get(key), key)]
     if differences:
       raise errors.WorkdirError(

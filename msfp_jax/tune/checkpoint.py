@@ -9,8 +9,11 @@ import zlib
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
+
+from msfp_jax.base import devices
 
 
 class Preempted(SystemExit):
@@ -20,9 +23,15 @@ class Preempted(SystemExit):
 def _checksum(state: Any) -> np.uint32:
   """CRC of all values: orbax would restore a flipped bit without a word."""
   crc = 0
-  for leaf in jax.tree.leaves(jax.device_get(state)):
-    crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+  # Leaf by leaf: a state that several devices share may not fit in one place.
+  for leaf in jax.tree.leaves(state):
+    crc = zlib.crc32(np.ascontiguousarray(devices.fetch(leaf)).tobytes(), crc)
   return np.uint32(crc)
+
+
+def _terminate(unused_number, unused_frame):
+  """Of SIGINT, where several processes are to stop at one step."""
+  signal.raise_signal(signal.SIGTERM)
 
 
 class Checkpointer:
@@ -34,7 +43,9 @@ class Checkpointer:
 
   def __init__(self, directory: str | pathlib.Path, keep: int = 2):
     self._directory = pathlib.Path(directory).resolve()
-    self._directory.mkdir(parents=True, exist_ok=True)
+    if devices.is_first():
+      self._directory.mkdir(parents=True, exist_ok=True)
+    devices.wait('the folder of checkpoints is there')
     self._keep = keep
     self._manager = self._open()
     self.stop_requested = False
@@ -50,10 +61,16 @@ class Checkpointer:
             max_to_keep=self._keep, enable_async_checkpointing=False))
 
   def __enter__(self):
-    # Python lets the main thread alone set signal handlers.
+    # Python lets the main thread alone set signal handlers. SIGTERM of one of
+    # several processes is JAX's matter, which tells the others.
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._handlers[number] = signal.signal(number, self._request_stop)
+      if jax.process_count() == 1:
+        handlers = dict.fromkeys(
+            (signal.SIGTERM, signal.SIGINT), self._request_stop)
+      else:
+        handlers = {signal.SIGINT: _terminate}
+      for number, handler in handlers.items():
+        self._handlers[number] = signal.signal(number, handler)
     return self
 
   def __exit__(self, *unused):
@@ -69,6 +86,19 @@ class Checkpointer:
                     signal.Signals(number).name)
     self.exit_code = 128 + number
     self.stop_requested = True
+
+  def stopping(self, step: int) -> bool:
+    """Whether to save and leave after this step: all processes at the same.
+
+    Args:
+      step: that was done; ask after every one.
+    """
+    if jax.process_count() > 1:
+      # A signal to any of them; JAX's service finds a step that none of them
+      # has passed.
+      self.stop_requested = multihost_utils.reached_preemption_sync_point(step)
+      self.exit_code = 128 + signal.SIGTERM
+    return self.stop_requested
 
   @property
   def steps(self) -> list[int]:
@@ -92,7 +122,7 @@ class Checkpointer:
           f'the run can go on from {self.steps[-1:] or "the start"} once '
           'there is room and permission') from error
 
-  def restore(self, abstract: Any) -> Any | None:
+  def restore(self, abstract: Any, shardings: Any = None) -> Any | None:
     """The newest state that can be read, or None.
 
     A damaged checkpoint is named in the log, set aside as `<step>.damaged`,
@@ -100,14 +130,19 @@ class Checkpointer:
 
     Args:
       abstract: a state of the same structure (values are not read).
+      shardings: a tree like it: where it shall lie, whatever it was saved from;
+        None: on one device.
 
     Raises:
       ValueError: none of the checkpoints can be read, or their structure is
         another model's.
     """
-    abstract = jax.tree.map(
-        ocp.utils.to_shape_dtype_struct,
-        {'state': abstract, 'crc32': np.zeros((), np.uint32)})
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
+    if shardings is not None:
+      abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+    abstract = {'state': abstract, 'crc32': ocp.utils.to_shape_dtype_struct(
+        np.zeros((), np.uint32))}
     damaged = []
     # From the newest on; `keep` of 2 is what makes a second try possible.
     for step in reversed(self.steps):
@@ -137,8 +172,9 @@ class Checkpointer:
       return
     # The manager lists its folder once, when it is opened.
     self._manager.close()
-    for step in steps:
+    for step in steps if devices.is_first() else ():
       target = self._directory / f'{step}.damaged'
       shutil.rmtree(target, ignore_errors=True)
       (self._directory / str(step)).rename(target)
+    devices.wait('damaged checkpoints are set aside')
     self._manager = self._open()

@@ -15,6 +15,7 @@ import optax
 
 from msfp_jax import diffusion
 from msfp_jax.base import arguments
+from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.diffusion import conditions
@@ -172,8 +173,8 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
               gamma: np.ndarray, tx: optax.GradientTransformation,
-              key: jax.Array, draw_condition: conditions.Draw = conditions.none
-              ):
+              key: jax.Array, draw_condition: conditions.Draw = conditions.none,
+              layout: devices.Layout | None = None):
   """The update: state -> (state, scalars).
 
   One update per denoising step. The teacher alone moves the trajectory, from
@@ -189,7 +190,10 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
       noise that it starts from, 1 that of its steps, 2 its condition: were two
       the same, a sampler that adds noise would add what it started from.
     draw_condition: of every trajectory, for conditional models.
+    layout: where weights, banks and trajectories lie; by default on all
+      devices, each of which has all weights.
   """
+  layout = layout or devices.layout()
   # The trajectory, of S steps, and the updates n that go along it:
   #
   #   n            0      1      ..  S - 1    S      ..
@@ -219,6 +223,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     # program for all steps.
     noise = jax.random.normal(
         jax.random.fold_in(run_key, 0), state.position.x.shape)
+    noise = layout.constrain(noise, layout.batch)
     position = jax.tree.map(
         functools.partial(jnp.where, index == 0),
         sampling.start(plan, noise), state.position)
@@ -237,17 +242,30 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
            for name, part in grads.items() if jax.tree.leaves(part)},
         **_bank_shares(student, choices),
     }
-    return FinetuneState(
+    after = FinetuneState(
         step=state.step + 1,
         trainable=optax.apply_updates(state.trainable, updates),
         opt_state=opt_state,
         position=sampling.advance(
             plan, step, position, eps_teacher,
-            jax.random.fold_in(run_key, 1))), scalars
+            jax.random.fold_in(run_key, 1)))
+    if layout.is_single:
+      return after, scalars
+    # As it came: a step's state has the layout of the one before.
+    return (jax.lax.with_sharding_constraint(after, shardings(layout, after)),
+            layout.constrain(scalars, layout.whole))
 
   # Likewise an argument, as it may hold embeddings of many prompts.
-  draw = jax.tree_util.Partial(draw_condition)
-  return lambda state: update(state, student.arrays, draw)
+  draw = layout.put(jax.tree_util.Partial(draw_condition), layout.whole)
+  arrays = layout.put(student.arrays)
+  return lambda state: update(state, arrays, draw)
+
+
+def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
+  """Where a state lies: trajectories as batches, the rest as weights."""
+  past = state.position.past
+  return layout.weights(state).replace(position=sampling.Position(
+      layout.batch, None if past is None else layout.second))
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:
@@ -262,7 +280,8 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
           plan: diffusion.SamplerPlan, settings: FinetuneSettings,
           workdir: str, *, sample_shape: tuple[int, ...], bank_key: jax.Array,
           trajectory_key: jax.Array,
-          draw_condition: conditions.Draw = conditions.none) -> Any:
+          draw_condition: conditions.Draw = conditions.none,
+          layout: devices.Layout | None = None) -> Any:
   """Fine-tunes a student against the model that it was made from.
 
   Resumes where the workdir's checkpoints end; if they are complete, only
@@ -278,6 +297,7 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
     bank_key: of the parameters at the start.
     trajectory_key: of the noise, see `make_step`.
     draw_condition: what a conditional model is asked for.
+    layout: as of `make_step`.
 
   Returns:
     What `Student.init` returned, trained.
@@ -286,20 +306,28 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
     errors.DivergedError: names the step and the timestep.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
+  layout = layout or devices.layout()
+  layout.check_batch('config.finetune.batch_size', settings.batch_size)
   tx = optimizer(settings)
   init = functools.partial(
       init_state, student, tx, plan, sample_shape, bank_key, settings)
   gamma = losses.denoising_factors(schedule, plan, settings.gamma)
-  step = make_step(student, plan, gamma, tx, trajectory_key, draw_condition)
+  step = make_step(
+      student, plan, gamma, tx, trajectory_key, draw_condition, layout)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(
         'finetune', init, step, settings.num_updates, workdir=workdir,
         writer=writer, save_every=settings.save_every,
-        log_every=settings.log_every)
-  if student.router is not None:
+        log_every=settings.log_every, layout=layout,
+        shardings=functools.partial(shardings, layout))
+  trainable = state.trainable
+  if not layout.is_single:
+    # What follows is not split over the devices.
+    trainable = jax.tree.map(jnp.asarray, devices.fetch(trainable))
+  if student.router is not None and devices.is_first():
     _write_router(f'{workdir}/router.json', plan, student.choices(
-        state.trainable, plan.timesteps))
-  return state.trainable
+        trainable, plan.timesteps))
+  return trainable
 
 
 def _write_router(path: str, plan: diffusion.SamplerPlan,

@@ -8,6 +8,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
+from msfp_jax.base import devices
 from msfp_jax.base import errors
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.base import writer as writer_lib
@@ -37,6 +38,8 @@ def run(
     log_every: int,
     on_step: Callable[[int, Any], None] = lambda step, state: None,
     images_per_step: int = 0,
+    layout: devices.Layout | None = None,
+    shardings: Callable[[Any], Any] | None = None,
 ) -> Any:
   """Runs `step_fn` from the newest checkpoint to `num_steps`.
 
@@ -56,18 +59,26 @@ def run(
     on_step: called after each step with (steps done, state), before its
       checkpoint; after a crash it may see a step again.
     images_per_step: progress lines have images per second; 0: they do not.
+    layout: of the devices; by default of all.
+    shardings: a state, or its shapes -> where it lies, as `step_fn` returns it;
+      by default that of weights.
 
   Raises:
     errors.DivergedError: a loss is not finite; names the step and the timestep.
     checkpoint.Preempted: SIGTERM or SIGINT; the state has been saved.
   """
+  layout = layout or devices.layout()
   with checkpoint.Checkpointer(f'{workdir}/checkpoints') as checkpointer:
-    restored = checkpointer.restore(jax.eval_shape(init))
+    abstract = jax.eval_shape(init)
+    lies = None if layout.is_single else (shardings or layout.weights)(abstract)
+    restored = checkpointer.restore(abstract, lies)
     if restored is None:
-      state = init()
+      state = layout.put(init(), lies)
     else:
-      # Uncommitted, as a fresh state is: both run the same compiled program.
-      state = jax.tree.map(jnp.array, jax.device_get(restored))
+      state = restored
+      if layout.is_single:
+        # Uncommitted, as a fresh state is: both run the same compiled program.
+        state = jax.tree.map(jnp.array, jax.device_get(restored))
       logging.info('%s: resumed at step %d', name, int(state.step))
     # Steps behind the checkpoint will be repeated, and logged once more.
     start = int(state.step)
@@ -100,7 +111,7 @@ def run(
         jax.block_until_ready(scalars)
         progress.update(step)
       on_step(step, state)
-      stopping = checkpointer.stop_requested
+      stopping = checkpointer.stopping(step)
       if due or stopping:
         flush()
         writer.flush()

@@ -18,6 +18,7 @@ from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.base import arguments
+from msfp_jax.base import devices
 from msfp_jax.base import pictures
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.data import stream
@@ -183,7 +184,8 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
 
 
 def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
-              stack: contextlib.ExitStack):
+              stack: contextlib.ExitStack,
+              layout: devices.Layout | None = None):
   """Makes the update that takes its images itself: state -> (state, scalars).
 
   An array is kept on the device, and every step draws from it with
@@ -196,28 +198,32 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
     batch_size: images at a step.
     seed: of the order of streamed images.
     stack: ends the reading of streamed images when it is closed.
+    layout: where parameters and images lie; by default on all devices, each of
+      which has all parameters.
 
   Returns:
     The step. Of streamed images the first state given says where to begin;
     the states that follow must be the step's own.
   """
+  layout = layout or devices.layout()
   if isinstance(images, np.ndarray):
-    resident = jnp.asarray(images)
+    resident = layout.put(jnp.asarray(images), layout.whole)
 
     # Inside of the program: no image crosses to the device while it trains.
-    def take(key):
-      rows = jax.random.randint(key, (batch_size,), 0, len(resident))
-      return resident[rows]
-
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: PretrainState):
-      return update(state, take)
+    def step(state: PretrainState, resident: jax.Array):
 
-    return step
+      def take(key):
+        rows = jax.random.randint(key, (batch_size,), 0, len(resident))
+        return layout.constrain(resident[rows], layout.batch)
+
+      return _laid_out(layout, *update(state, take))
+
+    return lambda state: step(state, resident)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def streamed(state: PretrainState, batch: jax.Array):
-    return update(state, lambda unused_key: batch)
+    return _laid_out(layout, *update(state, lambda unused_key: batch))
 
   batches = None
 
@@ -226,15 +232,24 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
     # Opened at the first step, which knows where a resumed run stands.
     if batches is None:
       batches = stack.enter_context(contextlib.closing(
-          stream.batches(images, batch_size, seed, int(state.step))))
-    return streamed(state, next(batches))
+          stream.batches(images, batch_size, seed, int(state.step),
+                         layout.rows(batch_size))))
+    return streamed(state, layout.put_rows(next(batches), batch_size))
 
   return next_step
 
 
+def _laid_out(layout, state, scalars):
+  """As they came: a step's state has the layout of the one before."""
+  if layout.is_single:
+    return state, scalars
+  return (jax.lax.with_sharding_constraint(state, layout.weights(state)),
+          layout.constrain(scalars, layout.whole))
+
+
 def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
-               start_key: jax.Array, step_key: jax.Array
-               ) -> Callable[[Any], jax.Array]:
+               start_key: jax.Array, step_key: jax.Array,
+               layout: devices.Layout) -> Callable[[Any], jax.Array]:
   """params -> 64 samples, uint8; the noise is the same at every call."""
   # Once, so that pictures of different steps show the same samples growing.
   noise = jax.random.normal(start_key, (64, *model.sample_shape))
@@ -242,7 +257,8 @@ def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
   @jax.jit
   def draw(params: Any) -> jax.Array:
     eps_fn = lambda x, t, index: model.apply({'params': params}, x, t)
-    return data.to_uint8(diffusion.sample(eps_fn, plan, noise, step_key))
+    return layout.constrain(data.to_uint8(
+        diffusion.sample(eps_fn, plan, noise, step_key)), layout.whole)
 
   return draw
 
@@ -251,7 +267,8 @@ def run(model: unet.UNet, images: data.Images,
         schedule: diffusion.Schedule, plan: diffusion.SamplerPlan,
         settings: PretrainSettings, workdir: str, *, seed: int,
         origin: origin_lib.Origin | None = None,
-        about: Mapping[str, str] | None = None) -> str:
+        about: Mapping[str, str] | None = None,
+        layout: devices.Layout | None = None) -> str:
   """Trains the teacher; returns the path of its safetensors file.
 
   Sample grids of the averaged parameters, all from one noise, go to
@@ -267,11 +284,14 @@ def run(model: unet.UNet, images: data.Images,
     seed: of all randomness.
     origin: goes into the model's file, which then tells its schedule.
     about: goes into the model's header, beside seed and steps.
+    layout: as of `make_step`.
 
   Raises:
     errors.DivergedError: names the step.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
+  layout = layout or devices.layout()
+  layout.check_batch('config.pretrain.batch_size', settings.batch_size)
   key = jax.random.key(seed)
   tx = optimizer(settings)
   init = functools.partial(
@@ -285,25 +305,31 @@ def run(model: unet.UNet, images: data.Images,
       flip=settings.flip, dtype=settings.dtype, times=training.Times(
           settings.times, settings.times_mean, settings.times_std))
   draw = _make_draw(model, plan, jax.random.fold_in(key, 2),
-                    jax.random.fold_in(key, 3))
+                    jax.random.fold_in(key, 3), layout)
   with (contextlib.ExitStack() as stack,
         writer_lib.MetricWriter(workdir) as writer):
-    step = make_step(update, images, settings.batch_size, seed, stack)
+    step = make_step(
+        update, images, settings.batch_size, seed, stack, layout)
 
     def on_step(done: int, state: PretrainState) -> None:
       if done % settings.sample_every == 0 or done == settings.num_steps:
         grid = pictures.image_grid(np.asarray(draw(state.ema_params)), 16)
-        pictures.save_png(f'{workdir}/samples/step_{done:06d}.png', grid)
+        if devices.is_first():
+          pictures.save_png(f'{workdir}/samples/step_{done:06d}.png', grid)
         writer.write_images(done, {'samples': grid[None]})
 
     state = loop.run(
         'pretrain', init, step, settings.num_steps, workdir=workdir,
         writer=writer, save_every=settings.save_every,
         log_every=settings.log_every, on_step=on_step,
-        images_per_step=settings.batch_size)
+        images_per_step=settings.batch_size, layout=layout,
+        shardings=layout.weights)
   path = f'{workdir}/model.safetensors'
-  convert.save_pretrained(
-      path, model, jax.device_get(state.ema_params), origin, seed=str(seed),
-      steps=str(settings.num_steps), **(about or {}))
-  logging.info('wrote %s', path)
+  params = devices.fetch(state.ema_params)
+  if devices.is_first():
+    convert.save_pretrained(
+        path, model, params, origin, seed=str(seed),
+        steps=str(settings.num_steps), **(about or {}))
+    logging.info('wrote %s', path)
+  devices.wait('the teacher is written')
   return path
