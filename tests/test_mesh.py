@@ -6,6 +6,7 @@ when JAX begins.
 
 import json
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -16,8 +17,6 @@ import numpy as np
 import pytest
 import runs
 import safetensors
-
-from msfp_jax.quant import spec as spec_lib
 
 TESTS = pathlib.Path(__file__).parent
 # All batches can be split over 8 devices.
@@ -67,10 +66,9 @@ def one(tmp_path_factory, npz):
   return workdir
 
 
-def losses(workdir, name):
+def scalars(workdir, name):
   lines = (workdir / name).read_text().splitlines()
-  return np.array([[row[key] for key in row if key.endswith(('loss', '/t'))]
-                   for row in map(json.loads, lines)])
+  return np.array([[*json.loads(line).values()] for line in lines])
 
 
 def tensors(path):
@@ -79,28 +77,40 @@ def tensors(path):
 
 
 def assert_like(workdir, one):
-  """The same but for roundings, which a few updates by Adam make larger."""
+  """The same but for sums in another order.
+
+  Losses and norms of gradients are of thousands of numbers, each rounded by
+  2^-24 at most: 2e-6 and less was seen, 1e-5 of the router's few. By Adam a
+  parameter whose gradient is nothing but roundings moves all the same, so that
+  parameters are compared as a whole.
+  """
   for name in ('pretrain/metrics.jsonl', 'metrics.jsonl'):
-    found, expected = losses(workdir, name), losses(one, name)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=2e-4)
-  expected = runs.teacher(one)
-  for key, value in runs.teacher(workdir).items():
-    np.testing.assert_allclose(value, expected[key], rtol=1e-3, atol=1e-4)
-  specs = [spec_lib.QuantSpec.load(folder / 'quant_spec.json')
-           for folder in (workdir, one)]
-  assert specs[0].layers.keys() == specs[1].layers.keys()
+    np.testing.assert_allclose(
+        scalars(workdir, name), scalars(one, name), rtol=1e-4)
+  found, expected = runs.teacher(workdir), runs.teacher(one)
+  apart = sum(np.square(found[key] - expected[key]).sum() for key in expected)
+  assert apart < 1e-8 * sum(
+      np.square(value).sum() for value in expected.values())
+  # Codes and which bank is whose: integers. Scales are in vectors.
   found, expected = (tensors(folder / 'packed.safetensors')
                      for folder in (workdir, one))
-  assert {key: value.shape for key, value in found.items()} == {
-      key: value.shape for key, value in expected.items()}
+  assert found.keys() == expected.keys()
+  for key, value in expected.items():
+    if value.dtype == np.uint8:
+      np.testing.assert_array_equal(found[key], value, key)
+    else:
+      assert np.linalg.norm(found[key] - value) < 1e-4 * np.linalg.norm(value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices, model', [(8, 1), (8, 2)])
-def test_devices_share_the_work(tmp_path, npz, one, devices, model):
-  said = end(begin(tmp_path, npz, devices, {'mesh.model': model}))
-  assert f'devices {devices} of 1 processes' in said
+@pytest.mark.parametrize('model', [1, 2])
+def test_devices_share_the_work(tmp_path, npz, one, model):
+  """Batches alone, and weights from 64 numbers on as well."""
+  said = end(begin(tmp_path, npz, 8, {'mesh.model': model}, large=64))
+  assert 'devices 8 of 1 processes' in said
+  # Weights, averages, moments of Adam; or nothing but a trajectory.
+  least, most = map(int, re.findall(r'split (\d+) to (\d+)', said)[0])
+  assert least > 20 and most > 50 if model > 1 else (least, most) == (0, 1)
   assert_like(tmp_path, one)
 
 
