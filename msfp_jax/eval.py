@@ -16,6 +16,7 @@ Kept short: the logic is in msfp_jax/run, where it can be imported and tested.
 from absl import app
 from absl import flags
 
+from msfp_jax.base import devices
 from msfp_jax.run import cli
 from msfp_jax.run import cluster
 from msfp_jax.run import config_files
@@ -53,7 +54,8 @@ def main(argv):
   cli.guard(lambda: cluster.join(_CONFIG.value))
   results = cli.guard(lambda: evaluate.run(
       _CONFIG.value, _WORKDIR.value, cli.command()))
-  print(evaluate.table(results))
+  if devices.is_first():
+    print(evaluate.table(results))
 
 
 if __name__ == '__main__':

@@ -4,8 +4,9 @@
 
 JSON: `devices` of this process, `npz`, `changes` of the config, `workdir`,
 `stop` ({module: step} in which it gets SIGTERM), `large`: the least size of
-what is split over the axis `model`. Prints at its end how many arrays of a
-saved state were not whole on every device.
+what is split over the axis `model`; `eval`: whether an evaluation follows.
+Prints at its end how many arrays of a saved state were not whole on every
+device.
 """
 
 import importlib
@@ -22,7 +23,9 @@ jax.config.update('jax_num_cpu_devices', given['devices'])
 import runs  # noqa: E402
 
 from msfp_jax.base import devices  # noqa: E402
+from msfp_jax.run import cli  # noqa: E402
 from msfp_jax.run import cluster  # noqa: E402
+from msfp_jax.run import evaluate  # noqa: E402
 from msfp_jax.run import train  # noqa: E402
 from msfp_jax.tune import checkpoint  # noqa: E402
 
@@ -44,7 +47,9 @@ def main():
     for module, step in given.get('stop', {}).items():
       runs.interrupt(
           patch, importlib.import_module(f'msfp_jax.tune.{module}'), step)
-    train.run(config, given['workdir'])
+    cli.guard(lambda: train.run(config, given['workdir']))
+  if given.get('eval'):
+    cli.guard(lambda: evaluate.run(config, given['workdir']))
   print('devices', jax.device_count(), 'of', jax.process_count(), 'processes,',
         'arrays split', min(split), 'to', max(split))
 

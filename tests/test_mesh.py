@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import children
 import numpy as np
@@ -21,7 +22,8 @@ import safetensors
 TESTS = pathlib.Path(__file__).parent
 # All batches can be split over 8 devices.
 CHANGES = {'calibrate.batch_size': 8, 'finetune.batch_size': 8,
-           'pretrain.batch_size': 8}
+           'pretrain.batch_size': 8, 'eval.rows': ('fp', 'msfp', 'tuned'),
+           'eval.report': True, 'eval.keep': 'npz'}
 
 
 @pytest.fixture(scope='module')
@@ -47,22 +49,23 @@ def end(process, code=0):
   return said
 
 
-def together(count, workdir, npz, devices=1, changes=None, stop=None):
+def together(count, workdir, npz, devices=1, changes=None, stop=None,
+             **more):
   """Starts the processes of one run; `stop` is of the last one alone."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   return [begin(workdir, npz, devices, (changes or {}) | {
       'mesh.coordinator': f'127.0.0.1:{port}', 'mesh.num_processes': count,
-      'mesh.process_id': i}, stop=stop if stop and i == count - 1 else {})
-          for i in range(count)]
+      'mesh.process_id': i}, stop=stop if stop and i == count - 1 else {},
+      **more) for i in range(count)]
 
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory, npz):
   """The workdir of a run on one device."""
   workdir = tmp_path_factory.mktemp('one')
-  end(begin(workdir, npz))
+  end(begin(workdir, npz, eval=True))
   return workdir
 
 
@@ -102,25 +105,46 @@ def assert_like(workdir, one):
       assert np.linalg.norm(found[key] - value) < 1e-4 * np.linalg.norm(value)
 
 
-@pytest.mark.slow
+def assert_evaluated_alike(workdir, one):
+  """Images but for a level here and there; all files are there."""
+  assert {path.name for path in workdir.iterdir()} == {
+      path.name for path in one.iterdir()}
+  for row in ('fp', 'msfp', 'tuned'):
+    found, expected = (
+        np.load(folder / f'samples/{row}.npz')['arr_0'].astype(int)
+        for folder in (workdir, one))
+    apart = np.abs(found - expected)
+    assert apart.max() <= (1 if row == 'fp' else 16) and apart.mean() < 0.05
+  found, expected = (json.loads((folder / 'results.json').read_text())
+                     for folder in (workdir, one))
+  for a, b in zip(found['rows'], expected['rows'], strict=True):
+    assert a.keys() == b.keys()
+    assert a['bytes'] == b['bytes']
+    assert a['fd_random'] == pytest.approx(b['fd_random'], rel=0.01)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize('model', [1, 2])
 def test_devices_share_the_work(tmp_path, npz, one, model):
   """Batches alone, and weights from 64 numbers on as well."""
-  said = end(begin(tmp_path, npz, 8, {'mesh.model': model}, large=64))
+  said = end(begin(
+      tmp_path, npz, 8, {'mesh.model': model}, large=64, eval=True))
   assert 'devices 8 of 1 processes' in said
   # Weights, averages, moments of Adam; or nothing but a trajectory.
   least, most = map(int, re.findall(r'split (\d+) to (\d+)', said)[0])
   assert least > 20 and most > 50 if model > 1 else (least, most) == (0, 1)
   assert_like(tmp_path, one)
+  assert_evaluated_alike(tmp_path, one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('count', [2, 4])
 def test_processes_share_the_work(tmp_path, npz, one, count):
-  started = together(count, tmp_path, npz, devices=8 // count)
+  started = together(count, tmp_path, npz, devices=8 // count, eval=True)
   for process in started:
     assert f'devices 8 of {count} processes' in end(process)
   assert_like(tmp_path, one)
+  assert_evaluated_alike(tmp_path, one)
 
 
 @pytest.mark.slow
@@ -130,12 +154,13 @@ def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
   assert (tmp_path / 'pretrain/checkpoints/3').is_dir()
   end(begin(tmp_path, npz, 8, stop={'finetune': 3}), 143)
   assert (tmp_path / 'checkpoints/3').is_dir()
-  for process in together(2, tmp_path, npz, devices=2):
+  for process in together(2, tmp_path, npz, devices=2, eval=True):
     end(process)
   assert_like(tmp_path, one)
+  assert_evaluated_alike(tmp_path, one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, npz, one):
   for process in together(2, tmp_path, npz, stop={'pretrain': 3}):
     end(process, 128 + signal.SIGTERM)
@@ -145,3 +170,32 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, npz, one):
   for process in together(2, tmp_path, npz):
     end(process)
   assert_like(tmp_path, one)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(
+    tmp_path, npz, victim):
+  """SIGKILL in the middle of training, of the coordinator too."""
+  workdir, whole = tmp_path / 'w', tmp_path / 'whole'
+  changes = {'pretrain.num_steps': 80, 'pretrain.sample_every': 80}
+  started = together(2, workdir, npz, changes=changes)
+  metrics = workdir / 'pretrain/metrics.jsonl'
+  while not metrics.exists() or metrics.read_bytes().count(b'\n') < 10:
+    assert all(process.poll() is None for process in started)
+    time.sleep(0.01)
+  started[victim].kill()
+  begun = time.monotonic()
+  said = end(started[1 - victim], 1)
+  assert time.monotonic() - begun < 60
+  assert 'no longer reach each other' in said and 'Start all' in said
+  assert 'Traceback' not in said
+  started[victim].communicate()
+  assert not (workdir / 'pretrain/model.safetensors').exists()
+  said = [end(process) for process in together(
+      2, workdir, npz, changes=changes)]
+  assert all('pretrain: resumed at step' in log for log in said)
+  for process in together(2, whole, npz, changes=changes):
+    end(process)
+  runs.assert_same_run(
+      runs.config_of(npz, CHANGES | changes), workdir, whole)

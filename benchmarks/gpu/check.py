@@ -35,8 +35,9 @@ def command(dry: bool) -> list[str]:
   """The call of pytest that runs the tests of a GPU; `dry`: a few of them."""
   parallel = importlib.util.find_spec('xdist') and not dry
   return [sys.executable, '-m', 'pytest', '-m',
-          'gpu and not slow and not long', '-q', '-W', 'default', '-p', 'no:cacheprovider',
-          '-p', 'benchmarks.gpu.outcomes', '--tb=short',
+          'gpu and not slow and not long', '-q', '-W', 'default',
+          '-p', 'no:cacheprovider', '-p', 'benchmarks.gpu.outcomes',
+          '--tb=short',
           *(('-n', str(PROCESSES), '--dist', 'loadscope') if parallel else ()),
           *(_DRY if dry else marked())]
 

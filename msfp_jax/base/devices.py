@@ -11,6 +11,7 @@ One device has the same mesh, of 1 x 1; arrays are then left where JAX puts
 them, so that programs are those of a run that knows of no mesh.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -185,8 +186,20 @@ def wait(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def agree(value: bool) -> bool:
-  """What the first process says, in all of them."""
+def by_first(work: Callable[[], Any], name: str) -> None:
+  """Has the first process do something, for which the others wait.
+
+  Args:
+    work: such as writing a file.
+    name: as of `wait`.
+  """
+  if is_first():
+    work()
+  wait(name)
+
+
+def agreed(value: Any) -> np.ndarray:
+  """What the first process says, in all of them: numbers of one shape."""
   if jax.process_count() == 1:
-    return value
-  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    return np.asarray(value)
+  return multihost_utils.broadcast_one_to_all(np.asarray(value))

@@ -42,6 +42,11 @@ IMPLEMENTATIONS = ('reference', 'xla', *KERNELS.values())
 _LEAST_CHANNELS = 32
 
 
+def are_there() -> bool:
+  """Whether the device has kernels of its own."""
+  return jax.default_backend() in KERNELS
+
+
 def pick(layer: QLayer, shape: Sequence[int],
          geometry: Geometry | None = None, carrier: str | None = None) -> str:
   """The implementation that None stands for; arguments as for `why_not`."""

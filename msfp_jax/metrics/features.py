@@ -129,7 +129,7 @@ class FeatureNetwork:
       missing = self._batch_size - count
       # Filled up with black images: one shape, one compilation.
       batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-      out = jax.device_get(self._apply(
+      out = devices.fetch(self._apply(
           self._params, self._layout.put(batch, self._layout.batch)))
       for whole, part in zip(
           jax.tree.leaves(found), jax.tree.leaves(out), strict=True):

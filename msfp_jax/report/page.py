@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import spec as spec_lib
@@ -51,8 +52,10 @@ def write(workdir: str, *, experiment: Experiment,
   source = Source(workdir, experiment, results, pictures, row, deployed,
                   layers, command)
   sections = [made for make in SECTIONS if (made := make(source)) is not None]
-  files.write_text(pathlib.Path(workdir) / 'report.html',
-                   render(title(source), sections))
+  html = render(title(source), sections)
+  devices.by_first(
+      lambda: files.write_text(pathlib.Path(workdir) / 'report.html', html),
+      'the report is written')
 
 
 def title(source: Source) -> str:

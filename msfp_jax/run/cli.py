@@ -4,6 +4,7 @@ from collections.abc import Callable
 import os
 import shlex
 import sys
+import traceback
 from typing import TypeVar
 
 from absl import app
@@ -13,6 +14,7 @@ import jax
 
 from msfp_jax.base import errors
 from msfp_jax.base import quiet
+from msfp_jax.run import cluster
 
 _T = TypeVar('_T')
 
@@ -20,15 +22,31 @@ _T = TypeVar('_T')
 def guard(work: Callable[[], _T]) -> _T:
   """Runs `work`; expected errors end the program with their message alone.
 
+  So does the loss of another process, where a run has several.
+
   MSFP_TRACEBACK=1 in the environment shows the traceback all the same.
   """
   try:
     return work()
-  except errors.EXPECTED as error:
-    if os.environ.get('MSFP_TRACEBACK'):
-      raise
+  except Exception as error:
+    shown = str(error)
+    if cluster.is_joined() and isinstance(error, jax.errors.JaxRuntimeError):
+      shown = cluster.LOST + shown.splitlines()[0]
+    elif not isinstance(error, errors.EXPECTED):
+      shown = ''
+    if os.environ.get('MSFP_TRACEBACK') or not shown:
+      if not cluster.is_joined():
+        raise
+      traceback.print_exc()
     logging.flush()
-    sys.exit(f'error: {error}')
+    if not cluster.is_joined():
+      sys.exit(f'error: {shown}')
+    if shown:
+      print(f'error: {shown}', file=sys.stderr)
+    sys.stderr.flush()
+    # At once: JAX's own end of a run waits minutes for processes that are gone,
+    # and meanwhile others wait for this one.
+    os._exit(1)
 
 
 def need(**values: str | None) -> None:

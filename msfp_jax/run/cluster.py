@@ -9,6 +9,11 @@ from msfp_jax.base import arguments
 from msfp_jax.base import devices
 
 AUTO = 'auto'
+# Before what JAX says when an exchange between processes fails.
+LOST = ('this process and the others of its run no longer reach each other; '
+        'the log of the one that ended first says why. Start all of them '
+        'again: the run goes on from its last checkpoint. JAX says: ')
+_HEARTBEAT = 30  # seconds without a word, after which a process counts as lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +75,18 @@ def join(config: ml_collections.ConfigDict) -> None:
   # CPUs exchange by gloo, which other devices do not look at.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
-    jax.distributed.initialize(**given)
+    jax.distributed.initialize(
+        **given, heartbeat_timeout_seconds=_HEARTBEAT)
   except (RuntimeError, ValueError) as error:
     raise OSError(
         f'config.mesh.coordinator={settings.coordinator!r}: the processes of '
         f'this run do not find each other ({error}); start all of them with '
         'the same coordinator and num_processes') from error
+
+
+def is_joined() -> bool:
+  """Whether this process is one of several."""
+  return jax.distributed.is_initialized()
 
 
 def layout(config: ml_collections.ConfigDict) -> devices.Layout:

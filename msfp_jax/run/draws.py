@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import experiment as experiment_lib
@@ -28,17 +29,23 @@ def draw(experiment: experiment_lib.Experiment, num_samples: int,
 def fill(experiment: experiment_lib.Experiment, drawer: generate.Drawer,
          samples: sample_store.SampleStore, name: str) -> None:
   """Draws those batches of samples that a store lacks."""
-  size, missing = drawer.batch_size, samples.missing
+  size, total = drawer.batch_size, len(samples)
+  # What the first process sees on the disk: all draw the same batches, each its
+  # part of them.
+  lacks = np.zeros(generate.num_batches(total, size), bool)
+  lacks[samples.missing] = True
+  missing = np.flatnonzero(devices.agreed(lacks)).tolist()
   # The same key for every model: image i of all rows starts from one noise.
   batches = generate.batches(
       drawer, missing, experiment.key(experiment_lib.SAMPLES), name,
       decode=experiment.decode)
-  total = len(samples)
   # Progress counts what an earlier run drew.
   done = generate.num_batches(total, size) - len(missing)
   progress = progress_lib.Progress(
       name, total, min(done * size, total), unit='images', compiles=True)
   for number, batch in zip(missing, batches, strict=True):
-    samples.write(number, batch)
+    if devices.is_first():
+      samples.write(number, batch)
     done += 1
     progress.update(min(done * size, total))
+  devices.wait('the samples are written')

@@ -12,6 +12,7 @@ import ml_collections
 
 from msfp_jax import diffusion
 from msfp_jax import report
+from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import pictures
@@ -103,9 +104,6 @@ def run(config: ml_collections.ConfigDict, workdir: str,
   """
   cfg = EvalSettings(**config.eval)
   cfg = dataclasses.replace(cfg, rows=methods_lib.expand(cfg.rows))
-  if jax.process_count() > 1:
-    raise ValueError(f'{jax.process_count()} processes: eval.py runs in one, '
-                     'on all devices of its machine')
   # All that can be refused comes first, the cheap before the dear, and the
   # claims last, which may delete an earlier evaluation's samples.
   experiment_lib.check(config)
@@ -152,9 +150,10 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
         experiment, cfg, workdir, name, samples, scorer, meter)
     results['rows'].append(content)
     shown[name] = samples[:cfg.pictures]
-  pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(
-      shown, texts=texts))
-  files.write_json(f'{workdir}/results.json', results)
+  if devices.is_first():
+    pictures.save_png(f'{workdir}/samples/methods.png', grid.labelled(
+        shown, texts=texts))
+    files.write_json(f'{workdir}/results.json', results)
   if cfg.report:
     # Also where the last row was done by an earlier run, which kept its metrics
     # only.
@@ -167,7 +166,8 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
         results=results, pictures=shown, row=last.name, deployed=last.deployed,
         layers=last.spec.layers if last.spec else {}, command=command)
   # Only now that everything is written: until here a stop costs one batch.
-  sample_store.discard(folder)
+  devices.by_first(
+      lambda: sample_store.discard(folder), 'the evaluation is complete')
   return results
 
 
@@ -222,7 +222,8 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
                    else [*source, *(() if images is None else images.shape)]}
   prepare()
-  sample_store.claim(folder, samples, scores)
+  devices.by_first(lambda: sample_store.claim(folder, samples, scores),
+                   'the samples are claimed')
   return scorer or make()
 
 
@@ -247,7 +248,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   """
   # Beside the folder of samples: its existence is the mark of a finished row.
   path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
-  if path.is_file():
+  if devices.agreed(path.is_file()):
     return json.loads(path.read_text()), None
   row = methods_lib.make_row(experiment, name, workdir)
   draw = draws.drawer(experiment, cfg.batch_size, row.deployed)
@@ -259,7 +260,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                      f'{samples.folder}') from error
   logging.info('%s: %s', name, ', '.join(
       f'{key} {value:.4g}' for key, value in found.items()))
-  if cfg.keep:
+  if cfg.keep and devices.is_first():
     suffix, save = sample_store.FORMS[cfg.keep]
     save(f'{workdir}/samples/{samples.folder.name}{suffix}', samples)
   content = {'name': name, 'weight_bits': row.weight_bits,
@@ -267,8 +268,9 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   # Full precision is scored anew by every run, from all its stored images: the
   # scorer has to have seen them.
   if name != methods_lib.FULL_PRECISION:
-    files.write_json(path, content)
-    samples.keep_first(cfg.pictures)
+    devices.by_first(lambda: files.write_json(path, content), f'{name} is done')
+    if devices.is_first():
+      samples.keep_first(cfg.pictures)
   return content, row
 
 

@@ -1,6 +1,7 @@
 """Images from a model, batch by batch, on all devices."""
 
 from collections.abc import Callable, Iterable, Iterator
+import dataclasses
 import functools
 import statistics
 import time
@@ -51,6 +52,10 @@ class Drawer:
     """
     layout = layout or devices.layout()
     layout.check_batch('batch_size', batch_size)
+    if (not layout.is_single and kernels.are_there()
+        and model.implementation is None):
+      # A kernel is a program of one device, which XLA does not split.
+      model = dataclasses.replace(model, implementation='xla')
     self.model, self.batch_size = model, batch_size
     self._more = plan, batch_size, shape, draw_condition, prompts, layout
     self._layout = layout
@@ -141,7 +146,7 @@ def batches(draw: Drawer, numbers: Iterable[int], key: jax.Array,
     if decode is not None:
       x = decode(x)
       _check_finite(x, name, number)
-    yield np.asarray(data.to_uint8(x))
+    yield devices.fetch(data.to_uint8(x))
 
 
 def generate(draw: Drawer, num_samples: int, key: jax.Array,
@@ -181,7 +186,7 @@ def num_batches(num_samples: int, batch_size: int) -> int:
 
 
 def _check_finite(x: jax.Array, name: str, number: int) -> None:
-  x = np.asarray(x)
+  x = devices.fetch(x)
   if bad := np.count_nonzero(~np.isfinite(x)):
     raise ValueError(f'{name}: {bad} of {x.size} values of batch {number} are '
                      'NaN or infinite; the model is damaged')

@@ -6,6 +6,7 @@ import pathlib
 from absl import logging
 
 from msfp_jax import data
+from msfp_jax.base import devices
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
@@ -88,11 +89,12 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
                      'file of statistics, or config.data.name to a data set')
   # Only `sample_store.claim` puts this file at risk: it deletes it where
   # network or data changed, so what is found fits.
-  if path is not None and path.is_file():
+  if path is not None and devices.agreed(path.is_file()):
     return stats_file.load(path)
   found = stats_file.measure(images, network, dataset, num_vectors)
   if path is not None:
-    stats_file.save(path, found)
+    devices.by_first(
+        lambda: stats_file.save(path, found), 'the reference is written')
   return found
 
 

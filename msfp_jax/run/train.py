@@ -74,10 +74,10 @@ def _run(config: ml_collections.ConfigDict, workdir: str,
     deployed = packed_lib.simulate(
         experiment.model, experiment.params, spec, experiment.plan)
   path = f'{workdir}/{workdir_lib.PACKED_FILE}'
-  if devices.is_first():
-    packed_file.save(path, deployed.packed(), command=command)
-    logging.info('wrote %s', path)
-  devices.wait('the packed model is written')
+  devices.by_first(
+      lambda: packed_file.save(path, deployed.packed(), command=command),
+      'the packed model is written')
+  logging.info('wrote %s', path)
 
 
 def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
@@ -117,7 +117,7 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
   """
   path = pathlib.Path(workdir) / 'quant_spec.json'
   # One answer for all processes, of which the first writes the file.
-  if devices.agree(path.is_file()):
+  if devices.agreed(path.is_file()):
     try:
       spec = spec_lib.QuantSpec.load(path)
     except ValueError as error:
@@ -130,10 +130,8 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
       raise ValueError(f'{path}: {error}') from error
     return spec
   spec = experiment.calibrate()
-  if devices.is_first():
-    spec.save(path)
-    logging.info('wrote %s', path)
-  devices.wait('the spec is written')
+  devices.by_first(lambda: spec.save(path), 'the spec is written')
+  logging.info('wrote %s', path)
   # Machines of a run may differ in a last bit: all work with the first one's.
   return spec if devices.is_first() else spec_lib.QuantSpec.load(path)
 

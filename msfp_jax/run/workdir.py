@@ -51,9 +51,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str,
   Args, returns and raises as `check`, and OSError where it cannot be written.
   """
   new = check(config, workdir, free, taken)
-  if devices.is_first():
-    files.write_json(pathlib.Path(workdir) / 'config.json', new)
-  devices.wait('the workdir is claimed')
+  path = pathlib.Path(workdir) / 'config.json'
+  devices.by_first(lambda: files.write_json(path, new), 'the claim is written')
   return new
 
 

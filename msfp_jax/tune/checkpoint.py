@@ -43,9 +43,9 @@ class Checkpointer:
 
   def __init__(self, directory: str | pathlib.Path, keep: int = 2):
     self._directory = pathlib.Path(directory).resolve()
-    if devices.is_first():
-      self._directory.mkdir(parents=True, exist_ok=True)
-    devices.wait('the folder of checkpoints is there')
+    devices.by_first(
+        lambda: self._directory.mkdir(parents=True, exist_ok=True),
+        'the folder of checkpoints is there')
     self._keep = keep
     self._manager = self._open()
     self.stop_requested = False

@@ -326,10 +326,8 @@ def run(model: unet.UNet, images: data.Images,
         shardings=layout.weights)
   path = f'{workdir}/model.safetensors'
   params = devices.fetch(state.ema_params)
-  if devices.is_first():
-    convert.save_pretrained(
-        path, model, params, origin, seed=str(seed),
-        steps=str(settings.num_steps), **(about or {}))
-    logging.info('wrote %s', path)
-  devices.wait('the teacher is written')
+  devices.by_first(lambda: convert.save_pretrained(
+      path, model, params, origin, seed=str(seed),
+      steps=str(settings.num_steps), **(about or {})), 'the teacher is written')
+  logging.info('wrote %s', path)
   return path
