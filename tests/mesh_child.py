@@ -12,6 +12,7 @@ device.
 import importlib
 import json
 import sys
+import time
 
 import jax
 import pytest
@@ -30,6 +31,14 @@ from msfp_jax.run import train  # noqa: E402
 from msfp_jax.tune import checkpoint  # noqa: E402
 
 
+def slowed(make_step):
+  """Half a second a step: JAX's service looks for signals once a second."""
+  def made(*args):
+    step = make_step(*args)
+    return lambda state: (time.sleep(0.5), step(state))[1]
+  return made
+
+
 def main():
   config = runs.config_of(given['npz'], given['changes'])
   cluster.join(config)
@@ -44,9 +53,11 @@ def main():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoint.Checkpointer, 'save', noting)
     patch.setattr(devices, '_LARGE', given.get('large', devices._LARGE))
-    for module, step in given.get('stop', {}).items():
-      runs.interrupt(
-          patch, importlib.import_module(f'msfp_jax.tune.{module}'), step)
+    for name, step in given.get('stop', {}).items():
+      module = importlib.import_module(f'msfp_jax.tune.{name}')
+      runs.interrupt(patch, module, step)
+      if cluster.is_joined():
+        patch.setattr(module, 'make_step', slowed(module.make_step))
     cli.guard(lambda: train.run(config, given['workdir']))
   if given.get('eval'):
     cli.guard(lambda: evaluate.run(config, given['workdir']))

@@ -149,27 +149,17 @@ def test_processes_share_the_work(tmp_path, npz, one, count):
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
-  """SIGTERM on one, then on eight, then whole on two processes."""
-  end(begin(tmp_path, npz, stop={'pretrain': 3}), 143)
-  assert (tmp_path / 'pretrain/checkpoints/3').is_dir()
-  end(begin(tmp_path, npz, 8, stop={'finetune': 3}), 143)
-  assert (tmp_path / 'checkpoints/3').is_dir()
-  for process in together(2, tmp_path, npz, devices=2, eval=True):
-    end(process)
-  assert_like(tmp_path, one)
-  assert_evaluated_alike(tmp_path, one)
-
-
-@pytest.mark.long
-def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, npz, one):
+  """SIGTERM to one of two processes, then on one device, the rest on eight."""
   for process in together(2, tmp_path, npz, stop={'pretrain': 3}):
     end(process, 128 + signal.SIGTERM)
-  steps = sorted(int(path.name) for path in (
-      tmp_path / 'pretrain/checkpoints').iterdir())
-  assert 3 <= steps[-1] < 6
-  for process in together(2, tmp_path, npz):
-    end(process)
+  steps = [int(path.name) for path in (
+      tmp_path / 'pretrain/checkpoints').iterdir()]
+  assert 3 <= max(steps) <= 6
+  end(begin(tmp_path, npz, stop={'finetune': 3}), 128 + signal.SIGTERM)
+  assert (tmp_path / 'checkpoints/3').is_dir()
+  end(begin(tmp_path, npz, 8, eval=True))
   assert_like(tmp_path, one)
+  assert_evaluated_alike(tmp_path, one)
 
 
 @pytest.mark.long
@@ -186,16 +176,18 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     time.sleep(0.01)
   started[victim].kill()
   begun = time.monotonic()
-  said = end(started[1 - victim], 1)
+  said, _ = started[1 - victim].communicate(timeout=60)
+  # JAX ends a process too, by SIGABRT, when it misses the first one.
+  code = started[1 - victim].returncode
+  assert code == 1 and 'Start all of them again' in said or (
+      victim == 0 and code == -signal.SIGABRT
+      and 'another task died' in said), said
   assert time.monotonic() - begun < 60
-  assert 'no longer reach each other' in said and 'Start all' in said
-  assert 'Traceback' not in said
   started[victim].communicate()
   assert not (workdir / 'pretrain/model.safetensors').exists()
-  said = [end(process) for process in together(
-      2, workdir, npz, changes=changes)]
-  assert all('pretrain: resumed at step' in log for log in said)
-  for process in together(2, whole, npz, changes=changes):
-    end(process)
+  assert (workdir / 'pretrain/checkpoints/8').is_dir()  # to go on from
+  for folder in (workdir, whole):
+    for process in together(2, folder, npz, changes=changes):
+      end(process)
   runs.assert_same_run(
       runs.config_of(npz, CHANGES | changes), workdir, whole)

@@ -30,8 +30,8 @@ def guard(work: Callable[[], _T]) -> _T:
     return work()
   except Exception as error:
     shown = str(error)
-    if cluster.is_joined() and isinstance(error, jax.errors.JaxRuntimeError):
-      shown = cluster.LOST + shown.splitlines()[0]
+    if cluster.is_joined() and (reason := cluster.lost(error)):
+      shown = reason
     elif not isinstance(error, errors.EXPECTED):
       shown = ''
     if os.environ.get('MSFP_TRACEBACK') or not shown:

@@ -1,6 +1,7 @@
 """The processes of a run, one a host, and the mesh of their devices."""
 
 import dataclasses
+import re
 
 import jax
 import ml_collections
@@ -10,9 +11,13 @@ from msfp_jax.base import devices
 
 AUTO = 'auto'
 # Before what JAX says when an exchange between processes fails.
-LOST = ('this process and the others of its run no longer reach each other; '
+_LOST = ('this process and the others of its run no longer reach each other; '
         'the log of the one that ended first says why. Start all of them '
         'again: the run goes on from its last checkpoint. JAX says: ')
+# How it says so: by a status of XLA's, in errors of several types.
+_STATUS = re.compile(
+    r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
+    r'UNAVAILABLE|UNKNOWN): ')
 _HEARTBEAT = 30  # seconds without a word, after which a process counts as lost
 
 
@@ -82,6 +87,19 @@ def join(config: ml_collections.ConfigDict) -> None:
         f'config.mesh.coordinator={settings.coordinator!r}: the processes of '
         f'this run do not find each other ({error}); start all of them with '
         'the same coordinator and num_processes') from error
+
+
+def lost(error: BaseException) -> str:
+  """What to say where an exchange between processes failed; else ''.
+
+  Args:
+    error: what was raised in its course; others may have been raised from it.
+  """
+  while error is not None:
+    if _STATUS.match(str(error)):
+      return _LOST + str(error).splitlines()[0]
+    error = error.__cause__ or error.__context__
+  return ''
 
 
 def is_joined() -> bool:

@@ -138,9 +138,12 @@ class Checkpointer:
         another model's.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
-    if shardings is not None:
-      abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+    if shardings is None:
+      # Said as well: orbax would look for the devices that it was saved from.
+      one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      shardings = jax.tree.map(lambda _: one, abstract)
+    abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
     abstract = {'state': abstract, 'crc32': ocp.utils.to_shape_dtype_struct(
         np.zeros((), np.uint32))}
     damaged = []
