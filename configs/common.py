@@ -144,12 +144,12 @@ def get_config() -> ml_collections.ConfigDict:
       'samples_per_layer': 65_536,  # activations kept of each layer
   })
   config.mesh = ml_collections.ConfigDict({
-      # Devices that share the large weights among them, for models that one
-      # cannot hold; the others split batches.
+      # Devices that share the large weights, and what optimizers keep of them,
+      # while the model runs; the others split batches.
       'model': 1,
-      # Several processes, one a host: 'auto' where JAX finds them by itself
-      # (TPU pods, SLURM, Kubernetes); or HOST:PORT of the first one, and how
-      # many there are and which this is.
+      # Several processes: 'auto' where JAX finds them by itself (TPU pods;
+      # SLURM and Open MPI, with one for each GPU); or HOST:PORT of the first
+      # one, and how many there are and which this is.
       'coordinator': '',
       'num_processes': 0,
       'process_id': -1,

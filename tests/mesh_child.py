@@ -12,7 +12,6 @@ device.
 import importlib
 import json
 import sys
-import time
 
 import jax
 import pytest
@@ -29,14 +28,6 @@ from msfp_jax.run import cluster  # noqa: E402
 from msfp_jax.run import evaluate  # noqa: E402
 from msfp_jax.run import train  # noqa: E402
 from msfp_jax.tune import checkpoint  # noqa: E402
-
-
-def slowed(make_step):
-  """Half a second a step: JAX's service looks for signals once a second."""
-  def made(*args):
-    step = make_step(*args)
-    return lambda state: (time.sleep(0.5), step(state))[1]
-  return made
 
 
 def main():
@@ -56,8 +47,6 @@ def main():
     for name, step in given.get('stop', {}).items():
       module = importlib.import_module(f'msfp_jax.tune.{name}')
       runs.interrupt(patch, module, step)
-      if cluster.is_joined():
-        patch.setattr(module, 'make_step', slowed(module.make_step))
     cli.guard(lambda: train.run(config, given['workdir']))
   if given.get('eval'):
     cli.guard(lambda: evaluate.run(config, given['workdir']))

@@ -14,6 +14,7 @@ import pytest
 from configs import digits
 from msfp_jax.base import errors
 from msfp_jax.run import cli
+from msfp_jax.run import references
 from msfp_jax.tune import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -90,6 +91,13 @@ def test_statistics_of_images_are_written(tmp_path):
 ])
 def test_statistics_that_cannot_be_made(arguments, part):
   assert_refused(run('eval.py', *arguments), part)
+
+
+def test_statistics_need_weights_that_are_there(tmp_path):
+  with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+    references.run('digits', str(tmp_path / 'x.npz'), 'inception',
+                   weights='nowhere.pth')
+  assert not [*tmp_path.iterdir()]
 
 
 def test_a_workdir_below_a_file(tmp_path):

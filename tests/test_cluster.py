@@ -53,13 +53,13 @@ def test_one_process_alone():
 
 def test_one_device_places_nothing():
   layout = devices.layout()
-  assert layout.is_single and layout.data == 1
+  assert layout.is_single and layout.num_parts == 1
   tree = {'a': np.ones((4, 2**15))}
   assert layout.put(tree) is tree
   assert layout.constrain(tree, layout.batch) is tree
   assert layout.rows(12) == slice(0, 12)
   assert layout.put_rows(tree['a'], 4) is tree['a']
-  found = layout.weights({'w': jax.ShapeDtypeStruct((4, 2**15), 'float32')})
+  found = layout.of_weights({'w': jax.ShapeDtypeStruct((4, 2**15), 'float32')})
   assert found['w'].is_fully_replicated
   with pytest.raises(ValueError, match='b=0: must be a multiple of 1'):
     layout.check_batch('b', 0)

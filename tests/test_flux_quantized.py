@@ -62,11 +62,14 @@ def test_without_data_to_a_file(model, params, tmp_path):
   packed_files.assert_equal(loaded, packed)
 
 
-@pytest.mark.slow
-def test_a_file_samples_what_the_simulation_does(model, params, tmp_path):
+@pytest.mark.parametrize('recipe', [
+    pytest.param('msfp', marks=pytest.mark.slow),
+    pytest.param('svdquant', marks=pytest.mark.long)])
+def test_a_file_samples_what_the_simulation_does(
+    model, params, tmp_path, recipe):
   """And AALs are those of the structure: what follows SiLU or GELU."""
   spec = msfp.calibrate(
-      model, params, recipe='msfp', batches=[inputs_of(CONFIG)], plan=PLAN)
+      model, params, recipe=recipe, batches=[inputs_of(CONFIG)], plan=PLAN)
   assert {name: layer.kind == spec_lib.AAL
           for name, layer in spec.layers.items()} == {
               name: roles.follows_activation(name) for name in spec.layers}

@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 import torch_writer
 import unet_oracle
 
+from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import features
 from msfp_jax.metrics import lpips
 from msfp_jax.metrics import scorer as scorer_lib
@@ -53,6 +54,8 @@ def test_images_that_cannot_be_compared():
     vgg.check((16, 16, 4))
   with pytest.raises(ValueError, match=r'\[1, 31, 31, 3\] and \[2, 31'):
     alex.distance(a, np.concatenate([a, a]))
+  with pytest.raises(ValueError, match='lpips: a must be uint8'):
+    alex.distance(a / 255, a / 255)
 
 
 @pytest.mark.parametrize('save', [
@@ -83,6 +86,12 @@ def test_other_weights_are_refused(tmp_path):
     lpips.load(f'alex:{named}')
   with pytest.raises(FileNotFoundError, match='none.pth'):
     lpips.load('alex:none.pth')
+
+
+def test_the_weights_of_the_distance_are_the_published_ones():
+  """As the package lpips 0.1.4 has them, compared when they were copied."""
+  assert classifier_files.digest(lpips.LINEAR) == (
+      'fd30720767e733e5a02b8d885ea8d12c3654c01207826373289bc74698c5a33a')
 
 
 @pytest.mark.parametrize('text', ['alex', 'alex:', 'squeeze:w.pth', 'w.pth'])

@@ -5,12 +5,14 @@ when JAX begins.
 """
 
 import json
+import os
 import pathlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import children
@@ -20,6 +22,7 @@ import runs
 import safetensors
 
 TESTS = pathlib.Path(__file__).parent
+STARTED = []
 # All batches can be split over 8 devices.
 CHANGES = {'calibrate.batch_size': 8, 'finetune.batch_size': 8,
            'pretrain.batch_size': 8, 'eval.rows': ('fp', 'msfp', 'tuned'),
@@ -33,19 +36,37 @@ def npz(tmp_path_factory):
   return str(path)
 
 
+@pytest.fixture(autouse=True)
+def none_is_left():
+  """Ends what a test that failed has left."""
+  yield
+  for process in STARTED:
+    process.kill()
+    process.wait()
+  STARTED.clear()
+
+
 def begin(workdir, npz, devices=1, changes=None, **more):
-  """Starts a process; its output is read by `end`."""
+  """Starts a process; `end` waits for it and reads its output."""
   given = {'devices': devices, 'npz': npz, 'workdir': str(workdir),
            'changes': CHANGES | (changes or {})} | more
-  return subprocess.Popen(
-      [sys.executable, TESTS / 'mesh_child.py', json.dumps(given)],
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      env=children.compiling_fast(PYTHONPATH=f'{TESTS.parent}:{TESTS}'))
+  # A file: a pipe that nobody reads would stop a process, and so all others.
+  with tempfile.TemporaryFile('w+') as output:
+    process = subprocess.Popen(
+        [sys.executable, TESTS / 'mesh_child.py', json.dumps(given)],
+        stdout=output, stderr=subprocess.STDOUT,
+        env=children.compiling_fast(PYTHONPATH=f'{TESTS.parent}:{TESTS}'))
+    process.output = os.fdopen(os.dup(output.fileno()))
+  STARTED.append(process)
+  return process
 
 
-def end(process, code=0):
-  said, _ = process.communicate(timeout=300)
-  assert process.returncode == code, said
+def end(process, *codes):
+  process.wait(timeout=300)
+  with process.output as output:
+    output.seek(0)
+    said = output.read()
+  assert process.returncode in (codes or (0,)), said
   return said
 
 
@@ -67,6 +88,12 @@ def one(tmp_path_factory, npz):
   workdir = tmp_path_factory.mktemp('one')
   end(begin(workdir, npz, eval=True))
   return workdir
+
+
+def newest(workdir):
+  """The step of the newest checkpoint; 0 of none."""
+  return max((int(path.name) for path in workdir.glob('checkpoints/*')
+              if path.name.isdecimal()), default=0)
 
 
 def scalars(workdir, name):
@@ -152,9 +179,7 @@ def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
   """SIGTERM to one of two processes, then on one device, the rest on eight."""
   for process in together(2, tmp_path, npz, stop={'pretrain': 3}):
     end(process, 128 + signal.SIGTERM)
-  steps = [int(path.name) for path in (
-      tmp_path / 'pretrain/checkpoints').iterdir()]
-  assert 3 <= max(steps) <= 6
+  assert newest(tmp_path / 'pretrain') == 3  # of 6
   end(begin(tmp_path, npz, stop={'finetune': 3}), 128 + signal.SIGTERM)
   assert (tmp_path / 'checkpoints/3').is_dir()
   end(begin(tmp_path, npz, 8, eval=True))
@@ -170,22 +195,19 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
   workdir, whole = tmp_path / 'w', tmp_path / 'whole'
   changes = {'pretrain.num_steps': 80, 'pretrain.sample_every': 80}
   started = together(2, workdir, npz, changes=changes)
-  metrics = workdir / 'pretrain/metrics.jsonl'
-  while not metrics.exists() or metrics.read_bytes().count(b'\n') < 10:
+  until = time.monotonic() + 120
+  while newest(workdir / 'pretrain') < 10:
     assert all(process.poll() is None for process in started)
+    assert time.monotonic() < until
     time.sleep(0.01)
   started[victim].kill()
   begun = time.monotonic()
-  said, _ = started[1 - victim].communicate(timeout=60)
   # JAX ends a process too, by SIGABRT, when it misses the first one.
-  code = started[1 - victim].returncode
-  assert code == 1 and 'Start all of them again' in said or (
-      victim == 0 and code == -signal.SIGABRT
-      and 'another task died' in said), said
+  said = end(started[1 - victim], 1, -signal.SIGABRT)
   assert time.monotonic() - begun < 60
-  started[victim].communicate()
+  assert 'Start all of them' in said or 'another task died' in said, said
   assert not (workdir / 'pretrain/model.safetensors').exists()
-  assert (workdir / 'pretrain/checkpoints/8').is_dir()  # to go on from
+  assert newest(workdir / 'pretrain') >= 10  # to go on from
   for folder in (workdir, whole):
     for process in together(2, folder, npz, changes=changes):
       end(process)

@@ -73,6 +73,7 @@ EVERYWHERE = ('images with zero points', 'tokens with zero points',
               'groups of weights alone', 'static, by channel')
 WITH_DILATION = EVERYWHERE[1:3]
 QUICK = EVERYWHERE[2:]  # at borders
+DENSE = (*EVERYWHERE, 'NVFP4', 'MXFP4', '8 bits', 'rows of weights')
 
 
 def each(case, x, *layers, **options):
@@ -82,9 +83,10 @@ def each(case, x, *layers, **options):
 @pytest.mark.parametrize('name, geometry', [
     pytest.param(name, geometry, marks=(
         () if name in QUICK and geometry == '3x3, borders'
+        else pytest.mark.long if geometry == 'dense' and name not in DENSE
         else pytest.mark.slow))
     for name in PAIRS for geometry in GEOMETRIES
-    if geometry == '3x3, borders' or name in (
+    if geometry in ('dense', '3x3, borders') or name in (
         WITH_DILATION if geometry == '3x3, dilation' else EVERYWHERE)])
 def test_every_kind_of_scale(name, geometry):
   """Every way is within 1e-6 of float64; packed is not packed, bit for bit."""

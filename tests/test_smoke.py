@@ -5,7 +5,9 @@ import json
 
 import flax.linen as nn
 import jax.numpy as jnp
+import lpips_oracle
 import pytest
+from safetensors.numpy import save_file
 
 from configs import cifar10
 from msfp_jax.models import denoiser
@@ -34,15 +36,24 @@ def rows_of(config, workdir):
                  else pytest.mark.long) for name in FAMILIES])
 def test_train_then_eval(tmp_path, name):
   config = importlib.import_module(f'configs.{name}').get_config('smoke')
+  if name == 'cifar10':
+    weights = tmp_path / 'alex.safetensors'
+    save_file(lpips_oracle.random_state('alex'), weights)
+    config.eval.lpips = f'alex:{weights}'
   if name in PACKED:
     config.eval.rows = (*config.eval.rows, 'packed')
   rows = rows_of(config, tmp_path / 'run')
   assert rows.keys() == {*config.eval.rows}
   assert rows['tuned']['bytes'] < rows['fp']['bytes']
-  metrics = [{name: value for name, value in rows[row].items()
-              if name not in ('name', 'bytes')} for row in rows if row != 'fp']
-  assert metrics[0] == metrics[-1]  # to the last digit
-  assert {'psnr_to_fp', 'ssim_to_fp'} < metrics[0].keys()
+  metrics = {row: {name: value for name, value in rows[row].items()
+                   if name not in ('name', 'bytes')} for row in rows}
+  assert {'psnr_to_fp', 'ssim_to_fp'} < metrics['tuned'].keys()
+  if name in PACKED:
+    assert metrics['packed'] == metrics['tuned']  # to the last digit
+  if config.eval.lpips:
+    assert 0 < metrics['tuned']['lpips_alex_to_fp'] < 1
+    results = json.loads((tmp_path / 'run/results.json').read_text())
+    assert results['lpips'] == 'alex' and len(results['lpips_sha256']) == 64
   assert (tmp_path / 'run/samples/methods.png').is_file()
 
 

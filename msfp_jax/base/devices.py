@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from absl import logging
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -35,9 +36,11 @@ class Layout:
 
   Attributes:
     mesh: of all devices, with the axes DATA and MODEL.
+    splits: whether batches are split; else every device computes all of one.
   """
 
   mesh: Mesh
+  splits: bool = True
 
   @property
   def is_single(self) -> bool:
@@ -45,27 +48,46 @@ class Layout:
     return self.mesh.size == 1
 
   @property
-  def data(self) -> int:
-    """Parts that a batch is split into."""
+  def num_parts(self) -> int:
+    """Parts that a batch can be split into."""
     return self.mesh.shape[DATA]
+
+  @property
+  def num_sharing(self) -> int:
+    """Devices that share the large weights among them."""
+    return self.mesh.shape[MODEL]
+
+  def for_batch(self, name: str, batch_size: int) -> 'Layout':
+    """The layout for batches of a size, split where they can be."""
+    if batch_size % self.num_parts == 0:
+      return self
+    logging.warning(
+        '%s=%d is no multiple of %d, the parts into which the %d devices could '
+        'split a batch: each of them computes all of it', name, batch_size,
+        self.num_parts, self.mesh.size)
+    return dataclasses.replace(self, splits=False)
 
   @property
   def batch(self) -> NamedSharding:
     """Of arrays whose first axis is a batch."""
-    return NamedSharding(self.mesh, PartitionSpec(DATA))
+    return NamedSharding(self.mesh, PartitionSpec(*self._data))
 
   @property
-  def second(self) -> NamedSharding:
+  def batch_second(self) -> NamedSharding:
     """Of arrays whose second axis is a batch, such as those of several steps.
     """
-    return NamedSharding(self.mesh, PartitionSpec(None, DATA))
+    return NamedSharding(self.mesh, PartitionSpec(None, *self._data))
+
+  @property
+  def _data(self) -> tuple[str, ...]:
+    return (DATA,) if self.splits else ()
 
   @property
   def whole(self) -> NamedSharding:
     """Of arrays that every device holds."""
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def weights(self, tree: Any) -> Any:
+  def of_weights(self, tree: Any) -> Any:
     """Shardings of weights, and of what goes with them.
 
     Large arrays are split along their last axis, a layer's outputs, where the
@@ -78,7 +100,7 @@ class Layout:
     return jax.tree.map(self._of_weight, tree)
 
   def _of_weight(self, leaf) -> NamedSharding:
-    parts = self.mesh.shape[MODEL]
+    parts = self.num_sharing
     shape = np.shape(leaf)
     if (parts == 1 or len(shape) < 2 or np.prod(shape) < _LARGE
         or shape[-1] % parts):
@@ -91,12 +113,12 @@ class Layout:
 
     Args:
       tree: of arrays, the same in every process.
-      shardings: a tree like it, or one for all; those of `weights` by default.
+      shardings: a tree like it, or one for all; `of_weights` by default.
     """
     if self.is_single:
       return tree
     if shardings is None:
-      shardings = self.weights(tree)
+      shardings = self.of_weights(tree)
     if isinstance(shardings, NamedSharding):
       shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(_put, tree, shardings)
@@ -112,6 +134,8 @@ class Layout:
     """A batch of which every process has its own `rows`."""
     if self.is_single:
       return rows
+    if not self.splits:
+      return self.put(rows, self.whole)
     return jax.make_array_from_process_local_data(
         self.batch, rows, (batch_size, *rows.shape[1:]))
 
@@ -124,18 +148,20 @@ class Layout:
 
   def check_batch(self, name: str, batch_size: int) -> None:
     """Raises ValueError unless a batch can be split evenly."""
-    if batch_size < 1 or batch_size % self.data:
+    if batch_size < 1 or batch_size % self.num_parts:
       raise ValueError(
-          f'{name}={batch_size}: must be a multiple of {self.data}, the parts '
-          f'into which the {self.mesh.size} devices split a batch')
+          f'{name}={batch_size}: must be a multiple of {self.num_parts}, the '
+          f'parts into which the {self.mesh.size} devices split a batch')
 
 
 def _put(leaf, sharding):
-  # From the host: what lies on a device of this process alone cannot go to
-  # those of others.
-  if not sharding.is_fully_addressable:
-    leaf = np.asarray(leaf)
-  return jax.device_put(leaf, sharding)
+  if sharding.is_fully_addressable:
+    return jax.device_put(leaf, sharding)
+  # Each process its own part: device_put would gather the whole array from all
+  # of them, to compare.
+  leaf = np.asarray(leaf)
+  return jax.make_array_from_callback(
+      leaf.shape, sharding, lambda index: leaf[index])
 
 
 @functools.cache
@@ -203,3 +229,23 @@ def agreed(value: Any) -> np.ndarray:
   if jax.process_count() == 1:
     return np.asarray(value)
   return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def all_say(value: bool) -> bool:
+  """Whether all processes say so."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
+def agreed_text(text: str) -> str:
+  """What the first process says, in all of them."""
+  if jax.process_count() == 1:
+    return text
+  said = np.frombuffer(text.encode(), np.uint8)
+  # Of one length in all processes, as arrays that are exchanged must be.
+  length = int(agreed(len(said)))
+  padded = np.zeros(length, np.uint8)
+  if is_first():
+    padded[:] = said
+  return agreed(padded).tobytes().decode()

@@ -89,7 +89,7 @@ class FeatureNetwork:
     self._params = self._layout.put(
         jax.device_put(params), self._layout.whole)
     # A whole number of images on every device.
-    count = self._layout.data
+    count = self._layout.num_parts
     self._batch_size = batch_size = -(-batch_size // count) * count
     self.provenance = {'features': name, 'image_shape': list(image_shape),
                        **(provenance or {})}

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from msfp_jax import data
 from msfp_jax.metrics import classifier_files
+from msfp_jax.metrics import similarity
 
 # Of the channels of every layer, both trunks': published with LPIPS 0.1 (see
 # lpips_LICENSE.txt); {trunk}.{layer}, float32 `[C]`.
@@ -146,14 +147,14 @@ class Lpips:
     Raises:
       ValueError: other shapes or types, or images that are too small.
     """
-    if tuple(a.shape) != tuple(b.shape) or not np.prod(a.shape):
-      raise ValueError(f'LPIPS: got {list(a.shape)} and {list(b.shape)}; both '
-                       'must hold the same number of images of one size')
-    self.check(a.shape[1:])
-    size = max(1, _PIXELS // (a.shape[1] * a.shape[2]))
-    found = [np.asarray(distances(self.name, self.params, a[i:i + size],
-                                  b[i:i + size]), np.float64)
-             for i in range(0, len(a), size)]
+    found = []
+    # What is read at once may be more than a network has room for.
+    for x, y in similarity.pairs('lpips', a, b):
+      self.check(x.shape[1:])
+      size = max(1, _PIXELS // (x.shape[1] * x.shape[2]))
+      found += [np.asarray(distances(self.name, self.params, x[i:i + size],
+                                     y[i:i + size]), np.float64)
+                for i in range(0, len(x), size)]
     return float(np.mean(np.concatenate(found)))
 
 
@@ -162,7 +163,7 @@ def check(text: str) -> str:
   name, _, path = text.partition(':')
   if text and (name not in TRUNKS or not path):
     raise ValueError(
-        f'{text!r}: LPIPS is asked for as ' + ' or '.join(
+        f'LPIPS {text!r}: must be ' + ' or '.join(
             f"'{known}:PATH', PATH being torchvision's {trunk.file}"
             for known, trunk in TRUNKS.items()))
   return path
@@ -179,19 +180,20 @@ def load(text: str) -> Lpips:
     FileNotFoundError: nothing at the path.
     ValueError: no such trunk, a damaged file, or other tensors; all are listed.
   """
-  path, name = check(text), text.partition(':')[0]
+  path, name = pathlib.Path(check(text)).expanduser(), text.partition(':')[0]
   trunk = TRUNKS[name]
   tensors = {tensor: value for tensor, value
              in classifier_files.open_tensors(path).items()
              if not tensor.startswith('classifier.')}
   digest = classifier_files.digest(path)
   begins = pathlib.Path(trunk.file).stem.rpartition('-')[2]
-  if pathlib.Path(path).name == trunk.file and not digest.startswith(begins):
+  if path.name == trunk.file and not digest.startswith(begins):
     raise ValueError(f'{path} is damaged: its SHA-256 is {digest}, which does '
                      'not begin as its name says')
   state = classifier_files.read_state(
       path, tensors, trunk.state_shapes, f'{name}, as in {trunk.file}')
-  return Lpips(name, params_of(name, state),
+  # On the device once, and not with every batch.
+  return Lpips(name, jax.device_put(params_of(name, state)),
                {'lpips': name, 'lpips_sha256': digest})
 
 

@@ -26,7 +26,7 @@ def psnr(a: data.Images, b: data.Images) -> float:
     ValueError: not uint8, not four axes, different shapes, or no images.
   """
   return float(np.mean(np.concatenate([
-      decibels(x, y) for x, y in _pairs('psnr', a, b)])))
+      decibels(x, y) for x, y in pairs('psnr', a, b)])))
 
 
 def decibels(a: np.ndarray, b: np.ndarray, peak: float = 255.0,
@@ -69,7 +69,7 @@ def ssim(a: data.Images, b: data.Images) -> float:
                      f'than the window of {_SIDE} x {_SIDE}')
   return float(np.mean(np.concatenate([
       np.asarray(_ssim(x, y), np.float64)
-      for x, y in _pairs('ssim', a, b)])))
+      for x, y in pairs('ssim', a, b)])))
 
 
 @jax.jit
@@ -106,9 +106,17 @@ def _blur(x: jax.Array) -> jax.Array:
   return x
 
 
-def _pairs(name: str, a: data.Images, b: data.Images
-           ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields both sets in chunks, after checking them."""
+def pairs(name: str, a: data.Images, b: data.Images
+          ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields both sets in chunks of some hundred images, after checking them.
+
+  Args:
+    name: of what compares them, for messages.
+    a, b: as in `psnr`.
+
+  Raises:
+    ValueError: as in `psnr`.
+  """
   if tuple(a.shape) != tuple(b.shape) or not np.prod(a.shape):
     raise ValueError(f'{name}: got {list(a.shape)} and {list(b.shape)}; both '
                      'must hold the same number of images of one size')

@@ -28,6 +28,10 @@ def guard(work: Callable[[], _T]) -> _T:
   """
   try:
     return work()
+  except KeyboardInterrupt:
+    if not cluster.is_joined():
+      raise
+    os._exit(130)  # as below
   except Exception as error:
     shown = str(error)
     if cluster.is_joined() and (reason := cluster.lost(error)):
@@ -43,6 +47,7 @@ def guard(work: Callable[[], _T]) -> _T:
       sys.exit(f'error: {shown}')
     if shown:
       print(f'error: {shown}', file=sys.stderr)
+    sys.stdout.flush()
     sys.stderr.flush()
     # At once: JAX's own end of a run waits minutes for processes that are gone,
     # and meanwhile others wait for this one.

@@ -1,4 +1,4 @@
-"""The processes of a run, one a host, and the mesh of their devices."""
+"""The processes of a run, and the mesh of their devices."""
 
 import dataclasses
 import re
@@ -10,14 +10,16 @@ from msfp_jax.base import arguments
 from msfp_jax.base import devices
 
 AUTO = 'auto'
-# Before what JAX says when an exchange between processes fails.
-_LOST = ('this process and the others of its run no longer reach each other; '
-        'the log of the one that ended first says why. Start all of them '
-        'again: the run goes on from its last checkpoint. JAX says: ')
-# How it says so: by a status of XLA's, in errors of several types.
+# After what JAX says when an exchange between processes fails.
+_LOST = ('This process and the others of its run no longer reach each other: '
+         'the log of the one that ended first says why. Start all of them '
+         'again; the run goes on from its last checkpoint')
+# How it says so, in errors of several types: by a status of XLA's and by what
+# exchanges.
 _STATUS = re.compile(
-    r'(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
-    r'UNAVAILABLE|UNKNOWN): ')
+    r'\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|'
+    r'UNAVAILABLE|UNKNOWN): .*(gloo|nccl|barrier|coordination|heartbeat)',
+    re.IGNORECASE | re.DOTALL)
 _HEARTBEAT = 30  # seconds without a word, after which a process counts as lost
 
 
@@ -29,8 +31,8 @@ class MeshSettings:
     model: devices that share the large weights among them; the rest of the
       devices split batches.
     coordinator: '' for one process; AUTO where JAX finds the others by itself
-      (TPU pods, SLURM, Open MPI, Kubernetes); or HOST:PORT of the first
-      process, and then:
+      (TPU pods; SLURM and Open MPI, with a process for each GPU); or HOST:PORT
+      of the first process, and then:
     num_processes: in all.
     process_id: of this one, from 0.
 
@@ -76,9 +78,13 @@ def join(config: ml_collections.ConfigDict) -> None:
   if settings.coordinator != AUTO:
     given = {'coordinator_address': settings.coordinator,
              'num_processes': settings.num_processes,
-             'process_id': settings.process_id}
+             'process_id': settings.process_id,
+             # Under SLURM it would leave each process one GPU.
+             'cluster_detection_method': 'deactivate'}
   # CPUs exchange by gloo, which other devices do not look at.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  # It would take SIGTERM away from training, and elsewhere from everybody.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
         **given, heartbeat_timeout_seconds=_HEARTBEAT)
@@ -90,16 +96,15 @@ def join(config: ml_collections.ConfigDict) -> None:
 
 
 def lost(error: BaseException) -> str:
-  """What to say where an exchange between processes failed; else ''.
+  """What to say of an error where an exchange between processes failed.
 
-  Args:
-    error: what was raised in its course; others may have been raised from it.
+  Returns:
+    Its first line, and what to do; '' of other errors.
   """
-  while error is not None:
-    if _STATUS.match(str(error)):
-      return _LOST + str(error).splitlines()[0]
-    error = error.__cause__ or error.__context__
-  return ''
+  text = str(error)
+  if not _STATUS.search(text):
+    return ''
+  return f'{text.splitlines()[0]}\n{_LOST}'
 
 
 def is_joined() -> bool:

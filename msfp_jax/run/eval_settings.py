@@ -94,6 +94,20 @@ def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
       preprocessing=cfg.preprocessing)
 
 
-def pair_network(cfg: EvalSettings) -> lpips.Lpips | None:
-  """The network by which images are compared one by one, if any is."""
-  return lpips.load(cfg.lpips) if cfg.lpips else None
+def pair_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
+                 ) -> lpips.Lpips | None:
+  """The network by which images are compared one by one, if any is.
+
+  Args:
+    cfg: says which.
+    image_shape: (H, W, C).
+
+  Raises:
+    FileNotFoundError, ValueError: see `lpips.load`, and ValueError for images
+      that it cannot compare.
+  """
+  if not cfg.lpips:
+    return None
+  found = lpips.load(cfg.lpips)
+  found.check(image_shape)
+  return found

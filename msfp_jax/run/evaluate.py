@@ -166,6 +166,7 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
         results=results, pictures=shown, row=last.name, deployed=last.deployed,
         layers=last.spec.layers if last.spec else {}, command=command)
   # Only now that everything is written: until here a stop costs one batch.
+  devices.wait('all have read what they show')
   devices.by_first(
       lambda: sample_store.discard(folder), 'the evaluation is complete')
   return results
@@ -198,7 +199,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   """
   images = experiment.images
   network = eval_settings.feature_network(cfg, experiment.image_shape)
-  pair_network = eval_settings.pair_network(cfg)
+  pair_network = eval_settings.pair_network(cfg, experiment.image_shape)
   name, path = source
   make = lambda: scorer_lib.Scorer(network, references.reference_of(
       images, network, dataset=path or name, file=cfg.reference,
@@ -212,8 +213,8 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       # Not of the config alone: the rest is as the checkpoint has it.
       'plan': experiment.plan.to_dict(),
       'num_samples': cfg.num_samples, 'batch_size': cfg.batch_size,
-      'devices': jax.device_count(), 'backend': jax.default_backend(),
-      'jax': jax.__version__}
+      'devices': jax.device_count(), **_sharing(experiment.layout),
+      'backend': jax.default_backend(), 'jax': jax.__version__}
   scores = {
       'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
       'layer_images': cfg.layer_images, 'timing': cfg.timing,
@@ -225,6 +226,12 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   devices.by_first(lambda: sample_store.claim(folder, samples, scores),
                    'the samples are claimed')
   return scorer or make()
+
+
+def _sharing(layout: devices.Layout) -> dict[str, int]:
+  """How many devices share weights, where some do: other programs."""
+  count = layout.num_sharing
+  return {} if count == 1 else {'sharing': count}
 
 
 def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,

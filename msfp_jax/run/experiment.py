@@ -196,7 +196,8 @@ class Experiment:
     """Runs the sampler from noise of the seed, as much as `calibration` says.
     """
     cfg = self.calibration
-    self.layout.check_batch('config.calibrate.batch_size', cfg.batch_size)
+    layout = self.layout.for_batch(
+        'config.calibrate.batch_size', cfg.batch_size)
     key = self.key(CALIBRATION)
     batches = []
     for i in range(cfg.num_batches):
@@ -212,7 +213,7 @@ class Experiment:
     return collect(
         self.model, self.params, self.plan, batches,
         samples_per_layer=cfg.samples_per_layer, needs=needs,
-        key=jax.random.fold_in(key, cfg.num_batches), layout=self.layout)
+        key=jax.random.fold_in(key, cfg.num_batches), layout=layout)
 
   def calibrate(self, recipe: str | None = None, bits: int | None = None,
                 act_bits: int | None = None) -> spec_lib.QuantSpec:
@@ -220,10 +221,14 @@ class Experiment:
     cfg = self.quant
     recipe = recipe or cfg.recipe
     needs = recipes.get(recipe).needs
-    return calibrate(
+    spec = calibrate(
         self.model, self.params, recipe=recipe, bits=bits or cfg.weight_bits,
         act_bits=act_bits or cfg.act_bits, exceptions=cfg.exceptions,
         activations=self.seen(needs) if needs else None)
+    if jax.process_count() == 1:
+      return spec
+    # Machines of a run may differ in a last bit: all work with the first one's.
+    return spec_lib.QuantSpec.from_json(devices.agreed_text(spec.to_json()))
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -232,7 +237,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: a field that no experiment can work with.
   """
-  cluster.MeshSettings(**config.mesh)
+  cluster.layout(config)
   CalibrationSettings(**config.calibrate)
   quant = QuantSettings(**config.quant)
   tuning = finetune_lib.FinetuneSettings(**config.finetune)

@@ -53,7 +53,7 @@ class Drawer:
     layout = layout or devices.layout()
     layout.check_batch('batch_size', batch_size)
     if (not layout.is_single and kernels.are_there()
-        and model.implementation is None):
+        and model.implementation is None and _is_packed(model)):
       # A kernel is a program of one device, which XLA does not split.
       model = dataclasses.replace(model, implementation='xla')
     self.model, self.batch_size = model, batch_size
@@ -190,3 +190,8 @@ def _check_finite(x: jax.Array, name: str, number: int) -> None:
   if bad := np.count_nonzero(~np.isfinite(x)):
     raise ValueError(f'{name}: {bad} of {x.size} values of batch {number} are '
                      'NaN or infinite; the model is damaged')
+
+
+def _is_packed(model: packed_lib.PackedModel) -> bool:
+  return any(layer.weight is not None and layer.weight.is_packed
+             for layer in model.layers.values())

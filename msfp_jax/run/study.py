@@ -118,11 +118,11 @@ def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
   """Runs those rows of a seed that have no result yet."""
   experiment = experiment_lib.load(base, workdir)
   network = eval_settings.feature_network(cfg, experiment.image_shape)
+  pair_network = eval_settings.pair_network(cfg, experiment.image_shape)
   of_data = references.reference_of(
       experiment.images, network, dataset=base.data.path or base.data.name,
       file=cfg.reference, num_vectors=cfg.vectors)
-  scorer = scorer_lib.Scorer(
-      network, of_data, eval_settings.pair_network(cfg))
+  scorer = scorer_lib.Scorer(network, of_data, pair_network)
   experiment = experiment.looking_ahead(
       config.quant.recipe for config in todo.values())
   # How long a model takes does not depend on the seed.

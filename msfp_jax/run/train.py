@@ -132,8 +132,7 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
   spec = experiment.calibrate()
   devices.by_first(lambda: spec.save(path), 'the spec is written')
   logging.info('wrote %s', path)
-  # Machines of a run may differ in a last bit: all work with the first one's.
-  return spec if devices.is_first() else spec_lib.QuantSpec.load(path)
+  return spec
 
 
 def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,

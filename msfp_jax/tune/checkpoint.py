@@ -1,5 +1,6 @@
 """Training state on disk: orbax, resumable after any kind of stop."""
 
+import os
 import pathlib
 import shutil
 import signal
@@ -29,11 +30,6 @@ def _checksum(state: Any) -> np.uint32:
   return np.uint32(crc)
 
 
-def _terminate(unused_number, unused_frame):
-  """Of SIGINT, where several processes are to stop at one step."""
-  signal.raise_signal(signal.SIGTERM)
-
-
 class Checkpointer:
   """Saves and restores a pytree of arrays under `directory`/<step>/.
 
@@ -49,6 +45,8 @@ class Checkpointer:
     self._keep = keep
     self._manager = self._open()
     self.stop_requested = False
+    # By a signal to this process: all processes of a run may get one each.
+    self._asked = False
     self.exit_code = 0
     self._handlers = {}
 
@@ -61,16 +59,10 @@ class Checkpointer:
             max_to_keep=self._keep, enable_async_checkpointing=False))
 
   def __enter__(self):
-    # Python lets the main thread alone set signal handlers. SIGTERM of one of
-    # several processes is JAX's matter, which tells the others.
+    # Python lets the main thread alone set signal handlers.
     if threading.current_thread() is threading.main_thread():
-      if jax.process_count() == 1:
-        handlers = dict.fromkeys(
-            (signal.SIGTERM, signal.SIGINT), self._request_stop)
-      else:
-        handlers = {signal.SIGINT: _terminate}
-      for number, handler in handlers.items():
-        self._handlers[number] = signal.signal(number, handler)
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._handlers[number] = signal.signal(number, self._request_stop)
     return self
 
   def __exit__(self, *unused):
@@ -80,25 +72,32 @@ class Checkpointer:
     self._manager.close()
 
   def _request_stop(self, number, unused_frame):
-    if self.stop_requested:  # asked twice: do not wait for the step's end
+    if self._asked:  # twice: do not wait for the step's end
+      if jax.process_count() > 1:
+        # JAX's own end would wait for the other processes.
+        os._exit(128 + number)
       raise Preempted(128 + number)
     logging.warning('%s: saving, then stopping; again to stop at once',
                     signal.Signals(number).name)
     self.exit_code = 128 + number
-    self.stop_requested = True
+    self.stop_requested = self._asked = True
 
-  def stopping(self, step: int) -> bool:
-    """Whether to save and leave after this step: all processes at the same.
+  def stopping(self, agree: bool = True) -> bool:
+    """Whether to save and leave: the same in all processes.
 
     Args:
-      step: that was done; ask after every one.
+      agree: whether several processes ask each other, for which they wait; the
+        same in all of them. Else they go on.
     """
-    if jax.process_count() > 1:
-      # A signal to any of them; JAX's service finds a step that none of them
-      # has passed.
-      self.stop_requested = multihost_utils.reached_preemption_sync_point(step)
-      self.exit_code = 128 + signal.SIGTERM
-    return self.stop_requested
+    if jax.process_count() == 1:
+      return self.stop_requested
+    if agree:
+      # A signal to one of them is enough.
+      codes = multihost_utils.process_allgather(np.asarray(
+          self.exit_code if self.stop_requested else 0))
+      if codes.any():
+        self.stop_requested, self.exit_code = True, int(codes.max())
+    return agree and self.stop_requested
 
   @property
   def steps(self) -> list[int]:
@@ -149,6 +148,7 @@ class Checkpointer:
     damaged = []
     # From the newest on; `keep` of 2 is what makes a second try possible.
     for step in reversed(self.steps):
+      failed = None
       try:
         saved = self._manager.restore(
             step, args=ocp.args.StandardRestore(abstract))
@@ -159,7 +159,12 @@ class Checkpointer:
         logging.warning('checkpoint %d under %s cannot be read (%s: %s); '
                         'trying the one before', step, self._directory,
                         type(error).__name__, str(error).split('\n')[0][:300])
-        damaged.append((step, error))
+        failed = error
+      # One judgement: processes that went on from two steps would wait for each
+      # other without end.
+      if not devices.all_say(failed is None):
+        damaged.append((step, failed or ValueError(
+            'another process cannot read it')))
         continue
       self._set_aside([step for step, _ in damaged])
       return state

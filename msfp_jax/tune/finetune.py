@@ -264,8 +264,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
   """Where a state lies: trajectories as batches, the rest as weights."""
   past = state.position.past
-  return layout.weights(state).replace(position=sampling.Position(
-      layout.batch, None if past is None else layout.second))
+  return layout.of_weights(state).replace(position=sampling.Position(
+      layout.batch, None if past is None else layout.batch_second))
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:
@@ -306,8 +306,8 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
     errors.DivergedError: names the step and the timestep.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
-  layout = layout or devices.layout()
-  layout.check_batch('config.finetune.batch_size', settings.batch_size)
+  layout = (layout or devices.layout()).for_batch(
+      'config.finetune.batch_size', settings.batch_size)
   tx = optimizer(settings)
   init = functools.partial(
       init_state, student, tx, plan, sample_shape, bank_key, settings)

@@ -70,7 +70,9 @@ def run(
   layout = layout or devices.layout()
   with checkpoint.Checkpointer(f'{workdir}/checkpoints') as checkpointer:
     abstract = jax.eval_shape(init)
-    lies = None if layout.is_single else (shardings or layout.weights)(abstract)
+    lies = None
+    if not layout.is_single:
+      lies = (shardings or layout.of_weights)(abstract)
     restored = checkpointer.restore(abstract, lies)
     if restored is None:
       state = layout.put(init(), lies)
@@ -104,14 +106,16 @@ def run(
       state, scalars = step_fn(state)
       pending.append((step, scalars))
       due = step % save_every == 0 or step == num_steps
-      if due or step % log_every == 0:
+      fetches = due or step % log_every == 0
+      if fetches:
         flush()
       if pending and step == start + 1:
         # Waits for it, this once: its time is that of compiling.
         jax.block_until_ready(scalars)
         progress.update(step)
       on_step(step, state)
-      stopping = checkpointer.stopping(step)
+      # Several processes agree where they wait for the device anyway.
+      stopping = checkpointer.stopping(agree=fetches)
       if due or stopping:
         flush()
         writer.flush()
@@ -119,7 +123,7 @@ def run(
       if stopping:
         break
     # Also where it came in the last step: what follows must not begin.
-    if checkpointer.stop_requested:
+    if checkpointer.stopping():
       logging.warning('%s: stopped at step %d of %d; run the same command '
                       'again to go on', name, int(state.step), num_steps)
       raise checkpoint.Preempted(checkpointer.exit_code)

@@ -243,7 +243,7 @@ def _laid_out(layout, state, scalars):
   """As they came: a step's state has the layout of the one before."""
   if layout.is_single:
     return state, scalars
-  return (jax.lax.with_sharding_constraint(state, layout.weights(state)),
+  return (jax.lax.with_sharding_constraint(state, layout.of_weights(state)),
           layout.constrain(scalars, layout.whole))
 
 
@@ -290,8 +290,8 @@ def run(model: unet.UNet, images: data.Images,
     errors.DivergedError: names the step.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
-  layout = layout or devices.layout()
-  layout.check_batch('config.pretrain.batch_size', settings.batch_size)
+  layout = (layout or devices.layout()).for_batch(
+      'config.pretrain.batch_size', settings.batch_size)
   key = jax.random.key(seed)
   tx = optimizer(settings)
   init = functools.partial(
@@ -323,7 +323,7 @@ def run(model: unet.UNet, images: data.Images,
         writer=writer, save_every=settings.save_every,
         log_every=settings.log_every, on_step=on_step,
         images_per_step=settings.batch_size, layout=layout,
-        shardings=layout.weights)
+        shardings=layout.of_weights)
   path = f'{workdir}/model.safetensors'
   params = devices.fetch(state.ema_params)
   devices.by_first(lambda: convert.save_pretrained(

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 
+import lpips_oracle
 import numpy as np
 from PIL import Image
 import pytest
 import runs
+from safetensors.numpy import save_file
 
 from msfp_jax.base import files
 from msfp_jax.run import evaluate
@@ -118,9 +120,30 @@ def test_other_measurements_keep_the_samples(stopped, npz, drawn):
   assert (stopped / 'samples/msfp.npz').is_file()
 
 
+def test_each_measurement_alone_is_part_of_the_claim(copy, npz, monkeypatch):
+  """Rows that an evaluation without it had finished are measured anew."""
+  claims = set()
+
+  def claim(folder, samples, scores):
+    del folder, samples
+    claims.add(json.dumps(scores, default=str))
+    raise Stopped
+
+  monkeypatch.setattr(evaluate.sample_store, 'claim', claim)
+  alone = ({}, {'eval.pictures': 100}, {'eval.keep': 'npz'},
+           {'eval.vectors': 50}, {'eval.layer_images': 2},
+           {'eval.timing': True})
+  for changes in alone:
+    with pytest.raises(Stopped):
+      evaluate.run(runs.config_of(npz, changes), str(copy))
+  assert len(claims) == len(alone)
+
+
 def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
   before = runs.contents(stopped / 'eval')
   np.savez(tmp_path / 'other.npz', mu=np.zeros(3), sigma=np.eye(3))
+  weights = tmp_path / 'alex.safetensors'
+  save_file(lpips_oracle.random_state('alex'), weights)
   for changes, part in (
       ({'eval.reference': 'nowhere.npz'}, 'nowhere.npz'),
       ({'eval.reference': str(tmp_path / 'other.npz')}, '3 features there'),
@@ -130,6 +153,7 @@ def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
       ({'eval.pictures': 0}, 'config.eval.pictures=0'),
       ({'eval.layer_images': -1}, 'config.eval.layer_images=-1: must be'),
       ({'eval.keep': 'jpg'}, "keep='jpg'.*npz.*png"),
+      ({'eval.lpips': f'alex:{weights}'}, 'at least 31 x 31'),
       ({'eval.rows': ('fp', 'msfp', 'msfp')}, 'msfp.*more than once'),
       ({'eval.rows': ('msfp:',)}, "bits ''")):
     with pytest.raises((ValueError, OSError), match=part):

@@ -20,8 +20,8 @@ from msfp_jax.tune import pretrain
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Enough steps to be stopped in between from outside.
-LONG = {'pretrain.num_steps': 240, 'pretrain.save_every': 50,
-        'pretrain.sample_every': 240, 'finetune.num_updates': 120,
+LONG = {'pretrain.num_steps': 20, 'pretrain.save_every': 20,
+        'pretrain.sample_every': 20, 'finetune.num_updates': 120,
         'finetune.save_every': 50}
 
 
@@ -117,7 +117,7 @@ def lines(path):
 
 
 @pytest.mark.slow
-def test_sigterm_at_any_time_then_the_same_command(tmp_path, npz):
+def test_sigterm_twice_then_the_same_command(tmp_path, npz):
   reference, workdir = tmp_path / 'reference', tmp_path / 'workdir'
   begin = functools.partial(
       start, npz=npz, environment=children.compiling_fast())
@@ -145,7 +145,7 @@ def has_batches(folder, count):
 
 
 @pytest.mark.slow
-def test_an_evaluation_killed_at_any_time(copy, npz):
+def test_a_killed_evaluation_goes_on(copy, npz):
   """SIGKILL, then the same command."""
   before = runs.contents(copy)
   (copy / 'results.json').unlink()
