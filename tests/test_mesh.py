@@ -43,6 +43,7 @@ def none_is_left():
   for process in STARTED:
     process.kill()
     process.wait()
+    process.output.close()
   STARTED.clear()
 
 
@@ -193,7 +194,8 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     tmp_path, npz, victim):
   """SIGKILL in the middle of training, of the coordinator too."""
   workdir, whole = tmp_path / 'w', tmp_path / 'whole'
-  changes = {'pretrain.num_steps': 80, 'pretrain.sample_every': 80}
+  changes = {'pretrain.num_steps': 60, 'pretrain.sample_every': 60,
+             'pretrain.save_every': 10}
   started = together(2, workdir, npz, changes=changes)
   until = time.monotonic() + 120
   while newest(workdir / 'pretrain') < 10:
