@@ -146,6 +146,20 @@ class Layout:
     return jax.tree.map(
         lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
+  def after_step(self, state: Any, scalars: Any,
+                 shardings: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Inside of a jitted step: its state lies as the one before.
+
+    Args:
+      state: after the step.
+      scalars: which every device gets.
+      shardings: a state -> where it lies.
+    """
+    if self.is_single:
+      return state, scalars
+    return (jax.lax.with_sharding_constraint(state, shardings(state)),
+            self.constrain(scalars, self.whole))
+
   def check_batch(self, name: str, batch_size: int) -> None:
     """Raises ValueError unless a batch can be split evenly."""
     if batch_size < 1 or batch_size % self.num_parts:

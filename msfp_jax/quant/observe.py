@@ -65,8 +65,10 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   # compiles a sampler.
   names = interception.list_layers(
       model, params, noise, jnp.zeros(len(noise)), *condition)
-  run = jax.jit(functools.partial(watch, model, plan, count, tuple(needs)))
-  if layout is not None and not layout.is_single:
+  run = functools.partial(watch, model, plan, count, tuple(needs))
+  if layout is None or layout.is_single:
+    run = jax.jit(run)
+  else:
     run = jax.jit(run, out_shardings=layout.whole)
     params = layout.put(params)
     batches = [layout.put(batch, layout.batch) for batch in batches]

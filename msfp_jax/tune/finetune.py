@@ -249,11 +249,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         position=sampling.advance(
             plan, step, position, eps_teacher,
             jax.random.fold_in(run_key, 1)))
-    if layout.is_single:
-      return after, scalars
-    # As it came: a step's state has the layout of the one before.
-    return (jax.lax.with_sharding_constraint(after, shardings(layout, after)),
-            layout.constrain(scalars, layout.whole))
+    return layout.after_step(
+        after, scalars, functools.partial(shardings, layout))
 
   # Likewise an argument, as it may hold embeddings of many prompts.
   draw = layout.put(jax.tree_util.Partial(draw_condition), layout.whole)

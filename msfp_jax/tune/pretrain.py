@@ -217,13 +217,14 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
         rows = jax.random.randint(key, (batch_size,), 0, len(resident))
         return layout.constrain(resident[rows], layout.batch)
 
-      return _laid_out(layout, *update(state, take))
+      return layout.after_step(*update(state, take), layout.of_weights)
 
     return lambda state: step(state, resident)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def streamed(state: PretrainState, batch: jax.Array):
-    return _laid_out(layout, *update(state, lambda unused_key: batch))
+    return layout.after_step(
+        *update(state, lambda unused_key: batch), layout.of_weights)
 
   batches = None
 
@@ -237,14 +238,6 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
     return streamed(state, layout.put_rows(next(batches), batch_size))
 
   return next_step
-
-
-def _laid_out(layout, state, scalars):
-  """As they came: a step's state has the layout of the one before."""
-  if layout.is_single:
-    return state, scalars
-  return (jax.lax.with_sharding_constraint(state, layout.of_weights(state)),
-          layout.constrain(scalars, layout.whole))
 
 
 def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
