@@ -37,9 +37,10 @@ def rows_of(config, workdir):
 def test_train_then_eval(tmp_path, name):
   config = importlib.import_module(f'configs.{name}').get_config('smoke')
   if name == 'cifar10':
-    weights = tmp_path / 'vgg.safetensors'
-    save_file(lpips_oracle.random_state('vgg'), weights)
-    config.eval.lpips = f'vgg:{weights}'
+    weights = tmp_path / 'alex.safetensors'
+    save_file(lpips_oracle.random_state('alex'), weights)
+    config.eval.lpips = f'alex:{weights}'
+    config.model.image_size, config.data.path = 32, '3x32x32'  # as it needs
   if name in PACKED:
     config.eval.rows = (*config.eval.rows, 'packed')
   rows = rows_of(config, tmp_path / 'run')
@@ -51,9 +52,9 @@ def test_train_then_eval(tmp_path, name):
   if name in PACKED:
     assert metrics['packed'] == metrics['tuned']  # to the last digit
   if config.eval.lpips:
-    assert 0 < metrics['tuned']['lpips_vgg_to_fp'] < 1
+    assert 0 < metrics['tuned']['lpips_alex_to_fp'] < 1
     results = json.loads((tmp_path / 'run/results.json').read_text())
-    assert results['lpips'] == 'vgg' and len(results['lpips_sha256']) == 64
+    assert results['lpips'] == 'alex' and len(results['lpips_sha256']) == 64
   assert (tmp_path / 'run/samples/methods.png').is_file()
 
 

@@ -93,7 +93,8 @@ OWN = {
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param(name, marks=pytest.mark.slow) for name in OWN])
+    pytest.param('half_steps', marks=pytest.mark.long),
+    pytest.param('rank_2', marks=pytest.mark.slow)])
 def run(request, tmp_path_factory, npz):
   """(name, config, workdir) of ten updates and an evaluation."""
   name = request.param
