@@ -129,6 +129,11 @@ def get_config() -> ml_collections.ConfigDict:
       # Of the model's arithmetic, or 'bfloat16', which accelerators prefer;
       # parameters, gradients and optimizer are float32 either way.
       'dtype': 'float32',
+      # What makes a step need less memory and more time. Parts of a batch, one
+      # after the other; activations computed twice: none, all but what was
+      # multiplied (products), or all but the inputs of blocks (blocks).
+      'accumulate': 1,
+      'remat': 'none',
       # How often each noise level is seen: uniform, or logit_normal, which
       # prefers the middle, with the mean and deviation of its normal number.
       'times': 'uniform',
@@ -153,6 +158,9 @@ def get_config() -> ml_collections.ConfigDict:
       'coordinator': '',
       'num_processes': 0,
       'process_id': -1,
+      # Gigabytes that a training step may need of each device; 0: what is free
+      # there. A step that needs more is refused before the run begins.
+      'memory': 0.0,
   })
   config.quant = ml_collections.ConfigDict({
       'recipe': 'msfp',  # see msfp_jax/quant/recipes.py
@@ -178,6 +186,9 @@ def get_config() -> ml_collections.ConfigDict:
       'router_prior': 1.0,  # pull of each span of timesteps to its own bank
       'adam_b2': 0.99,
       'weight_decay': 0.0,
+      'dtype': 'float32',  # of activations and products; or 'bfloat16'
+      'accumulate': 1,  # as of pretrain, likewise `remat`
+      'remat': 'none',
       'save_every': 500,
       'log_every': 20,
   })

@@ -387,3 +387,19 @@ def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / 'checkpoints').write_text('a file is in the way')
   with pytest.raises(OSError, match='checkpoints'):
     run(tmp_path)
+
+
+def test_what_prepares_sees_shapes_first_and_nothing_once_it_is_done(tmp_path):
+  seen = []
+
+  def prepare(abstract):
+    seen.append(abstract)
+    assert not steps_on_disk(tmp_path)
+
+  run(tmp_path, 3, prepare=prepare)
+  abstract, = seen
+  assert abstract.value == jax.ShapeDtypeStruct((SIZE,), jnp.float32)
+  run(tmp_path, 3, prepare=prepare)
+  assert len(seen) == 1
+  with pytest.raises(AssertionError):  # steps are left
+    run(tmp_path, 4, prepare=prepare)

@@ -45,7 +45,7 @@ class Net(nn.Module):
   @nn.compact
   def __call__(self, x, t):
     angles = t[:, None] / jnp.asarray([30.0, 100.0, 300.0, 1000.0])
-    temb = nn.Dense(6, name='temb')(jnp.sin(angles))
+    temb = nn.Dense(6, name='temb')(jnp.sin(angles).astype(x.dtype))
     h = nn.Conv(6, (3, 3), name='conv_in')(x)
     h = nn.silu(nn.GroupNorm(2, name='norm')(h + temb[:, None, None]))
     h = nn.silu(nn.Conv(6, (3, 3), name='body')(h))

@@ -57,14 +57,21 @@ class Layout:
     """Devices that share the large weights among them."""
     return self.mesh.shape[MODEL]
 
-  def for_batch(self, name: str, batch_size: int) -> 'Layout':
-    """The layout for batches of a size, split where they can be."""
-    if batch_size % self.num_parts == 0:
+  def for_batch(self, name: str, batch_size: int, turns: int = 1) -> 'Layout':
+    """The layout for batches of a size, split where they can be.
+
+    Args:
+      name: of the field that has the size, for the log.
+      batch_size: rows in all.
+      turns: in so many turns a batch is computed, each of as many rows.
+    """
+    if batch_size % (self.num_parts * turns) == 0:
       return self
     logging.warning(
-        '%s=%d is no multiple of %d, the parts into which the %d devices could '
-        'split a batch: each of them computes all of it', name, batch_size,
-        self.num_parts, self.mesh.size)
+        '%s=%d%s is no multiple of %d, the parts into which the %d devices '
+        'could split a batch: each of them computes all of it', name,
+        batch_size, f' in {turns} turns' if turns > 1 else '', self.num_parts,
+        self.mesh.size)
     return dataclasses.replace(self, splits=False)
 
   @property
@@ -107,6 +114,15 @@ class Layout:
       return self.whole
     return NamedSharding(
         self.mesh, PartitionSpec(*[None] * (len(shape) - 1), MODEL))
+
+  def abstract(self, tree: Any, shardings: Any = None) -> Any:
+    """Shapes of arrays that `put` would place, for programs not yet run."""
+    if self.is_single:
+      return tree
+    if shardings is None:
+      shardings = self.of_weights(tree)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding), tree, shardings)
 
   def put(self, tree: Any, shardings: Any = None) -> Any:
     """Arrays that every process has, placed on all devices.
@@ -169,6 +185,8 @@ class Layout:
 
 
 def _put(leaf, sharding):
+  if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+    return leaf
   if sharding.is_fully_addressable:
     return jax.device_put(leaf, sharding)
   # Each process its own part: device_put would gather the whole array from all

@@ -20,8 +20,8 @@ from msfp_jax.quant.qlayer import QLayer
 
 def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
           *inputs: Any, implementation: str | None = None,
-          at: Callable[[str, QLayer], QLayer] = lambda name, layer: layer
-          ) -> Any:
+          at: Callable[[str, QLayer], QLayer] = lambda name, layer: layer,
+          dtype: Any = None) -> Any:
   """model(*inputs) with quantized layers in place of its nn.Conv, nn.Dense.
 
   Args:
@@ -33,6 +33,8 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
     *inputs: of the model.
     implementation: see `kernels.door`; None picks for every layer.
     at: (name, layer of `layers`, on the device) -> with one set of weights.
+    dtype: of what layers return whose modules name none; None: what the module
+      would return.
 
   Raises:
     ValueError: a layer of the model is not in `layers`, or an entry names
@@ -57,7 +59,7 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
       return (out + _by_geometry(module, x, functools.partial(
           door.run_adapter, layer.adapter))).astype(out.dtype)
     try:
-      out = run_layer(module, x, layer, implementation)
+      out = run_layer(module, x, layer, implementation, dtype)
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
     queue.ran(out)
@@ -71,7 +73,8 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
 
 
 def run_layer(module: nn.Module, x: jax.Array, layer: QLayer,
-              implementation: str | None = None) -> jax.Array:
+              implementation: str | None = None, dtype: Any = None
+              ) -> jax.Array:
   """Computes an nn.Dense or nn.Conv from its quantized weights.
 
   Args:
@@ -79,9 +82,11 @@ def run_layer(module: nn.Module, x: jax.Array, layer: QLayer,
     x: its input, `[..., I]`.
     layer: with one set of weights.
     implementation: see `kernels.door`; None picks.
+    dtype: as of `apply`.
   """
   # The type that the module would return, by Flax's own rule.
-  dtype = module.dtype or jnp.promote_types(x.dtype, module.param_dtype)
+  dtype = module.dtype or dtype or jnp.promote_types(
+      x.dtype, module.param_dtype)
   # Quantized as it comes: rounded to fewer bits first, levels would differ.
   x = x.astype(jnp.promote_types(x.dtype, dtype))
   return _by_geometry(module, x, functools.partial(

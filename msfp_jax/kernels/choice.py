@@ -118,6 +118,14 @@ def pick_carrier(layer: QLayer, shape: Sequence[int], implementation: str,
   return next((name for name in choices if _carries(layer, shape, name)), 'f32')
 
 
+def carrier_of_training(layer: QLayer, x: jax.Array) -> str:
+  """The carrier in which a layer in training multiplies, by its input's type.
+  """
+  if x.dtype == jnp.bfloat16 and _carries(layer, x.shape, 'bf16'):
+    return 'bf16'
+  return 'f32'
+
+
 def _carriers_of_cpu(layer, shape, geometry):
   """What a CPU multiplies fastest, of what the layer lets it."""
   weight, seen = layer.weight, input_of(layer, shape)

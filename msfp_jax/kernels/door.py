@@ -67,10 +67,12 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
       _plain, geometry=geometry, function=conv_general_dilated)
   if isinstance(layer.weight, Latent):
     # Weights in training exist in float32 only, and are multiplied as the
-    # simulation does.
+    # simulation does; of activations in bfloat16 in a carrier that is as fast,
+    # where that holds the levels.
     return training.run(
-        lambda layer, x: _run(layer, x, geometry, 'reference', 'f32', plain),
-        plain, layer, x)
+        lambda layer, x: _run(
+            layer, x, geometry, 'reference',
+            choice.carrier_of_training(layer, x), plain), plain, layer, x)
   if implementation is None:
     implementation = choice.pick(layer, x.shape, geometry, carrier)
   if reason := choice.why_not(

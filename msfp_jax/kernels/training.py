@@ -26,7 +26,7 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
     product: (layer with a QTensor, x) -> y.
     plain: product of float32 values.
     layer: its weight is a `Latent`.
-    x: input.
+    x: input; in its dtype values are multiplied on the way back.
   """
 
   #           forward                       backward: the gradient of
@@ -39,7 +39,8 @@ def run(product: Callable[[QLayer, jax.Array], jax.Array], plain: Plain,
   def dequantized(layer, x):
     seen = layer.around.input(x)
     w = layer.weight.quantizer.fake_quant(layer.weight.kernel, axis=-2)
-    y = plain(layer.input.fake_quant(jnp.asarray(seen, jnp.float32)), w)
+    values = layer.input.fake_quant(jnp.asarray(seen, jnp.float32))
+    y = plain(values.astype(x.dtype), w.astype(x.dtype)).astype(jnp.float32)
     if layer.bias is not None:
       y = y + layer.bias
     return beside.add(y, layer, x, seen, plain).astype(x.dtype)

@@ -104,6 +104,8 @@ class SpatialTransformer(nn.Module):
       rest of the UNet has 1e-5.
   """
 
+  is_block = True  # see `denoiser.Denoiser`
+
   heads: int
   depth: int = 1
   groups: int = 32

@@ -42,6 +42,8 @@ class ResnetBlock(nn.Module):
     resample: 'up' or 'down' inside the block, or None.
   """
 
+  is_block = True  # see `denoiser.Denoiser`
+
   channels: int
   norm: Callable[[str], nn.Module]
   dropout: float = 0.0
@@ -83,6 +85,8 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
   """Self-attention over the pixels, with a residual connection."""
+
+  is_block = True  # see `denoiser.Denoiser`
 
   heads: int
   norm: Callable[[str], nn.Module]

@@ -44,6 +44,10 @@ class Denoiser(Protocol):
   """A linen module, called as model(x, t, *conditions), with a name in files.
 
   x is `[B, *sample_shape]` float32, t `[B]`, and so is the result like x.
+
+  A module of it whose class has `is_block = True` can be computed twice in
+  training, to save memory (see `tune.remat`): one of the many that follow each
+  other, not the whole.
   """
 
   @property

@@ -95,6 +95,8 @@ class DoubleBlock(nn.Module):
     heads: of the attention; the channels are a multiple of it.
   """
 
+  is_block = True  # see `denoiser.Denoiser`
+
   heads: int
 
   @nn.compact
@@ -145,6 +147,8 @@ class SingleBlock(nn.Module):
   Attributes:
     heads: of the attention; the channels are a multiple of it.
   """
+
+  is_block = True  # see `denoiser.Denoiser`
 
   heads: int
 

@@ -35,6 +35,7 @@ class MeshSettings:
       of the first process, and then:
     num_processes: in all.
     process_id: of this one, from 0.
+    memory: gigabytes that a step may need of each device; 0: what is free.
 
   Raises:
     ValueError: fields that do not go together.
@@ -44,10 +45,12 @@ class MeshSettings:
   coordinator: str
   num_processes: int
   process_id: int
+  memory: float
 
   def __post_init__(self):
     arguments.check_fields('config.mesh', self, {
-        'model': arguments.COUNT, 'num_processes': arguments.COUNT_OR_NONE})
+        'model': arguments.COUNT, 'num_processes': arguments.COUNT_OR_NONE,
+        'memory': arguments.RATE})
     named = self.coordinator not in ('', AUTO)
     given = bool(self.num_processes) or self.process_id != -1
     if named and not 0 <= self.process_id < self.num_processes:
@@ -110,6 +113,11 @@ def lost(error: BaseException) -> str:
 def is_joined() -> bool:
   """Whether this process is one of several."""
   return jax.distributed.is_initialized()
+
+
+def memory(config: ml_collections.ConfigDict) -> float:
+  """Bytes of each device by config.mesh; 0: as the device says."""
+  return MeshSettings(**config.mesh).memory * 1e9
 
 
 def layout(config: ml_collections.ConfigDict) -> devices.Layout:

@@ -113,6 +113,7 @@ class Experiment:
     sampler: {field: value} that the plan was made of, `name` among them.
     prompts: what images are made from; None of models that take no text.
     layout: of the devices that all of it runs on.
+    memory: bytes that a step may need of each; 0: what is free there.
   """
 
   model: denoiser.Denoiser
@@ -131,6 +132,7 @@ class Experiment:
   sampler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   prompts: prompts_lib.Prompts | None = None
   layout: devices.Layout = dataclasses.field(default_factory=devices.layout)
+  memory: float = 0.0
 
   @property
   def sample_shape(self) -> tuple[int, int, int]:
@@ -311,4 +313,4 @@ def load(config: ml_collections.ConfigDict, workdir: str) -> Experiment:
       CalibrationSettings(**config.calibrate), QuantSettings(**config.quant),
       finetune_lib.FinetuneSettings(**config.finetune), draw_condition, decode,
       sampler=chosen.sampler_fields, prompts=prompts,
-      layout=cluster.layout(config))
+      layout=cluster.layout(config), memory=cluster.memory(config))

@@ -97,7 +97,7 @@ def _train_teacher(config: ml_collections.ConfigDict, workdir: str,
       f'{workdir}/pretrain', seed=config.seed,
       origin=origin_lib.trained_on(chosen.schedule_fields),
       about={'command': command, 'data': config.data.name},
-      layout=cluster.layout(config))
+      layout=cluster.layout(config), memory=cluster.memory(config))
 
 
 def _check_gamma(schedule: diffusion.Schedule,
@@ -153,6 +153,7 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
       sample_shape=experiment.sample_shape,
       bank_key=experiment.key(experiment_lib.BANKS),
       trajectory_key=experiment.key(experiment_lib.TRAJECTORIES),
-      draw_condition=experiment.draw_condition, layout=experiment.layout)
+      draw_condition=experiment.draw_condition, layout=experiment.layout,
+      memory=experiment.memory)
   return (packed_lib.deploy(student, trainable, experiment.plan),
           student_lib.with_ranges(spec, trainable['ranges']))

@@ -18,8 +18,12 @@ from msfp_jax.base import lock as lock_lib
 PACKED_FILE = 'packed.safetensors'
 # Of config.json: what is no field of the config.
 TAKEN = 'taken'
-# How many processes and devices share the work may change at any time.
-_MESH = 'mesh'
+# What may change at any time: how many processes and devices share the work,
+# and how it is cut to fit them; all but roundings stays.
+_HOW = ('mesh', 'pretrain.accumulate', 'pretrain.remat',
+        'finetune.accumulate', 'finetune.remat')
+# What workdirs of before do not say of their own: how it was.
+_EVER = {'finetune.dtype': 'float32'}
 
 
 @contextlib.contextmanager
@@ -100,7 +104,7 @@ def check(config: ml_collections.ConfigDict, workdir: str,
     # differ.
     differences = [
         line for key in sorted(old.keys() | new.keys())
-        if key not in (*free, _MESH) and (key != TAKEN or key in old)
+        if key not in free and (key != TAKEN or key in old)
         for line in _differences(old.get(key), new.get(key), key)]
     if differences:
       raise errors.WorkdirError(
@@ -110,6 +114,9 @@ def check(config: ml_collections.ConfigDict, workdir: str,
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:
+  if name in _HOW:
+    return []
+  old = _EVER.get(name) if old is None else old
   if isinstance(old, dict) and isinstance(new, dict):
     return [line for key in sorted(old.keys() | new.keys())
             for line in _differences(old.get(key), new.get(key),

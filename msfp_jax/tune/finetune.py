@@ -25,14 +25,18 @@ from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.quantize import check_layers
 from msfp_jax.tune import loop
 from msfp_jax.tune import losses
+from msfp_jax.tune import memory as memory_lib
+from msfp_jax.tune import parts
+from msfp_jax.tune import remat
+from msfp_jax.tune import step as step_lib
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
 
 MOST_BANKS = 256  # of a layer, as many as a packed file can name
 _RULES = {
     'num_updates': arguments.COUNT_OR_NONE,
-    **dict.fromkeys(('batch_size', 'rank', 'save_every', 'log_every'),
-                    arguments.COUNT),
+    **dict.fromkeys(('batch_size', 'rank', 'save_every', 'log_every',
+                     'accumulate'), arguments.COUNT),
     'num_banks': (lambda value: (
         arguments.COUNT[0](value) and value <= MOST_BANKS),
                   f'a whole number from 1 to {MOST_BANKS}'),
@@ -43,6 +47,8 @@ _RULES = {
                     arguments.RATE),
     'router_temperature': arguments.POSITIVE,
     'adam_b2': arguments.SHARE,
+    'dtype': arguments.one_of(('float32', 'bfloat16')),
+    'remat': arguments.one_of(remat.WAYS),
 }
 
 
@@ -68,11 +74,17 @@ class FinetuneSettings:
     router_prior: how strongly each span of timesteps is drawn to its own bank.
     adam_b2: of AdamW, as is `weight_decay`.
     weight_decay: a factor of the learning rate.
+    dtype: in which teacher and student compute, see `student.Student`.
+    accumulate: parts of a batch whose gradients are computed one after the
+      other and averaged; divides the batch.
+    remat: which activations of the student are computed twice, see
+      `tune.remat`.
     save_every: updates from one checkpoint to the next.
     log_every: updates whose metrics are fetched at once.
 
   Raises:
     ValueError: fields that no training can work with; all are listed.
+      Parts that do not divide a batch.
   """
 
   num_updates: int
@@ -91,11 +103,15 @@ class FinetuneSettings:
   router_prior: float
   adam_b2: float
   weight_decay: float
+  dtype: str
+  accumulate: int
+  remat: str
   save_every: int
   log_every: int
 
   def __post_init__(self):
     arguments.check_fields('config.finetune', self, _RULES)
+    parts.check('config.finetune', self.batch_size, self.accumulate)
 
 
 @flax.struct.dataclass
@@ -139,7 +155,7 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
         continuous=continuous)
   return student_lib.Student(
       model, params, spec, router, banked, settings.router_temperature,
-      settings.base_weight)
+      settings.base_weight, settings.dtype)
 
 
 def optimizer(settings: FinetuneSettings) -> optax.GradientTransformation:
@@ -174,7 +190,8 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
               gamma: np.ndarray, tx: optax.GradientTransformation,
               key: jax.Array, draw_condition: conditions.Draw = conditions.none,
-              layout: devices.Layout | None = None):
+              layout: devices.Layout | None = None, *, accumulate: int = 1,
+              how_remat: str = remat.NONE) -> step_lib.Step:
   """The update: state -> (state, scalars).
 
   One update per denoising step. The teacher alone moves the trajectory, from
@@ -192,6 +209,9 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     draw_condition: of every trajectory, for conditional models.
     layout: where weights, banks and trajectories lie; by default on all
       devices, each of which has all weights.
+    accumulate: parts of the batch, see `parts.run`; scales that a quantizer
+      takes from all of its input are then those of a part.
+    how_remat: which activations are computed twice, one of `remat.WAYS`.
   """
   layout = layout or devices.layout()
   # The trajectory, of S steps, and the updates n that go along it:
@@ -205,17 +225,18 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   # trajectory, and a batch costs one prediction of each.
   steps = plan.steps() | {'gamma': jnp.asarray(gamma, jnp.float32)}
 
-  def loss_fn(trainable, arrays, x, step, condition, eps_teacher):
-    eps, choices = student.with_arrays(arrays).predict(
-        trainable, x, step['t'], *condition, step=step['index'])
+  def loss_fn(trainable, student, x, step, condition, eps_teacher):
+    with remat.blocks(how_remat):
+      eps, choices = student.predict(
+          trainable, x, step['t'], *condition, step=step['index'])
     loss = losses.dfa_loss(step['gamma'], eps_teacher, eps)
-    return loss, (losses.dfa_loss(1.0, eps_teacher, eps), choices)
+    return loss, (losses.dfa_loss(1.0, eps_teacher, eps),
+                  _bank_shares(student, choices))
 
   # The teacher's parameters, and weights that calibration rounded, are an
   # argument: as constants they would be folded for a minute of compilation.
   @functools.partial(jax.jit, donate_argnums=0)
   def update(state: FinetuneState, arrays: Any, draw: conditions.Draw):
-    params, _ = arrays
     index = state.step % plan.num_steps
     step = jax.tree.map(lambda a: a[index], steps)
     run_key = jax.random.fold_in(key, state.step // plan.num_steps)
@@ -230,17 +251,23 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     x = position.x
     # By the trajectory's key: the condition stays the same along it.
     condition = draw(jax.random.fold_in(run_key, 2), len(x))
-    eps_teacher = student.model.apply(
-        {'params': params}, x, jnp.full(x.shape[:1], step['t']), *condition)
-    (loss, (mse, choices)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.trainable, arrays, x, step, condition, eps_teacher)
+    ours = student.with_arrays(arrays)
+
+    def work(part):
+      x, condition = part
+      eps_teacher = ours.teach(x, step['t'], *condition)
+      return jax.value_and_grad(loss_fn, has_aux=True)(
+          state.trainable, ours, x, step, condition, eps_teacher), eps_teacher
+
+    ((loss, (mse, shares)), grads), eps_teacher = parts.run(
+        work, (x, condition), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': mse, 't': step['t'],
         'l2_grads': optax.tree.norm(grads),
         **{f'l2_grads_{name}': optax.tree.norm(part)
            for name, part in grads.items() if jax.tree.leaves(part)},
-        **_bank_shares(student, choices),
+        **shares,
     }
     after = FinetuneState(
         step=state.step + 1,
@@ -255,7 +282,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   # Likewise an argument, as it may hold embeddings of many prompts.
   draw = layout.put(jax.tree_util.Partial(draw_condition), layout.whole)
   arrays = layout.put(student.arrays)
-  return lambda state: update(state, arrays, draw)
+  return step_lib.Step(update, lambda state: (arrays, draw), (arrays, draw))
 
 
 def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
@@ -278,7 +305,7 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
           workdir: str, *, sample_shape: tuple[int, ...], bank_key: jax.Array,
           trajectory_key: jax.Array,
           draw_condition: conditions.Draw = conditions.none,
-          layout: devices.Layout | None = None) -> Any:
+          layout: devices.Layout | None = None, memory: float = 0.0) -> Any:
   """Fine-tunes a student against the model that it was made from.
 
   Resumes where the workdir's checkpoints end; if they are complete, only
@@ -295,28 +322,39 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
     trajectory_key: of the noise, see `make_step`.
     draw_condition: what a conditional model is asked for.
     layout: as of `make_step`.
+    memory: bytes that each device has; 0: as it says itself.
 
   Returns:
     What `Student.init` returned, trained.
 
   Raises:
+    errors.MemoryLackError: a step needs more; looked at before it begins.
     errors.DivergedError: names the step and the timestep.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
   layout = (layout or devices.layout()).for_batch(
-      'config.finetune.batch_size', settings.batch_size)
+      'config.finetune.batch_size', settings.batch_size, settings.accumulate)
+  # Once, for all steps that are tried.
+  student = student.with_arrays(layout.put(student.arrays))
   tx = optimizer(settings)
   init = functools.partial(
       init_state, student, tx, plan, sample_shape, bank_key, settings)
   gamma = losses.denoising_factors(schedule, plan, settings.gamma)
-  step = make_step(
-      student, plan, gamma, tx, trajectory_key, draw_condition, layout)
+  step_of = lambda settings: make_step(
+      student, plan, gamma, tx, trajectory_key, draw_condition, layout,
+      accumulate=settings.accumulate, how_remat=settings.remat)
+  step = step_of(settings)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(
         'finetune', init, step, settings.num_updates, workdir=workdir,
         writer=writer, save_every=settings.save_every,
         log_every=settings.log_every, layout=layout,
-        shardings=functools.partial(shardings, layout))
+        shardings=functools.partial(shardings, layout),
+        prepare=lambda state: memory_lib.check(
+            'finetune', step, state, limit=memory,
+            remedies=memory_lib.remedies(
+                'finetune', settings, layout,
+                lambda changed: (step_of(changed), state))))
   trainable = state.trainable
   if not layout.is_single:
     # What follows is not split over the devices.

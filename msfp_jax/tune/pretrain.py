@@ -26,14 +26,19 @@ from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.diffusion import training
 from msfp_jax.models import unet
 from msfp_jax.tune import loop
+from msfp_jax.tune import memory as memory_lib
+from msfp_jax.tune import parts
+from msfp_jax.tune import remat
+from msfp_jax.tune import step as step_lib
 
 _RULES = {
     **dict.fromkeys(('num_steps', 'batch_size', 'save_every', 'log_every',
-                     'sample_every'), arguments.COUNT),
+                     'sample_every', 'accumulate'), arguments.COUNT),
     **dict.fromkeys(('learning_rate', 'weight_decay'), arguments.RATE),
     'clip_norm': arguments.POSITIVE,
     'ema_decay': arguments.SHARE,
     'dtype': arguments.one_of(('float32', 'bfloat16')),
+    'remat': arguments.one_of(remat.WAYS),
     'times': arguments.one_of(training.DENSITIES),
     'times_mean': arguments.NUMBER, 'times_std': arguments.POSITIVE,
 }
@@ -56,13 +61,16 @@ class PretrainSettings:
     sample_every: updates from one picture of samples to the next.
     flip: whether half of the images are mirrored.
     dtype: in which the model computes, 'float32' or 'bfloat16'.
+    accumulate: parts of a batch whose gradients are computed one after the
+      other and averaged; divides the batch.
+    remat: which activations are computed twice, see `tune.remat`.
     times: how often each noise level is seen, see `training.Times`.
     times_mean: of its 'logit_normal'.
     times_std: likewise.
 
   Raises:
-    ValueError: fields that no training can work with, or a warm-up that does
-      not end before it.
+    ValueError: fields that no training can work with, a warm-up that does not
+      end before it, or parts that do not divide a batch.
   """
 
   num_steps: int
@@ -77,6 +85,8 @@ class PretrainSettings:
   sample_every: int
   flip: bool
   dtype: str
+  accumulate: int
+  remat: str
   times: str
   times_mean: float
   times_std: float
@@ -87,6 +97,7 @@ class PretrainSettings:
       raise ValueError(
           f'config.pretrain: warmup={self.warmup} must be less than '
           f'num_steps={self.num_steps}')
+    parts.check('config.pretrain', self.batch_size, self.accumulate)
 
 
 @flax.struct.dataclass
@@ -125,7 +136,9 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
                 tx: optax.GradientTransformation, ema_decay: float,
                 key: jax.Array, *, flip: bool = False,
                 dtype: str = 'float32',
-                times: training.Times = training.UNIFORM) -> Update:
+                times: training.Times = training.UNIFORM, accumulate: int = 1,
+                how_remat: str = remat.NONE,
+                layout: devices.Layout | None = None) -> Update:
   """Makes the update on a batch (DDPM eq. 14), which is to be jitted.
 
   Args:
@@ -138,6 +151,10 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
     dtype: 'float32' or 'bfloat16', of parameters and activations inside the
       model; what is kept, averaged and added to is float32.
     times: how often each noise level is seen.
+    accumulate: parts of the batch, see `parts.run`. Without dropout they give
+      what the whole does, up to roundings; with it each has its own.
+    how_remat: which activations are computed twice, one of `remat.WAYS`.
+    layout: of the batch; by default of all devices.
 
   Raises:
     ValueError: another dtype.
@@ -145,14 +162,16 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f"config.pretrain.dtype {dtype!r}: must be 'float32' or "
                      "'bfloat16'")
+  layout = layout or devices.layout()
 
   def loss_fn(params, x, noise, t, key):
     x_t = diffusion.add_noise(schedule, x, noise, t)
     # Cast inside of the loss: gradients come back in float32, to float32
     # parameters.
     params, x_t = jax.tree.map(lambda v: v.astype(dtype), (params, x_t))
-    found = model.apply({'params': params}, x_t, t, train=True,
-                        rngs={'dropout': key})
+    with remat.blocks(how_remat):
+      found = model.apply({'params': params}, x_t, t, train=True,
+                          rngs={'dropout': key})
     return jnp.mean((found.astype(noise.dtype)
                      - training.target(schedule, x, noise))**2)
 
@@ -168,8 +187,15 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
       x = jnp.where(mirrored, x[:, :, ::-1], x)
     noise = jax.random.normal(keys[1], x.shape)
     t = times.draw(keys[2], schedule, len(x))
-    loss, grads = jax.value_and_grad(loss_fn)(
-        state.params, x, noise, t, keys[3])
+
+    def work(part):
+      x, noise, t, row = part
+      # The first row that a part has: a key for each of several.
+      key = keys[3] if accumulate == 1 else jax.random.fold_in(keys[3], row[0])
+      return jax.value_and_grad(loss_fn)(state.params, x, noise, t, key), ()
+
+    (loss, grads), _ = parts.run(
+        work, (x, noise, t, jnp.arange(len(x))), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Early averages would be of the initial weights: the warm-up forgets them.
@@ -185,8 +211,8 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
 
 def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
               stack: contextlib.ExitStack,
-              layout: devices.Layout | None = None):
-  """Makes the update that takes its images itself: state -> (state, scalars).
+              layout: devices.Layout | None = None) -> step_lib.Step:
+  """Makes the update that takes its images itself.
 
   An array is kept on the device, and every step draws from it with
   replacement. Other images are streamed in the order of the seed, every one
@@ -194,7 +220,7 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
 
   Args:
     update: of `make_update`.
-    images: the data set.
+    images: the data set; an array may be on the devices already.
     batch_size: images at a step.
     seed: of the order of streamed images.
     stack: ends the reading of streamed images when it is closed.
@@ -206,7 +232,7 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
     the states that follow must be the step's own.
   """
   layout = layout or devices.layout()
-  if isinstance(images, np.ndarray):
+  if isinstance(images, np.ndarray | jax.Array):
     resident = layout.put(jnp.asarray(images), layout.whole)
 
     # Inside of the program: no image crosses to the device while it trains.
@@ -219,7 +245,7 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
 
       return layout.after_step(*update(state, take), layout.of_weights)
 
-    return lambda state: step(state, resident)
+    return step_lib.Step(step, lambda state: (resident,), (resident,))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def streamed(state: PretrainState, batch: jax.Array):
@@ -228,16 +254,18 @@ def make_step(update: Update, images: data.Images, batch_size: int, seed: int,
 
   batches = None
 
-  def next_step(state: PretrainState):
+  def given(state: PretrainState) -> tuple[jax.Array]:
     nonlocal batches
     # Opened at the first step, which knows where a resumed run stands.
     if batches is None:
       batches = stack.enter_context(contextlib.closing(
           stream.batches(images, batch_size, seed, int(state.step),
                          layout.rows(batch_size))))
-    return streamed(state, layout.put_rows(next(batches), batch_size))
+    return (layout.put_rows(next(batches), batch_size),)
 
-  return next_step
+  return step_lib.Step(streamed, given, (jax.ShapeDtypeStruct(
+      (batch_size, *images.shape[1:]), jnp.uint8,
+      sharding=None if layout.is_single else layout.batch),))
 
 
 def _make_draw(model: unet.UNet, plan: diffusion.SamplerPlan,
@@ -261,7 +289,7 @@ def run(model: unet.UNet, images: data.Images,
         settings: PretrainSettings, workdir: str, *, seed: int,
         origin: origin_lib.Origin | None = None,
         about: Mapping[str, str] | None = None,
-        layout: devices.Layout | None = None) -> str:
+        layout: devices.Layout | None = None, memory: float = 0.0) -> str:
   """Trains the teacher; returns the path of its safetensors file.
 
   Sample grids of the averaged parameters, all from one noise, go to
@@ -278,13 +306,15 @@ def run(model: unet.UNet, images: data.Images,
     origin: goes into the model's file, which then tells its schedule.
     about: goes into the model's header, beside seed and steps.
     layout: as of `make_step`.
+    memory: bytes that each device has; 0: as it says itself.
 
   Raises:
+    errors.MemoryLackError: a step needs more; looked at before it begins.
     errors.DivergedError: names the step.
     checkpoint.Preempted: the run was asked to stop, and has saved.
   """
   layout = (layout or devices.layout()).for_batch(
-      'config.pretrain.batch_size', settings.batch_size)
+      'config.pretrain.batch_size', settings.batch_size, settings.accumulate)
   key = jax.random.key(seed)
   tx = optimizer(settings)
   init = functools.partial(
@@ -293,16 +323,21 @@ def run(model: unet.UNet, images: data.Images,
       jax.eval_shape(init).params, include_stats=False)
   logging.info('pre-training it on %d images of %s', len(images),
                images.shape[1:])
-  update = make_update(
+  update_of = lambda settings: make_update(
       model, schedule, tx, settings.ema_decay, jax.random.fold_in(key, 1),
       flip=settings.flip, dtype=settings.dtype, times=training.Times(
-          settings.times, settings.times_mean, settings.times_std))
+          settings.times, settings.times_mean, settings.times_std),
+      accumulate=settings.accumulate, how_remat=settings.remat, layout=layout)
   draw = _make_draw(model, plan, jax.random.fold_in(key, 2),
                     jax.random.fold_in(key, 3), layout)
+  if isinstance(images, np.ndarray):
+    # Once, for all steps that are tried.
+    images = layout.put(jnp.asarray(images), layout.whole)
   with (contextlib.ExitStack() as stack,
         writer_lib.MetricWriter(workdir) as writer):
-    step = make_step(
-        update, images, settings.batch_size, seed, stack, layout)
+    step_of = lambda settings: make_step(
+        update_of(settings), images, settings.batch_size, seed, stack, layout)
+    step = step_of(settings)
 
     def on_step(done: int, state: PretrainState) -> None:
       if done % settings.sample_every == 0 or done == settings.num_steps:
@@ -316,7 +351,11 @@ def run(model: unet.UNet, images: data.Images,
         writer=writer, save_every=settings.save_every,
         log_every=settings.log_every, on_step=on_step,
         images_per_step=settings.batch_size, layout=layout,
-        shardings=layout.of_weights)
+        shardings=layout.of_weights, prepare=lambda state: memory_lib.check(
+            'pretrain', step, state, limit=memory,
+            remedies=memory_lib.remedies(
+                'pretrain', settings, layout,
+                lambda changed: (step_of(changed), state))))
   path = f'{workdir}/model.safetensors'
   params = devices.fetch(state.ema_params)
   devices.by_first(lambda: convert.save_pretrained(

@@ -50,6 +50,10 @@ class Student:
     banked: names of the layers that have banks, in the router's order.
     temperature: of the router's softmax.
     base: what the banks are added to: 'full' is W, 'dequantized' is Q_w(W).
+    dtype: 'float32'; or 'bfloat16', in which accelerators multiply faster:
+      what passes from layer to layer and what is multiplied, forward and
+      backward. What is trained, quantized and summed is float32 all the same,
+      and levels are exact in both.
   """
 
   model: nn.Module
@@ -59,6 +63,7 @@ class Student:
   banked: tuple[str, ...]
   temperature: float = 1.0
   base: str = FULL_WEIGHTS
+  dtype: str = 'float32'
 
   def __post_init__(self):
     if self.base not in BASES:
@@ -164,6 +169,7 @@ class Student:
     # branch to compute, only another set of codes.
     kernels |= talora.merge(kernels, updates)
     params = self._biased(trainable['biases'])
+    # Of the layers in float32, to be added to their sums.
     biases = interception.leaves(params, 'bias')
     layers = {}
     for name, layer in spec.layers.items():
@@ -172,9 +178,30 @@ class Student:
       made = QLayer(latent, layer.act, biases.get(name),
                     layer.around or Around())
       layers[name] = made.at(step)
-    eps = apply(self.model, params, layers, x, jnp.full(x.shape[:1], t),
-                *condition)
-    return eps, jnp.argmax(gates, axis=-1)
+    params, x_in, condition = self._cast((params, x, condition))
+    eps = apply(self.model, params, layers, x_in, jnp.full(x.shape[:1], t),
+                *condition, dtype=self._other_dtype)
+    return eps.astype(x.dtype), jnp.argmax(gates, axis=-1)
+
+  def teach(self, x: jax.Array, t: jax.Array, *condition: jax.Array
+            ) -> jax.Array:
+    """What the full-precision model predicts; arguments as of `predict`."""
+    params, x_in, condition = self._cast((self.params, x, condition))
+    return self.model.apply({'params': params}, x_in, jnp.full(
+        x.shape[:1], t), *condition).astype(x.dtype)
+
+  @property
+  def _other_dtype(self) -> str | None:
+    """Of the computation; None: the model's own."""
+    return None if self.dtype == 'float32' else self.dtype
+
+  def _cast(self, tree: Any) -> Any:
+    """Numbers in the dtype of the computation; labels as they are."""
+    if self._other_dtype is None:
+      return tree
+    return jax.tree.map(
+        lambda v: v.astype(self.dtype)
+        if jnp.issubdtype(v.dtype, jnp.floating) else v, tree)
 
   def quantized(self, trainable: Any) -> tuple[Any, dict[str, QLayer]]:
     """Parameters, and layers with every bank merged and quantized.

@@ -39,6 +39,23 @@ def test_what_is_evaluated_may_change(copy, npz):
   assert written['eval']['num_samples'] == 9
 
 
+def test_how_the_work_is_cut_may_change(copy, npz):
+  """To devices and to their memory; and what was not said before was so."""
+  path = copy / 'config.json'
+  old = json.loads(path.read_text())
+  del old['finetune']['accumulate'], old['finetune']['dtype'], old['mesh']
+  path.write_text(json.dumps(old))
+  changes = {'finetune.accumulate': 2, 'pretrain.accumulate': 2,
+             'finetune.remat': 'blocks', 'pretrain.remat': 'blocks',
+             'mesh.memory': 1.0}
+  workdir_lib.check(runs.config_of(npz, changes), str(copy))
+  with pytest.raises(errors.WorkdirError, match="finetune.dtype: 'float32' "
+                     "there, 'bfloat16' now") as error:
+    workdir_lib.check(runs.config_of(
+        npz, changes | {'finetune.dtype': 'bfloat16'}), str(copy))
+  assert len(str(error.value).splitlines()) == 2
+
+
 def test_a_corrected_config_may_use_the_workdir(tmp_path, npz):
   """A run that was refused before it made anything has claimed nothing."""
   wrong, right = runs.config_of('nowhere'), runs.config_of(npz)

@@ -28,9 +28,10 @@ def refused(monkeypatch):
 
 
 COUNTS = [f'{part}.{field}' for part, fields in {
-    'finetune': ('batch_size', 'num_banks', 'rank', 'save_every', 'log_every'),
-    'pretrain': ('num_steps', 'batch_size', 'save_every', 'log_every',
-                 'sample_every'),
+    'finetune': ('batch_size', 'num_banks', 'rank', 'accumulate', 'save_every',
+                 'log_every'),
+    'pretrain': ('num_steps', 'batch_size', 'accumulate', 'save_every',
+                 'log_every', 'sample_every'),
     'calibrate': ('batch_size', 'num_batches', 'samples_per_layer'),
 }.items() for field in fields]
 
