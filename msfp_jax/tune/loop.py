@@ -40,7 +40,7 @@ def run(
     images_per_step: int = 0,
     layout: devices.Layout | None = None,
     shardings: Callable[[Any], Any] | None = None,
-    prepare: Callable[[Any], None] = lambda state: None,
+    prepare: Callable[[Any], None] | None = None,
 ) -> Any:
   """Runs `step_fn` from the newest checkpoint to `num_steps`.
 
@@ -63,8 +63,8 @@ def run(
     layout: of the devices; by default of all.
     shardings: a state, or its shapes -> where it lies, as `step_fn` returns it;
       by default that of weights.
-    prepare: called with the abstract form of states, before there is one, and
-      not where all steps are done.
+    prepare: compiles `step_fn`, given the abstract form of states; called
+      before there is one, and not where all steps are done.
 
   Raises:
     errors.DivergedError: a loss is not finite; names the step and the timestep.
@@ -76,7 +76,7 @@ def run(
     lies = None
     if not layout.is_single:
       lies = (shardings or layout.of_weights)(abstract)
-    if max(checkpointer.steps, default=0) < num_steps:
+    if prepare and max(checkpointer.steps, default=0) < num_steps:
       prepare(layout.abstract(abstract, lies))
     restored = checkpointer.restore(abstract, lies)
     if restored is None:
@@ -92,7 +92,7 @@ def run(
     writer.truncate_after(start)
     progress = progress_lib.Progress(
         name, num_steps, start, images_per_step=images_per_step,
-        compiles=True)
+        compiles=prepare is None)
     # Scalars stay on the device for log_every steps: to fetch them is to wait
     # for the step, and the next one could not be queued meanwhile.
     pending = []

@@ -87,6 +87,9 @@ def check(name: str, step: step_lib.Step, state: Any, *, limit: float = 0.0,
       and the first of the remedies that fits.
   """
   there = limit or available(step.held)
+  if devices.is_first():
+    logging.info('%s: compiling its step, which can take a minute or more',
+                 name)
   need, said = _needed(step, state)
   if need is not None:
     logging.info('%s: a step needs %s%s', name, need,
