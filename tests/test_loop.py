@@ -1,10 +1,12 @@
 """The training loop and its checkpoints: stops of every kind, and resuming."""
 
+import asyncio
 import gc
 import json
 import os
 import resource
 import signal
+import threading
 
 import flax.struct
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import marks
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import atomicity
 import pytest
 
 from msfp_jax.base import errors
@@ -381,6 +384,34 @@ def test_files_that_cannot_be_written_whole(tmp_path, reference):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert steps_on_disk(tmp_path) == [3]
   assert_same_run(tmp_path, run(tmp_path), reference)
+
+
+def test_training_goes_on_while_files_are_written(tmp_path, reference):
+  """And what is written is the state of before, whose memory is given away."""
+  may_end, steps = threading.Event(), []
+  finalize = atomicity.AtomicRenameTemporaryPath.finalize
+
+  async def slow(self, *args, **kwargs):
+    while not may_end.is_set():
+      await asyncio.sleep(0.01)
+    return await finalize(self, *args, **kwargs)
+
+  def on_step(step, state):
+    del state
+    steps.append((step, steps_on_disk(tmp_path)))
+    if step == 5:
+      may_end.set()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(atomicity.AtomicRenameTemporaryPath, 'finalize', slow)
+    donating = jax.jit(step_fn, donate_argnums=0)
+    state = run(tmp_path, step_fn=donating, on_step=on_step)
+  assert (4, []) in steps and (5, []) in steps  # 3 was not complete
+  assert steps_on_disk(tmp_path) == [6, 9]
+  assert_same_run(tmp_path, state, reference)
+  with checkpoint.Checkpointer(tmp_path / 'checkpoints') as checkpointer:
+    np.testing.assert_array_equal(
+        checkpointer.restore(fresh()).value, state.value)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

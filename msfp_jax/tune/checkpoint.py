@@ -1,5 +1,6 @@
 """Training state on disk: orbax, resumable after any kind of stop."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -33,6 +34,9 @@ def _checksum(state: Any) -> np.uint32:
 class Checkpointer:
   """Saves and restores a pytree of arrays under `directory`/<step>/.
 
+  Files are written while training goes on; those of the last `save` are there
+  after `wait`, or once it is closed.
+
   Usable as a context manager. While open it also watches for SIGTERM and
   SIGINT: `stop_requested` turns true, and the loop saves and leaves.
   """
@@ -44,6 +48,7 @@ class Checkpointer:
         'the folder of checkpoints is there')
     self._keep = keep
     self._manager = self._open()
+    self._writing = None  # the step whose files may not all be there yet
     self.stop_requested = False
     # By a signal to this process: all processes of a run may get one each.
     self._asked = False
@@ -53,10 +58,9 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         self._directory,
-        # Written before training goes on: an asynchronous write could still be
-        # under way when a signal ends the process.
+        # An older step is removed once a newer one is complete.
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=False))
+            max_to_keep=self._keep, enable_async_checkpointing=True))
 
   def __enter__(self):
     # Python lets the main thread alone set signal handlers.
@@ -65,11 +69,19 @@ class Checkpointer:
         self._handlers[number] = signal.signal(number, self._request_stop)
     return self
 
-  def __exit__(self, *unused):
-    # Signals go back to whoever had them before.
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-    self._manager.close()
+  def __exit__(self, kind, *unused):
+    try:
+      self.wait()
+    except OSError as error:
+      if kind is None:
+        raise
+      # Of two errors the first is what the user has to know of.
+      logging.error('%s', error)
+    finally:
+      # Signals go back to whoever had them before.
+      for number, handler in self._handlers.items():
+        signal.signal(number, handler)
+      self._manager.close()
 
   def _request_stop(self, number, unused_frame):
     if self._asked:  # twice: do not wait for the step's end
@@ -105,17 +117,42 @@ class Checkpointer:
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state: Any) -> None:
-    """Writes `state`; the directory appears only once it is complete.
+    """Begins to write `state`, which may be donated to a step after this.
+
+    The directory appears only once it is complete. Waits for the step that was
+    saved before.
 
     Raises:
-      OSError: the disk is full or read-only; earlier checkpoints remain.
+      OSError: the disk is full or read-only, now or while that was written;
+        earlier checkpoints remain.
     """
     if step in self.steps:
       return
-    try:
+    self.wait()
+    self._writing = step
+    with self._naming():
       self._manager.save(step, args=ocp.args.StandardSave(
           {'state': state, 'crc32': _checksum(state)}))
+
+  def wait(self) -> None:
+    """Returns once all files of the last `save` are written.
+
+    Raises:
+      OSError: they cannot be.
+    """
+    if self._writing is not None:
+      with self._naming():
+        self._manager.wait_until_finished()
+      self._writing = None
+
+  @contextlib.contextmanager
+  def _naming(self):
+    """Errors of writing say what could not be written, and what is left."""
+    try:
+      yield
     except (OSError, ValueError) as error:
+      step, self._writing = self._writing, None
+      self._manager.reload()  # else it counts what it did not write
       raise OSError(
           f'cannot write checkpoint {step} under {self._directory}: {error}; '
           f'the run can go on from {self.steps[-1:] or "the start"} once '

@@ -129,6 +129,7 @@ def run(
         break
     # Also where it came in the last step: what follows must not begin.
     if checkpointer.stopping():
+      checkpointer.wait()
       logging.warning('%s: stopped at step %d of %d; run the same command '
                       'again to go on', name, int(state.step), num_steps)
       raise checkpoint.Preempted(checkpointer.exit_code)
