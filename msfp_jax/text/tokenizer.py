@@ -123,8 +123,18 @@ def load_tokenizer(path: str | pathlib.Path, length: int | None = None,
     ValueError: the library `tokenizers` is not installed, files that hold
       another tokenizer or none, or nothing tells the length.
   """
-  path = pathlib.Path(path).expanduser()
-  file = _file(path)
+  file = _file(pathlib.Path(path).expanduser())
+  try:
+    return _load(file, length, most)
+  except (ValueError, TypeError, AttributeError) as error:
+    # Other types come of a list, say, where a table of tokens should stand.
+    if isinstance(error, ValueError) and str(file.parent) in str(error):
+      raise
+    raise ValueError(f'{file}, with {_CONFIG} and {_SPECIAL} beside it: '
+                     f'{error}') from error
+
+
+def _load(file, length, most):
   config = _read(file.parent / _CONFIG)
   _check_sides(config, file)
   # As transformers does: where the first has a table of added tokens, that is
@@ -210,8 +220,16 @@ def _length(config, length, most, file):
 
 
 def _content(token: Any) -> str:
-  """The text of a token, which files have with or without its flags."""
-  return str(token['content'] if isinstance(token, Mapping) else token)
+  """The text of a token, which files have with or without its flags.
+
+  Raises:
+    ValueError: neither a text nor flags with one.
+  """
+  text = token.get('content') if isinstance(token, Mapping) else token
+  if not isinstance(text, str):
+    raise ValueError(f'a token of {token!r}: must be a text, or flags with '
+                     "its text as 'content'")
+  return text
 
 
 def _named(config, kind):
