@@ -115,6 +115,7 @@ class _EncodedRows:
 def _opened(file: pathlib.Path) -> Iterator[Any]:
   """Opens a file with pyarrow; every error is a ValueError that names it."""
   try:
+    import pyarrow
     from pyarrow import parquet
   except ImportError as error:
     raise ValueError('parquet files need pyarrow, which is not installed: '
@@ -122,7 +123,7 @@ def _opened(file: pathlib.Path) -> Iterator[Any]:
   try:
     with parquet.ParquetFile(file) as opened:
       yield opened
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, pyarrow.ArrowException) as error:
     raise ValueError(f'{file} is no .parquet of images: {error}') from error
 
 
