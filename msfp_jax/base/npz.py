@@ -22,6 +22,9 @@ class _Arrays(Mapping):
       raise ValueError(f'{name!r} is no array')
     return array
 
+  def __contains__(self, name: object) -> bool:
+    return name in self._held  # which reads nothing
+
   def __iter__(self) -> Iterator[str]:
     return iter(self._held)
 
