@@ -1,5 +1,6 @@
 """Texts to tokens; `make parity` compares them with transformers'."""
 
+import json
 import sys
 
 import numpy as np
@@ -200,3 +201,15 @@ def test_a_table_of_characters_that_is_none(tmp_path):
                       + text_files.message((3, text_files.message((2, b'x')))))
   with pytest.raises(ValueError, match="spiece.model is no vocabulary of T5's"):
     tokenizer.load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_without_the_token_of_what_it_lacks(tmp_path):
+  text_files.write_clip(tmp_path)
+  tokenizer.load_tokenizer(tmp_path).backend.save(
+      str(tmp_path / 'tokenizer.json'))
+  content = json.loads((tmp_path / 'tokenizer.json').read_text())
+  content['model']['unk_token'] = 'gone'
+  del content['model']['vocab']['q</w>']
+  text_files.write_json(tmp_path / 'tokenizer.json', content)
+  with pytest.raises(ValueError, match='tokenizer.json makes no tokens.*gone'):
+    tokenizer.load_tokenizer(tmp_path)(['q'])
