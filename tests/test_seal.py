@@ -212,6 +212,8 @@ def test_json_with_a_digest(tmp_path):
   path.write_text(path.read_text().replace('3.25', '3.24'))
   with pytest.raises(ValueError, match='a.json is damaged.*; delete it'):
     seal.read_json(path, 'delete it')
+  path.write_text('{"fid": 3.25}')  # as earlier versions wrote it
+  assert seal.read_json(path, '') == {'fid': 3.25}
   path.write_text('[]')
   with pytest.raises(ValueError, match='a.json is damaged.*; delete it'):
     seal.read_json(path, 'delete it')

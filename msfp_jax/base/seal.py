@@ -17,6 +17,7 @@ import numpy as np
 from msfp_jax.base import files
 
 KEY = 'digest'  # under which a file holds it
+_CONTENT = 'content'  # what it is of, in JSON
 # In its place where only its length matters: that of SHA-256 in hex.
 UNKNOWN = 64 * '0'
 # What to do about a file of the package itself.
@@ -73,11 +74,12 @@ def check_file(path: str | os.PathLike, sha256: str, way_out: str) -> None:
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
   """Writes JSON with its digest, whole or not at all."""
-  files.write_json(path, {**content, KEY: digest_of(content, {})})
+  # Around it: were the digest's name damaged, it would be one more field.
+  files.write_json(path, {KEY: digest_of(content, {}), _CONTENT: content})
 
 
 def read_json(path: str | os.PathLike, way_out: str) -> dict[str, Any]:
-  """Reads what `write_json` wrote.
+  """Reads what `write_json` wrote, or plain JSON of earlier versions.
 
   Args:
     path: of the file.
@@ -86,11 +88,11 @@ def read_json(path: str | os.PathLike, way_out: str) -> dict[str, Any]:
   Raises:
     ValueError: it is damaged; names the file.
   """
-  content = files.read_json(path, way_out)
+  whole = files.read_json(path, way_out)
+  content = whole.get(_CONTENT, whole) if isinstance(whole, dict) else None
   if not isinstance(content, dict):
     raise ValueError(f'{path} is damaged (it holds no fields); {way_out}')
-  stated = content.pop(KEY, None)
-  check(str(path), stated, lambda: digest_of(content, {}), way_out)
+  check(str(path), whole.get(KEY), lambda: digest_of(content, {}), way_out)
   return content
 
 
