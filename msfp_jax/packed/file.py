@@ -202,6 +202,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     rows = header['layers']
     if first:
       rows = [header_lib.row_from_first(row) for row in rows]
+    for row in rows:
+      stored.check_size(row, reader)
     pieces, vectors, is_read = _read_channels(
         rows, header['vectors'], reader, first)
   layers, found = {}, {}
