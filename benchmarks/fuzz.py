@@ -314,9 +314,8 @@ class _Fuzzer:
 
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.FATAL)
-  # None may come out of a reader, but of pickles and arrays by Python 2.
+  # None may come out of a reader, but NumPy's of arrays that Python 2 wrote.
   warnings.simplefilter('error')
-  warnings.filterwarnings('ignore', 'invalid escape')
   warnings.filterwarnings('ignore', 'Reading .* additional header parsing')
   parser = PARSERS[PARSER.value]
   with tempfile.TemporaryDirectory(dir='/dev/shm') as scratch:
