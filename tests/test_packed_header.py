@@ -4,6 +4,8 @@ Found by changing them at random (benchmarks/fuzz.py); without a digest, which
 would refuse all of them.
 """
 
+import pathlib
+import shutil
 import time
 
 from packed_files import rewrite
@@ -13,6 +15,7 @@ import toy
 
 from msfp_jax.packed import file as packed_file
 
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 STREAM = 'conv_out'  # of 3 bits, whose row has the shape of its codes
 
 
@@ -48,3 +51,14 @@ def test_sizes_and_scales_that_cannot_be(tmp_path, changes, said):
   with pytest.raises(ValueError, match=f'p.safetensors: .*{said}'):
     packed_file.load(path, model=toy.Toy())
   assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize('changes', [
+    {'ch': 'x'}, {'in_channels': 1.5}, {'norm_groups': 0},
+    {'out_channels': -1}, {'in_channels': 10**30}])
+def test_sizes_that_no_model_has(tmp_path, changes):
+  path = pathlib.Path(shutil.copy(GOLDEN / 'packed_1.safetensors', tmp_path))
+  rewrite(path, change_header=lambda header: header['model']['unet'].update(
+      changes))
+  with pytest.raises(ValueError, match='packed_1.safetensors'):
+    packed_file.load(path)

@@ -19,6 +19,7 @@ import numpy as np
 
 from msfp_jax.base import files
 from msfp_jax.base import seal
+from msfp_jax.base.pickle_names import first_words
 from msfp_jax.convert import restore as restore_lib
 from msfp_jax.convert import source as source_lib
 from msfp_jax.convert import tensors as tensors_lib
@@ -177,11 +178,13 @@ def open_pretrained(path: str | pathlib.Path) -> restore_lib.Pretrained:
     row = json.loads(metadata['model'])
     is_named = not registry.REGISTRY.keys().isdisjoint(row)
     model = registry.from_dict(row if is_named else {'unet': row})
-  except (KeyError, TypeError, ValueError) as error:
+    abstract = abstract_params(model)
+  # Sizes that no model has end in errors of many types once it is traced.
+  except Exception as error:
     raise ValueError(f'{file}: its header describes no model of this version '
-                     f'({error})') from error
+                     f'({first_words(error)})') from error
   return restore_lib.Pretrained(
-      model, file, tensors, abstract_params(model), restore_lib.FLAX)
+      model, file, tensors, abstract, restore_lib.FLAX)
 
 
 def load_origin(path: str | pathlib.Path) -> origin_lib.Origin:
