@@ -220,6 +220,19 @@ def test_what_arrow_says_of_damage_has_the_files_name(
     data.load('parquet', str(folder))
 
 
+def test_a_row_group_without_all_of_its_rows(write_parquet, monkeypatch):
+  """As where a flipped bit in the footer says more than there are."""
+  folder = write_parquet('a.parquet', RNG.integers(
+      0, 256, (4, 4, 6, 3), np.uint8))
+  from pyarrow import parquet
+  read = parquet.ParquetFile.read_row_group
+  monkeypatch.setattr(
+      parquet.ParquetFile, 'read_row_group', lambda *args, **options: read(
+          *args, **options).slice(0, 1))
+  with pytest.raises(ValueError, match='a.parquet is no .* 1 rows of the 2'):
+    data.load('parquet', str(folder))
+
+
 def test_parquet_that_is_absent_says_what_to_get(tmp_path):
   for path in (tmp_path, tmp_path / 'a.parquet'):
     with pytest.raises(FileNotFoundError, match='download.*config.data.path'):
