@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 
+import cifar_files
 import numpy as np
 from PIL import Image
 import pytest
@@ -25,50 +26,17 @@ def images_of(planes):
   return np.concatenate([np.moveaxis(batch, 1, -1) for batch in planes])
 
 
-def write_binary(folder, planes):
-  for i, batch in enumerate(planes, 1):
-    labels = RNG.integers(0, 10, (len(batch), 1), np.uint8)
-    rows = np.concatenate([labels, batch.reshape(len(batch), -1)], axis=1)
-    (folder / f'data_batch_{i}.bin').write_bytes(rows.tobytes())
-
-
-def python2_pickle(rows):
-  """Pickles as Python 2 did: strings of bytes, old module names."""
-  short = lambda text: b'U' + bytes([len(text)]) + text
-  content = rows.tobytes()
-  dtype = (b'cnumpy\ndtype\n' + short(b'u1') + b'K\x00K\x01\x87R'
-           + b'(K\x03' + short(b'|') + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff'
-           + b'K\x00tb')
-  shape = b'M' + len(rows).to_bytes(2, 'little') + b'M\x00\x0c\x86'
-  array = (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n'
-           + b'K\x00\x85' + short(b'b') + b'\x87R(K\x01' + shape + dtype
-           + b'\x89T' + len(content).to_bytes(4, 'little') + content + b'tb')
-  return (b'\x80\x02}(' + short(b'batch_label') + short(b'batch 1 of 5')
-          + short(b'data') + array + short(b'labels') + b']u.')
-
-
 def test_the_hand_made_pickle_is_one():
   rows = RNG.integers(0, 256, (3, 3072), np.uint8)
-  loaded = pickle.loads(python2_pickle(rows), encoding='latin1')
+  loaded = pickle.loads(cifar_files.python2_pickle(rows), encoding='latin1')
   np.testing.assert_array_equal(loaded['data'], rows)
-
-
-def write_python2(folder, planes):
-  for i, batch in enumerate(planes, 1):
-    (folder / f'data_batch_{i}').write_bytes(
-        python2_pickle(batch.reshape(len(batch), -1)))
-
-
-def write_python3(folder, planes):
-  for i, batch in enumerate(planes, 1):
-    (folder / f'data_batch_{i}').write_bytes(pickle.dumps({
-        b'data': batch.reshape(len(batch), -1), b'labels': [0] * len(batch)}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('write', [
-    write_binary, pytest.param(write_python2, marks=pytest.mark.slow),
-    pytest.param(write_python3, marks=pytest.mark.slow)])
+    cifar_files.write_binary,
+    pytest.param(cifar_files.write_python2, marks=pytest.mark.slow),
+    pytest.param(cifar_files.write_python3, marks=pytest.mark.slow)])
 def test_cifar10(tmp_path, planes, write):
   write(tmp_path, planes)
   loaded = data.load('cifar10', str(tmp_path))
@@ -108,14 +76,14 @@ class Attack:
      + b'\x85R\x89Ntbs.', 'pixels of type .*<tuple>'),
 ])
 def test_a_damaged_python_batch_is_named(tmp_path, planes, content, message):
-  write_python3(tmp_path, planes[:, :1])
+  cifar_files.write_python3(tmp_path, planes[:, :1])
   (tmp_path / 'data_batch_1').write_bytes(content)
   with pytest.raises(ValueError, match=rf'data_batch_1 is no .*{message}'):
     data.load('cifar10', str(tmp_path))
 
 
 def test_a_batch_that_would_run_code(tmp_path, planes):
-  write_python3(tmp_path, planes[:, :1])
+  cifar_files.write_python3(tmp_path, planes[:, :1])
   (tmp_path / 'data_batch_1').write_bytes(
       pickle.dumps({b'data': Attack(tmp_path / 'proof')}))
   with pytest.raises(ValueError, match=r'posix\.system'):
@@ -124,7 +92,7 @@ def test_a_batch_that_would_run_code(tmp_path, planes):
 
 
 def test_a_truncated_binary_batch_is_named(tmp_path, planes):
-  write_binary(tmp_path, planes)
+  cifar_files.write_binary(tmp_path, planes)
   file = tmp_path / 'data_batch_3.bin'
   file.write_bytes(file.read_bytes()[:-1])
   with pytest.raises(ValueError, match=r'data_batch_3.bin.*truncated'):
@@ -232,6 +200,37 @@ def test_parquet_that_holds_no_images(tmp_path, write_parquet):
   parquet.write_table(table.slice(0, 0), path)
   with pytest.raises(ValueError, match='hold no rows'):
     data.load('parquet', str(path))
+
+
+@pytest.mark.parametrize('name', ['ArrowNotImplementedError', 'ArrowKeyError',
+                                  'ArrowInvalid'])
+def test_what_arrow_says_of_damage_has_the_files_name(
+    write_parquet, monkeypatch, name):
+  """As of a flipped bit that makes integers of more than 64 bits."""
+  folder = write_parquet('a.parquet', RNG.integers(
+      0, 256, (2, 4, 6, 3), np.uint8))
+  import pyarrow
+  from pyarrow import parquet
+
+  def fail(*unused, **options):
+    raise getattr(pyarrow, name, pyarrow.lib.ArrowKeyError)('no such')
+
+  monkeypatch.setattr(parquet.ParquetFile, 'read_row_group', fail)
+  with pytest.raises(ValueError, match='a.parquet is no .parquet of images'):
+    data.load('parquet', str(folder))
+
+
+def test_a_row_group_without_all_of_its_rows(write_parquet, monkeypatch):
+  """As where a flipped bit in the footer says more than there are."""
+  folder = write_parquet('a.parquet', RNG.integers(
+      0, 256, (4, 4, 6, 3), np.uint8))
+  from pyarrow import parquet
+  read = parquet.ParquetFile.read_row_group
+  monkeypatch.setattr(
+      parquet.ParquetFile, 'read_row_group', lambda *args, **options: read(
+          *args, **options).slice(0, 1))
+  with pytest.raises(ValueError, match='a.parquet is no .* 1 rows of the 2'):
+    data.load('parquet', str(folder))
 
 
 def test_parquet_that_is_absent_says_what_to_get(tmp_path):

@@ -25,7 +25,7 @@ def test_a_line_is_on_disk_when_add_returns(tmp_path):
   path = tmp_path / 'j.jsonl'
   with Journal(path, JOB, '') as journal:
     journal.add(1)
-    assert path.read_bytes().endswith(b'\n1\n')
+    assert entries(path) == [1]
 
 
 @pytest.mark.parametrize('cut', range(1, 18))
@@ -42,13 +42,27 @@ def test_half_a_line_is_dropped_and_the_next_stands_alone(tmp_path, cut):
 
 
 def test_what_is_written_by_a_failing_disk_ends_it(tmp_path):
-  """Zeros where a power failure left a hole: later lines are not believed."""
+  """Zeros where a power failure left a hole, or what is JSON and not the same:
+  later lines are not believed.
+  """
   path = tmp_path / 'j.jsonl'
+  for old, new in ((b'\n2', b'\n\0'), (b'\n2', b'\n3'), (b'\n2\t', b'\n2 '),
+                   (b'\n2\t', b'\n2\t0')):
+    path.unlink(missing_ok=True)
+    with Journal(path, JOB, '') as journal:
+      for number in (1, 2, 3):
+        journal.add(number)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    assert entries(path) == [1]
+
+
+def test_lines_of_earlier_versions_have_no_digest(tmp_path):
+  path = tmp_path / 'j.jsonl'
+  path.write_bytes(b'{"bits": 4, "files": ["a", 3]}\n1\n2\n')
   with Journal(path, JOB, '') as journal:
-    for number in (1, 2, 3):
-      journal.add(number)
-  path.write_bytes(path.read_bytes().replace(b'\n2\n', b'\n\0\n'))
-  assert entries(path) == [1]
+    assert journal.entries == [1, 2]
+    journal.add(3)
+  assert entries(path) == [1, 2, 3]
 
 
 def test_half_a_first_line_is_no_journal(tmp_path):

@@ -128,7 +128,12 @@ def test_somebody_elses_safetensors(tmp_path, metadata):
 
 
 @pytest.mark.parametrize('model', [
-    None, 'UNet', '[]', '{"channels": 3}', '{"ch": 10}'])
+    None, 'UNet', '[]', '{"channels": 3}', '{"ch": 10}',
+    # Found by changing headers at random (benchmarks/fuzz.py).
+    '{"ch": "x"}', '{"in_channels": 1.5}', '{"out_channels": -1}',
+    '{"ch": 1e30}', '{"norm_groups": 0}', '{"image_size": "E9M9"}',
+    '{"in_channels": 1000000000000000000000000000000}', '{"ch_mult": [[]]}',
+    '{"num_res_blocks": null}', '{"time_freq_shift": "x"}'])
 def test_a_damaged_configuration(saved, model):
   def change(metadata):
     del metadata['model']

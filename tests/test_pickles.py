@@ -270,7 +270,11 @@ def test_huge_indices_of_the_memo_take_no_memory():
   assert read(b'F' + b'9' * 100_000 + b'\n.') == float('inf')
 
 
-@pytest.mark.filterwarnings('ignore:invalid escape')
+def test_a_backslash_that_escapes_nothing():
+  """Without a warning, which would name no file."""
+  assert read(b"S'a\\qb'\n.") == 'a\\qb'
+
+
 def test_garbage_is_an_error_or_a_value():
   rng = random.Random(0)
   codes = [op.code.encode('latin1') for op in pickletools.opcodes]

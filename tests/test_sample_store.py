@@ -123,3 +123,22 @@ def test_memory_does_not_grow_with_the_samples(tmp_path, monkeypatch):
   few, many = peak(tmp_path / 'few', 1024), peak(tmp_path / 'many', 4096)
   image_bytes = np.prod(SHAPE) * (4096 - 1024)
   assert many - few < 0.4 * image_bytes, (few, many)
+
+
+@pytest.mark.parametrize('size', [0, 1, 8 * 8 * 3, 5 * 8 * 8 * 3])
+def test_a_batch_that_was_cut_is_named(store, size):
+  store.write(0, random_images(4))
+  (store.folder / '000000.uint8').write_bytes(bytes(size))
+  assert 0 in store.missing
+  with pytest.raises(ValueError, match='000000.uint8 has .* bytes of 768'):
+    store[:2]
+
+
+@pytest.mark.parametrize('content', [b'{"a": 1', b'\xff', b''])
+def test_a_damaged_claim_deletes_no_samples(tmp_path, content):
+  sample_store.claim(tmp_path, {'a': 1}, {})
+  (tmp_path / 'samples.json').write_bytes(content)
+  (tmp_path / 'kept').write_bytes(b'')
+  with pytest.raises(ValueError, match='samples.json is damaged.*delete'):
+    sample_store.claim(tmp_path, {'a': 1}, {})
+  assert (tmp_path / 'kept').is_file()

@@ -3,6 +3,7 @@
 import json
 import logging
 
+from damaged_ours import OURS as DAMAGED
 import jax.numpy as jnp
 import numpy as np
 from packed_files import assert_equal
@@ -202,3 +203,30 @@ def test_codes_take_their_bits_in_a_file(tmp_path, bits):
 
   saved = (size(8) - size(bits)) * 8 / (9 * 64 * 64)
   np.testing.assert_allclose(saved, 8 - bits, atol=0.03)
+
+
+def test_json_with_a_digest(tmp_path):
+  path = tmp_path / 'a.json'
+  seal.write_json(path, {'fid': 3.25, 'more': {'b': [1, None]}})
+  assert seal.read_json(path, '') == {'fid': 3.25, 'more': {'b': [1, None]}}
+  path.write_text(path.read_text().replace('3.25', '3.24'))
+  with pytest.raises(ValueError, match='a.json is damaged.*; delete it'):
+    seal.read_json(path, 'delete it')
+  path.write_text('{"fid": 3.25}')  # as earlier versions wrote it
+  assert seal.read_json(path, '') == {'fid': 3.25}
+  path.write_text('[]')
+  with pytest.raises(ValueError, match='a.json is damaged.*; delete it'):
+    seal.read_json(path, 'delete it')
+
+
+@pytest.mark.parametrize('name', ["shipped model", "shipped digits' classifier",
+                                  'shipped weights of LPIPS'])
+def test_files_of_the_package_are_what_was_shipped(name, tmp_path):
+  kind = DAMAGED[name]
+  path = kind.write(tmp_path)
+  kind.read(path)
+  content = bytearray(path.read_bytes())
+  content[-9] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match='is damaged.*install msfp-jax again'):
+    kind.read(path)

@@ -254,3 +254,34 @@ def test_a_damaged_spec_of_version_1_is_refused(change):
   change(content['layers'][0])
   with pytest.raises(ValueError, match='not a quantization spec'):
     spec_lib.QuantSpec.from_json(json.dumps(content))
+
+
+def test_a_file_that_is_no_spec_is_named(tmp_path):
+  for content in (b'{', b'\xff', example().to_json().encode()[:300]):
+    (tmp_path / 'a.json').write_bytes(content)
+    with pytest.raises(ValueError, match='a.json: '):
+      spec_lib.QuantSpec.load(tmp_path / 'a.json')
+
+
+@pytest.mark.parametrize('change', [
+    {'stats': 7}, {'stats': ['a']}, {'role': None}, {'kind': 5}])
+def test_what_no_layer_has(change):
+  content = json.loads(example().to_json())
+  del content['digest']
+  content['layers'][0] |= change
+  with pytest.raises(ValueError, match='not a quantization spec.*a layer of'):
+    spec_lib.QuantSpec.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize('path, value', [
+    (('weight', 'scale', 'values', 0), 1e300),
+    (('act', 'scale', 'value'), 1e39)])
+def test_numbers_beyond_float32_are_refused_without_a_warning(path, value):
+  content = json.loads(example().to_json())
+  del content['digest']
+  place = content['layers'][0]
+  for key in path[:-1]:
+    place = place[key]
+  place[path[-1]] = value
+  with pytest.raises(ValueError, match='not a quantization spec'):
+    spec_lib.QuantSpec.from_json(json.dumps(content))

@@ -1,5 +1,6 @@
 """Texts to tokens; `make parity` compares them with transformers'."""
 
+import json
 import sys
 
 import numpy as np
@@ -149,6 +150,12 @@ def _config(**changes):
     (_config(eos_token='<none>', model_max_length=9), '<none>'),
     (_config(model_max_length=9, added_tokens_decoder={
         '5': {'content': 'new'}}), 'other numbers'),
+    (_config(eos_token={'contend': END}, model_max_length=9), "'content'"),
+    (_config(eos_token=7, model_max_length=9), 'a token of 7'),
+    (_config(model_max_length=9, added_tokens_decoder={'5!': 'a'}), '5!'),
+    (_config(model_max_length=9, added_tokens_decoder=[1]), 'vocab.json, with'),
+    (_config(model_max_length=9, pad_token={'content': '!', 'lstrip': 'x'}),
+     'vocab.json, with'),
     (lambda folder: (folder / 'tokenizer.json').write_text('{'),
      'no tokenizer.json'),
     (lambda folder: (folder / 'vocab.json').write_text('[1]') and (
@@ -177,9 +184,32 @@ def _pieces(*more):
     (text_files.spiece(remove_spaces=0), 'keeps spaces'),
     (text_files.spiece(dummy_prefix=0), 'keeps spaces'),
     (b'\xff' * 12, 'damaged'), (b'PK\x03\x04' + bytes(9), 'damaged|pieces'),
-    (text_files.spiece()[:-3], 'damaged')])
+    (text_files.spiece()[:-3], 'damaged'),
+    (text_files.message((1, text_files.message((1, 5)))), 'damaged'),
+    (_pieces(('x', float('nan'), 1)), 'no number'),
+    (text_files.spiece() + text_files.message(
+        (3, text_files.message((2, 5)))), 'damaged')])
 def test_other_models_of_sentencepiece_are_refused(data, said, tmp_path):
   file = tmp_path / 'spiece.model'
   file.write_bytes(data)
   with pytest.raises(ValueError, match=said):
     sentencepiece_file.read(file)
+
+
+def test_a_table_of_characters_that_is_none(tmp_path):
+  text_files.write_t5(tmp_path, data=text_files.spiece()
+                      + text_files.message((3, text_files.message((2, b'x')))))
+  with pytest.raises(ValueError, match="spiece.model is no vocabulary of T5's"):
+    tokenizer.load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_without_the_token_of_what_it_lacks(tmp_path):
+  text_files.write_clip(tmp_path)
+  tokenizer.load_tokenizer(tmp_path).backend.save(
+      str(tmp_path / 'tokenizer.json'))
+  content = json.loads((tmp_path / 'tokenizer.json').read_text())
+  content['model']['unk_token'] = 'gone'
+  del content['model']['vocab']['q</w>']
+  text_files.write_json(tmp_path / 'tokenizer.json', content)
+  with pytest.raises(ValueError, match='tokenizer.json makes no tokens.*gone'):
+    tokenizer.load_tokenizer(tmp_path)(['q'])

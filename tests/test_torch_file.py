@@ -3,6 +3,7 @@
 import collections
 import os
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -252,3 +253,53 @@ def test_a_large_checkpoint_with_its_optimizer(tmp_path):
   assert len(flatten(loaded)) == 6_000
   np.testing.assert_array_equal(
       loaded['state_dict'][names[7]].read(), [7, 8])
+
+
+def damaged_directory(content):
+  """The directory's place, changed so that members lie before the file."""
+  place = content.rindex(b'PK\5\6') + 16
+  content[place:place + 4] = struct.pack('<I', len(content))
+
+
+def damaged_member(offset, value):
+  """A byte of the header before the tensor's elements."""
+  def damage(content):
+    content[content.index(b'archive/data/0') - 30 + offset] = value
+
+  return damage
+
+
+def damaged_end(content):
+  """The directory places the tensor at the file's end."""
+  place = content.rindex(b'archive/data/0') - 4
+  content[place:place + 4] = struct.pack('<I', len(content) - 3)
+
+
+@pytest.mark.parametrize('damage', [
+    damaged_directory, damaged_end, damaged_member(0, 0),
+    damaged_member(26, 3), damaged_member(27, 255), damaged_member(29, 255),
+    damaged_member(31, 0)])
+def test_members_that_are_not_where_the_directory_says(tmp_path, damage):
+  """Elements from another place would be other weights, in silence."""
+  path = tmp_path / 'f'
+  torch_writer.save_zip(path, {'w': ARRAYS['float32']})
+  content = bytearray(path.read_bytes())
+  damage(content)
+  path.write_bytes(content)
+  with pytest.raises(torch_file.TorchFileError, match=f'^{path}: '):
+    torch_file.load(path)['w'].read()
+
+
+@pytest.mark.parametrize('compression', [
+    zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_file_that_is_cut_after_it_was_opened(tmp_path, compression):
+  path = tmp_path / 'f'
+  torch_writer.save_zip(path, {'w': ARRAYS['float32']},
+                        compression=compression)
+  loaded = torch_file.load(path)
+  path.write_bytes(path.read_bytes()[:400])
+  with pytest.raises(torch_file.TorchFileError, match=f'^{path}: '):
+    loaded['w'].read()
+  path.unlink()
+  with pytest.raises(FileNotFoundError):
+    loaded['w'].read()

@@ -37,6 +37,19 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     temporary.write_text(text, encoding='utf-8')
 
 
+def read_json(path: str | os.PathLike, way_out: str) -> Any:
+  """Reads JSON. Raises ValueError, which names the file, for anything else.
+
+  Args:
+    path: of the file.
+    way_out: what to do about a damaged one.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{path} is damaged ({error}); {way_out}') from error
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
   """Writes JSON for people to read, whole or not at all."""
   write_text(path, json.dumps(content, indent=2) + '\n')

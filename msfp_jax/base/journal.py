@@ -1,16 +1,25 @@
 """What a long job has done, line by line, whatever becomes of its process."""
 
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
 
+from absl import logging
+
+# Between a line's JSON, which has none of it, and the digest of that. Lines of
+# earlier versions end without one.
+_MARK = b'\t'
+_DIGITS = 16  # of SHA-256 in hex
+
 
 class Journal:
   """JSON lines on disk: the first says of what job, the others what is done.
 
-  A line is on disk when `add` returns. One that a kill left half-written is
-  dropped at the next opening: what it stood for is done again.
+  A line is on disk when `add` returns. One that a kill left half-written, or
+  that is not what was written, is dropped at the next opening, and so are those
+  behind it: what they stood for is done again.
 
   Attributes:
     entries: all lines but the first, those of earlier processes too.
@@ -65,7 +74,8 @@ class Journal:
     self._path.unlink(missing_ok=True)
 
   def _write(self, entry):
-    line = json.dumps(entry).encode() + b'\n'
+    text = json.dumps(entry).encode()
+    line = text + _MARK + _digest(text) + b'\n'
     # Without a buffer a full disk takes a part of it, and says nothing.
     if self._file.write(line) != len(line):
       raise OSError(f'{self._path}: the disk has no room for a line')
@@ -77,16 +87,28 @@ def _whole_lines(path):
   lines, size = [], 0
   if not path.exists():
     return lines, size
-  for line in path.read_bytes().splitlines(keepends=True):
+  whole = path.read_bytes()
+  for line in whole.splitlines(keepends=True):
     try:
       if not line.endswith(b'\n'):
         break
-      lines.append(json.loads(line))
+      text, mark, digest = line[:-1].partition(_MARK)
+      if mark and digest != _digest(text):
+        raise ValueError('not what was written')
+      lines.append(json.loads(text))
     except ValueError:
       # After a power failure, perhaps; what follows it was written later.
+      logging.warning(
+          '%s: line %d is damaged; what it and the %d bytes behind it stand '
+          'for is done again', path, len(lines) + 1,
+          len(whole) - size - len(line))
       break
     size += len(line)
   return lines, size
+
+
+def _digest(text):
+  return hashlib.sha256(text).hexdigest()[:_DIGITS].encode()
 
 
 def _differing(old, new):

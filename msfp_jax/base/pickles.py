@@ -10,6 +10,7 @@ whose pickle names classes of a training framework opens without it.
 from collections.abc import Callable, Mapping
 import pickletools
 from typing import Any, BinaryIO
+import warnings
 
 from msfp_jax.base.pickle_names import BUILTINS
 from msfp_jax.base.pickle_names import check_global
@@ -96,10 +97,13 @@ def read_pickle(file: BinaryIO, calls: Mapping[Global, Callable[..., Any]] = {},
   machine = _Machine({**_CONTAINERS, **calls}, persistent, other)
   try:
     start = file.tell()
-    # genops decodes one instruction after the other and executes nothing.
-    for opcode, argument, position in pickletools.genops(file):
-      machine.consumed = position - start
-      machine.step(opcode.name, argument)
+    with warnings.catch_warnings():
+      # Of a backslash in a text of protocol 0 that escapes nothing.
+      warnings.filterwarnings('ignore', 'invalid escape', DeprecationWarning)
+      # genops decodes one instruction after the other and executes nothing.
+      for opcode, argument, position in pickletools.genops(file):
+        machine.consumed = position - start
+        machine.step(opcode.name, argument)
   except PickleError:
     raise
   except (ValueError, TypeError, KeyError, IndexError, AttributeError,

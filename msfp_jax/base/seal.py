@@ -14,9 +14,14 @@ from typing import Any
 from absl import logging
 import numpy as np
 
+from msfp_jax.base import files
+
 KEY = 'digest'  # under which a file holds it
+_CONTENT = 'content'  # what it is of, in JSON
 # In its place where only its length matters: that of SHA-256 in hex.
 UNKNOWN = 64 * '0'
+# What to do about a file of the package itself.
+INSTALL_AGAIN = 'install msfp-jax again'
 # A thread each; more would hold more tensors in memory at once.
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -52,6 +57,43 @@ def whole_of(content: Any, parts: Mapping[str, bytes]) -> str:
   for name in sorted(parts):
     whole.update(parts[name])
   return whole.hexdigest()
+
+
+def check_file(path: str | os.PathLike, sha256: str, way_out: str) -> None:
+  """Checks a file that ships with the package by the digest of its bytes.
+
+  Raises:
+    ValueError: it is damaged; names it.
+  """
+  with open(path, 'rb') as file:
+    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  if found != sha256:
+    raise ValueError(f'{path} is damaged, or was changed: its SHA-256 is '
+                     f'{found}, expected {sha256}; {way_out}')
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+  """Writes JSON with its digest, whole or not at all."""
+  # Around it: were the digest's name damaged, it would be one more field.
+  files.write_json(path, {KEY: digest_of(content, {}), _CONTENT: content})
+
+
+def read_json(path: str | os.PathLike, way_out: str) -> dict[str, Any]:
+  """Reads what `write_json` wrote, or plain JSON of earlier versions.
+
+  Args:
+    path: of the file.
+    way_out: what to do about a damaged one.
+
+  Raises:
+    ValueError: it is damaged; names the file.
+  """
+  whole = files.read_json(path, way_out)
+  content = whole.get(_CONTENT, whole) if isinstance(whole, dict) else None
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} is damaged (it holds no fields); {way_out}')
+  check(str(path), whole.get(KEY), lambda: digest_of(content, {}), way_out)
+  return content
 
 
 def check(what: str, stated: Any, found: Callable[[], str], way_out: str

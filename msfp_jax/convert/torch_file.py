@@ -6,6 +6,8 @@ pickle is read as data (`pickles.py`), the code of a script is not looked at,
 and tensors stay in the file until they are needed.
 """
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
 import struct
 import sys
@@ -57,6 +59,8 @@ _DTYPES = {
 # Deflate shrinks the pickle of a model about five times, of zeros a thousand.
 _MOST_INFLATED = 100
 _LONGEST_KEY = 255
+# What a member of a zip begins with, and the flag of a name in UTF-8.
+_MEMBER, _UTF_8 = b'PK\x03\x04', 0x800
 
 
 class _Scripted(dict, pickles.Buildable):
@@ -84,12 +88,23 @@ def load(path: str | pathlib.Path) -> Any:
       functions that have no place in a checkpoint.
   """
   path = pathlib.Path(path)
-  try:
+  with _naming(path):
     if zipfile.is_zipfile(path):
       return _load_zip(path)
     return _load_legacy(path)
-  except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, struct.error,
-          NotImplementedError, RuntimeError) as error:
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Turns whatever damage leads to into an error that names the file."""
+  try:
+    yield
+  except (ValueError, OSError, zipfile.BadZipFile, zlib.error, EOFError,
+          struct.error, NotImplementedError, RuntimeError) as error:
+    # Of one that is not there, say, an OSError tells itself; of a place before
+    # its beginning it tells nothing.
+    if isinstance(error, OSError) and error.filename is not None:
+      raise
     raise TorchFileError(f'{path}: {error}') from error
 
 
@@ -163,18 +178,26 @@ def _zip_reader(path, info, dtype, swap):
   """Makes the reader of a storage's elements; torch.save compresses nothing."""
   if info.compress_type != zipfile.ZIP_STORED:
     def read_compressed(first, count):
-      with zipfile.ZipFile(path) as archive, archive.open(info) as member:
+      with (_naming(path), zipfile.ZipFile(path) as archive,
+            archive.open(info) as member):
         member.seek(first * dtype.itemsize)  # inflates and drops
         return _from_bytes(
             member.read(count * dtype.itemsize), dtype, count, swap)
     return read_compressed
 
   def read(first, count):
-    with open(path, 'rb') as file:
+    with _naming(path), open(path, 'rb') as file:
       # The local header is not the directory's: its extra field pads.
       file.seek(info.header_offset)
       header = file.read(30)
       name, extra = struct.unpack('<HH', header[26:30])
+      # At another place than the directory says, or with a name of another
+      # length, values would be read that are none of this member's.
+      if header[:4] != _MEMBER or file.read(name) != info.orig_filename.encode(
+          'utf-8' if info.flag_bits & _UTF_8 else 'cp437'):
+        raise TorchFileError(
+            f'damaged: no member {shown(info.filename)} where its directory '
+            'says')
       file.seek(info.header_offset + 30 + name + extra
                 + first * dtype.itemsize)
       return _from_bytes(
@@ -248,7 +271,7 @@ def _load_legacy(path: pathlib.Path) -> Any:
 
 def _legacy_reader(path, offset, dtype, swap):
   def read(first, count):
-    with open(path, 'rb') as file:
+    with _naming(path), open(path, 'rb') as file:
       file.seek(offset + first * dtype.itemsize)
       return _from_bytes(
           file.read(count * dtype.itemsize), dtype, count, swap)
@@ -256,6 +279,9 @@ def _legacy_reader(path, offset, dtype, swap):
 
 
 def _from_bytes(content, dtype, count, swap):
+  if len(content) < count * dtype.itemsize:
+    raise TorchFileError(f'truncated: a tensor has {len(content)} bytes of '
+                         f'{count * dtype.itemsize}')
   array = np.frombuffer(content, dtype, count)
   return array.byteswap() if swap else array
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 import pathlib
-import zipfile
-import zlib
 
 import numpy as np
 from PIL import Image
 
+from msfp_jax.base import npz
 from msfp_jax.data import folder
 from msfp_jax.data import images as images_lib
 from msfp_jax.data.images import EncodedImages
@@ -63,20 +62,12 @@ def _refuse_single(path: pathlib.Path, shape: tuple[int, ...]) -> None:
 
 
 def _read_npz(path: pathlib.Path) -> np.ndarray:
-  try:
-    # np.load leaves a damaged file open if it opened it itself.
-    with (open(path, 'rb') as file,
-          np.load(file, allow_pickle=False) as arrays):
-      names = arrays.files
-      name = 'images' if 'images' in names else names[0] if names else None
-      if name is None or (len(names) > 1 and name != 'images'):
-        raise ValueError(f'holds {names}: name the array to use "images"')
-      images = arrays[name]
-      if not isinstance(images, np.ndarray):
-        raise ValueError(f'{name!r} is no array')
-  except (OSError, ValueError, AttributeError, TypeError, EOFError,
-          RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-    raise ValueError(f'{path} is no .npz of images: {error}') from error
+  with npz.opened(path, 'of images') as arrays:
+    names = list(arrays)
+    name = 'images' if 'images' in names else names[0] if names else None
+    if name is None or (len(names) > 1 and name != 'images'):
+      raise ValueError(f'holds {names}: name the array to use "images"')
+    images = arrays[name]
   if images.dtype != np.uint8:
     raise ValueError(
         f'{path}: array {name!r} is {images.dtype}, must be uint8 in 0..255; '

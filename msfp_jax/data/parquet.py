@@ -55,6 +55,7 @@ class _Group(NamedTuple):
   column: str
   index: int  # in the file
   before: int  # rows of the file
+  rows: int
 
 
 class _EncodedRows:
@@ -71,8 +72,10 @@ class _EncodedRows:
       with _opened(file) as opened:
         column, before = _image_column(opened.schema_arrow), 0
         for index in range(opened.num_row_groups):
-          self._groups.append(_Group(file, column, index, before))
           count = opened.metadata.row_group(index).num_rows
+          if count < 0:
+            raise ValueError(f'row group {index} has {count} rows')
+          self._groups.append(_Group(file, column, index, before, count))
           self._starts.append(self._starts[-1] + count)
           before += count
     self._kept = collections.OrderedDict()
@@ -102,6 +105,9 @@ class _EncodedRows:
     if group not in self._kept:
       with _opened(group.file) as opened:
         table = opened.read_row_group(group.index, columns=[group.column])
+        if len(table) != group.rows:
+          raise ValueError(f'row group {group.index} has {len(table)} rows of '
+                           f'the {group.rows} that its footer says')
       self._kept[group] = table.column(0)
       # Oldest first in the dict, to whose end each use moves a group.
       while len(self._kept) > 1 and sum(
@@ -115,6 +121,7 @@ class _EncodedRows:
 def _opened(file: pathlib.Path) -> Iterator[Any]:
   """Opens a file with pyarrow; every error is a ValueError that names it."""
   try:
+    import pyarrow
     from pyarrow import parquet
   except ImportError as error:
     raise ValueError('parquet files need pyarrow, which is not installed: '
@@ -122,7 +129,7 @@ def _opened(file: pathlib.Path) -> Iterator[Any]:
   try:
     with parquet.ParquetFile(file) as opened:
       yield opened
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, pyarrow.ArrowException) as error:
     raise ValueError(f'{file} is no .parquet of images: {error}') from error
 
 

@@ -17,12 +17,15 @@ import safetensors
 import safetensors.numpy
 
 from msfp_jax.base import files
+from msfp_jax.base import seal
 
 IMAGE_SHAPE = (16, 16, 1)
 NUM_CLASSES = 10
 NUM_FEATURES = 64
 FORMAT_VERSION = '1'
 WEIGHTS = pathlib.Path(__file__).with_name('digits_classifier.safetensors')
+# Of that file; to be changed with it.
+_SHA256 = '7f48e04413b8d7301cb84ab968a654912407c44c001538c52064e0bd7bb25b53'
 
 
 class DigitsClassifier(nn.Module):
@@ -85,6 +88,8 @@ def load(path: str | os.PathLike = WEIGHTS) -> tuple[dict, dict[str, str]]:
            'python -m msfp_jax.metrics.train_digits_classifier')
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'no classifier weights at {path}; {again}')
+  if path == WEIGHTS:
+    seal.check_file(path, _SHA256, seal.INSTALL_AGAIN)
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       metadata = file.metadata() or {}

@@ -19,12 +19,15 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from msfp_jax import data
+from msfp_jax.base import seal
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import similarity
 
 # Of the channels of every layer, both trunks': published with LPIPS 0.1 (see
 # lpips_LICENSE.txt); {trunk}.{layer}, float32 `[C]`.
 LINEAR = pathlib.Path(__file__).with_name('lpips_linear.safetensors')
+_LINEAR_SHA256 = (
+    'fd30720767e733e5a02b8d885ea8d12c3654c01207826373289bc74698c5a33a')
 # Of images in [-1, 1]: ImageNet's colours, as LPIPS has them.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
@@ -207,6 +210,7 @@ def params_of(name: str, state: Mapping[str, np.ndarray]) -> Params:
   Returns:
     {'layers': [{'kernel': HWIO, 'bias': `[C]`}], 'linear': [`[C]`]}.
   """
+  seal.check_file(LINEAR, _LINEAR_SHA256, seal.INSTALL_AGAIN)
   linear = load_file(LINEAR)
   layers = TRUNKS[name].layers
   return {

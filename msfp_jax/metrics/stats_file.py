@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 from typing import Any, NamedTuple
-import zipfile
-import zlib
 
 import numpy as np
 
 from msfp_jax import data
 from msfp_jax.base import files
+from msfp_jax.base import npz
 from msfp_jax.base import seal
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
@@ -116,8 +115,7 @@ def load(path: str | os.PathLike) -> Reference:
     ValueError: no `.npz` with a finite `mu` `[D]` and `sigma` `[D, D]`.
   """
   try:
-    # np.load leaves a damaged file open, so it does not get to open it.
-    with open(path, 'rb') as file, np.load(file) as arrays:
+    with npz.opened(path, 'with mu and sigma') as arrays:
       pool = arrays['mu'], arrays['sigma']
       spatial = ((arrays['mu_s'], arrays['sigma_s'])
                  if 'mu_s' in arrays else None)
@@ -134,16 +132,12 @@ def load(path: str | os.PathLike) -> Reference:
                    lambda: _digest(arrays), 'make the statistics anew')
   except FileNotFoundError:
     raise FileNotFoundError(f'no statistics file at {path}') from None
-  # RuntimeError is zipfile's, of flags that say a password or a method that it
-  # does not have.
-  except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError,
-          zipfile.BadZipFile, zlib.error) as error:
-    raise ValueError(f'{path} is no .npz with mu and sigma: {error}') from error
   # The count holds for both; files of other tools have none.
   pool = _gaussian(path, '', pool, count)
-  if vectors is not None and vectors.shape[1:] != pool.mean.shape:
+  if vectors is not None and (vectors.shape[1:] != pool.mean.shape
+                              or vectors.dtype.kind != 'f'):
     raise ValueError(f'{path}: vectors must be [K, {len(pool.mean)}] as mu, '
-                     f'got {list(vectors.shape)}')
+                     f'got {vectors.dtype} {list(vectors.shape)}')
   return Reference(
       pool, None if spatial is None else _gaussian(path, '_s', spatial, count),
       provenance, vectors)
@@ -157,6 +151,9 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _gaussian(path, suffix: str, pair, count: int | None) -> frechet.Gaussian:
+  if odd := [str(x.dtype) for x in pair if x.dtype.kind not in 'fiu']:
+    raise ValueError(f'{path}: mu{suffix} and sigma{suffix} must be numbers, '
+                     f'got {odd[0]}')
   mean, cov = (np.asarray(x, np.float64) for x in pair)
   if mean.ndim != 1 or cov.shape != mean.shape * 2:
     raise ValueError(f'{path}: mu{suffix} must be [D] and sigma{suffix} [D, D],'

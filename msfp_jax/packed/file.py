@@ -39,6 +39,7 @@ import numpy as np
 
 from msfp_jax import diffusion
 from msfp_jax.base import arguments
+from msfp_jax.base.pickle_names import first_words
 from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 from msfp_jax.kernels import offload as offload_lib
@@ -202,6 +203,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
     rows = header['layers']
     if first:
       rows = [header_lib.row_from_first(row) for row in rows]
+    for row in rows:
+      stored.check_size(row, reader)
     pieces, vectors, is_read = _read_channels(
         rows, header['vectors'], reader, first)
   layers, found = {}, {}
@@ -219,7 +222,8 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
   # Of a model that the caller gave nothing is known to compare with; Flax will
   # say what it misses.
   if header['model'] and model is None:
-    problems += reader_lib.misfits(built, found, others, params)
+    with _blaming_header(file):
+      problems += reader_lib.misfits(built, found, others, params)
   if problems:
     raise ValueError(f'{file} does not fit the model:\n  '
                      + '\n  '.join(sorted(problems)))
@@ -233,11 +237,12 @@ def _blaming_header(file: pathlib.Path) -> Iterator[None]:
   """Says of errors that come of a header that it is the file's."""
   try:
     yield
-  except (AttributeError, IndexError, KeyError, TypeError, ValueError
-          ) as error:
-    # The header comes from outside, and may fail in any of these ways.
+  # The header comes from outside, and may fail in any way: sizes that no model
+  # has do so once it is traced.
+  except Exception as error:
     raise ValueError(f'{file}: its header describes no packed model of this '
-                     f'version ({error!r})') from error
+                     f'version ({type(error).__name__}: {first_words(error)})'
+                     ) from error
 
 
 def _check_format(file: pathlib.Path, found: str | None) -> bool:

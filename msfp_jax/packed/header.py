@@ -129,8 +129,10 @@ def input_from_row(row: list[Any] | dict[str, Any]) -> Quantizer:
   if not row:
     return Full()
   fmt, *values = row
-  scale, *zero = np.float32(values)
-  if not (np.isfinite(values).all() and scale > 0 and len(zero) < 2):
+  with np.errstate(over='ignore'):  # infinite, and refused, in float32
+    found = np.float32(values)
+  scale, *zero = found
+  if not (np.isfinite(found).all() and scale > 0 and len(zero) < 2):
     raise ValueError(f'scale and zero point {values} of an input')
   return Static(FPFormat.parse(fmt), scale, zero[0] if zero else None)
 

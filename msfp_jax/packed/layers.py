@@ -68,6 +68,24 @@ def channels_of(layer: QLayer) -> list[np.ndarray]:
   return [np.asarray(part, np.float32).ravel() for part in found]
 
 
+def check_size(row: list[Any], reader: Reader) -> None:
+  """Checks that a row speaks of no more codes than the file has room for.
+
+  What stands for a tensor that does not fit takes no memory, but what is
+  computed from it would.
+
+  Raises:
+    ValueError: it does, or of no number of them.
+  """
+  sizes = [row[2]]
+  if len(row) > 5 and 'shape' in row[5]:
+    sizes.append(math.prod(row[5]['shape']))
+  if odd := [size for size in sizes if type(size) is not int
+             or not 0 < size <= 8 * max(1, reader.nbytes)]:
+    raise ValueError(f'{row[0]}: {odd[0]} codes, in a file whose tensors have '
+                     f'{reader.nbytes} bytes')
+
+
 def outputs_of(row: list[Any], reader: Reader, first: bool) -> int:
   """Output channels of a layer; see `read_codes`, without reading any."""
   if first or not header_lib.is_stream(FPFormat.parse(row[1])):

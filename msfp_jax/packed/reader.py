@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 from flax import traverse_util
@@ -17,11 +18,18 @@ from msfp_jax.quant.qtensor import SHIFT_BITS
 
 
 class Reader:
-  """Takes tensors out of a file and keeps account of what does not fit."""
+  """Takes tensors out of a file and keeps account of what does not fit.
+
+  Attributes:
+    problems: what does not fit, in words.
+    nbytes: of all tensors of the file.
+  """
 
   def __init__(self, tensors: Mapping[str, LazyTensor]):
     self._left = dict(tensors)
     self.problems: list[str] = []
+    self.nbytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize
+                      for tensor in tensors.values())
 
   def take(self, name: str, dtype: Any, shape: tuple[int | None, ...]
            ) -> np.ndarray:
@@ -66,7 +74,7 @@ class Reader:
   def take_stream(self, name: str, bits: int, shape: tuple[int, ...]
                   ) -> np.ndarray:
     """Codes of `bits` bits each that lie in the file as a stream."""
-    size = -(-int(np.prod(shape)) * bits // 8)
+    size = -(-math.prod(shape) * bits // 8)
     known = len(self.problems)
     stream = self.take(name, np.uint8, (size,))
     if len(self.problems) > known:

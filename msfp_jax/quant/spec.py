@@ -6,7 +6,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax.base import files
@@ -97,7 +96,7 @@ class QuantSpec:
       seal.check('this spec', content.pop(seal.KEY, None),
                  lambda: _digest(content), 'calibrate again; if it was '
                  f'changed on purpose, delete {seal.KEY!r} from it')
-      layers = {row['layer']: read(row) for row in content['layers']}
+      layers = {row['layer']: _checked(read(row)) for row in content['layers']}
       return cls(content['recipe'], layers)
     except (AttributeError, json.JSONDecodeError, KeyError, TypeError,
             RecursionError, ValueError) as error:
@@ -109,7 +108,20 @@ class QuantSpec:
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> 'QuantSpec':
-    return cls.from_json(pathlib.Path(path).read_text())
+    """Reads what `save` wrote; raises ValueError, which names the file."""
+    try:
+      return cls.from_json(pathlib.Path(path).read_text(encoding='utf-8'))
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from error
+
+
+def _checked(layer: LayerSpec) -> LayerSpec:
+  """A layer of a file; raises ValueError for what is no text or statistics."""
+  if not (isinstance(layer.role, str) and isinstance(layer.kind, str)
+          and isinstance(layer.stats, dict)):
+    raise ValueError(f'a layer of role {layer.role!r}, kind {layer.kind!r} and '
+                     f'statistics {layer.stats!r}')
+  return layer
 
 
 def _digest(content: Any) -> str:
@@ -156,7 +168,8 @@ def _layer_from_first(row: dict[str, Any]) -> LayerSpec:
 def _static_from_first(row: Any) -> Quantizer:
   if row is None:
     return Full()
-  array = lambda key: jnp.asarray(row[key], jnp.float32).reshape(row['shape'])
+  array = lambda key: serialize.array_from_json(
+      {'values': row[key], 'shape': row['shape']})
   scale = np.asarray(row['scale'], np.float64)
   if not (np.isfinite(scale) & (scale > 0)).all():
     raise ValueError(f'a scale of {row["format"]} is not finite and positive')

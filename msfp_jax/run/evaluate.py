@@ -16,6 +16,7 @@ from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import pictures
+from msfp_jax.base import seal
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
@@ -256,7 +257,8 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   # Beside the folder of samples: its existence is the mark of a finished row.
   path = samples.folder.with_name(samples.folder.name + sample_store.ROW)
   if devices.agreed(path.is_file()):
-    return json.loads(path.read_text()), None
+    return seal.read_json(path, 'delete it, to draw and measure this row '
+                          'again'), None
   row = methods_lib.make_row(experiment, name, workdir)
   draw = draws.drawer(experiment, cfg.batch_size, row.deployed)
   draws.fill(experiment, draw, samples, f'sample {name}')
@@ -275,7 +277,7 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   # Full precision is scored anew by every run, from all its stored images: the
   # scorer has to have seen them.
   if name != methods_lib.FULL_PRECISION:
-    devices.by_first(lambda: files.write_json(path, content), f'{name} is done')
+    devices.by_first(lambda: seal.write_json(path, content), f'{name} is done')
     if devices.is_first():
       samples.keep_first(cfg.pictures)
   return content, row

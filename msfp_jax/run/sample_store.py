@@ -42,7 +42,8 @@ def claim(folder: pathlib.Path, samples: dict[str, Any],
   claims = [(folder / 'samples.json', samples),
             (folder / 'scores.json', scores)]
   # By way of text, as tuples come back from JSON as lists.
-  same = [path.is_file() and json.loads(path.read_text()) == json.loads(
+  way_out = f'delete {folder}, to draw all samples again'
+  same = [path.is_file() and files.read_json(path, way_out) == json.loads(
       json.dumps(content)) for path, content in claims]
   if all(same):
     logging.info('going on with the evaluation begun in %s', folder)
@@ -125,14 +126,23 @@ class SampleStore:
       images.tofile(temporary)
 
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-    """uint8 `[n, H, W, C]`; raises FileNotFoundError for missing batches."""
+    """uint8 `[n, H, W, C]`.
+
+    Raises:
+      FileNotFoundError: a missing batch.
+      ValueError: a batch that is cut, or of other images.
+    """
     rows = np.arange(len(self))[rows]
     numbers = rows // self._batch_size
     # A file at a time: memory is that of the rows asked for, and of one batch.
     images = np.empty((len(rows), *self.shape[1:]), np.uint8)
     for number in np.unique(numbers):
-      batch = np.fromfile(self._path(number), np.uint8).reshape(
-          -1, *self.shape[1:])
+      batch = np.fromfile(self._path(number), np.uint8)
+      shape = (self._count(number), *self.shape[1:])
+      if batch.size != np.prod(shape):
+        raise ValueError(f'{self._path(number)} has {batch.size} bytes of '
+                         f'{np.prod(shape)}: delete it, to draw it again')
+      batch = batch.reshape(shape)
       here = numbers == number
       images[here] = batch[rows[here] % self._batch_size]
     return images

@@ -12,7 +12,6 @@ can run side by side.
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-import json
 import math
 import pathlib
 import runpy
@@ -221,8 +220,8 @@ def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str
       for seed in seeds:
         path = pathlib.Path(workdir) / str(seed) / group / f'{label}.json'
         if path.is_file():
-          for key, value in results_lib.numbers(
-              json.loads(path.read_text())).items():
+          for key, value in results_lib.numbers(files.read_json(
+              path, 'delete it, to measure this row again')).items():
             values.setdefault(key, []).append(value)
       found[group][label] = values
   return found

@@ -124,11 +124,15 @@ def from_sentencepiece(path: pathlib.Path, named: Mapping[str, str]
   tokenizers = import_tokenizers()
   held = sentencepiece_file.read(path)
   gaps = tuple(f'<extra_id_{i}>' for i in reversed(range(_GAPS)))
-  found = tokenizers.Tokenizer(tokenizers.models.Unigram(
-      [*held.pieces, *((gap, 0.0) for gap in gaps)], unk_id=held.unknown,
-      byte_fallback=False))
-  if held.charsmap:
-    found.normalizer = tokenizers.normalizers.Precompiled(held.charsmap)
+  try:
+    found = tokenizers.Tokenizer(tokenizers.models.Unigram(
+        [*held.pieces, *((gap, 0.0) for gap in gaps)], unk_id=held.unknown,
+        byte_fallback=False))
+    if held.charsmap:
+      found.normalizer = tokenizers.normalizers.Precompiled(held.charsmap)
+  # The library raises Exception itself.
+  except Exception as error:
+    raise ValueError(f"{path} is no vocabulary of T5's: {error}") from error
   # Words begin with a mark, which stands for the space before them.
   found.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
       tokenizers.pre_tokenizers.WhitespaceSplit(),

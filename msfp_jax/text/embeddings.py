@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 import dataclasses
 import pathlib
-import zipfile
 
 import numpy as np
 
 from msfp_jax.base import files
+from msfp_jax.base import npz
 
 # The conditions of each family of models by name, and how many axes they have.
 FAMILIES = {'stable_diffusion': {'context': 3},
@@ -63,13 +63,8 @@ def load_embeddings(path: str | pathlib.Path) -> Embeddings:
   path = pathlib.Path(path).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f'no embeddings at {path}')
-  try:
-    # Not by np.load's own: it leaves files open that are none of its own.
-    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as held:
-      arrays = {name: held[name] for name in held}
-  except (OSError, ValueError, TypeError, EOFError, AttributeError,
-          zipfile.BadZipFile) as error:
-    raise ValueError(f'{path} is no .npz file of arrays: {error}') from error
+  with npz.opened(path, 'of arrays') as held:
+    arrays = {name: held[name] for name in held}
   family = _family(path, arrays)
   axes = FAMILIES[family]
   # Of all arrays at once.

@@ -7,6 +7,7 @@ of a number and a type, of which those that matter are taken
 
 from collections.abc import Iterator
 import dataclasses
+import math
 import pathlib
 import struct
 
@@ -50,7 +51,9 @@ def read(path: str | pathlib.Path) -> SentencePieces:
   """
   try:
     return _read(pathlib.Path(path).read_bytes())
-  except (IndexError, struct.error, UnicodeDecodeError, TypeError) as error:
+  # A number where a text or a message stands has none of their methods.
+  except (IndexError, struct.error, UnicodeDecodeError, TypeError,
+          AttributeError) as error:
     raise ValueError(f"{path} is no model of sentencepiece's, or a damaged "
                      f'one: {error}') from error
   except ValueError as error:
@@ -72,12 +75,15 @@ def _read(data):
   if not pieces:
     raise ValueError("no model of sentencepiece's: it holds no pieces")
   _check(pieces, trainer, normalizer)
+  charsmap = normalizer.get(_CHARSMAP, b'')
+  if not isinstance(charsmap, bytes):
+    raise TypeError('a number where its table of characters stands')
   kinds = [kind for *_, kind in pieces]
   return SentencePieces(
       tuple((text, score) for text, score, _ in pieces),
       kinds.index(_UNKNOWN),
       tuple(text for text, _, kind in pieces if kind == _CONTROL),
-      normalizer.get(_CHARSMAP, b''))
+      charsmap)
 
 
 def _check(pieces, trainer, normalizer):
@@ -90,6 +96,8 @@ def _check(pieces, trainer, normalizer):
   if odd:
     raise ValueError(f"it holds pieces that are {odd}, which T5's vocabulary "
                      'does not')
+  if not all(math.isfinite(score) for _, score, _ in pieces):
+    raise ValueError('it holds pieces whose probability is no number')
   if sum(kind == _UNKNOWN for *_, kind in pieces) != 1:
     raise ValueError('it must have one piece for what is unknown')
   if not (normalizer.get(_DUMMY_PREFIX, 1) and

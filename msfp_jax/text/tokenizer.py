@@ -66,11 +66,11 @@ class Tokenizer:
 
     Raises:
       TypeError: a single text, or what is no text.
-      ValueError: a text that is no Unicode.
+      ValueError: a text that is no Unicode, or a tokenizer that does not know
+        what to make of one.
     """
     check_texts(prompts)
-    found = [encoding.ids for encoding
-             in self.backend.encode_batch(list(prompts))]
+    found = _encoded(self.backend, list(prompts), self.source)
     ids = np.full((len(found), self.length), self.pad_id, np.int32)
     for row, tokens in zip(ids, found, strict=True):
       # Of a text that is too long the end is kept, and what is before is cut.
@@ -87,6 +87,17 @@ class Tokenizer:
           cut.sum(), len(found), self.length, first + 1, lengths[first],
           textwrap.shorten(prompts[first], 80))
     return Tokens(ids, np.minimum(lengths, self.length), cut)
+
+
+def _encoded(backend, texts, source):
+  """The numbers of the tokens of each text."""
+  try:
+    return [encoding.ids for encoding in backend.encode_batch(texts)]
+  # The library raises Exception itself, as of a vocabulary without the token
+  # of what it lacks.
+  except Exception as error:
+    raise ValueError(f'{source} makes no tokens of the prompts: {error}'
+                     ) from error
 
 
 def check_texts(prompts: Sequence[str]) -> None:
@@ -123,8 +134,18 @@ def load_tokenizer(path: str | pathlib.Path, length: int | None = None,
     ValueError: the library `tokenizers` is not installed, files that hold
       another tokenizer or none, or nothing tells the length.
   """
-  path = pathlib.Path(path).expanduser()
-  file = _file(path)
+  file = _file(pathlib.Path(path).expanduser())
+  try:
+    return _load(file, length, most)
+  except (ValueError, TypeError, AttributeError) as error:
+    # Other types come of a list, say, where a table of tokens should stand.
+    if isinstance(error, ValueError) and str(file.parent) in str(error):
+      raise
+    raise ValueError(f'{file}, with {_CONFIG} and {_SPECIAL} beside it: '
+                     f'{error}') from error
+
+
+def _load(file, length, most):
   config = _read(file.parent / _CONFIG)
   _check_sides(config, file)
   # As transformers does: where the first has a table of added tokens, that is
@@ -152,7 +173,7 @@ def load_tokenizer(path: str | pathlib.Path, length: int | None = None,
 
 
 def _made(kind, backend, named, length, file):
-  empty, around = backend.encode('').ids, _AROUND[kind]
+  (empty,), around = _encoded(backend, [''], file), _AROUND[kind]
   eos_id = backend.token_to_id(named['eos_token'])
   if len(empty) != around or empty[-1] != eos_id:
     raise ValueError(
@@ -210,8 +231,16 @@ def _length(config, length, most, file):
 
 
 def _content(token: Any) -> str:
-  """The text of a token, which files have with or without its flags."""
-  return str(token['content'] if isinstance(token, Mapping) else token)
+  """The text of a token, which files have with or without its flags.
+
+  Raises:
+    ValueError: neither a text nor flags with one.
+  """
+  text = token.get('content') if isinstance(token, Mapping) else token
+  if not isinstance(text, str):
+    raise ValueError(f'a token of {token!r}: must be a text, or flags with '
+                     "its text as 'content'")
+  return text
 
 
 def _named(config, kind):

@@ -1,0 +1,64 @@
+"""Reads .npz files, whatever damage does to them."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import os
+import tokenize
+import zipfile
+import zlib
+
+import numpy as np
+
+
+class _Arrays(Mapping):
+  """An open file's arrays; what else an archive may hold is refused."""
+
+  def __init__(self, held: Mapping[str, np.ndarray]):
+    self._held = held
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    array = self._held[name]
+    if not isinstance(array, np.ndarray):
+      raise ValueError(f'{name!r} is no array')
+    return array
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._held  # which reads nothing
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._held)
+
+  def __len__(self) -> int:
+    return len(self._held)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, what: str
+           ) -> Iterator[Mapping[str, np.ndarray]]:
+  """Opens an .npz whose arrays are read, and checked, in the block.
+
+  Args:
+    path: of the file.
+    what: that it should be, for messages: 'of images'.
+
+  Raises:
+    FileNotFoundError: nothing at `path`.
+    ValueError: no such file, or a damaged one; also for what the block raises
+      that an array of an unexpected kind may lead to.
+  """
+  try:
+    # np.load leaves a damaged file open if it opened it itself.
+    with (open(path, 'rb') as file,
+          np.load(file, allow_pickle=False) as held):
+      if not isinstance(held, Mapping):
+        raise ValueError('it holds one array and no names')
+      yield _Arrays(held)
+  except FileNotFoundError:
+    raise
+  # RuntimeError is zipfile's, of flags that say a password or a method that it
+  # does not have; MemoryError NumPy's, of a shape that says more than there
+  # is, and TokenError, of an array's header that does not end.
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError,
+          RuntimeError, MemoryError, OverflowError, tokenize.TokenError,
+          zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(f'{path} is no .npz {what}: {error}') from error
