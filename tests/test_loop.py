@@ -434,3 +434,15 @@ def test_what_prepares_sees_shapes_first_and_nothing_once_it_is_done(tmp_path):
   assert len(seen) == 1
   with pytest.raises(AssertionError):  # steps are left
     run(tmp_path, 4, prepare=prepare)
+
+
+def test_a_folder_that_is_gone_is_not_told_as_damaged(tmp_path):
+  """Whoever deletes it, as for damage, would have nothing to put back."""
+  run(tmp_path, 3)
+  folder = tmp_path / 'checkpoints'
+  with checkpoint.Checkpointer(folder) as checkpointer:
+    folder.rename(tmp_path / 'away')
+    with pytest.raises(OSError, match='checkpoints is gone; put it back'):
+      checkpointer.restore(fresh())
+    (tmp_path / 'away').rename(folder)
+    assert int(checkpointer.restore(fresh()).step) == 3

@@ -14,9 +14,10 @@ TPU = "Unable to initialize backend 'tpu': INTERNAL: Failed to open libtpu.so"
 BRIDGE = 'jax._src.xla_bridge'
 
 
-def shown(message, name=BRIDGE, level=logging.INFO, path='xla_bridge.py'):
+def shown(message, name=BRIDGE, level=logging.INFO, path='xla_bridge.py',
+          raised=None):
   return quiet.worth_showing(
-      logging.LogRecord(name, level, path, 1, '%s', (message,), None))
+      logging.LogRecord(name, level, path, 1, '%s', (message,), raised))
 
 
 @pytest.mark.parametrize('installed', [False, True])
@@ -45,6 +46,11 @@ def test_what_orbax_does_is_hidden_but_not_what_went_wrong():
   path = 'site-packages/orbax/checkpoint.py'
   assert not shown('wrote', name='absl', path=path)
   assert shown('cannot write', name='absl', path=path, level=logging.WARNING)
+  # What it raises as well, with a traceback from every thread of it.
+  raised = OSError, OSError('full'), None
+  for of, expected in ((path, False), ('ours.py', True)):
+    assert shown('cannot write', name='absl', path=of, level=logging.ERROR,
+                 raised=raised) == expected
 
 
 # XLA evaluates a sum over windows of constants by itself, and slowly.

@@ -9,6 +9,17 @@ from typing import Any
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """Has errors of the block tell the file, as those of a full disk do not."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno is not None:
+      raise OSError(error.errno, error.strerror, str(path)) from error
+    raise
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path that becomes `path` if the block succeeds.
 
@@ -20,13 +31,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   # readers see the old file or the new one. By process, as two may write it.
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    yield temporary
-    os.replace(temporary, path)
-  except OSError as error:
-    if error.filename is None and error.errno is not None:
-      # As of a write on a full disk.
-      raise OSError(error.errno, error.strerror, str(path)) from error
-    raise
+    with naming(path):
+      yield temporary
+      os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
 

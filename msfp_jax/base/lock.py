@@ -11,6 +11,8 @@ from typing import IO
 
 from absl import logging
 
+from msfp_jax.base import files
+
 try:
   import fcntl
 except ImportError:  # not on Windows
@@ -90,10 +92,16 @@ def _locked(path: pathlib.Path) -> IO[str] | None:
       if os.path.samestat(os.fstat(file.fileno()), path.stat()):
         break
     file.close()
-  file.truncate(0)
-  file.write(f'process {os.getpid()} on {socket.gethostname()}, since '
-             f'{time.strftime("%Y-%m-%d %H:%M:%S")}')
-  file.flush()
+  try:
+    with files.naming(path):
+      file.truncate(0)
+      file.write(f'process {os.getpid()} on {socket.gethostname()}, since '
+                 f'{time.strftime("%Y-%m-%d %H:%M:%S")}')
+      file.flush()
+  except OSError:
+    with contextlib.suppress(OSError):
+      file.close()  # which tries to write once more
+    raise
   return file
 
 

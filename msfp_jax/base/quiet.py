@@ -21,13 +21,15 @@ if not os.environ.get('MSFP_TRACEBACK') and os.environ.get(_LEVEL, '1') == '1':
 def worth_showing(record: logging.LogRecord) -> bool:
   """Whether a line of the log is for users; a filter of `logging`.
 
-  All warnings and errors are. Of lesser lines three kinds are not: orbax tells
+  All warnings and errors are, but for tracebacks of errors that orbax raises as
+  well, from several threads. Of lesser lines three kinds are not: orbax tells
   about every file that it touches, and JAX that it found no libtpu where none
   is installed, and no remote devices where none were named.
   """
+  from_orbax = 'orbax' in record.pathname
   if record.levelno > logging.INFO:
-    return True
-  if 'orbax' in record.pathname:
+    return not (from_orbax and record.exc_info)
+  if from_orbax:
     return False
   if not record.name.endswith('xla_bridge'):
     return True

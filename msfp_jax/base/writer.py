@@ -106,10 +106,12 @@ class MetricWriter:
         logging.warning('%s is %s at step %d: written as null',
                         name, line[name], step)
         line[name] = None
-    self._file.write(json.dumps(line, allow_nan=False) + '\n')
-    for name in scalars:
-      if line[name] is not None:
-        self._board.add_scalar(name, line[name], line['step'])
+    with files.naming(self._path):
+      self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    with files.naming(self._folder):
+      for name in scalars:
+        if line[name] is not None:
+          self._board.add_scalar(name, line[name], line['step'])
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Shows each batch as one grid in TensorBoard.
@@ -133,7 +135,8 @@ class MetricWriter:
       batch = pictures.check_pixels(
           f'images {name!r} at step {step}', batch, 'NHWC')
       grid = pictures.image_grid(batch, math.ceil(math.sqrt(len(batch))))
-      self._board.add_image(name, grid, int(step), dataformats='HWC')
+      with files.naming(self._folder):
+        self._board.add_image(name, grid, int(step), dataformats='HWC')
 
   def flush(self) -> None:
     """Flushes the events; lines of metrics.jsonl never wait for this.
@@ -141,14 +144,17 @@ class MetricWriter:
     Those that tensorboardX's thread has not come to yet follow soon.
     """
     if self._active and self._events is not None:
-      self._events.flush()
+      with files.naming(self._folder):
+        self._events.flush()
 
   def close(self) -> None:
     """Flushes and closes; a second call does nothing."""
     if self._active:
-      self._file.close()
+      with files.naming(self._path):
+        self._file.close()
       if self._events is not None:
-        self._events.close()
+        with files.naming(self._folder):
+          self._events.close()
 
 
 def _drop_lines(path: pathlib.Path, last_step: float) -> None:

@@ -81,7 +81,9 @@ class Checkpointer:
       # Signals go back to whoever had them before.
       for number, handler in self._handlers.items():
         signal.signal(number, handler)
-      self._manager.close()
+      # What could not be written it says once more, in its own words.
+      with contextlib.suppress(OSError, ValueError):
+        self._manager.close()
 
   def _request_stop(self, number, unused_frame):
     if self._asked:  # twice: do not wait for the step's end
@@ -153,8 +155,9 @@ class Checkpointer:
     except (OSError, ValueError) as error:
       step, self._writing = self._writing, None
       self._manager.reload()  # else it counts what it did not write
+      said = str(error).split('\n')[0][:300]
       raise OSError(
-          f'cannot write checkpoint {step} under {self._directory}: {error}; '
+          f'cannot write checkpoint {step} under {self._directory}: {said}; '
           f'the run can go on from {self.steps[-1:] or "the start"} once '
           'there is room and permission') from error
 
@@ -172,6 +175,7 @@ class Checkpointer:
     Raises:
       ValueError: none of the checkpoints can be read, or their structure is
         another model's.
+      OSError: the folder is gone.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
     if shardings is None:
@@ -205,6 +209,9 @@ class Checkpointer:
         continue
       self._set_aside([step for step, _ in damaged])
       return state
+    if damaged and not self._directory.is_dir():
+      raise OSError(f'{self._directory} is gone; put it back, and the run goes '
+                    'on from its checkpoints')
     if damaged:
       raise ValueError(
           f'none of the checkpoints {self.steps} under {self._directory} can '
