@@ -444,5 +444,6 @@ def test_a_folder_that_is_gone_is_not_told_as_damaged(tmp_path):
     folder.rename(tmp_path / 'away')
     with pytest.raises(OSError, match='checkpoints is gone; put it back'):
       checkpointer.restore(fresh())
-    (tmp_path / 'away').rename(folder)
+  (tmp_path / 'away').rename(folder)
+  with checkpoint.Checkpointer(folder) as checkpointer:
     assert int(checkpointer.restore(fresh()).step) == 3
