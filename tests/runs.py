@@ -11,6 +11,7 @@ import safetensors
 from configs import images as images_config
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import train
+from msfp_jax.tune import step as step_lib
 
 SMALL = {
     'model.ch_mult': (1,), 'model.num_res_blocks': 0,
@@ -44,15 +45,19 @@ def interrupt(patch, module, at):
   """Sends this process SIGTERM during step `at` of the module's loop."""
   make_step = module.make_step
 
-  def patched(*args):
-    step, count = make_step(*args), itertools.count(1)
+  class Stopped(step_lib.Step):
 
-    def stopped(state):
-      if next(count) == at:
+    def __init__(self, step):
+      self.__dict__.update(vars(step))
+      self.count = itertools.count(1)
+
+    def __call__(self, state):
+      if next(self.count) == at:
         os.kill(os.getpid(), signal.SIGTERM)
-      return step(state)
+      return super().__call__(state)
 
-    return stopped
+  def patched(*args, **options):
+    return Stopped(make_step(*args, **options))
 
   patch.setattr(module, 'make_step', patched)
 

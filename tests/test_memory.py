@@ -11,6 +11,7 @@ import pytest
 from msfp_jax.base import devices
 from msfp_jax.base import errors
 from msfp_jax.tune import memory
+from msfp_jax.tune import remat
 from msfp_jax.tune import step as step_lib
 
 DATA = jnp.ones((500, 1000))  # 2 MB
@@ -87,8 +88,8 @@ def need(**changes):
 def test_remedies_begin_with_what_costs_the_least_time():
   assert [remedy.flags for remedy in remedies(Settings(accumulate=2))] == [
       '--config.toy.remat=products', '--config.toy.remat=blocks', *(
-          f'--config.toy.remat=blocks --config.toy.accumulate={count}'
-          for count in (3, 4, 6, 12))]
+          f'{more}--config.toy.accumulate={count}' for count in (3, 4, 6, 12)
+          for more in ('', '--config.toy.remat=blocks '))]
   assert [remedy.flags for remedy in remedies(
       Settings(batch_size=4, remat='blocks'))] == [
           '--config.toy.accumulate=2', '--config.toy.accumulate=4']
@@ -107,6 +108,22 @@ def test_a_step_that_does_not_fit_is_refused_with_flags_that_make_it(
   assert said.startswith(f'toy: a step needs {need() / 1e9:.3g} GB of each')
   assert f'and {limit / 1e9:.3g} GB are there' in said
   assert f'It fits with {flags} ({limit / 1e9:.3g} GB)' in said
+
+
+def test_a_model_without_blocks_is_told_of_parts_alone():
+  def build(settings):
+    step, state = sized(settings)
+    if settings.remat != 'none':
+      def compile(unused_state):
+        raise remat.NoBlocksError('the model has no blocks')
+      step.compile = compile
+    return step, state
+
+  with pytest.raises(errors.MemoryLackError, match='It fits with '
+                     r'--config.toy.accumulate=2 \('):
+    memory.check('toy', *build(Settings()), limit=need(accumulate=2),
+                 remedies=memory.remedies(
+                     'toy', Settings(), devices.layout(), build))
 
 
 def test_nothing_fits():
@@ -145,6 +162,10 @@ def test_what_is_there(monkeypatch, tmp_path):
   (tmp_path / 'memory.current').write_text('1000000000\n')
   assert memory.available() == 8000000 * 1024 // 4
   (tmp_path / 'memory.max').write_text('3000000000\n')
+  stat = tmp_path / 'memory.stat'
+  stat.write_text('anon 600000000\ninactive_file 300000000\n')
+  assert memory.available() == 2_300_000_000 // 4
+  stat.write_text('anon 1000000000\n')
   assert memory.available() == 2_000_000_000 // 4
   (tmp_path / 'meminfo').unlink()
   assert memory.available([DATA]) == 0  # nobody knows

@@ -270,6 +270,13 @@ def all_say(value: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
+def least(value: float) -> float:
+  """The least that any process says, in all of them; in float32."""
+  if jax.process_count() == 1:
+    return value
+  return float(multihost_utils.process_allgather(np.float32(value)).min())
+
+
 def agreed_text(text: str) -> str:
   """What the first process says, in all of them."""
   if jax.process_count() == 1:

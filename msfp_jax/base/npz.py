@@ -53,12 +53,12 @@ def opened(path: str | os.PathLike, what: str
       if not isinstance(held, Mapping):
         raise ValueError('it holds one array and no names')
       yield _Arrays(held)
-  except FileNotFoundError:
-    raise
   # RuntimeError is zipfile's, of flags that say a password or a method that it
   # does not have; MemoryError NumPy's, of a shape that says more than there
   # is, and TokenError, of an array's header that does not end.
   except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError,
           RuntimeError, MemoryError, OverflowError, tokenize.TokenError,
           zipfile.BadZipFile, zlib.error) as error:
+    if isinstance(error, OSError | ValueError) and str(path) in str(error):
+      raise  # it says what is wrong, and of which file
     raise ValueError(f'{path} is no .npz {what}: {error}') from error

@@ -51,8 +51,14 @@ class MetricWriter:
   def __enter__(self) -> 'MetricWriter':
     return self
 
-  def __exit__(self, *unused) -> None:
-    self.close()
+  def __exit__(self, kind, *unused) -> None:
+    try:
+      self.close()
+    except OSError as error:
+      if kind is None:
+        raise
+      # Of two errors the first is what the user has to know of.
+      logging.error('%s', error)
 
   def _open(self, last_step: float) -> None:
     # What is appended must follow a whole line, of a step before.
@@ -150,11 +156,13 @@ class MetricWriter:
   def close(self) -> None:
     """Flushes and closes; a second call does nothing."""
     if self._active:
-      with files.naming(self._path):
-        self._file.close()
-      if self._events is not None:
-        with files.naming(self._folder):
-          self._events.close()
+      try:
+        with files.naming(self._path):
+          self._file.close()
+      finally:
+        if self._events is not None:
+          with files.naming(self._folder):
+            self._events.close()
 
 
 def _drop_lines(path: pathlib.Path, last_step: float) -> None:

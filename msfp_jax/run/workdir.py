@@ -19,7 +19,8 @@ PACKED_FILE = 'packed.safetensors'
 # Of config.json: what is no field of the config.
 TAKEN = 'taken'
 # What may change at any time: how many processes and devices share the work,
-# and how it is cut to fit them; all but roundings stays.
+# and how it is cut to fit them. Roundings change, and by `accumulate` what
+# dropout draws.
 _HOW = ('mesh', 'pretrain.accumulate', 'pretrain.remat',
         'finetune.accumulate', 'finetune.remat')
 # What workdirs of before do not say of their own: how it was.

@@ -91,7 +91,7 @@ class Checkpointer:
         # JAX's own end would wait for the other processes.
         os._exit(128 + number)
       raise Preempted(128 + number)
-    logging.warning('%s: saving, then stopping; again to stop at once',
+    logging.warning('%s: saving, then stopping; again to stop without',
                     signal.Signals(number).name)
     self.exit_code = 128 + number
     self.stop_requested = self._asked = True

@@ -86,7 +86,8 @@ def check(name: str, step: step_lib.Step, state: Any, *, limit: float = 0.0,
     errors.MemoryLackError: it needs more than there is; the message has both,
       and the first of the remedies that fits.
   """
-  there = limit or available(step.held)
+  # One judgement: a process that went on alone would wait for the others.
+  there = devices.least(limit or available(step.held))
   if devices.is_first():
     logging.info('%s: compiling its step, which can take a minute or more',
                  name)
@@ -94,14 +95,14 @@ def check(name: str, step: step_lib.Step, state: Any, *, limit: float = 0.0,
   if need is not None:
     logging.info('%s: a step needs %s%s', name, need,
                  f'; there are {_gigabytes(there)}' if there else '')
-    if not there or need.total <= there:
-      return
     said = f'needs {need}, and {_gigabytes(there)} are there'
   elif not said:
     logging.info('%s: the compiler does not say what a step needs', name)
-    return
-  raise errors.MemoryLackError(
-      f'{name}: a step {said}. {_first_that_fits(name, there, remedies)}')
+    need = Need(0, 0)
+  if not _fit(need, there):
+    raise errors.MemoryLackError(
+        f'{name}: a step {said}. {_first_that_fits(name, there, remedies)}; '
+        'another limit is given by --config.mesh.memory=GB')
 
 
 def remedies(name: str, settings: Any, layout: devices.Layout,
@@ -109,7 +110,8 @@ def remedies(name: str, settings: Any, layout: devices.Layout,
              ) -> Iterator[Remedy]:
   """What makes a step smaller, the cheapest in time first.
 
-  First rematerialisation, then also the batch in more and more parts.
+  First rematerialisation, then the batch in more and more parts, by itself
+  and with that.
 
   Args:
     name: of the config's part that `settings` are.
@@ -120,16 +122,22 @@ def remedies(name: str, settings: Any, layout: devices.Layout,
   known = remat.WAYS[remat.WAYS.index(settings.remat) + 1:]
   ways = [{'remat': how} for how in known]
   rows = settings.batch_size // (layout.num_parts if layout.splits else 1)
-  most = {'remat': remat.WAYS[-1]} if known else {}
-  ways += [most | {'accumulate': count}
-           for count in range(settings.accumulate + 1, rows + 1)
-           if rows % count == 0]
+  for count in range(settings.accumulate + 1, rows + 1):
+    if rows % count == 0:
+      ways += [more | {'accumulate': count}
+               for more in ({}, *({'remat': how} for how in known[-1:]))]
   for way in ways:
     changed = dataclasses.replace(settings, **way)
     yield Remedy(
         ' '.join(f'--config.{name}.{field}={value}'
                  for field, value in way.items()),
         functools.partial(build, changed))
+
+
+def _fit(need: Need | None, there: float) -> bool:
+  """Whether a need is met in all processes."""
+  return devices.all_say(
+      need is not None and (not there or need.total <= there))
 
 
 def _needed(step, state):
@@ -147,11 +155,12 @@ def _first_that_fits(name, there, remedies):
   for remedy in remedies:
     logging.info('%s: compiling it with %s, to see whether that fits', name,
                  remedy.flags)
-    need, said = _needed(*remedy.build())
-    if need is not None and need.total <= (there or np.inf):
+    try:
+      need, _ = _needed(*remedy.build())
+    except remat.NoBlocksError:
+      continue
+    if _fit(need, there):
       return f'It fits with {remedy.flags} ({_gigabytes(need.total)})'
-    if need is None and not said:
-      break
   return ('No other way to compute it fits either: take more devices with '
           '--config.mesh.model, or a smaller model')
 
@@ -190,7 +199,12 @@ def _free() -> int:
   try:
     limit, used = (int((_GROUP / f'memory.{kind}').read_text())
                    for kind in ('max', 'current'))
-    free = min(free, limit - used)
+    stat = dict(line.split() for line in (
+        _GROUP / 'memory.stat').read_text().splitlines())
+    # Files that were read or written stay in memory while there is room.
+    used -= sum(int(stat.get(kind, 0)) for kind in (
+        'inactive_file', 'active_file', 'slab_reclaimable'))
+    free = max(1, min(free, limit - used))
   except (OSError, ValueError):  # no group, or one without a limit
     pass
   return free

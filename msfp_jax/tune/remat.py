@@ -29,6 +29,10 @@ _KEPT = {
 WAYS = (NONE, *_KEPT)
 
 
+class NoBlocksError(ValueError):
+  """The model has no blocks, by which it would be rematerialised."""
+
+
 @contextlib.contextmanager
 def blocks(how: str) -> Iterator[None]:
   """While open, blocks of models that are differentiated are rematerialised.
@@ -40,7 +44,7 @@ def blocks(how: str) -> Iterator[None]:
     how: one of WAYS.
 
   Raises:
-    ValueError: at its end, if no block was called: the model has none.
+    NoBlocksError: at its end, if no block was called.
   """
   if how == NONE:
     yield
@@ -72,7 +76,7 @@ def blocks(how: str) -> Iterator[None]:
   with nn.intercept_methods(interceptor):
     yield
   if not seen:
-    raise ValueError(
+    raise NoBlocksError(
         f'rematerialisation {how!r}: the model has no blocks; give the class '
         "of its blocks `is_block = True`, or take 'none'")
 

@@ -52,8 +52,9 @@ class Student:
     base: what the banks are added to: 'full' is W, 'dequantized' is Q_w(W).
     dtype: 'float32'; or 'bfloat16', in which accelerators multiply faster:
       what passes from layer to layer and what is multiplied, forward and
-      backward. What is trained, quantized and summed is float32 all the same,
-      and levels are exact in both.
+      backward. What is trained and quantized is float32 all the same; levels
+      are exact in both, and their products summed in float32. Sums on the way
+      back, and of layers in full precision, are rounded to bfloat16.
   """
 
   model: nn.Module
