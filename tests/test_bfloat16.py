@@ -110,6 +110,7 @@ def test_what_is_trained_is_float32_and_moves_by_less_than_bfloat16_holds():
   assert 0 < moved < 1e-4
 
 
+@pytest.mark.slow
 def test_its_steps_are_float32s_but_for_roundings():
   """The losses of two trajectories."""
   found, expected = (students.net(dtype=dtype).run(8)[1]
@@ -120,6 +121,7 @@ def test_its_steps_are_float32s_but_for_roundings():
   assert found[0]['mse'] != expected[0]['mse']
 
 
+@pytest.mark.slow
 def test_labels_and_times_stay_what_they_are():
   """A label of 300 in bfloat16 would be another class."""
   model = unet.UNet(unet.UNetConfig(

@@ -32,7 +32,7 @@ def collected():
 @CUT
 @pytest.mark.parametrize('name', KINDS)
 def test_some_damages(name, cut, tmp_path):
-  try_all(KINDS[name], tmp_path, 16, cut, seed=1)
+  try_all(KINDS[name], tmp_path, 8, cut, seed=1)
 
 
 @pytest.mark.long

@@ -66,6 +66,9 @@ class Linear:
   def with_arrays(self, arrays):
     return dataclasses.replace(self, params=arrays[0])
 
+  def teach(self, x, t, *labels):
+    return self.model.apply({'params': self.params}, x, t, *labels)
+
   def predict(self, trainable, x, t, *labels, step):
     prediction = self.model.apply({'params': trainable['a']}, x, t, *labels)
     return prediction + step, None

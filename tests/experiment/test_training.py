@@ -126,7 +126,7 @@ def test_the_same_command_again_changes_and_trains_nothing(
     copy, npz, monkeypatch):
   before, stamps = runs.contents(copy), runs.times(copy / 'checkpoints')
 
-  def never(*unused):
+  def never(*unused, **unused_too):
     def step(state):
       raise AssertionError('a step of a finished run')
     return step
