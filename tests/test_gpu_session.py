@@ -1,6 +1,5 @@
 """benchmarks.gpu's calls: limits, deaths, what is left and what goes on."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -170,20 +169,18 @@ def test_an_upload_has_room(tmp_path):
     session_lib.upload(wheels='none')
 
 
-def stages_at_toy_size(tmp_path, *flags):
-  """Runs the command on a CPU; returns what it printed."""
-  return subprocess.run(
-      [sys.executable, '-m', 'benchmarks.gpu', '--dry', '--budget=3000',
-       f'--output={tmp_path / "out"}', f'--pieces={tmp_path / "back"}', *flags],
-      cwd=session_lib.ROOT, text=True, capture_output=True, check=True).stdout
-
-
-@pytest.mark.slow
-def test_what_is_measured_at_toy_size(tmp_path):
-  """Kernels, sampling and tuning; a second call finds that they are there."""
-  command = functools.partial(
-      stages_at_toy_size, tmp_path, '--only=kernels,sampling,tuning')
-  command()
+@pytest.mark.long
+def test_everything_at_toy_size(tmp_path):
+  """All stages on a CPU; a second call finds all but the teacher's rest."""
+  command = [
+      sys.executable, '-m', 'benchmarks.gpu', '--dry', '--budget=3000',
+      f'--output={tmp_path / "out"}', f'--pieces={tmp_path / "back"}']
+  said = subprocess.run(command, cwd=session_lib.ROOT, text=True,
+                        capture_output=True, check=True).stdout
+  for one in stages_lib.STAGES:
+    assert f'{one.name}: finished' in said
+    assert status(tmp_path / 'out', one.name) == 'finished'
+  assert 'error' not in said
   found = json.loads((tmp_path / 'out/kernels.json').read_text())['found']
   # Three cases in some blocks each, and the tables that follow.
   assert sum('stages, split' in name for name in found['measurements']) >= 6
@@ -195,18 +192,8 @@ def test_what_is_measured_at_toy_size(tmp_path):
     row = found['measurements'][name]['value']
     assert row['ms_an_image_and_step'] > 0 and row['bytes']['temporary'] > 0
     assert len(row['slowest']) == 3
-  assert command().count('is there') == 3
-
-
-@pytest.mark.long
-def test_everything_at_toy_size(tmp_path):
-  """All stages; a second call finds all of them."""
-  said = stages_at_toy_size(tmp_path)
-  for one in stages_lib.STAGES:
-    assert f'{one.name}: finished' in said
-    assert status(tmp_path / 'out', one.name) == 'finished'
-  assert 'error' not in said
   taught = json.loads((tmp_path / 'out/teacher.json').read_text())['found']
   assert taught['step'] == taught['steps'] and taught['loss'] > 0
-  said = stages_at_toy_size(tmp_path)
+  said = subprocess.run(command, cwd=session_lib.ROOT, text=True,
+                        capture_output=True, check=True).stdout
   assert said.count('is there') == len(stages_lib.STAGES)

@@ -17,7 +17,6 @@ import msfp_jax as msfp
 from msfp_jax.models.flux import FluxConfig
 from msfp_jax.packed import streamed
 
-pytestmark = pytest.mark.slow
 # 1.09 billion parameters, of which the largest layer has 14 million.
 LARGE = FluxConfig(num_layers=6, num_single_layers=16, num_heads=12)
 # 20 million.
@@ -30,6 +29,7 @@ def folder(tmp_path):
   shutil.rmtree(tmp_path / 'big')
 
 
+@pytest.mark.long
 def test_peaks_are_below_the_result_and_a_layer(folder):
   size = big_checkpoints.write_flux(folder / 'flux', LARGE, shards=8)
   assert size > 2e9
@@ -47,6 +47,7 @@ def test_peaks_are_below_the_result_and_a_layer(folder):
   assert result < loading < result + 1.2 * layer + 100e6
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
   """The command, three times, and once more to its end."""
   seed = time.time_ns()

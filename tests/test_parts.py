@@ -78,16 +78,11 @@ def pretrained(how='none', accumulate=1, updates=2):
   return jax.device_get(scalars)
 
 
-def cases(*longer, slow):
-  """Of `parametrize`: what compiles for half a minute, one of them in CI."""
-  return pytest.mark.parametrize('options', [
-      pytest.param(slow, marks=pytest.mark.slow),
-      *[pytest.param(case, marks=pytest.mark.long) for case in longer]],
-                                 ids=str)
-
-
-@cases({'how': 'products'}, {'how': 'blocks'}, {'accumulate': 4},
-       slow={'how': 'blocks', 'accumulate': 2})
+@pytest.mark.parametrize('options', [
+    pytest.param({'how': 'blocks', 'accumulate': 2}, marks=pytest.mark.slow),
+    # Each compiles for half a minute.
+    *[pytest.param(case, marks=pytest.mark.long) for case in (
+        {'how': 'products'}, {'how': 'blocks'}, {'accumulate': 4})]], ids=str)
 def test_pretraining_is_the_same(options):
   """Its loss and the norm of its gradients, of a second update too."""
   found, expected = pretrained(**options), pretrained()
@@ -108,8 +103,9 @@ def tuned(how='none', accumulate=1, model=tiny.UNET):
   return jax.device_get(scalars), np.asarray(state.position.x)
 
 
-@cases({'how': 'products'}, {'how': 'blocks'}, {'accumulate': 2},
-       slow={'how': 'products', 'accumulate': 2})
+@pytest.mark.long
+@pytest.mark.parametrize('options', [
+    {'how': 'products'}, {'how': 'blocks'}, {'accumulate': 2}], ids=str)
 def test_fine_tuning_is_the_same(options):
   """With learned ranges, two banks and a router."""
   (found, x), (expected, y) = tuned(**options), tuned()

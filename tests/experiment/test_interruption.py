@@ -116,7 +116,7 @@ def lines(path):
   return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_twice_then_the_same_command(tmp_path, npz):
   reference, workdir = tmp_path / 'reference', tmp_path / 'workdir'
   begin = functools.partial(
@@ -144,7 +144,7 @@ def has_batches(folder, count):
   return len(list(folder.rglob('*.uint8'))) >= count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_evaluation_goes_on(copy, npz):
   """SIGKILL, then the same command."""
   before = runs.contents(copy)
