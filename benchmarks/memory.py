@@ -3,8 +3,9 @@
   python -m benchmarks.memory v5e
 
 No TPU is needed, only libtpu, whose compiler says what its programs need. The
-model is a UNet with two blocks of 64 channels on each side of its middle, for
-images of 32 x 32; the batch is of 64. Each compilation takes a minute or more.
+model is a UNet of one level, of 64 channels with two residual blocks down and
+three up, for images of 32 x 32; the batch is of 64. Each compilation takes a
+minute or more.
 """
 
 import os

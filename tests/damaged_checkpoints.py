@@ -212,16 +212,10 @@ CHECKPOINTS = {
     "LoRA, kohya's": Kind(write_lora(functools.partial(
         lora_files.kohya, alpha=1.0)), lora),
     'adapter_config.json': Kind(write_peft, lora),
-    'CLIP': Kind(write_encoder(
-        text_oracle.CLIP, text_oracle.clip_shapes, 'model.safetensors'),
-                 encoder, build=params_of),
-    'CLIP, config.json': Kind(write_encoder(
-        text_oracle.CLIP, text_oracle.clip_shapes, 'config.json'),
-                              encoder, build=params_of),
-    'T5': Kind(write_encoder(
-        text_oracle.T5, text_oracle.t5_shapes, 'model.safetensors'),
-               encoder, build=params_of),
-    'T5, config.json': Kind(write_encoder(
-        text_oracle.T5, text_oracle.t5_shapes, 'config.json'),
-                            encoder, build=params_of),
+    **{f'{name}, {file}': Kind(
+        write_encoder(config, shapes, file), encoder, build=params_of)
+       for name, config, shapes in (
+           ('CLIP', text_oracle.CLIP, text_oracle.clip_shapes),
+           ('T5', text_oracle.T5, text_oracle.t5_shapes))
+       for file in ('model.safetensors', 'config.json')},
 }

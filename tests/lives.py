@@ -8,16 +8,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 
 PRELOADED = ['runs', 'msfp_jax.run.cli', 'msfp_jax.run.evaluate',
              'msfp_jax.run.train']
 
 
-def _live(programs, npz, changes, workdir, log):
-  """What a process does; its output goes to the file `log`."""
-  with open(log, 'a') as file:
-    os.dup2(file.fileno(), sys.stdout.fileno())
-    os.dup2(file.fileno(), sys.stderr.fileno())
+def _live(program, npz, changes, workdir, output):
+  """What a process does; what it writes goes to the pipe `output`."""
+  os.dup2(output.fileno(), sys.stdout.fileno())
+  os.dup2(output.fileno(), sys.stderr.fileno())
+  output.close()
   from absl import logging
   import runs
 
@@ -29,37 +30,44 @@ def _live(programs, npz, changes, workdir, log):
   logging.use_absl_handler()
   logging.get_absl_handler().addFilter(quiet.worth_showing)
   named = {'train': train.run, 'evaluate': evaluate.run}
-  for program in programs:
-    cli.guard(lambda program=program: named[program](
-        runs.config_of(npz, changes), workdir))
+  cli.guard(lambda: named[program](runs.config_of(npz, changes), workdir))
 
 
 class Lives:
   """Begins processes of one run, one after the other."""
 
-  def __init__(self, npz, changes, folder):
-    self._npz, self._changes, self._folder = npz, changes, folder
+  def __init__(self, npz, changes):
+    self._npz, self._changes = npz, changes
     self._context = multiprocessing.get_context('forkserver')
     self._context.set_forkserver_preload(PRELOADED)
-    self.log = folder / 'log'
 
-  def begin(self, workdir, *programs):
-    """Starts the programs, in a process."""
-    self.log.write_text('')
+  def begin(self, workdir, program):
+    """Starts 'train' or 'evaluate', in a process."""
+    # A pipe: a process that can write no file must still be heard.
+    ours, its = self._context.Pipe(duplex=False)
     process = self._context.Process(target=_live, args=(
-        programs, self._npz, self._changes, str(workdir), str(self.log)))
+        program, self._npz, self._changes, str(workdir), its))
     process.start()
+    its.close()
+    self._said = []
+    self._reader = threading.Thread(target=self._read, args=(ours, self._said))
+    self._reader.start()
     return process
 
-  def whole(self, workdir, *programs):
-    """Runs them to their end."""
-    process = self.begin(workdir, *programs)
+  def _read(self, pipe, said):
+    with open(pipe.fileno(), 'rb', closefd=False) as file, pipe:
+      said.append(file.read().decode())
+
+  def whole(self, workdir, program):
+    """Runs it to its end."""
+    process = self.begin(workdir, program)
     process.join()
-    assert process.exitcode == 0, self.log.read_text()
+    assert process.exitcode == 0, self.said()
 
   def said(self):
-    """What the last one wrote."""
-    return self.log.read_text()
+    """What the last one wrote, once it has ended."""
+    self._reader.join()
+    return ''.join(self._said)
 
 
 # By SIGTERM before training watches for it; while it does; by SIGKILL.

@@ -15,6 +15,7 @@ from msfp_jax.tune import remat
 from msfp_jax.tune import step as step_lib
 
 DATA = jnp.ones((500, 1000))  # 2 MB
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 STATE = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)  # 4 MB
 
 
@@ -72,8 +73,7 @@ def sized(settings):
     values = jnp.sin(jnp.arange(float(size)) + state)
     return state + jnp.sort(values)[0], {}
 
-  return step_lib.Step(jax.jit(toy), lambda state: (), ()), (
-      jax.ShapeDtypeStruct((), jnp.float32))
+  return step_lib.Step(jax.jit(toy), lambda state: (), ())
 
 
 def remedies(settings):
@@ -81,8 +81,8 @@ def remedies(settings):
 
 
 def need(**changes):
-  step, state = sized(dataclasses.replace(Settings(), **changes))
-  return memory.need_of(step.compile(state)).total
+  step = sized(dataclasses.replace(Settings(), **changes))
+  return memory.need_of(step.compile(SCALAR)).total
 
 
 def test_remedies_begin_with_what_costs_the_least_time():
@@ -103,7 +103,8 @@ def test_a_step_that_does_not_fit_is_refused_with_flags_that_make_it(
     fits, flags):
   limit, step = need(**fits), sized(Settings())
   with pytest.raises(errors.MemoryLackError) as caught:
-    memory.check('toy', *step, limit=limit, remedies=remedies(Settings()))
+    memory.check('toy', step, SCALAR, limit=limit,
+                 remedies=remedies(Settings()))
   said = str(caught.value)
   assert said.startswith(f'toy: a step needs {need() / 1e9:.3g} GB of each')
   assert f'and {limit / 1e9:.3g} GB are there' in said
@@ -112,16 +113,16 @@ def test_a_step_that_does_not_fit_is_refused_with_flags_that_make_it(
 
 def test_a_model_without_blocks_is_told_of_parts_alone():
   def build(settings):
-    step, state = sized(settings)
+    step = sized(settings)
     if settings.remat != 'none':
       def compile(unused_state):
         raise remat.NoBlocksError('the model has no blocks')
       step.compile = compile
-    return step, state
+    return step
 
   with pytest.raises(errors.MemoryLackError, match='It fits with '
                      r'--config.toy.accumulate=2 \('):
-    memory.check('toy', *build(Settings()), limit=need(accumulate=2),
+    memory.check('toy', build(Settings()), SCALAR, limit=need(accumulate=2),
                  remedies=memory.remedies(
                      'toy', Settings(), devices.layout(), build))
 
@@ -129,7 +130,7 @@ def test_a_model_without_blocks_is_told_of_parts_alone():
 def test_nothing_fits():
   with pytest.raises(errors.MemoryLackError, match='No other way to compute it '
                      'fits either: take more devices'):
-    memory.check('toy', *sized(Settings()), limit=100.0,
+    memory.check('toy', sized(Settings()), SCALAR, limit=100.0,
                  remedies=remedies(Settings()))
 
 
@@ -145,7 +146,7 @@ def test_a_compiler_that_refuses_is_understood():
   with pytest.raises(errors.MemoryLackError, match=r'toy: a step does not fit '
                      r'\(RESOURCE_EXHAUSTED: Ran out .* hbm.\). It fits with '
                      '--config.toy.remat=products'):
-    memory.check('toy', Refusing(), None, limit=need(remat='products'),
+    memory.check('toy', Refusing(), SCALAR, limit=need(remat='products'),
                  remedies=remedies(Settings()))
 
 

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import tensorboardX
 
+from msfp_jax.base import errors
 from msfp_jax.base import files
 from msfp_jax.base import pictures
 
@@ -52,13 +53,8 @@ class MetricWriter:
     return self
 
   def __exit__(self, kind, *unused) -> None:
-    try:
+    with errors.second_to(kind):
       self.close()
-    except OSError as error:
-      if kind is None:
-        raise
-      # Of two errors the first is what the user has to know of.
-      logging.error('%s', error)
 
   def _open(self, last_step: float) -> None:
     # What is appended must follow a whole line, of a step before.

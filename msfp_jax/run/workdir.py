@@ -21,10 +21,10 @@ TAKEN = 'taken'
 # What may change at any time: how many processes and devices share the work,
 # and how it is cut to fit them. Roundings change, and by `accumulate` what
 # dropout draws.
-_HOW = ('mesh', 'pretrain.accumulate', 'pretrain.remat',
+_MAY_CHANGE = ('mesh', 'pretrain.accumulate', 'pretrain.remat',
         'finetune.accumulate', 'finetune.remat')
 # What workdirs of before do not say of their own: how it was.
-_EVER = {'finetune.dtype': 'float32'}
+_BEFORE = {'finetune.dtype': 'float32'}
 
 
 @contextlib.contextmanager
@@ -115,9 +115,9 @@ def check(config: ml_collections.ConfigDict, workdir: str,
 
 
 def _differences(old: Any, new: Any, name: str) -> list[str]:
-  if name in _HOW:
+  if name in _MAY_CHANGE:
     return []
-  old = _EVER.get(name) if old is None else old
+  old = _BEFORE.get(name) if old is None else old
   if isinstance(old, dict) and isinstance(new, dict):
     return [line for key in sorted(old.keys() | new.keys())
             for line in _differences(old.get(key), new.get(key),

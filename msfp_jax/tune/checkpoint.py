@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from msfp_jax.base import devices
+from msfp_jax.base import errors
 
 
 class Preempted(SystemExit):
@@ -71,12 +72,8 @@ class Checkpointer:
 
   def __exit__(self, kind, *unused):
     try:
-      self.wait()
-    except OSError as error:
-      if kind is None:
-        raise
-      # Of two errors the first is what the user has to know of.
-      logging.error('%s', error)
+      with errors.second_to(kind):
+        self.wait()
     finally:
       # Signals go back to whoever had them before.
       for number, handler in self._handlers.items():

@@ -353,8 +353,7 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
         prepare=lambda state: memory_lib.check(
             'finetune', step, state, limit=memory,
             remedies=memory_lib.remedies(
-                'finetune', settings, layout,
-                lambda changed: (step_of(changed), state))))
+                'finetune', settings, layout, step_of)))
   trainable = state.trainable
   if not layout.is_single:
     # What follows is not split over the devices.

@@ -51,11 +51,11 @@ class Remedy:
 
   Attributes:
     flags: to be added to the command.
-    build: makes that step, and the state's abstract form.
+    build: makes that step, of the same states.
   """
 
   flags: str
-  build: Callable[[], tuple[step_lib.Step, Any]]
+  build: Callable[[], step_lib.Step]
 
 
 def need_of(compiled: jax.stages.Compiled) -> Need | None:
@@ -101,13 +101,13 @@ def check(name: str, step: step_lib.Step, state: Any, *, limit: float = 0.0,
     need = Need(0, 0)
   if not _fit(need, there):
     raise errors.MemoryLackError(
-        f'{name}: a step {said}. {_first_that_fits(name, there, remedies)}; '
+        f'{name}: a step {said}. '
+        f'{_first_that_fits(name, state, there, remedies)}; '
         'another limit is given by --config.mesh.memory=GB')
 
 
 def remedies(name: str, settings: Any, layout: devices.Layout,
-             build: Callable[[Any], tuple[step_lib.Step, Any]]
-             ) -> Iterator[Remedy]:
+             build: Callable[[Any], step_lib.Step]) -> Iterator[Remedy]:
   """What makes a step smaller, the cheapest in time first.
 
   First rematerialisation, then the batch in more and more parts, by itself
@@ -117,7 +117,7 @@ def remedies(name: str, settings: Any, layout: devices.Layout,
     name: of the config's part that `settings` are.
     settings: with the fields batch_size, accumulate and remat.
     layout: over which batches are split.
-    build: settings -> as `Remedy.build`.
+    build: settings -> their step.
   """
   known = remat.WAYS[remat.WAYS.index(settings.remat) + 1:]
   ways = [{'remat': how} for how in known]
@@ -151,12 +151,12 @@ def _needed(step, state):
     return None, f'does not fit ({str(error).splitlines()[0]})'
 
 
-def _first_that_fits(name, there, remedies):
+def _first_that_fits(name, state, there, remedies):
   for remedy in remedies:
     logging.info('%s: compiling it with %s, to see whether that fits', name,
                  remedy.flags)
     try:
-      need, _ = _needed(*remedy.build())
+      need, _ = _needed(remedy.build(), state)
     except remat.NoBlocksError:
       continue
     if _fit(need, there):

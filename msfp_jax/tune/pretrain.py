@@ -354,8 +354,7 @@ def run(model: unet.UNet, images: data.Images,
         shardings=layout.of_weights, prepare=lambda state: memory_lib.check(
             'pretrain', step, state, limit=memory,
             remedies=memory_lib.remedies(
-                'pretrain', settings, layout,
-                lambda changed: (step_of(changed), state))))
+                'pretrain', settings, layout, step_of)))
   path = f'{workdir}/model.safetensors'
   params = devices.fetch(state.ema_params)
   devices.by_first(lambda: convert.save_pretrained(
