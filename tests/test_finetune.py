@@ -131,6 +131,14 @@ def test_trajectories_start_and_go_on_with_noise_of_their_own():
   assert apart.min() > 0.1
 
 
+def test_tables_of_conditions_are_no_constants_of_the_step():
+  """Embeddings of many prompts are gigabytes."""
+  step = finetune.make_step(
+      Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), optax.sgd(0.0), KEY,
+      conditions.rows((np.arange(50),)))
+  assert (50,) in map(np.shape, jax.tree.leaves(step.shapes))
+
+
 @pytest.mark.parametrize('draw', [
     conditions.classes(50), conditions.rows((np.arange(50),))],
                          ids=['classes', 'rows of a table'])

@@ -36,6 +36,15 @@ def rows(tables: Sequence[jax.typing.ArrayLike]) -> Draw:
   return jax.tree_util.Partial(_draw_rows, tuple(tables))
 
 
+def as_argument(draw: Draw) -> Draw:
+  """A Draw that jitted functions take as an argument, with its arrays."""
+  # A Partial of one hides the arrays of the one inside: they would be constants
+  # of the program, of gigabytes for the embeddings of many prompts.
+  if isinstance(draw, jax.tree_util.Partial):
+    return draw
+  return jax.tree_util.Partial(draw)
+
+
 def _draw_rows(tables, key, number):
   chosen = jax.random.randint(key, (number,), 0, len(tables[0]))
   if isinstance(chosen, jax.core.Tracer):

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 
 from msfp_jax import diffusion
+from msfp_jax.diffusion import conditions
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import gap
 from msfp_jax.report import numbers
@@ -39,7 +40,7 @@ def measure(experiment: section_lib.Experiment,
 
   return jax.tree.map(lambda a: np.asarray(a, np.float64), run(
       experiment.params, deployed.arrays, key,
-      jax.tree_util.Partial(experiment.draw_condition)))
+      conditions.as_argument(experiment.draw_condition)))
 
 
 def shares(values: np.ndarray) -> np.ndarray:

@@ -280,7 +280,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         after, scalars, functools.partial(shardings, layout))
 
   # Likewise an argument, as it may hold embeddings of many prompts.
-  draw = layout.put(jax.tree_util.Partial(draw_condition), layout.whole)
+  draw = layout.put(conditions.as_argument(draw_condition), layout.whole)
   arrays = layout.put(student.arrays)
   return step_lib.Step(update, lambda state: (arrays, draw), (arrays, draw))
 

@@ -1,0 +1,147 @@
+"""What devices exchange in a compiled program, by the program's own text."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import re
+
+KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+         'collective-permute')
+# `  ROOT %name = TYPE all-reduce-start(...), attributes`. What ends with -done
+# waits for what began, and exchanges nothing more.
+_EXCHANGE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\(')
+_SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+# `%name (parameters) -> type {`, `ENTRY %name (...) -> ... {`
+_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
+_CALLS = re.compile(
+    r'\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
+_BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
+# Turns of a loop: as XLA says, or by its condition, `i < constant(7)`.
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r'\bcondition=%?([\w.-]+)')
+_BOUND = re.compile(r' = [su]\d+\[\]\S* constant\((\d+)\)')
+# replica_groups={{0,1},{2,3}} or, of 2 groups of 4 devices, [2,4]<=[8]
+_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One exchange.
+
+  Attributes:
+    kind: one of KINDS.
+    size: bytes of what a device has of it afterwards.
+    group: devices that exchange with each other.
+    times: that it happens in a run of the program.
+  """
+
+  kind: str
+  size: int
+  group: int
+  times: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends in all, to the next one of a ring."""
+    others = self.group - 1
+    return self.times * self.size * {
+        # Sums go around once, and once more to everybody.
+        'all-reduce': 2 * others / self.group,
+        'all-gather': others / self.group,
+        'reduce-scatter': others,
+        'all-to-all': others / self.group,
+        'collective-permute': 1}[self.kind]
+
+
+def of(text: str, num_devices: int) -> list[Collective]:
+  """The exchanges of a program.
+
+  Args:
+    text: of `jax.stages.Compiled.as_text`.
+    num_devices: that it runs on.
+
+  Raises:
+    ValueError: it has a loop whose turns the compiler does not say, with
+      exchanges inside.
+  """
+  bodies, entry = _computations(text)
+  return list(_walk(bodies, entry, 1, num_devices))
+
+
+def summary(found: list[Collective]) -> str:
+  """How many there are of each kind, such as '3 all-reduce, 1 all-gather'."""
+  counts = {kind: sum(one.times for one in found if one.kind == kind)
+            for kind in KINDS}
+  return ', '.join(f'{count} {kind}' for kind, count in counts.items()
+                   if count) or 'none'
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """({name: lines}, the name of the one that begins)."""
+  bodies, entry, lines = {}, '', []
+  for line in text.splitlines():
+    if not line.startswith((' ', '}')) and (begins := _COMPUTATION.match(line)):
+      lines = bodies[begins[2]] = []
+      entry = begins[2] if begins[1] else entry
+    else:
+      lines.append(line)
+  return bodies, entry
+
+
+def _walk(bodies: Mapping[str, list[str]], name: str, times: int,
+          num_devices: int) -> Iterator[Collective]:
+  for line in bodies.get(name, ()):
+    if exchange := _EXCHANGE.search(line):
+      kind = exchange[2]
+      yield Collective(kind, _size(exchange[1], kind, bool(exchange[3])),
+                       _group(line, kind, num_devices), times)
+    called = _CALLS.findall(line)
+    for branches in _BRANCHES.findall(line):
+      called += [branch.strip(' %') for branch in branches.split(',')]
+    inside = [one for callee in called
+              for one in _walk(bodies, callee, times, num_devices)]
+    turns = 1
+    if inside and ' while(' in line:
+      turns = _turns(line, bodies)
+    for one in inside:
+      yield dataclasses.replace(one, times=one.times * turns)
+
+
+def _turns(line: str, bodies: Mapping[str, list[str]]) -> int:
+  """How often a loop runs, of which this is the line."""
+  if known := _TRIPS.search(line):
+    return int(known[1])
+  condition = _CONDITION.search(line)
+  lines = bodies.get(condition[1], []) if condition else []
+  bounds = [int(bound[1]) for text in lines if (bound := _BOUND.search(text))]
+  if len(bounds) == 1 and any('direction=LT' in text for text in lines):
+    return bounds[0]
+  raise ValueError('a loop with exchanges, of whose turns the compiler does '
+                   f'not say how many there are: {line.strip()[:200]}')
+
+
+def _size(text: str, kind: str, starts: bool) -> int:
+  """Bytes of a result's type."""
+  shapes = _SHAPE.findall(text)
+  if starts and kind != 'all-reduce':
+    # Operands, as many results, and for some a counter or two.
+    shapes = [(dtype, size) for dtype, size in shapes
+              if (dtype, size) not in (('u32', ''), ('s32', ''))]
+    shapes = shapes[len(shapes) // 2:]
+  return sum(_bits(dtype) * math.prod(map(int, filter(None, size.split(','))))
+             for dtype, size in shapes) // 8
+
+
+def _bits(dtype: str) -> int:
+  """f32, s4, bf16, f8e4m3fn, pred."""
+  number = re.match(r'[a-z]+(\d+)', dtype)
+  return int(number[1]) if number else 8
+
+
+def _group(line: str, kind: str, num_devices: int) -> int:
+  if kind == 'collective-permute':
+    return 2
+  found = _GROUPS.search(line)
+  if not found:
+    return num_devices
+  return int(found[2]) if found[2] else len(found[1].split(','))

@@ -1,0 +1,57 @@
+"""Multiplications and additions of a traced program."""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def of(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> float:
+  """Those of its products and convolutions, each of the two counted.
+
+  Loops count as often as they turn, which XLA's own account leaves out. What
+  else a program does (norms, activations, quantizers) is not counted.
+
+  Args:
+    jaxpr: of `jax.make_jaxpr`, or of a jitted function's trace.
+
+  Raises:
+    ValueError: a loop whose turns depend on its values, with products inside.
+  """
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  return float(sum(map(_of_equation, jaxpr.eqns)))
+
+
+def _of_equation(equation: Any) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name == 'dot_general':
+    (contracted, _), _ = params['dimension_numbers']
+    left, out = equation.invars[0].aval, equation.outvars[0].aval
+    return 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+  if name == 'conv_general_dilated':
+    return _of_convolution(equation)
+  inner = [of(part) for part in _parts(params)]
+  if name == 'cond':
+    return max(inner)
+  if name == 'while' and any(inner):
+    raise ValueError('a loop with products, whose turns depend on its values')
+  return params.get('length', 1) * sum(inner) if name == 'scan' else sum(inner)
+
+
+def _of_convolution(equation: Any) -> float:
+  params, kernel = equation.params, equation.invars[1].aval
+  outputs = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
+  # Of the steps between a dilated input's pixels most are with zeros, as in the
+  # gradient of a convolution with strides.
+  return 2 * equation.outvars[0].aval.size * kernel.size / (
+      outputs * math.prod(params['lhs_dilation']))
+
+
+def _parts(params: Any) -> list[Any]:
+  """The programs inside of an equation."""
+  # A loop's parts, a function's body with its gradients' rules, branches.
+  return [leaf for leaf in jax.tree.leaves(
+      list(params.values()),
+      is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr))
+          if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)]

@@ -1,0 +1,99 @@
+"""Weak scaling: what a step costs as devices grow, each with as many images.
+
+  python -m benchmarks.scaling [--devices=1,2,4,8] [--model=1]
+
+The step is one update of TALoRA with DFA of the model of `make demo`. Devices
+are parts of this machine's CPU, so that beyond its cores they take turns; what
+more devices cost is in the CPU's time for an image, and in what they exchange,
+which is counted in the compiled program.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from absl import flags
+import jax
+import numpy as np
+
+from benchmarks import collectives
+from benchmarks import work as work_lib
+from configs import digits
+from msfp_jax.base import devices
+from msfp_jax.base import markdown
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.run import cli
+
+_DEVICES = flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'How many.')
+_MODEL = flags.DEFINE_integer('model', 1, 'Of them share the large weights.')
+_STEPS = flags.DEFINE_integer('steps', 10, 'Steps that are timed.')
+_ALONE = flags.DEFINE_integer('alone', 0, 'Measure so many devices, here.')
+WORK = work_lib.Work(digits.get_config, work_lib.tuning, images=16)
+
+
+def _measured(count: int, model: int, steps: int) -> dict[str, float | str]:
+  """A row: seconds of a step and of the CPU, and what is exchanged."""
+  jax.config.update('jax_num_cpu_devices', count)
+  layout = work_lib.Shapes(devices.layout(model).mesh)
+  task = work_lib.task_of(WORK, layout.num_parts)
+  update, shapes = work_lib.tuning(task, layout)
+  compiled = update.lower(*shapes).compile()
+  found = collectives.of(compiled.as_text(), count)
+  state, *given = jax.tree.map(_filled, shapes)
+  state, scalars = compiled(state, *given)
+  jax.block_until_ready(scalars)
+  begin, computed = time.perf_counter(), time.process_time()
+  for _ in range(steps):
+    state, scalars = compiled(state, *given)
+    jax.block_until_ready(scalars)
+  return {'images': task.batch,
+          'seconds': (time.perf_counter() - begin) / steps,
+          'computed': (time.process_time() - computed) / steps,
+          'exchanges': collectives.summary(found),
+          'sent': sum(one.sent for one in found)}
+
+
+def _filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """Small numbers in a shape: no step computes faster or slower by others."""
+  if not np.issubdtype(leaf.dtype, np.floating):
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+  values = np.random.default_rng(0).standard_normal(leaf.shape, np.float32)
+  return jax.device_put((values / 100).astype(leaf.dtype), leaf.sharding)
+
+
+def _in_a_child(count: int) -> dict[str, float | str]:
+  """The same: how many devices there are is settled when JAX begins."""
+  output = subprocess.run(
+      [sys.executable, '-m', 'benchmarks.scaling', f'--alone={count}',
+       f'--model={_MODEL.value}', f'--steps={_STEPS.value}'],
+      check=True, stdout=subprocess.PIPE, text=True,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'}).stdout
+  return json.loads(output.splitlines()[-1])
+
+
+def main(argv: list[str]) -> None:
+  """Prints a table, or a row of it as JSON."""
+  del argv
+  if _ALONE.value:
+    print(json.dumps(_measured(_ALONE.value, _MODEL.value, _STEPS.value)))
+    return
+  counts, rows, base = [int(count) for count in _DEVICES.value], [], None
+  progress = progress_lib.Progress('devices', len(counts), every_seconds=0)
+  for done, count in enumerate(counts, 1):
+    row = _in_a_child(count)
+    each = row['computed'] / row['images']
+    base = base or each
+    rows.append([
+        f'{count}', f'{row["images"]}', f'{row["seconds"]:.2f}',
+        f'{1e3 * each:.1f}', f'{each / base:.2f}x', row['exchanges'],
+        f'{row["sent"] / 1e6:.1f}'])
+    progress.update(done)
+  print(markdown.table(
+      ['devices', 'images', 'seconds a step', 'ms of the CPU an image',
+       'of the first row', 'exchanges', 'MB sent by a device'], rows))
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,95 @@
+"""Slices of TPU chips that are not there, and programs compiled for them."""
+
+import dataclasses
+import os
+import re
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental import topologies
+import numpy as np
+
+from benchmarks import collectives
+from benchmarks import flops
+from benchmarks import tpu_cost
+from benchmarks import work as work_lib
+from msfp_jax.base import devices
+from msfp_jax.tune import memory
+
+CHIPS = ('v5e', 'v6e')
+# How many chips stand how; the shapes that are rented.
+SHAPES = {1: '1x1', 8: '2x4', 64: '8x8', 256: '16x16'}
+# Compilers look for a faster program for minutes, and what that needs and
+# exchanges is known in seconds (see `Cost`).
+_QUICKLY = {'exec_time_optimization_effort': -1.0}
+# `Used 20.51G of 15.75G hbm`
+_LACK = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a step takes of chips, as the compiler says.
+
+  The compiler is asked for a program soon, not for a fast one, which needs
+  somewhat less memory beside its arguments.
+
+  Attributes:
+    need: bytes; None where the compiler refuses, as the chip has less.
+    lacking: what it said then.
+    flops: of all chips together, see `benchmarks.flops`.
+    exchanged: with other chips.
+  """
+
+  need: memory.Need | None
+  lacking: str = ''
+  flops: float = 0.0
+  exchanged: tuple[collectives.Collective, ...] = ()
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a chip sends to others."""
+    return sum(one.sent for one in self.exchanged)
+
+
+def layout(chip: str, count: int, model: int = 1) -> work_lib.Shapes:
+  """So many chips, of which `model` share the large weights.
+
+  Raises:
+    ValueError: there is no such slice, or it cannot be shared so.
+  """
+  if chip not in CHIPS or count not in SHAPES or count % model:
+    raise ValueError(f'{count} chips {chip}, {model} of which share weights: '
+                     f'must be one of {CHIPS}, {tuple(SHAPES)} chips, and a '
+                     'number that divides these')
+  extra = {'chips_per_host_bounds': (1, 1, 1)} if count == 1 else {}
+  with mock.patch.dict(os.environ, tpu_cost.LIBTPU_ENVIRONMENT):
+    found = topologies.get_topology_desc(
+        platform='tpu', topology_name=f'{chip}:{SHAPES[count]}', **extra)
+  return work_lib.Shapes(jax.sharding.Mesh(
+      np.asarray(found.devices).reshape(-1, model),
+      (devices.DATA, devices.MODEL)))
+
+
+def cost(function: Any, shapes: Any, count: int) -> Cost:
+  """Compiles a jitted function for so many chips.
+
+  Args:
+    function: jitted.
+    shapes: what it takes: of `work.Shapes`.
+    count: chips.
+  """
+  # What JAX looks at to choose between a CPU's ways and those of others.
+  with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
+    traced = function.trace(*shapes)
+    lowered = traced.lower(lowering_platforms=('tpu',))
+  work = flops.of(traced.jaxpr)
+  try:
+    compiled = lowered.compile(compiler_options=_QUICKLY)
+  except jax.errors.JaxRuntimeError as error:
+    if lack := _LACK.search(str(error)):
+      return Cost(
+          None, f'{lack[1]} {lack[2]}iB of {lack[3]} {lack[4]}iB', work)
+    raise
+  return Cost(memory.need_of(compiled), '', work,
+              tuple(collectives.of(compiled.as_text(), count)))

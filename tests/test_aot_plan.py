@@ -1,0 +1,63 @@
+"""Steps of many chips, compiled for TPUs that are not there.
+
+Needs libtpu; run by `make aot`.
+"""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+
+from benchmarks import plan
+from benchmarks import slices
+from benchmarks import work as work_lib
+from configs import flux_schnell
+from configs import imagenet256
+
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def libtpu():
+  pytest.importorskip('libtpu', reason='it compiles for such chips')
+
+
+def test_what_fine_tuning_sums_are_gradients_of_kernels():
+  """On 8 chips the weights are on each, and each has 2 of 16 images.
+
+  What is trained follows from the gradients of the kernels that have banks,
+  and of ranges: XLA sums those.
+  """
+  work = dataclasses.replace(
+      plan.WORK['LDM fine-tuning'],
+      config=functools.partial(imagenet256.get_config, 'smoke'))
+  task = work_lib.task_of(work, 8)
+  assert task.batch == 16
+  banked = sum(4 * math.prod(task.job.kernels[name].shape)
+               for name, layer in task.spec.layers.items()
+               if layer.weight.bits == 4)
+  one, eight = (plan.cost(work, 'v5e', count) for count in (1, 8))
+  assert one.exchanged == () and one.sent == 0
+  sums = [part for part in eight.exchanged if part.kind == 'all-reduce']
+  assert {part.group for part in sums} == {8}
+  assert banked <= sum(part.size for part in sums) < 1.1 * banked
+  # Banks are merged once, whatever the batch.
+  assert eight.flops == pytest.approx(8 * one.flops, rel=0.01)
+  assert eight.need.kept == pytest.approx(one.need.kept, rel=0.01)
+
+
+def test_chips_that_share_weights_hold_less_of_them():
+  work = dataclasses.replace(
+      plan.WORK['FLUX sampling'], model=8,
+      config=functools.partial(flux_schnell.get_config, 'smoke'))
+  one, eight = (plan.cost(work, 'v6e', count) for count in (1, 8))
+  # Nothing of this small one is large enough to be shared.
+  assert eight.need.kept == pytest.approx(one.need.kept, rel=0.01)
+  assert eight.flops == one.flops > 0
+
+
+def test_a_slice_that_there_is_not_is_refused():
+  for chip, count, model in (('v9', 8, 1), ('v5e', 7, 1), ('v5e', 8, 3)):
+    with pytest.raises(ValueError, match='must be one of'):
+      slices.layout(chip, count, model)
