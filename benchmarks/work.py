@@ -64,89 +64,112 @@ class Work:
   finetune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """A work's model, sampler and quantizers, for one number of chips.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+  """What of an experiment does not depend on how many devices there are.
 
   Attributes:
+    config: of the experiment.
     model: the full-precision one.
+    draw: its conditions; of abstract tables.
     schedule: of the forward process.
     plan: the sampler.
     job: of its layers, by shapes.
-    recipe: how they are quantized.
-    draw: its conditions; of abstract tables.
-    batch: images in all.
-    settings: of fine-tuning.
   """
 
+  config: ml_collections.ConfigDict
   model: Any
+  draw: conditions.Draw
   schedule: Any
   plan: diffusion.SamplerPlan
   job: Any
-  recipe: str
-  draw: conditions.Draw
-  batch: int
-  settings: finetune.FinetuneSettings
 
   @functools.cached_property
   def spec(self) -> Any:
     """What calibration finds, as far as programs depend on it."""
     return packed_bytes.spec_of(
-        self.recipe, self.job, roles.exceptions_of('ends-8'))
+        self.config.quant.recipe, self.job, roles.exceptions_of('ends-8'))
+
+  @functools.cached_property
+  def packed(self) -> packed_lib.PackedModel:
+    """The packed model: views of zeros, and shapes."""
+    held = streamed.contents_of(self.job, self.spec)
+    layers = {name: kernels.prepare(layer, 'xla')
+              for name, layer in held.layers.items()}
+    params = traverse_util.unflatten_dict({
+        tuple(path.split('/')): place
+        for path, place in {**held.vectors, **held.rest}.items()})
+    # A kernel is a program of one device, and all numbers of them are compared.
+    return packed_lib.PackedModel(
+        self.model, params, layers, {}, self.plan, 'xla')
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A work for one number of devices.
+
+  Attributes:
+    known: see there.
+    batch: images in all.
+    settings: of fine-tuning.
+  """
+
+  known: Known
+  batch: int
+  settings: finetune.FinetuneSettings
 
 
 def tuning(task: Task, layout: Shapes) -> tuple[Any, Any]:
   """An update: teacher, student, gradients, optimizer."""
-  params = traverse_util.unflatten_dict(task.job.places)
+  known, settings = task.known, task.settings
+  params = traverse_util.unflatten_dict(known.job.places)
   student = finetune.make_student(
-      task.model, layout.abstract(params), task.spec,
-      task.schedule.num_train_steps, task.settings,
-      continuous=isinstance(task.schedule, diffusion.FlowSchedule))
-  tx = finetune.optimizer(task.settings)
+      known.model, layout.abstract(params), known.spec,
+      known.schedule.num_train_steps, settings,
+      continuous=isinstance(known.schedule, diffusion.FlowSchedule))
+  tx = finetune.optimizer(settings)
   key = jax.random.key(0)
   step = finetune.make_step(
-      student, task.plan,
-      losses.denoising_factors(
-          task.schedule, task.plan, task.settings.gamma), tx, key, task.draw,
-      layout, accumulate=task.settings.accumulate,
-      how_remat=task.settings.remat)
+      student, known.plan, losses.denoising_factors(
+          known.schedule, known.plan, settings.gamma), tx, key, known.draw,
+      layout, accumulate=settings.accumulate, how_remat=settings.remat)
   state = jax.eval_shape(lambda: finetune.init_state(
-      student, tx, task.plan, task.model.sample_shape, key, task.settings))
+      student, tx, known.plan, known.model.sample_shape, key, settings))
   return step.update, (
       layout.abstract(state, finetune.shardings(layout, state)), *step.shapes)
 
 
 def sampling(task: Task, layout: Shapes) -> tuple[Any, Any]:
   """A prediction of the packed model."""
-  held = streamed.contents_of(task.job, task.spec)
-  layers = {name: kernels.prepare(layer, 'xla')
-            for name, layer in held.layers.items()}
-  params = traverse_util.unflatten_dict({
-      tuple(path.split('/')): place
-      for path, place in {**held.vectors, **held.rest}.items()})
-  # A kernel is a program of one chip, and all numbers of them are compared.
-  model = packed_lib.PackedModel(
-      task.model, params, layers, {}, task.plan, 'xla')
+  model, batch = task.known.packed, task.batch
   given = jax.eval_shape(lambda: (
-      jnp.zeros((task.batch, *task.model.sample_shape)),
-      jnp.zeros((task.batch,))))
+      jnp.zeros((batch, *task.known.model.sample_shape)), jnp.zeros((batch,))))
   condition = jax.eval_shape(
-      lambda draw: draw(jax.random.key(0), task.batch),
-      conditions.as_argument(task.draw))
+      lambda draw: draw(jax.random.key(0), batch),
+      conditions.as_argument(task.known.draw))
   predict = jax.jit(lambda arrays, x, t, *condition: model.with_arrays(
       arrays).eps_fn(x, t, 0, *condition))
-  return predict, (layout.abstract((params, layers)), *layout.abstract(
+  return predict, (layout.abstract(model.arrays), *layout.abstract(
       (*given, *condition), layout.batch))
 
 
 def task_of(work: Work, parts: int) -> Task:
   """A work for a batch that is split into so many parts."""
-  config = work.config()
+  known = _known(work.config)
+  batch = work.images * parts
+  return Task(known, batch, finetune.FinetuneSettings(**{
+      **known.config.finetune, **work.finetune, 'batch_size': batch}))
+
+
+@functools.cache
+def _known(get_config: Callable[[], ml_collections.ConfigDict]) -> Known:
+  config = get_config()
   fields = config.model.to_dict()
   model = registry.from_dict({fields.pop('family', 'unet'): fields})
   chosen = origin.choose(origin.Origin(), config.schedule, config.sampler)
   if model.conditions and all(
       one.classes is None for one in model.conditions):
+    # Texts: an axis of any length is that of their tokens.
     draw = conditions.rows([
         jax.ShapeDtypeStruct(
             (_PROMPTS, *(config.text_length if size == 1 else size
@@ -155,9 +178,5 @@ def task_of(work: Work, parts: int) -> Task:
   else:
     model, draw = teacher.conditional(
         model, config.guidance.scale, config.guidance.null_class)
-  batch = work.images * parts
-  settings = finetune.FinetuneSettings(**{
-      **config.finetune, **work.finetune, 'batch_size': batch})
-  return Task(model, chosen.schedule, chosen.plan,
-              packed_bytes.job_of(model, chosen.plan), config.quant.recipe,
-              draw, batch, settings)
+  return Known(config, model, draw, chosen.schedule, chosen.plan,
+               packed_bytes.job_of(model, chosen.plan))

@@ -34,8 +34,8 @@ def test_what_fine_tuning_sums_are_gradients_of_kernels():
       config=functools.partial(imagenet256.get_config, 'smoke'))
   task = work_lib.task_of(work, 8)
   assert task.batch == 16
-  banked = sum(4 * math.prod(task.job.kernels[name].shape)
-               for name, layer in task.spec.layers.items()
+  banked = sum(4 * math.prod(task.known.job.kernels[name].shape)
+               for name, layer in task.known.spec.layers.items()
                if layer.weight.bits == 4)
   one, eight = (plan.cost(work, 'v5e', count) for count in (1, 8))
   assert one.exchanged == () and one.sent == 0
