@@ -1,5 +1,6 @@
 """Fine-tuning in bfloat16: what it multiplies, and what stays in float32."""
 
+import flux_oracle
 import jax
 from jax.extend import core
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import pytest
 import students
 import tiny
 
+from msfp_jax import convert
 from msfp_jax import kernels
+from msfp_jax.models import flux
 from msfp_jax.models import unet
 from msfp_jax.quant import geometry as geometry_lib
 from msfp_jax.quant.block import Block
@@ -95,6 +98,23 @@ def test_every_product_of_a_step_is_in_bfloat16():
   assert len(convolutions) >= 8
   for eqn in convolutions:
     assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype('bfloat16')}, eqn
+
+
+def test_every_product_of_a_transformer_is_in_bfloat16():
+  """Queries and keys too, which turn by angles in float32."""
+  model = flux.Flux(flux_oracle.TINY)
+  cast = lambda tree: jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), tree)
+  x, t, *texts = flux_oracle.inputs_of(flux_oracle.TINY)
+  jaxpr, out = jax.make_jaxpr(model.apply, return_shape=True)(
+      {'params': cast(convert.abstract_params(model))}, cast(x), t,
+      *cast(texts))
+  products = [eqn for eqn in equations(jaxpr.jaxpr)
+              if eqn.primitive.name == 'dot_general']
+  assert len(products) > 20
+  for eqn in products:
+    assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype('bfloat16')}, eqn
+  assert out.dtype == jnp.bfloat16
 
 
 def test_what_is_trained_is_float32_and_moves_by_less_than_bfloat16_holds():

@@ -63,10 +63,13 @@ def rotate(x: jax.Array, table: Table) -> jax.Array:
   Args:
     x: queries or keys, `[B, N, heads, D]`.
     table: of N tokens and D channels.
+
+  Returns:
+    Like x, turned in float32.
   """
   # The pairs are channels (0, 1), (2, 3), ...; other models pair k with
   # k + D / 2.
   even, odd = x[..., ::2], x[..., 1::2]
   cos, sin = table.cos[:, None], table.sin[:, None]  # the same for all heads
   return jnp.stack([even * cos - odd * sin, odd * cos + even * sin],
-                   axis=-1).reshape(x.shape)
+                   axis=-1).reshape(x.shape).astype(x.dtype)
