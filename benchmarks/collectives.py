@@ -1,6 +1,6 @@
 """What devices exchange in a compiled program, by the program's own text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import math
 import re
@@ -68,11 +68,15 @@ def of(text: str, num_devices: int) -> list[Collective]:
   return list(_walk(bodies, entry, 1, num_devices))
 
 
-def summary(found: list[Collective]) -> str:
-  """How many there are of each kind, such as '3 all-reduce, 1 all-gather'."""
-  counts = {kind: sum(one.times for one in found if one.kind == kind)
-            for kind in KINDS}
-  return ', '.join(f'{count} {kind}' for kind, count in counts.items()
+def counts(found: Iterable[Collective]) -> dict[str, int]:
+  """{kind: how many there are}."""
+  return {kind: sum(one.times for one in found if one.kind == kind)
+          for kind in KINDS}
+
+
+def summary(found: Mapping[str, float]) -> str:
+  """Counts as a text, such as '3 all-reduce, 1 all-gather'."""
+  return ', '.join(f'{count:.0f} {kind}' for kind, count in found.items()
                    if count) or 'none'
 
 

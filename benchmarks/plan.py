@@ -1,18 +1,23 @@
 """A plan past one machine: what steps take of each chip of many.
 
   python -m benchmarks.plan [--chips=v5e,v6e] [--devices=1,8,64,256] \
-      [--rows='LDM sampling,FLUX sampling']
+      [--rows='LDM sampling,FLUX sampling'] [--whole]
 
 Compiles steps of ImageNet's LDM-4 and of FLUX.1-schnell, as their configs have
-them and with all their layers, for slices of TPU chips that are not there, and
-prints what each chip holds and sends to others, by the compiler's own account.
-Needs libtpu (`make aot` installs it), no weights.
+them, for slices of TPU chips that are not there, and prints what each chip
+holds and sends to others, by the compiler's own account. Needs libtpu (`make
+aot` installs it), no weights. To fine-tune FLUX two or three of its blocks of
+each kind are compiled, and what one more of them adds counts for the rest; with
+--whole all are, which takes many minutes.
 
 Every chip, or every group of chips that share the weights, has as many images
 of its own, whatever their number. FLUX's large weights are shared by 8 chips
 where there are so many. Fine-tuning is one update of TALoRA with DFA, whose
 teacher and student predict once each; sampling is one step of the packed model.
 """
+
+from collections.abc import Mapping
+import dataclasses
 
 from absl import flags
 
@@ -29,6 +34,7 @@ _CHIPS = flags.DEFINE_list('chips', list(slices.CHIPS), 'Kinds of chips.')
 _DEVICES = flags.DEFINE_list(
     'devices', [str(count) for count in slices.SHAPES], 'Chips of a slice.')
 _ROWS = flags.DEFINE_list('rows', None, 'Only these of WORK.')
+_WHOLE = flags.DEFINE_bool('whole', False, 'Compile all blocks of FLUX.')
 WORK = {
     'LDM fine-tuning': work_lib.Work(
         imagenet256.get_config, work_lib.tuning, images=2),
@@ -36,29 +42,87 @@ WORK = {
         imagenet256.get_config, work_lib.sampling, images=8),
     'FLUX fine-tuning': work_lib.Work(
         flux_schnell.get_config, work_lib.tuning, images=1, model=8,
-        finetune={'dtype': 'bfloat16', 'remat': 'blocks'}),
+        finetune={'dtype': 'bfloat16', 'remat': 'blocks'},
+        blocks={'num_layers': 19, 'num_single_layers': 38}),
     'FLUX sampling': work_lib.Work(
         flux_schnell.get_config, work_lib.sampling, images=1, model=8)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """A row's numbers.
+
+  Attributes:
+    kept: bytes that a chip holds from step to step.
+    temporary: beside them while a step runs.
+    flops: of all chips together.
+    sent: bytes that a chip sends to others.
+    counts: {kind of exchange: how many}.
+  """
+
+  kept: float
+  temporary: float
+  flops: float
+  sent: float
+  counts: Mapping[str, float]
+
+  def plus(self, other: 'Figures', times: float) -> 'Figures':
+    """Theirs, and so many times the other's."""
+    counts = {kind: self.counts[kind] + times * other.counts[kind]
+              for kind in self.counts}
+    return Figures(*(
+        getattr(self, field) + times * getattr(other, field)
+        for field in ('kept', 'temporary', 'flops', 'sent')), counts)
+
+
 def cost(work: work_lib.Work, chip: str, count: int) -> slices.Cost:
-  """What the work takes of each of so many chips."""
+  """What the work takes of each of so many chips, compiled."""
   layout = slices.layout(chip, count, min(work.model, count))
   return slices.cost(
       *work.step(work_lib.task_of(work, layout.num_parts), layout), count)
 
 
-def row(name: str, chip: str, count: int) -> list[str]:
+def figures(work: work_lib.Work, chip: str, count: int) -> Figures | str:
+  """Its numbers, or what the compiler says that a chip lacks."""
+  if work.blocks:
+    return _by_blocks(work, chip, count)
+  found = cost(work, chip, count)
+  if found.need is None:
+    return found.lacking
+  return Figures(found.need.kept, found.need.temporary, found.flops, found.sent,
+                 collectives.counts(found.exchanged))
+
+
+def _by_blocks(work, chip, count):
+  """Likewise, from compilations of some blocks of each kind.
+
+  Blocks of a kind compute and hold the same: what one more adds is measured,
+  and added as often as the model has one more.
+  """
+  some = {field: 2 for field in work.blocks}
+  base = figures(work_lib.with_model(work, some), chip, count)
+  found = base
+  for field, whole in work.blocks.items():
+    more = figures(work_lib.with_model(work, some | {field: 3}), chip, count)
+    if isinstance(base, str) or isinstance(more, str):
+      return f'with 2 or 3 blocks {base if isinstance(base, str) else more}'
+    found = found.plus(more.plus(base, -1), whole - 2)
+  return found
+
+
+def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
   """One line of the table."""
-  work, found = WORK[name], cost(WORK[name], chip, count)
-  model = min(work.model, count)
+  work = WORK[name]
+  if whole:
+    work = dataclasses.replace(work, blocks={})
+  found, model = figures(work, chip, count), min(work.model, count)
   head = [chip, name, f'{count} ({count // model} x {model})',
           f'{work.images * count // model}']
-  if found.need is None:
-    return [*head, f'{found.flops / 1e12:.1f}', found.lacking, '', '', '']
-  return [*head, f'{found.flops / 1e12:.1f}', f'{found.need.kept / 1e9:.2f}',
-          f'{found.need.temporary / 1e9:.2f}', f'{found.sent / 1e9:.3f}',
-          collectives.summary(found.exchanged)]
+  if isinstance(found, str):
+    return [*head, '', f'does not fit: {found}', '', '', '']
+  return [*head, f'{found.flops / 1e12:.1f}', f'{found.kept / 1e9:.2f}',
+          f'{found.temporary / 1e9:.2f}', f'{found.sent / 1e9:.3f}',
+          collectives.summary(found.counts)]
 
 
 def main(argv: list[str]) -> None:
@@ -75,7 +139,7 @@ def main(argv: list[str]) -> None:
   progress = progress_lib.Progress('steps compiled', len(todo), every_seconds=0)
   rows = []
   for done, one in enumerate(todo, 1):
-    rows.append(row(*one))
+    rows.append(row(*one, _WHOLE.value))
     progress.update(done)
   print(markdown.table(
       ['chip', 'step', 'chips (data x model)', 'images', 'TFLOP of all',

@@ -51,7 +51,7 @@ def _measured(count: int, model: int, steps: int) -> dict[str, float | str]:
   return {'images': task.batch,
           'seconds': (time.perf_counter() - begin) / steps,
           'computed': (time.process_time() - computed) / steps,
-          'exchanges': collectives.summary(found),
+          'exchanges': collectives.summary(collectives.counts(found)),
           'sent': sum(one.sent for one in found)}
 
 

@@ -55,6 +55,8 @@ class Work:
     images: of each part into which the chips split a batch.
     model: chips that share the large weights, if there are so many.
     finetune: fields that differ from the config's.
+    blocks: {field of the model: how many blocks of a kind it says}, of models
+      that need not be compiled whole.
   """
 
   config: Callable[[], ml_collections.ConfigDict]
@@ -62,6 +64,7 @@ class Work:
   images: int
   model: int = 1
   finetune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,6 +154,16 @@ def sampling(task: Task, layout: Shapes) -> tuple[Any, Any]:
       arrays).eps_fn(x, t, 0, *condition))
   return predict, (layout.abstract(model.arrays), *layout.abstract(
       (*given, *condition), layout.batch))
+
+
+def with_model(work: Work, fields: Mapping[str, Any]) -> Work:
+  """The work of a model with other fields, to be compiled whole."""
+  def get_config():
+    config = work.config()
+    config.model.update(fields)
+    return config
+
+  return dataclasses.replace(work, config=get_config, blocks={})
 
 
 def task_of(work: Work, parts: int) -> Task:

@@ -50,9 +50,9 @@ def test_exchanges_of_a_programs_text():
   # and twice as many of what is summed.
   assert [one.sent for one in found] == [
       4 * 256 * 64, 3 * 40, 2 * 7 * 3.5, 3 * 8]
-  assert collectives.summary(found) == (
+  assert collectives.summary(collectives.counts(found)) == (
       '1 all-reduce, 2 all-gather, 4 collective-permute')
-  assert collectives.summary([]) == 'none'
+  assert collectives.summary(collectives.counts([])) == 'none'
 
 
 def test_a_loop_without_an_end_is_refused():

@@ -66,6 +66,21 @@ def test_what_it_made_and_nobody_used_is_removed(tmp_path):
       'there', 'new', 'deep', 'file'}
 
 
+def test_one_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+  """As where a disk has become read-only; and stands in nobody's way."""
+  def refuse(*unused, **more):
+    raise PermissionError('nothing can be removed')
+
+  with pytest.raises(ValueError, match='the first'), lock.hold(tmp_path):
+    monkeypatch.setattr(pathlib.Path, 'unlink', refuse)
+    raise ValueError('the first')
+  monkeypatch.undo()
+  assert (tmp_path / lock.NAME).exists()
+  with lock.hold(tmp_path):
+    pass
+  assert not (tmp_path / lock.NAME).exists()
+
+
 def test_never_two_at_once(tmp_path):
   """Though each removes the file on which the others wait."""
   inside, most, taken = [], [], []

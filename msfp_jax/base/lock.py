@@ -52,7 +52,10 @@ def hold(folder: str | os.PathLike) -> Iterator[None]:
     finally:
       if file is not None:
         # While it is still held: nobody's but this process's file is removed.
-        path.unlink(missing_ok=True)
+        # On a disk that nothing can be removed from it does no harm, and must
+        # not hide the error by which the block ended.
+        with contextlib.suppress(OSError):
+          path.unlink()
         file.close()
   finally:
     for empty in made:

@@ -1,5 +1,6 @@
 """A hundred stops at random moments, and disks that fail: nothing is lost."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -132,6 +133,22 @@ class Full:
     pass
 
 
+class ReadOnly:
+  """Nothing in the workdir can be changed, made or removed any more."""
+
+  def begin(self, unused_process, workdir):
+    # The folder before what is in it, so that nothing is added meanwhile.
+    self._closed = [workdir, *workdir.rglob('*')] if workdir.is_dir() else []
+    for path in self._closed:
+      with contextlib.suppress(FileNotFoundError):
+        path.chmod(0o555)
+
+  def end(self):
+    for path in self._closed:
+      with contextlib.suppress(FileNotFoundError):
+        path.chmod(0o755)
+
+
 class Gone:
   """The workdir is there under another name."""
 
@@ -147,7 +164,8 @@ class Gone:
       self._away.rename(self._workdir)
 
 
-@pytest.mark.parametrize('failure', [Full, Gone], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    'failure', [Full, ReadOnly, Gone], ids=lambda f: f.__name__)
 def test_a_disk_that_fails_costs_steps_and_nothing_else(
     tmp_path, npz, lives, draw, failure):
   """The run says so in a sentence, and goes on when the disk is well."""
