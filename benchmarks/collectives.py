@@ -7,21 +7,31 @@ import re
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
          'collective-permute')
+# What is not counted, and must not go unseen.
+_OTHERS = ('ragged-all-to-all', 'collective-broadcast', 'send', 'recv')
 # `  ROOT %name = TYPE all-reduce-start(...), attributes`. What ends with -done
 # waits for what began, and exchanges nothing more.
-_EXCHANGE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\(')
+_EXCHANGE = re.compile(
+    rf' = (.*?) ({"|".join((*KINDS, *_OTHERS))})(-start)?\(')
+# TPUs have sums of which each device keeps a part as a computation of its own.
+_SCATTERED = re.compile(r' = (.*?) fusion\(.*\bcalls=%?all-reduce-scatter\b')
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 # `%name (parameters) -> type {`, `ENTRY %name (...) -> ... {`
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
 _CALLS = re.compile(
     r'\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)')
-_BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
+_BRANCHES = re.compile(
+    r'\b(?:branch|called)_computations=\{([^}]*)\}')
 # Turns of a loop: as XLA says, or by its condition, `i < constant(7)`.
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r'\bcondition=%?([\w.-]+)')
 _BOUND = re.compile(r' = [su]\d+\[\]\S* constant\((\d+)\)')
-# replica_groups={{0,1},{2,3}} or, of 2 groups of 4 devices, [2,4]<=[8]
-_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
+# Who exchanges with whom: lists of devices; of 2 groups of 4, [2,4]<=[8]; or
+# by axes of a mesh, mesh['a'=2,'b'=4] {'b'}.
+_GROUPS = re.compile(r'replica_groups=(\S.*?)(?:, [a-z_]+=|$)')
+_LISTS = re.compile(r'\{\{([\d,]+)\}')
+_COUNTS = re.compile(r'\[\d+,(\d+)\]<=')
+_MESH = re.compile(r"mesh\[(.*?)\] \{(.*?)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +52,11 @@ class Collective:
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends in all, to the next one of a ring."""
+    """Bytes that a device sends, without what it passes on for others."""
     others = self.group - 1
     return self.times * self.size * {
-        # Sums go around once, and once more to everybody.
+        # Around a ring: parts are summed on their way to who keeps them, and
+        # go around once more to everybody.
         'all-reduce': 2 * others / self.group,
         'all-gather': others / self.group,
         'reduce-scatter': others,
@@ -60,16 +71,21 @@ def of(text: str, num_devices: int) -> list[Collective]:
     text: of `jax.stages.Compiled.as_text`.
     num_devices: that it runs on.
 
+  Of branches all count.
+
   Raises:
-    ValueError: it has a loop whose turns the compiler does not say, with
-      exchanges inside.
+    ValueError: what is not understood: a loop with exchanges whose turns the
+      compiler does not say, other exchanges than KINDS, other groups, no text
+      of a program.
   """
   bodies, entry = _computations(text)
+  if not entry:
+    raise ValueError('no program: its text has no ENTRY')
   return list(_walk(bodies, entry, 1, num_devices))
 
 
 def counts(found: Iterable[Collective]) -> dict[str, int]:
-  """{kind: how many there are}."""
+  """{kind: how often they happen in a run}."""
   return {kind: sum(one.times for one in found if one.kind == kind)
           for kind in KINDS}
 
@@ -94,9 +110,13 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _walk(bodies: Mapping[str, list[str]], name: str, times: int,
           num_devices: int) -> Iterator[Collective]:
-  for line in bodies.get(name, ()):
+  if name not in bodies:
+    raise ValueError(f'the text calls {name!r}, which it does not have')
+  for line in bodies[name]:
     if exchange := _EXCHANGE.search(line):
       kind = exchange[2]
+      if kind in _OTHERS:
+        raise ValueError(f'{kind} is not counted: {line.strip()[:200]}')
       yield Collective(kind, _size(exchange[1], kind, bool(exchange[3])),
                        _group(line, kind, num_devices), times)
     called = _CALLS.findall(line)
@@ -104,6 +124,10 @@ def _walk(bodies: Mapping[str, list[str]], name: str, times: int,
       called += [branch.strip(' %') for branch in branches.split(',')]
     inside = [one for callee in called
               for one in _walk(bodies, callee, times, num_devices)]
+    if scattered := _SCATTERED.search(line):
+      inside = [dataclasses.replace(
+          one, kind='reduce-scatter', size=_size(scattered[1], '', False))
+                for one in inside]
     turns = 1
     if inside and ' while(' in line:
       turns = _turns(line, bodies)
@@ -112,7 +136,11 @@ def _walk(bodies: Mapping[str, list[str]], name: str, times: int,
 
 
 def _turns(line: str, bodies: Mapping[str, list[str]]) -> int:
-  """How often a loop runs, of which this is the line."""
+  """How often a loop runs, of which this is the line.
+
+  Where only its condition says so, it is taken to count from 0 by ones, as
+  loops of `lax` and of XLA's partitioner do.
+  """
   if known := _TRIPS.search(line):
     return int(known[1])
   condition = _CONDITION.search(line)
@@ -143,9 +171,17 @@ def _bits(dtype: str) -> int:
 
 
 def _group(line: str, kind: str, num_devices: int) -> int:
+  """Devices that exchange with each other."""
   if kind == 'collective-permute':
     return 2
   found = _GROUPS.search(line)
-  if not found:
+  if not found or found[1] == '{}':
     return num_devices
-  return int(found[2]) if found[2] else len(found[1].split(','))
+  if lists := _LISTS.match(found[1]):
+    return len(lists[1].split(','))
+  if counts_ := _COUNTS.match(found[1]):
+    return int(counts_[1])
+  if mesh := _MESH.match(found[1]):
+    sizes = dict(axis.split('=') for axis in mesh[1].split(','))
+    return math.prod(int(sizes[axis.strip()]) for axis in mesh[2].split(','))
+  raise ValueError(f'groups that are not understood: {found[1][:200]}')

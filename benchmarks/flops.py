@@ -10,14 +10,16 @@ from jax.extend import core
 def of(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> float:
   """Those of its products and convolutions, each of the two counted.
 
-  Loops count as often as they turn, which XLA's own account leaves out. What
-  else a program does (norms, activations, quantizers) is not counted.
+  Loops count as often as they turn, which XLA's own account leaves out; of
+  branches the dearest counts. What else a program does (norms, activations,
+  quantizers) is not counted.
 
   Args:
     jaxpr: of `jax.make_jaxpr`, or of a jitted function's trace.
 
   Raises:
-    ValueError: a loop whose turns depend on its values, with products inside.
+    ValueError: a loop whose turns depend on its values, or a part of it that
+      is written for each device by itself, with products inside.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   return float(sum(map(_of_equation, jaxpr.eqns)))
@@ -34,8 +36,11 @@ def _of_equation(equation: Any) -> float:
   inner = [of(part) for part in _parts(params)]
   if name == 'cond':
     return max(inner)
-  if name == 'while' and any(inner):
-    raise ValueError('a loop with products, whose turns depend on its values')
+  if name in ('while', 'shard_map') and any(inner):
+    raise ValueError({
+        'while': 'a loop with products, whose turns depend on its values',
+        'shard_map': 'products of each device by itself are not counted',
+    }[name])
   return params.get('length', 1) * sum(inner) if name == 'scan' else sum(inner)
 
 
@@ -50,7 +55,7 @@ def _of_convolution(equation: Any) -> float:
 
 def _parts(params: Any) -> list[Any]:
   """The programs inside of an equation."""
-  # A loop's parts, a function's body with its gradients' rules, branches.
+  # A loop's parts, branches, the body of a function.
   return [leaf for leaf in jax.tree.leaves(
       list(params.values()),
       is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr))

@@ -3,23 +3,26 @@
   python -m benchmarks.plan [--chips=v5e,v6e] [--devices=1,8,64,256] \
       [--rows='LDM sampling,FLUX sampling'] [--whole]
 
-Compiles steps of ImageNet's LDM-4 and of FLUX.1-schnell, as their configs have
-them, for slices of TPU chips that are not there, and prints what each chip
-holds and sends to others, by the compiler's own account. Needs libtpu (`make
-aot` installs it), no weights. To fine-tune FLUX two or three of its blocks of
-each kind are compiled, and what one more of them adds counts for the rest; with
---whole all are, which takes many minutes.
+Compiles steps of ImageNet's LDM-4 and of FLUX.1-schnell for slices of TPU chips
+that are not there, and prints what each chip holds and sends to others, by the
+compiler's own account. Needs libtpu (`make aot` installs it), no weights.
 
-Every chip, or every group of chips that share the weights, has as many images
-of its own, whatever their number. FLUX's large weights are shared by 8 chips
-where there are so many. Fine-tuning is one update of TALoRA with DFA, whose
-teacher and student predict once each; sampling is one step of the packed model.
+Sampling is one step of the packed model. Fine-tuning is one update of TALoRA
+with DFA, whose teacher and student predict once each; of FLUX, whose config has
+none, in bfloat16 and with rematerialised blocks. Each chip (of FLUX each 8
+chips, which share the large weights) has as many images of its own, whatever
+their number. Tables of prompts are left out.
+
+Programs are compiled in a hurry (`slices.cost`). To fine-tune FLUX two or three
+of its blocks of each kind are compiled, and what one more of them adds counts
+for the rest; with --whole all are, which takes many minutes.
 """
 
 from collections.abc import Mapping
 import dataclasses
 
 from absl import flags
+from absl import logging
 
 from benchmarks import collectives
 from benchmarks import slices
@@ -55,9 +58,9 @@ class Figures:
   Attributes:
     kept: bytes that a chip holds from step to step.
     temporary: beside them while a step runs.
-    flops: of all chips together.
+    flops: of the program, see `slices.Cost`.
     sent: bytes that a chip sends to others.
-    counts: {kind of exchange: how many}.
+    counts: {kind of exchange: how often}.
   """
 
   kept: float
@@ -67,7 +70,7 @@ class Figures:
   counts: Mapping[str, float]
 
   def plus(self, other: 'Figures', times: float) -> 'Figures':
-    """Theirs, and so many times the other's."""
+    """The sum of these and of `times` the other ones."""
     counts = {kind: self.counts[kind] + times * other.counts[kind]
               for kind in self.counts}
     return Figures(*(
@@ -101,11 +104,13 @@ def _by_blocks(work, chip, count):
   """
   some = {field: 2 for field in work.blocks}
   base = figures(work_lib.with_model(work, some), chip, count)
+  if isinstance(base, str):
+    return f'with 2 blocks of a kind: {base}'
   found = base
   for field, whole in work.blocks.items():
     more = figures(work_lib.with_model(work, some | {field: 3}), chip, count)
-    if isinstance(base, str) or isinstance(more, str):
-      return f'with 2 or 3 blocks {base if isinstance(base, str) else more}'
+    if isinstance(more, str):
+      return f'with 3 blocks of a kind: {more}'
     found = found.plus(more.plus(base, -1), whole - 2)
   return found
 
@@ -119,8 +124,11 @@ def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
   head = [chip, name, f'{count} ({count // model} x {model})',
           f'{work.images * count // model}']
   if isinstance(found, str):
-    return [*head, '', f'does not fit: {found}', '', '', '']
-  return [*head, f'{found.flops / 1e12:.1f}', f'{found.kept / 1e9:.2f}',
+    return [*head, '', f'does not fit ({found})', '', '', '']
+  kept = f'{found.kept / 1e9:.2f}'
+  if found.kept + found.temporary > slices.capacity(chip):
+    kept += ' (does not fit)'
+  return [*head, f'{found.flops / 1e12:.1f}', kept,
           f'{found.temporary / 1e9:.2f}', f'{found.sent / 1e9:.3f}',
           collectives.summary(found.counts)]
 
@@ -140,9 +148,11 @@ def main(argv: list[str]) -> None:
   rows = []
   for done, one in enumerate(todo, 1):
     rows.append(row(*one, _WHOLE.value))
+    # As they come: the last may take long, or be interrupted.
+    logging.info('| %s |', ' | '.join(rows[-1]))
     progress.update(done)
   print(markdown.table(
-      ['chip', 'step', 'chips (data x model)', 'images', 'TFLOP of all',
+      ['chip', 'step', 'chips (data x model)', 'images', 'TFLOP in all',
        'GB kept by a chip', 'GB beside it', 'GB sent by a chip', 'exchanges'],
       rows, aligned=False))
 

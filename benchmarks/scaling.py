@@ -27,9 +27,12 @@ from msfp_jax.base import progress as progress_lib
 from msfp_jax.run import cli
 
 _DEVICES = flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'How many.')
-_MODEL = flags.DEFINE_integer('model', 1, 'Of them share the large weights.')
-_STEPS = flags.DEFINE_integer('steps', 10, 'Steps that are timed.')
-_ALONE = flags.DEFINE_integer('alone', 0, 'Measure so many devices, here.')
+_MODEL = flags.DEFINE_integer(
+    'model', 1, 'Of them share the large weights.', lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    'steps', 10, 'Steps that are timed.', lower_bound=1)
+_ALONE = flags.DEFINE_integer(
+    'alone', None, 'Measure so many devices, in this process.', lower_bound=1)
 WORK = work_lib.Work(digits.get_config, work_lib.tuning, images=16)
 
 
@@ -48,6 +51,8 @@ def _measured(count: int, model: int, steps: int) -> dict[str, float | str]:
   for _ in range(steps):
     state, scalars = compiled(state, *given)
     jax.block_until_ready(scalars)
+  if not np.isfinite(scalars['loss']):
+    raise ValueError(f'a loss of {scalars["loss"]}: such steps are not timed')
   return {'images': task.batch,
           'seconds': (time.perf_counter() - begin) / steps,
           'computed': (time.process_time() - computed) / steps,
@@ -56,11 +61,11 @@ def _measured(count: int, model: int, steps: int) -> dict[str, float | str]:
 
 
 def _filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  """Small numbers in a shape: no step computes faster or slower by others."""
+  """Small positive numbers in a shape, which an optimizer's moments may be."""
   if not np.issubdtype(leaf.dtype, np.floating):
     return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
   values = np.random.default_rng(0).standard_normal(leaf.shape, np.float32)
-  return jax.device_put((values / 100).astype(leaf.dtype), leaf.sharding)
+  return jax.device_put(np.abs(values / 100).astype(leaf.dtype), leaf.sharding)
 
 
 def _in_a_child(count: int) -> dict[str, float | str]:
@@ -80,6 +85,9 @@ def main(argv: list[str]) -> None:
     print(json.dumps(_measured(_ALONE.value, _MODEL.value, _STEPS.value)))
     return
   counts, rows, base = [int(count) for count in _DEVICES.value], [], None
+  if bad := [count for count in counts if count < 1 or count % _MODEL.value]:
+    raise ValueError(
+        f'--devices={bad}: must be multiples of --model={_MODEL.value}')
   progress = progress_lib.Progress('devices', len(counts), every_seconds=0)
   for done, count in enumerate(counts, 1):
     row = _in_a_child(count)

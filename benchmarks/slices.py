@@ -1,6 +1,7 @@
 """Slices of TPU chips that are not there, and programs compiled for them."""
 
 import dataclasses
+import functools
 import os
 import re
 from typing import Any
@@ -8,6 +9,7 @@ from unittest import mock
 
 import jax
 from jax.experimental import topologies
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import collectives
@@ -20,10 +22,12 @@ from msfp_jax.tune import memory
 CHIPS = ('v5e', 'v6e')
 # How many chips stand how; the shapes that are rented.
 SHAPES = {1: '1x1', 8: '2x4', 64: '8x8', 256: '16x16'}
-# Compilers look for a faster program for minutes, and what that needs and
-# exchanges is known in seconds (see `Cost`).
+# The compiler would look for a faster program for minutes. What it makes in
+# seconds exchanges the same; of memory beside its arguments it needs another
+# amount, of a UNet's prediction 0.14 GB for 0.11.
 _QUICKLY = {'exec_time_optimization_effort': -1.0}
 # `Used 20.51G of 15.75G hbm`
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _LACK = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
 
 
@@ -31,13 +35,11 @@ _LACK = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
 class Cost:
   """What a step takes of chips, as the compiler says.
 
-  The compiler is asked for a program soon, not for a fast one, which needs
-  somewhat less memory beside its arguments.
-
   Attributes:
-    need: bytes; None where the compiler refuses, as the chip has less.
+    need: bytes of a chip; None where the compiler refuses, as it has less.
     lacking: what it said then.
-    flops: of all chips together, see `benchmarks.flops`.
+    flops: of the traced program, see `benchmarks.flops`; what each chip
+      computes for itself counts once.
     exchanged: with other chips.
   """
 
@@ -58,7 +60,8 @@ def layout(chip: str, count: int, model: int = 1) -> work_lib.Shapes:
   Raises:
     ValueError: there is no such slice, or it cannot be shared so.
   """
-  if chip not in CHIPS or count not in SHAPES or count % model:
+  if (chip not in CHIPS or count not in SHAPES or model < 1
+      or count % model):
     raise ValueError(f'{count} chips {chip}, {model} of which share weights: '
                      f'must be one of {CHIPS}, {tuple(SHAPES)} chips, and a '
                      'number that divides these')
@@ -69,6 +72,22 @@ def layout(chip: str, count: int, model: int = 1) -> work_lib.Shapes:
   return work_lib.Shapes(jax.sharding.Mesh(
       np.asarray(found.devices).reshape(-1, model),
       (devices.DATA, devices.MODEL)))
+
+
+@functools.cache
+def capacity(chip: str) -> float:
+  """Bytes of a chip's memory that programs can have, as its compiler says."""
+  # By asking for what no chip has.
+  too_much = layout(chip, 1).abstract(
+      jax.ShapeDtypeStruct((2**40,), jnp.float32))
+  try:
+    jax.jit(jnp.sin).trace(too_much).lower(
+        lowering_platforms=('tpu',)).compile(compiler_options=_QUICKLY)
+  except jax.errors.JaxRuntimeError as error:
+    if lack := _LACK.search(str(error)):
+      return float(lack[3]) * _UNITS[lack[4]]
+    raise
+  raise ValueError(f'{chip}: its compiler says of 4 TB that they fit')
 
 
 def cost(function: Any, shapes: Any, count: int) -> Cost:

@@ -25,7 +25,7 @@ from msfp_jax.run import teacher
 from msfp_jax.tune import finetune
 from msfp_jax.tune import losses
 
-_PROMPTS = 1000  # whose embeddings every device holds in fine-tuning
+_PROMPTS = 1  # in tables of embeddings, which every device would hold
 
 
 class Shapes(devices.Layout):
@@ -41,7 +41,7 @@ class Shapes(devices.Layout):
         np.shape(leaf), leaf.dtype, sharding=sharding), tree, shardings)
 
   def put(self, tree: Any, shardings: Any = None) -> Any:
-    """The same."""
+    """What `abstract` returns."""
     return self.abstract(tree, shardings)
 
 
@@ -52,7 +52,7 @@ class Work:
   Attributes:
     config: makes that of the experiment.
     step: (task, layout) -> a jitted function and what it takes, abstract.
-    images: of each part into which the chips split a batch.
+    images: that each part of a batch has, of those that devices split it into.
     model: chips that share the large weights, if there are so many.
     finetune: fields that differ from the config's.
     blocks: {field of the model: how many blocks of a kind it says}, of models
@@ -74,7 +74,7 @@ class Known:
   Attributes:
     config: of the experiment.
     model: the full-precision one.
-    draw: its conditions; of abstract tables.
+    draw: its conditions, from tables that are shapes.
     schedule: of the forward process.
     plan: the sampler.
     job: of its layers, by shapes.
@@ -112,7 +112,7 @@ class Task:
   """A work for one number of devices.
 
   Attributes:
-    known: see there.
+    known: all else of the experiment.
     batch: images in all.
     settings: of fine-tuning.
   """
@@ -158,12 +158,19 @@ def sampling(task: Task, layout: Shapes) -> tuple[Any, Any]:
 
 def with_model(work: Work, fields: Mapping[str, Any]) -> Work:
   """The work of a model with other fields, to be compiled whole."""
-  def get_config():
-    config = work.config()
-    config.model.update(fields)
+  return dataclasses.replace(
+      work, config=_changed(work.config, tuple(fields.items())), blocks={})
+
+
+@functools.cache
+def _changed(get_config, fields):
+  # Cached, so that what is known of the experiment is.
+  def changed():
+    config = get_config()
+    config.model.update(dict(fields))
     return config
 
-  return dataclasses.replace(work, config=get_config, blocks={})
+  return changed
 
 
 def task_of(work: Work, parts: int) -> Task:

@@ -24,6 +24,8 @@ _VERSION = 0x20080522
 def _like_anybody():
   """Gives up what the superuser may do, so that rights of files count."""
   libc = ctypes.CDLL(None, use_errno=True)
+  if not hasattr(libc, 'capset'):  # not Linux
+    return
   header = (ctypes.c_uint32 * 2)(_VERSION, 0)
   sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
   for call in (libc.capget, libc.capset):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 
+import jax
 import pytest
 
 from benchmarks import plan
@@ -14,6 +15,7 @@ from benchmarks import slices
 from benchmarks import work as work_lib
 from configs import flux_schnell
 from configs import imagenet256
+from msfp_jax.base import devices
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('uncached')]
 
@@ -47,17 +49,30 @@ def test_what_fine_tuning_sums_are_gradients_of_kernels():
   assert eight.need.kept == pytest.approx(one.need.kept, rel=0.01)
 
 
-def test_chips_that_share_weights_hold_less_of_them():
+def test_chips_that_share_weights_hold_less_of_them(monkeypatch):
+  """And give each other what one of them does not have."""
+  monkeypatch.setattr(devices, '_LARGE', 128)
   work = dataclasses.replace(
-      plan.WORK['FLUX sampling'], model=8,
+      plan.WORK['FLUX sampling'],
       config=functools.partial(flux_schnell.get_config, 'smoke'))
   one, eight = (plan.cost(work, 'v6e', count) for count in (1, 8))
-  # Nothing of this small one is large enough to be shared.
-  assert eight.need.kept == pytest.approx(one.need.kept, rel=0.01)
-  assert eight.flops == one.flops > 0
+  assert one.sent == 0 < eight.sent
+  assert {part.group for part in eight.exchanged} <= {2, 8}
+  packed = work_lib.task_of(work, 1).known.packed
+  shared = sum(
+      leaf.nbytes for leaf in jax.tree.leaves(packed.arrays)
+      if leaf.ndim > 1 and leaf.size >= 128 and leaf.shape[-1] % 8 == 0)
+  # Chips store arrays in tiles: small ones take more than their bytes.
+  assert one.need.kept - eight.need.kept > 0.5 * 7 / 8 * shared > 10_000
+
+
+def test_a_chip_has_the_memory_that_its_compiler_says():
+  assert 15.5 < slices.capacity('v5e') / 2**30 < 16
+  assert 31 < slices.capacity('v6e') / 2**30 < 32
 
 
 def test_a_slice_that_there_is_not_is_refused():
-  for chip, count, model in (('v9', 8, 1), ('v5e', 7, 1), ('v5e', 8, 3)):
+  for chip, count, model in (('v9', 8, 1), ('v5e', 7, 1), ('v5e', 8, 3),
+                             ('v5e', 8, 0)):
     with pytest.raises(ValueError, match='must be one of'):
       slices.layout(chip, count, model)

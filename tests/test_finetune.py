@@ -137,6 +137,12 @@ def test_tables_of_conditions_are_no_constants_of_the_step():
       Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), optax.sgd(0.0), KEY,
       conditions.rows((np.arange(50),)))
   assert (50,) in map(np.shape, jax.tree.leaves(step.shapes))
+  state = finetune.FinetuneState(
+      step=jnp.zeros((), jnp.int32), trainable={'a': jnp.float32(0.0)},
+      opt_state=optax.sgd(0.0).init({'a': jnp.float32(0.0)}),
+      position=diffusion.sampling.start(PLAN, jnp.zeros((4, 2))))
+  traced = step.update.trace(state, *step.shapes)
+  assert (50,) not in map(np.shape, traced.jaxpr.consts)
 
 
 @pytest.mark.parametrize('draw', [

@@ -134,19 +134,29 @@ class Full:
 
 
 class ReadOnly:
-  """Nothing in the workdir can be changed, made or removed any more."""
+  """Nothing in the workdir can be made, renamed or removed any more.
+
+  Files that are open can be written on, as they could not on a disk.
+  """
 
   def begin(self, unused_process, workdir):
-    # The folder before what is in it, so that nothing is added meanwhile.
-    self._closed = [workdir, *workdir.rglob('*')] if workdir.is_dir() else []
-    for path in self._closed:
-      with contextlib.suppress(FileNotFoundError):
-        path.chmod(0o555)
+    self._closed = []
+    while found := [path for path in self._all(workdir)
+                    if path not in self._closed]:
+      for path in found:
+        with contextlib.suppress(FileNotFoundError):
+          os.chmod(path, 0o555)
+      # Again, as the process goes on meanwhile.
+      self._closed += found
+
+  def _all(self, workdir):
+    return [path for folder, _, names in os.walk(workdir)
+            for path in (folder, *(f'{folder}/{name}' for name in names))]
 
   def end(self):
     for path in self._closed:
       with contextlib.suppress(FileNotFoundError):
-        path.chmod(0o755)
+        os.chmod(path, 0o755)
 
 
 class Gone:
