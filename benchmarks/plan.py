@@ -1,7 +1,7 @@
 """A plan past one machine: what steps take of each chip of many.
 
   python -m benchmarks.plan [--chips=v5e,v6e] [--devices=1,8,64,256] \
-      [--rows='LDM sampling,FLUX sampling'] [--whole]
+      [--rows='LDM sampling,FLUX sampling'] [--whole] [--jobs=1]
 
 Compiles steps of ImageNet's LDM-4 and of FLUX.1-schnell for slices of TPU chips
 that are not there, and prints what each chip holds and sends to others, by the
@@ -19,7 +19,9 @@ for the rest; with --whole all are, which takes many minutes.
 """
 
 from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
+import multiprocessing
 
 from absl import flags
 from absl import logging
@@ -37,6 +39,8 @@ _CHIPS = flags.DEFINE_list('chips', list(slices.CHIPS), 'Kinds of chips.')
 _DEVICES = flags.DEFINE_list(
     'devices', [str(count) for count in slices.SHAPES], 'Chips of a slice.')
 _ROWS = flags.DEFINE_list('rows', None, 'Only these of WORK.')
+_JOBS = flags.DEFINE_integer(
+    'jobs', 1, 'Steps that are compiled at once.', lower_bound=1)
 _WHOLE = flags.DEFINE_bool('whole', False, 'Compile all blocks of FLUX.')
 WORK = {
     'LDM fine-tuning': work_lib.Work(
@@ -133,6 +137,11 @@ def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
           collectives.summary(found.counts)]
 
 
+def _row(task: tuple[str, str, int], whole: bool) -> list[str]:
+  """`row`, in a process that was started for it."""
+  return row(*task, whole)
+
+
 def main(argv: list[str]) -> None:
   """Prints the table."""
   del argv
@@ -146,11 +155,15 @@ def main(argv: list[str]) -> None:
     slices.layout(chip, count)  # refused before minutes of compiling
   progress = progress_lib.Progress('steps compiled', len(todo), every_seconds=0)
   rows = []
-  for done, one in enumerate(todo, 1):
-    rows.append(row(*one, _WHOLE.value))
-    # As they come: the last may take long, or be interrupted.
-    logging.info('| %s |', ' | '.join(rows[-1]))
-    progress.update(done)
+  # Each in a process of its own: libtpu gives back no memory, gigabytes a step.
+  with futures.ProcessPoolExecutor(
+      _JOBS.value, multiprocessing.get_context('spawn'),
+      max_tasks_per_child=1) as pool:
+    for found in pool.map(_row, todo, [_WHOLE.value] * len(todo)):
+      rows.append(found)
+      # As they come: the last may take long, or be interrupted.
+      logging.info('| %s |', ' | '.join(found))
+      progress.update(len(rows))
   print(markdown.table(
       ['chip', 'step', 'chips (data x model)', 'images', 'TFLOP in all',
        'GB kept by a chip', 'GB beside it', 'GB sent by a chip', 'exchanges'],
