@@ -28,7 +28,9 @@ SHAPES = {1: '1x1', 8: '2x4', 64: '8x8', 256: '16x16'}
 _QUICKLY = {'exec_time_optimization_effort': -1.0}
 # `Used 20.51G of 15.75G hbm`
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-_LACK = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
+# `Used 20.51G of 15.75G hbm`, `(8.00T) exceeds available HBM (15.75G)`
+_THERE = re.compile(r'(?:of |available HBM \()([\d.]+)([KMGT])')
+_OUT = 'RESOURCE_EXHAUSTED: '  # how XLA's errors begin that are about memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +86,8 @@ def capacity(chip: str) -> float:
     jax.jit(jnp.sin).trace(too_much).lower(
         lowering_platforms=('tpu',)).compile(compiler_options=_QUICKLY)
   except jax.errors.JaxRuntimeError as error:
-    if lack := _LACK.search(str(error)):
-      return float(lack[3]) * _UNITS[lack[4]]
+    if there := _THERE.search(str(error)):
+      return float(there[1]) * _UNITS[there[2]]
     raise
   raise ValueError(f'{chip}: its compiler says of 4 TB that they fit')
 
@@ -106,9 +108,8 @@ def cost(function: Any, shapes: Any, count: int) -> Cost:
   try:
     compiled = lowered.compile(compiler_options=_QUICKLY)
   except jax.errors.JaxRuntimeError as error:
-    if lack := _LACK.search(str(error)):
-      return Cost(
-          None, f'{lack[1]} {lack[2]}iB of {lack[3]} {lack[4]}iB', work)
-    raise
+    if _OUT not in str(error):
+      raise
+    return Cost(None, str(error).splitlines()[0].partition(_OUT)[2], work)
   return Cost(memory.need_of(compiled), '', work,
               tuple(collectives.of(compiled.as_text(), count)))
