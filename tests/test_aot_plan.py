@@ -10,7 +10,7 @@ import math
 import jax
 import pytest
 
-from benchmarks import plan
+from benchmarks import planned
 from benchmarks import slices
 from benchmarks import work as work_lib
 from configs import flux_schnell
@@ -32,14 +32,14 @@ def test_what_fine_tuning_sums_are_gradients_of_kernels():
   and of ranges: XLA sums those.
   """
   work = dataclasses.replace(
-      plan.WORK['LDM fine-tuning'],
+      planned.WORK['LDM fine-tuning'],
       config=functools.partial(imagenet256.get_config, 'smoke'))
   task = work_lib.task_of(work, 8)
   assert task.batch == 16
   banked = sum(4 * math.prod(task.known.job.kernels[name].shape)
                for name, layer in task.known.spec.layers.items()
                if layer.weight.bits == 4)
-  one, eight = (plan.cost(work, 'v5e', count) for count in (1, 8))
+  one, eight = (planned.cost(work, 'v5e', count) for count in (1, 8))
   assert one.exchanged == () and one.sent == 0
   sums = [part for part in eight.exchanged if part.kind == 'all-reduce']
   assert {part.group for part in sums} == {8}
@@ -53,9 +53,9 @@ def test_chips_that_share_weights_hold_less_of_them(monkeypatch):
   """And give each other what one of them does not have."""
   monkeypatch.setattr(devices, '_LARGE', 128)
   work = dataclasses.replace(
-      plan.WORK['FLUX sampling'],
+      planned.WORK['FLUX sampling'],
       config=functools.partial(flux_schnell.get_config, 'smoke'))
-  one, eight = (plan.cost(work, 'v6e', count) for count in (1, 8))
+  one, eight = (planned.cost(work, 'v6e', count) for count in (1, 8))
   assert one.sent == 0 < eight.sent
   packed = work_lib.task_of(work, 1).known.packed
   shared = sum(

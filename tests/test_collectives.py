@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import collectives
 from benchmarks import flops
-from benchmarks import plan
+from benchmarks import planned
 from benchmarks import slices
 from msfp_jax.tune import memory
 
@@ -177,14 +177,15 @@ def test_blocks_that_are_not_compiled_count_as_those_that_are(monkeypatch):
         memory.Need(number, 2 * number), '', 3 * number,
         (collectives.Collective('all-to-all', 8, 4, number),))
 
-  monkeypatch.setattr(plan, 'cost', cost)
-  work = plan.WORK['FLUX fine-tuning']
+  monkeypatch.setattr(planned, 'cost', cost)
+  work = planned.WORK['FLUX fine-tuning']
   number = 100 + 7 * 19 + 5 * 38
-  found = plan.figures(work, 'v5e', 8)
+  found = planned.figures(work, 'v5e', 8)
   assert (found.kept, found.temporary, found.flops, found.sent) == (
       number, 2 * number, 3 * number, 6 * number)
   assert found.counts['all-to-all'] == number
-  monkeypatch.setattr(plan, 'cost', lambda *unused: slices.Cost(None, '9 of 8'))
-  assert plan.figures(work, 'v5e', 8) == 'with 2 blocks of a kind: 9 of 8'
+  monkeypatch.setattr(
+      planned, 'cost', lambda *unused: slices.Cost(None, '9 of 8'))
+  assert planned.figures(work, 'v5e', 8) == 'with 2 blocks of a kind: 9 of 8'
   monkeypatch.setattr(slices, 'capacity', lambda chip: 1e9)
-  assert plan.row('LDM sampling', 'v5e', 8)[5] == 'does not fit (9 of 8)'
+  assert planned.row('LDM sampling', 'v5e', 8)[5] == 'does not fit (9 of 8)'

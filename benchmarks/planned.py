@@ -1,0 +1,104 @@
+"""What steps of ImageNet's LDM and of FLUX take of chips; see `plan`."""
+
+from collections.abc import Mapping
+import dataclasses
+
+from benchmarks import collectives
+from benchmarks import slices
+from benchmarks import work as work_lib
+from configs import flux_schnell
+from configs import imagenet256
+
+WORK = {
+    'LDM fine-tuning': work_lib.Work(
+        imagenet256.get_config, work_lib.tuning, images=2),
+    'LDM sampling': work_lib.Work(
+        imagenet256.get_config, work_lib.sampling, images=8),
+    'FLUX fine-tuning': work_lib.Work(
+        flux_schnell.get_config, work_lib.tuning, images=1, model=8,
+        finetune={'dtype': 'bfloat16', 'remat': 'blocks'},
+        blocks={'num_layers': 19, 'num_single_layers': 38}),
+    'FLUX sampling': work_lib.Work(
+        flux_schnell.get_config, work_lib.sampling, images=1, model=8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """A row's numbers.
+
+  Attributes:
+    kept: bytes that a chip holds from step to step.
+    temporary: beside them while a step runs.
+    flops: of the program, see `slices.Cost`.
+    sent: bytes that a chip sends to others.
+    counts: {kind of exchange: how often}.
+  """
+
+  kept: float
+  temporary: float
+  flops: float
+  sent: float
+  counts: Mapping[str, float]
+
+  def plus(self, other: 'Figures', times: float) -> 'Figures':
+    """The sum of these and of `times` the other ones."""
+    counts = {kind: self.counts[kind] + times * other.counts[kind]
+              for kind in self.counts}
+    return Figures(*(
+        getattr(self, field) + times * getattr(other, field)
+        for field in ('kept', 'temporary', 'flops', 'sent')), counts)
+
+
+def cost(work: work_lib.Work, chip: str, count: int) -> slices.Cost:
+  """What the work takes of each of so many chips, compiled."""
+  layout = slices.layout(chip, count, min(work.model, count))
+  return slices.cost(
+      *work.step(work_lib.task_of(work, layout.num_parts), layout), count)
+
+
+def figures(work: work_lib.Work, chip: str, count: int) -> Figures | str:
+  """Its numbers, or what the compiler says that a chip lacks."""
+  if work.blocks:
+    return _by_blocks(work, chip, count)
+  found = cost(work, chip, count)
+  if found.need is None:
+    return found.lacking
+  return Figures(found.need.kept, found.need.temporary, found.flops, found.sent,
+                 collectives.counts(found.exchanged))
+
+
+def _by_blocks(work, chip, count):
+  """Likewise, from compilations of some blocks of each kind.
+
+  Blocks of a kind compute and hold the same: what one more adds is measured,
+  and added as often as the model has one more.
+  """
+  some = {field: 2 for field in work.blocks}
+  base = figures(work_lib.with_model(work, some), chip, count)
+  if isinstance(base, str):
+    return f'with 2 blocks of a kind: {base}'
+  found = base
+  for field, whole in work.blocks.items():
+    more = figures(work_lib.with_model(work, some | {field: 3}), chip, count)
+    if isinstance(more, str):
+      return f'with 3 blocks of a kind: {more}'
+    found = found.plus(more.plus(base, -1), whole - 2)
+  return found
+
+
+def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
+  """One line of the table."""
+  work = WORK[name]
+  if whole:
+    work = dataclasses.replace(work, blocks={})
+  found, model = figures(work, chip, count), min(work.model, count)
+  head = [chip, name, f'{count} ({count // model} x {model})',
+          f'{work.images * count // model}']
+  if isinstance(found, str):
+    return [*head, '', f'does not fit ({found})', '', '', '']
+  kept = f'{found.kept / 1e9:.2f}'
+  if found.kept + found.temporary > slices.capacity(chip):
+    kept += ' (does not fit)'
+  return [*head, f'{found.flops / 1e12:.1f}', kept,
+          f'{found.temporary / 1e9:.2f}', f'{found.sent / 1e9:.3f}',
+          collectives.summary(found.counts)]
