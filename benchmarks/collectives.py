@@ -55,8 +55,9 @@ class Collective:
     """Bytes that a device sends, without what it passes on for others."""
     others = self.group - 1
     return self.times * self.size * {
-        # Around a ring: parts are summed on their way to who keeps them, and
-        # go around once more to everybody.
+        # What n devices gather, or give each other, has n parts, of which one
+        # sends n - 1. What they sum has n too, of which one keeps its own and
+        # sends the others; where all keep all, twice.
         'all-reduce': 2 * others / self.group,
         'all-gather': others / self.group,
         'reduce-scatter': others,

@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
 def of(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> float:
-  """Those of its products and convolutions, each of the two counted.
+  """Multiplications plus additions of its products and convolutions.
 
   Loops count as often as they turn, which XLA's own account leaves out; of
   branches the dearest counts. What else a program does (norms, activations,
@@ -33,7 +32,7 @@ def _of_equation(equation: Any) -> float:
     return 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
   if name == 'conv_general_dilated':
     return _of_convolution(equation)
-  inner = [of(part) for part in _parts(params)]
+  inner = [of(part) for part in core.jaxprs_in_params(params)]
   if name == 'cond':
     return max(inner)
   if name in ('while', 'shard_map') and any(inner):
@@ -52,11 +51,3 @@ def _of_convolution(equation: Any) -> float:
   return 2 * equation.outvars[0].aval.size * kernel.size / (
       outputs * math.prod(params['lhs_dilation']))
 
-
-def _parts(params: Any) -> list[Any]:
-  """The programs inside of an equation."""
-  # A loop's parts, branches, the body of a function.
-  return [leaf for leaf in jax.tree.leaves(
-      list(params.values()),
-      is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr | core.Jaxpr))
-          if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr)]

@@ -33,7 +33,7 @@ from msfp_jax.run import cli
 _CHIPS = flags.DEFINE_list('chips', list(slices.CHIPS), 'Kinds of chips.')
 _DEVICES = flags.DEFINE_list(
     'devices', [str(count) for count in slices.SHAPES], 'Chips of a slice.')
-_ROWS = flags.DEFINE_list('rows', None, 'Only these of planned.WORK.')
+_ROWS = flags.DEFINE_list('rows', None, 'Only these of planned.STEPS.')
 _JOBS = flags.DEFINE_integer(
     'jobs', 1, 'Steps that are compiled at once.', lower_bound=1)
 _WHOLE = flags.DEFINE_bool('whole', False, 'Compile all blocks of FLUX.')
@@ -42,10 +42,10 @@ _WHOLE = flags.DEFINE_bool('whole', False, 'Compile all blocks of FLUX.')
 def main(argv: list[str]) -> None:
   """Prints the table."""
   del argv
-  names = _ROWS.value or list(planned.WORK)
-  if unknown := set(names) - planned.WORK.keys():
+  names = _ROWS.value or list(planned.STEPS)
+  if unknown := set(names) - planned.STEPS.keys():
     raise ValueError(f'--rows={",".join(sorted(unknown))}: must be of '
-                     f'{", ".join(planned.WORK)}')
+                     f'{", ".join(planned.STEPS)}')
   todo = [(name, chip, int(count)) for chip in _CHIPS.value
           for name in names for count in _DEVICES.value]
   for _, chip, count in todo:

@@ -9,17 +9,17 @@ from benchmarks import work as work_lib
 from configs import flux_schnell
 from configs import imagenet256
 
-WORK = {
-    'LDM fine-tuning': work_lib.Work(
+STEPS = {
+    'LDM fine-tuning': work_lib.PlannedStep(
         imagenet256.get_config, work_lib.tuning, images=2),
-    'LDM sampling': work_lib.Work(
+    'LDM sampling': work_lib.PlannedStep(
         imagenet256.get_config, work_lib.sampling, images=8),
-    'FLUX fine-tuning': work_lib.Work(
-        flux_schnell.get_config, work_lib.tuning, images=1, model=8,
+    'FLUX fine-tuning': work_lib.PlannedStep(
+        flux_schnell.get_config, work_lib.tuning, images=1, sharing=8,
         finetune={'dtype': 'bfloat16', 'remat': 'blocks'},
         blocks={'num_layers': 19, 'num_single_layers': 38}),
-    'FLUX sampling': work_lib.Work(
-        flux_schnell.get_config, work_lib.sampling, images=1, model=8)}
+    'FLUX sampling': work_lib.PlannedStep(
+        flux_schnell.get_config, work_lib.sampling, images=1, sharing=8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,37 +49,39 @@ class Figures:
         for field in ('kept', 'temporary', 'flops', 'sent')), counts)
 
 
-def cost(work: work_lib.Work, chip: str, count: int) -> slices.Cost:
-  """What the work takes of each of so many chips, compiled."""
-  layout = slices.layout(chip, count, min(work.model, count))
+def cost(step: work_lib.PlannedStep, chip: str, count: int) -> slices.Cost:
+  """What a step takes of each of so many chips, compiled."""
+  layout = slices.layout(chip, count, min(step.sharing, count))
   return slices.cost(
-      *work.step(work_lib.task_of(work, layout.num_parts), layout), count)
+      *step.make(work_lib.task_of(step, layout.num_parts), layout), count)
 
 
-def figures(work: work_lib.Work, chip: str, count: int) -> Figures | str:
+def figures(step: work_lib.PlannedStep, chip: str, count: int) -> Figures | str:
   """Its numbers, or what the compiler says that a chip lacks."""
-  if work.blocks:
-    return _by_blocks(work, chip, count)
-  found = cost(work, chip, count)
+  if step.blocks:
+    return _by_blocks(step, chip, count)
+  found = cost(step, chip, count)
   if found.need is None:
     return found.lacking
   return Figures(found.need.kept, found.need.temporary, found.flops, found.sent,
                  collectives.counts(found.exchanged))
 
 
-def _by_blocks(work, chip, count):
+def _by_blocks(step, chip, count):
   """Likewise, from compilations of some blocks of each kind.
 
   Blocks of a kind compute and hold the same: what one more adds is measured,
   and added as often as the model has one more.
   """
-  some = {field: 2 for field in work.blocks}
-  base = figures(work_lib.with_model(work, some), chip, count)
+  some = {field: 2 for field in step.blocks}
+  of = lambda fields: figures(dataclasses.replace(
+      step, fields=tuple(fields.items()), blocks={}), chip, count)
+  base = of(some)
   if isinstance(base, str):
     return f'with 2 blocks of a kind: {base}'
   found = base
-  for field, whole in work.blocks.items():
-    more = figures(work_lib.with_model(work, some | {field: 3}), chip, count)
+  for field, whole in step.blocks.items():
+    more = of(some | {field: 3})
     if isinstance(more, str):
       return f'with 3 blocks of a kind: {more}'
     found = found.plus(more.plus(base, -1), whole - 2)
@@ -88,12 +90,12 @@ def _by_blocks(work, chip, count):
 
 def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
   """One line of the table."""
-  work = WORK[name]
+  step = STEPS[name]
   if whole:
-    work = dataclasses.replace(work, blocks={})
-  found, model = figures(work, chip, count), min(work.model, count)
-  head = [chip, name, f'{count} ({count // model} x {model})',
-          f'{work.images * count // model}']
+    step = dataclasses.replace(step, blocks={})
+  found, sharing = figures(step, chip, count), min(step.sharing, count)
+  head = [chip, name, f'{count} ({count // sharing} x {sharing})',
+          f'{step.images * count // sharing}']
   if isinstance(found, str):
     return [*head, '', f'does not fit ({found})', '', '', '']
   kept = f'{found.kept / 1e9:.2f}'

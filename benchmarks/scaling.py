@@ -8,10 +8,8 @@ more devices cost is in the CPU's time for an image, and in what they exchange,
 which is counted in the compiled program.
 """
 
-import json
-import os
-import subprocess
-import sys
+from concurrent import futures
+import multiprocessing
 import time
 
 from absl import flags
@@ -31,16 +29,15 @@ _MODEL = flags.DEFINE_integer(
     'model', 1, 'Of them share the large weights.', lower_bound=1)
 _STEPS = flags.DEFINE_integer(
     'steps', 10, 'Steps that are timed.', lower_bound=1)
-_ALONE = flags.DEFINE_integer(
-    'alone', None, 'Measure so many devices, in this process.', lower_bound=1)
-WORK = work_lib.Work(digits.get_config, work_lib.tuning, images=16)
+STEP = work_lib.PlannedStep(digits.get_config, work_lib.tuning, images=16)
 
 
 def _measured(count: int, model: int, steps: int) -> dict[str, float | str]:
   """A row: seconds of a step and of the CPU, and what is exchanged."""
+  jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', count)
   layout = work_lib.Shapes(devices.layout(model).mesh)
-  task = work_lib.task_of(WORK, layout.num_parts)
+  task = work_lib.task_of(STEP, layout.num_parts)
   update, shapes = work_lib.tuning(task, layout)
   compiled = update.lower(*shapes).compile()
   found = collectives.of(compiled.as_text(), count)
@@ -68,36 +65,27 @@ def _filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
   return jax.device_put(np.abs(values / 100).astype(leaf.dtype), leaf.sharding)
 
 
-def _in_a_child(count: int) -> dict[str, float | str]:
-  """The same: how many devices there are is settled when JAX begins."""
-  output = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.scaling', f'--alone={count}',
-       f'--model={_MODEL.value}', f'--steps={_STEPS.value}'],
-      check=True, stdout=subprocess.PIPE, text=True,
-      env=os.environ | {'JAX_PLATFORMS': 'cpu'}).stdout
-  return json.loads(output.splitlines()[-1])
-
-
 def main(argv: list[str]) -> None:
-  """Prints a table, or a row of it as JSON."""
+  """Prints a table."""
   del argv
-  if _ALONE.value:
-    print(json.dumps(_measured(_ALONE.value, _MODEL.value, _STEPS.value)))
-    return
   counts, rows, base = [int(count) for count in _DEVICES.value], [], None
   if bad := [count for count in counts if count < 1 or count % _MODEL.value]:
     raise ValueError(
         f'--devices={bad}: must be multiples of --model={_MODEL.value}')
   progress = progress_lib.Progress('devices', len(counts), every_seconds=0)
-  for done, count in enumerate(counts, 1):
-    row = _in_a_child(count)
-    each = row['computed'] / row['images']
-    base = base or each
-    rows.append([
-        f'{count}', f'{row["images"]}', f'{row["seconds"]:.2f}',
-        f'{1e3 * each:.1f}', f'{each / base:.2f}x', row['exchanges'],
-        f'{row["sent"] / 1e6:.1f}'])
-    progress.update(done)
+  # Each in a process of its own: how many devices there are is settled when JAX
+  # begins.
+  with futures.ProcessPoolExecutor(
+      1, multiprocessing.get_context('spawn'), max_tasks_per_child=1) as pool:
+    for count in counts:
+      row = pool.submit(_measured, count, _MODEL.value, _STEPS.value).result()
+      each = row['computed'] / row['images']
+      base = base or each
+      rows.append([
+          f'{count}', f'{row["images"]}', f'{row["seconds"]:.2f}',
+          f'{1e3 * each:.1f}', f'{each / base:.2f}x', row['exchanges'],
+          f'{row["sent"] / 1e6:.1f}'])
+      progress.update(len(rows))
   print(markdown.table(
       ['devices', 'images', 'seconds a step', 'ms of the CPU an image',
        'of the first row', 'exchanges', 'MB sent by a device'], rows))

@@ -26,11 +26,9 @@ SHAPES = {1: '1x1', 8: '2x4', 64: '8x8', 256: '16x16'}
 # seconds exchanges the same; of memory beside its arguments it needs another
 # amount, of a UNet's prediction 0.14 GB for 0.11.
 _QUICKLY = {'exec_time_optimization_effort': -1.0}
-# `Used 20.51G of 15.75G hbm`
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 # `Used 20.51G of 15.75G hbm`, `(8.00T) exceeds available HBM (15.75G)`
 _THERE = re.compile(r'(?:of |available HBM \()([\d.]+)([KMGT])')
-_OUT = 'RESOURCE_EXHAUSTED: '  # how XLA's errors begin that are about memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +91,7 @@ def capacity(chip: str) -> float:
 
 
 def cost(function: Any, shapes: Any, count: int) -> Cost:
-  """Compiles a jitted function for so many chips.
+  """Compiles a jitted function for so many chips, in a hurry (`_QUICKLY`).
 
   Args:
     function: jitted.
@@ -108,8 +106,8 @@ def cost(function: Any, shapes: Any, count: int) -> Cost:
   try:
     compiled = lowered.compile(compiler_options=_QUICKLY)
   except jax.errors.JaxRuntimeError as error:
-    if _OUT not in str(error):
+    if not (lacking := memory.refusal(error)):
       raise
-    return Cost(None, str(error).splitlines()[0].partition(_OUT)[2], work)
+    return Cost(None, lacking, work)
   return Cost(memory.need_of(compiled), '', work,
               tuple(collectives.of(compiled.as_text(), count)))

@@ -9,7 +9,6 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from benchmarks import packed_bytes
 from msfp_jax import diffusion
@@ -17,7 +16,6 @@ from msfp_jax import kernels
 from msfp_jax.base import devices
 from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import origin
-from msfp_jax.models import registry
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.packed import streamed
 from msfp_jax.quant import roles
@@ -32,44 +30,41 @@ class Shapes(devices.Layout):
   """A layout on which nothing is put: what would lie there, and where."""
 
   def abstract(self, tree: Any, shardings: Any = None) -> Any:
-    """Shapes of arrays with their shardings, of one device as well."""
-    if shardings is None:
-      shardings = self.of_weights(tree)
-    if isinstance(shardings, jax.sharding.NamedSharding):
-      shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
-        np.shape(leaf), leaf.dtype, sharding=sharding), tree, shardings)
+    """Of one device as well: programs are compiled for it."""
+    return self.shapes(tree, shardings)
 
   def put(self, tree: Any, shardings: Any = None) -> Any:
-    """What `abstract` returns."""
-    return self.abstract(tree, shardings)
+    """Nothing is."""
+    return self.shapes(tree, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-  """What is compiled.
+class PlannedStep:
+  """A step that is compiled.
 
   Attributes:
     config: makes that of the experiment.
-    step: (task, layout) -> a jitted function and what it takes, abstract.
-    images: that each part of a batch has, of those that devices split it into.
-    model: chips that share the large weights, if there are so many.
+    make: (task, layout) -> a jitted function and what it takes, abstract.
+    images: per part of the batch; parts are devices / sharing.
+    sharing: devices that share the large weights, if there are so many.
+    fields: (name, value) of the model, in place of the config's.
     finetune: fields that differ from the config's.
     blocks: {field of the model: how many blocks of a kind it says}, of models
       that need not be compiled whole.
   """
 
   config: Callable[[], ml_collections.ConfigDict]
-  step: Callable[['Task', Shapes], tuple[Any, Any]]
+  make: Callable[['Task', Shapes], tuple[Any, Any]]
   images: int
-  model: int = 1
+  sharing: int = 1
+  fields: tuple[tuple[str, Any], ...] = ()
   finetune: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Known:
-  """What of an experiment does not depend on how many devices there are.
+class AbstractExperiment:
+  """An experiment by shapes, whatever the number of devices.
 
   Attributes:
     config: of the experiment.
@@ -109,83 +104,69 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A work for one number of devices.
+  """A step of one number of devices.
 
   Attributes:
-    known: all else of the experiment.
+    experiment: all that does not depend on it.
     batch: images in all.
     settings: of fine-tuning.
   """
 
-  known: Known
+  experiment: AbstractExperiment
   batch: int
   settings: finetune.FinetuneSettings
 
 
 def tuning(task: Task, layout: Shapes) -> tuple[Any, Any]:
   """An update: teacher, student, gradients, optimizer."""
-  known, settings = task.known, task.settings
-  params = traverse_util.unflatten_dict(known.job.places)
+  experiment, settings = task.experiment, task.settings
+  params = traverse_util.unflatten_dict(experiment.job.places)
   student = finetune.make_student(
-      known.model, layout.abstract(params), known.spec,
-      known.schedule.num_train_steps, settings,
-      continuous=isinstance(known.schedule, diffusion.FlowSchedule))
+      experiment.model, layout.abstract(params), experiment.spec,
+      experiment.schedule.num_train_steps, settings,
+      continuous=isinstance(experiment.schedule, diffusion.FlowSchedule))
   tx = finetune.optimizer(settings)
   key = jax.random.key(0)
   step = finetune.make_step(
-      student, known.plan, losses.denoising_factors(
-          known.schedule, known.plan, settings.gamma), tx, key, known.draw,
-      layout, accumulate=settings.accumulate, how_remat=settings.remat)
+      student, experiment.plan, losses.denoising_factors(
+          experiment.schedule, experiment.plan, settings.gamma), tx, key,
+      experiment.draw, layout, accumulate=settings.accumulate,
+      how_remat=settings.remat)
   state = jax.eval_shape(lambda: finetune.init_state(
-      student, tx, known.plan, known.model.sample_shape, key, settings))
+      student, tx, experiment.plan, experiment.model.sample_shape, key,
+      settings))
   return step.update, (
       layout.abstract(state, finetune.shardings(layout, state)), *step.shapes)
 
 
 def sampling(task: Task, layout: Shapes) -> tuple[Any, Any]:
   """A prediction of the packed model."""
-  model, batch = task.known.packed, task.batch
+  model, batch = task.experiment.packed, task.batch
   given = jax.eval_shape(lambda: (
-      jnp.zeros((batch, *task.known.model.sample_shape)), jnp.zeros((batch,))))
+      jnp.zeros((batch, *model.model.sample_shape)), jnp.zeros((batch,))))
   condition = jax.eval_shape(
       lambda draw: draw(jax.random.key(0), batch),
-      conditions.as_argument(task.known.draw))
+      conditions.as_argument(task.experiment.draw))
   predict = jax.jit(lambda arrays, x, t, *condition: model.with_arrays(
       arrays).eps_fn(x, t, 0, *condition))
   return predict, (layout.abstract(model.arrays), *layout.abstract(
       (*given, *condition), layout.batch))
 
 
-def with_model(work: Work, fields: Mapping[str, Any]) -> Work:
-  """The work of a model with other fields, to be compiled whole."""
-  return dataclasses.replace(
-      work, config=_changed(work.config, tuple(fields.items())), blocks={})
+def task_of(step: PlannedStep, parts: int) -> Task:
+  """A step of a batch that is split into so many parts."""
+  experiment = _experiment(step.config, step.fields)
+  batch = step.images * parts
+  return Task(experiment, batch, finetune.FinetuneSettings(**{
+      **experiment.config.finetune, **step.finetune, 'batch_size': batch}))
 
 
 @functools.cache
-def _changed(get_config, fields):
-  # Cached, so that what is known of the experiment is.
-  def changed():
-    config = get_config()
-    config.model.update(dict(fields))
-    return config
-
-  return changed
-
-
-def task_of(work: Work, parts: int) -> Task:
-  """A work for a batch that is split into so many parts."""
-  known = _known(work.config)
-  batch = work.images * parts
-  return Task(known, batch, finetune.FinetuneSettings(**{
-      **known.config.finetune, **work.finetune, 'batch_size': batch}))
-
-
-@functools.cache
-def _known(get_config: Callable[[], ml_collections.ConfigDict]) -> Known:
+def _experiment(get_config: Callable[[], ml_collections.ConfigDict],
+                fields: tuple[tuple[str, Any], ...]) -> AbstractExperiment:
   config = get_config()
-  fields = config.model.to_dict()
-  model = registry.from_dict({fields.pop('family', 'unet'): fields})
+  config.model.update(dict(fields))
+  model = teacher.new_model(config.model)
   chosen = origin.choose(origin.Origin(), config.schedule, config.sampler)
   if model.conditions and all(
       one.classes is None for one in model.conditions):
@@ -198,5 +179,6 @@ def _known(get_config: Callable[[], ml_collections.ConfigDict]) -> Known:
   else:
     model, draw = teacher.conditional(
         model, config.guidance.scale, config.guidance.null_class)
-  return Known(config, model, draw, chosen.schedule, chosen.plan,
-               packed_bytes.job_of(model, chosen.plan))
+  return AbstractExperiment(
+      config, model, draw, chosen.schedule, chosen.plan,
+      packed_bytes.job_of(model, chosen.plan))

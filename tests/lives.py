@@ -28,11 +28,14 @@ def _like_anybody():
     return
   header = (ctypes.c_uint32 * 2)(_VERSION, 0)
   sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
-  for call in (libc.capget, libc.capset):
-    if call(header, sets):
+  def call(function):
+    if function(header, sets):
       raise OSError(ctypes.get_errno(), 'capabilities')
-    for i in range(3):
-      sets[i] &= ~_CAPABILITIES
+
+  call(libc.capget)
+  for i in range(3):
+    sets[i] &= ~_CAPABILITIES
+  call(libc.capset)
 
 
 def _live(program, npz, changes, workdir, output):

@@ -32,12 +32,12 @@ def test_what_fine_tuning_sums_are_gradients_of_kernels():
   and of ranges: XLA sums those.
   """
   work = dataclasses.replace(
-      planned.WORK['LDM fine-tuning'],
+      planned.STEPS['LDM fine-tuning'],
       config=functools.partial(imagenet256.get_config, 'smoke'))
   task = work_lib.task_of(work, 8)
   assert task.batch == 16
-  banked = sum(4 * math.prod(task.known.job.kernels[name].shape)
-               for name, layer in task.known.spec.layers.items()
+  banked = sum(4 * math.prod(task.experiment.job.kernels[name].shape)
+               for name, layer in task.experiment.spec.layers.items()
                if layer.weight.bits == 4)
   one, eight = (planned.cost(work, 'v5e', count) for count in (1, 8))
   assert one.exchanged == () and one.sent == 0
@@ -53,11 +53,11 @@ def test_chips_that_share_weights_hold_less_of_them(monkeypatch):
   """And give each other what one of them does not have."""
   monkeypatch.setattr(devices, '_LARGE', 128)
   work = dataclasses.replace(
-      planned.WORK['FLUX sampling'],
+      planned.STEPS['FLUX sampling'],
       config=functools.partial(flux_schnell.get_config, 'smoke'))
   one, eight = (planned.cost(work, 'v6e', count) for count in (1, 8))
   assert one.sent == 0 < eight.sent
-  packed = work_lib.task_of(work, 1).known.packed
+  packed = work_lib.task_of(work, 1).experiment.packed
   shared = sum(
       leaf.nbytes for leaf in jax.tree.leaves(packed.arrays)
       if leaf.ndim > 1 and leaf.size >= 128 and leaf.shape[-1] % 8 == 0)

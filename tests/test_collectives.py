@@ -171,14 +171,14 @@ def test_what_cannot_be_counted_is_refused():
 def test_blocks_that_are_not_compiled_count_as_those_that_are(monkeypatch):
   """By works of which 7 a block of one kind, and 5 of another, would be."""
   def cost(work, chip, count):
-    model = work.config().model
-    number = 100 + 7 * model.num_layers + 5 * model.num_single_layers
+    blocks = dict(work.fields)
+    number = 100 + 7 * blocks['num_layers'] + 5 * blocks['num_single_layers']
     return slices.Cost(
         memory.Need(number, 2 * number), '', 3 * number,
         (collectives.Collective('all-to-all', 8, 4, number),))
 
   monkeypatch.setattr(planned, 'cost', cost)
-  work = planned.WORK['FLUX fine-tuning']
+  work = planned.STEPS['FLUX fine-tuning']
   number = 100 + 7 * 19 + 5 * 38
   found = planned.figures(work, 'v5e', 8)
   assert (found.kept, found.temporary, found.flops, found.sent) == (

@@ -115,14 +115,23 @@ class Layout:
     return NamedSharding(
         self.mesh, PartitionSpec(*[None] * (len(shape) - 1), MODEL))
 
+  def _spread(self, tree, shardings):
+    """What `put` is given, as a tree."""
+    if shardings is None:
+      return self.of_weights(tree)
+    if isinstance(shardings, NamedSharding):
+      return jax.tree.map(lambda _: shardings, tree)
+    return shardings
+
+  def shapes(self, tree: Any, shardings: Any = None) -> Any:
+    """Shapes of arrays with where they are to lie; arguments as of `put`."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding), tree,
+                        self._spread(tree, shardings))
+
   def abstract(self, tree: Any, shardings: Any = None) -> Any:
     """Shapes of arrays that `put` would place, for programs not yet run."""
-    if self.is_single:
-      return tree
-    if shardings is None:
-      shardings = self.of_weights(tree)
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding), tree, shardings)
+    return tree if self.is_single else self.shapes(tree, shardings)
 
   def put(self, tree: Any, shardings: Any = None) -> Any:
     """Arrays that every process has, placed on all devices.
@@ -133,11 +142,7 @@ class Layout:
     """
     if self.is_single:
       return tree
-    if shardings is None:
-      shardings = self.of_weights(tree)
-    if isinstance(shardings, NamedSharding):
-      shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(_put, tree, shardings)
+    return jax.tree.map(_put, tree, self._spread(tree, shardings))
 
   def rows(self, batch_size: int) -> slice:
     """The rows of a batch that lie on this process's devices."""

@@ -22,9 +22,9 @@ TAKEN = 'taken'
 # and how it is cut to fit them. Roundings change, and by `accumulate` what
 # dropout draws.
 _MAY_CHANGE = ('mesh', 'pretrain.accumulate', 'pretrain.remat',
-        'finetune.accumulate', 'finetune.remat')
-# What workdirs of before do not say of their own: how it was.
-_BEFORE = {'finetune.dtype': 'float32'}
+               'finetune.accumulate', 'finetune.remat')
+# Fields that the config.json of older workdirs lacks, and the value they had.
+_ONCE = {'finetune.dtype': 'float32'}
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def check(config: ml_collections.ConfigDict, workdir: str,
 def _differences(old: Any, new: Any, name: str) -> list[str]:
   if name in _MAY_CHANGE:
     return []
-  old = _BEFORE.get(name) if old is None else old
+  old = _ONCE.get(name) if old is None else old
   if isinstance(old, dict) and isinstance(new, dict):
     return [line for key in sorted(old.keys() | new.keys())
             for line in _differences(old.get(key), new.get(key),

@@ -70,6 +70,12 @@ def need_of(compiled: jax.stages.Compiled) -> Need | None:
       found.temp_size_in_bytes + found.generated_code_size_in_bytes)
 
 
+def refusal(error: jax.errors.JaxRuntimeError) -> str:
+  """What a chip's compiler says of a program that cannot fit; '' of others."""
+  text = str(error)
+  return text.splitlines()[0] if _OUT in text else ''
+
+
 def check(name: str, step: step_lib.Step, state: Any, *, limit: float = 0.0,
           remedies: Iterable[Remedy] = ()) -> None:
   """Compiles a step and logs what it needs; refuses it where that lacks.
@@ -145,10 +151,9 @@ def _needed(step, state):
   try:
     return need_of(step.compile(state)), ''
   except jax.errors.JaxRuntimeError as error:
-    # Compilers of chips refuse what cannot fit.
-    if _OUT not in str(error):
+    if not (said := refusal(error)):
       raise
-    return None, f'does not fit ({str(error).splitlines()[0]})'
+    return None, f'does not fit ({said})'
 
 
 def _first_that_fits(name, state, there, remedies):
