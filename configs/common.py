@@ -219,6 +219,10 @@ def get_config() -> ml_collections.ConfigDict:
       # Images by which the error of every layer is measured: columns sqnr_...,
       # and the report's picture of layers by methods; 0: without.
       'layer_images': 0,
+      # Images by which it is measured what every layer and every step costs the
+      # images in the end, a few hundred runs of the sampler for each row: the
+      # field `sensitivity` of results.json, and the report's table; 0: without.
+      'sensitivity_images': 0,
       # Time the sampling of every row: columns seconds, seconds_packed. No two
       # runs give the same.
       'timing': False,

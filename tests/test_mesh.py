@@ -166,11 +166,16 @@ def test_devices_share_the_work(tmp_path, npz, one, model):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('count', [2, 4])
-def test_processes_share_the_work(tmp_path, npz, one, count):
-  started = together(count, tmp_path, npz, devices=8 // count, eval=True)
+@pytest.mark.parametrize(('count', 'model'), [(2, 1), (4, 1), (2, 8), (4, 4)])
+def test_processes_share_the_work(tmp_path, npz, one, count, model):
+  """Batches alone, and weights that no process has whole."""
+  started = together(count, tmp_path, npz, 8 // count, {'mesh.model': model},
+                     large=64, eval=True)
   for process in started:
-    assert f'devices 8 of {count} processes' in end(process)
+    said = end(process)
+    assert f'devices 8 of {count} processes' in said
+    _, most = map(int, re.findall(r'split (\d+) to (\d+)', said)[0])
+    assert most > 50 if model > 1 else most == 1
   assert_like(tmp_path, one)
   assert_evaluated_alike(tmp_path, one)
 

@@ -20,6 +20,7 @@ from msfp_jax.report import overview
 from msfp_jax.report import results_table
 from msfp_jax.report import routing
 from msfp_jax.report import samples
+from msfp_jax.report import sensitivity
 from msfp_jax.report import strategies
 from msfp_jax.report import timesteps
 from msfp_jax.report.section import Experiment
@@ -29,8 +30,8 @@ from msfp_jax.report.section import Source
 # In the order of the page. Each makes a Section, or None without its data.
 SECTIONS = (
     overview.section, results_table.section, heat_map.section, samples.section,
-    layers_table.section, histograms.section, strategies.section,
-    timesteps.section, routing.section, curves.section)
+    sensitivity.section, layers_table.section, histograms.section,
+    strategies.section, timesteps.section, routing.section, curves.section)
 
 
 def write(workdir: str, *, experiment: Experiment,

@@ -15,7 +15,8 @@ from msfp_jax.run import sample_store
 _RULES = {
     **dict.fromkeys(('num_samples', 'batch_size', 'pictures'),
                     arguments.COUNT),
-    'layer_images': arguments.COUNT_OR_NONE,
+    **dict.fromkeys(('layer_images', 'sensitivity_images'),
+                    arguments.COUNT_OR_NONE),
     'vectors': (lambda value: arguments.COUNT_OR_NONE[0](value) and (
         value == 0 or value >= registry.LEAST_VECTORS),
                 f'0 or at least {registry.LEAST_VECTORS}'),
@@ -43,6 +44,8 @@ class EvalSettings:
     pictures: images a row in samples/methods.png.
     report: whether report.html is written.
     layer_images: by which every layer's error is measured; 0: none is.
+    sensitivity_images: by which it is measured what each layer and step costs
+      the images, see `sensitivity`; 0: it is not.
     timing: whether sampling is timed, which no other run repeats.
 
   Raises:
@@ -62,6 +65,7 @@ class EvalSettings:
   pictures: int
   report: bool
   layer_images: int
+  sensitivity_images: int
   timing: bool
 
   def __post_init__(self):

@@ -122,7 +122,8 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
   fields = json.loads(config.to_json_best_effort())
   experiment = experiment_lib.load(config, workdir)
   experiment = experiment.looking_ahead(methods_lib.recipes_of(cfg.rows))
-  meter = measure.Meter(experiment, cfg.layer_images, cfg.timing)
+  meter = measure.Meter(experiment, cfg.layer_images, cfg.timing,
+                        cfg.sensitivity_images)
   folder = pathlib.Path(workdir) / 'eval'
   scorer = _claim_and_score(
       experiment, cfg, (config.data.name, config.data.path), folder,
@@ -219,6 +220,7 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   scores = {
       'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
       'layer_images': cfg.layer_images, 'timing': cfg.timing,
+      'sensitivity_images': cfg.sensitivity_images,
       'network': network.provenance,
       **({'pairs': pair_network.provenance} if pair_network else {}),
       'reference': classifier_files.digest(cfg.reference) if cfg.reference
@@ -273,7 +275,8 @@ def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
     suffix, save = sample_store.FORMS[cfg.keep]
     save(f'{workdir}/samples/{samples.folder.name}{suffix}', samples)
   content = {'name': name, 'weight_bits': row.weight_bits,
-             'act_bits': row.act_bits, **found, **meter.measure(draw)}
+             'act_bits': row.act_bits, **found, **meter.measure(draw),
+             **meter.sensitivity(row.deployed, row.spec, name)}
   # Full precision is scored anew by every run, from all its stored images: the
   # scorer has to have seen them.
   if name != methods_lib.FULL_PRECISION:

@@ -6,26 +6,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import spec as spec_lib
 from msfp_jax.run import bits
 from msfp_jax.run import experiment as experiment_lib
 from msfp_jax.run import generate
 from msfp_jax.run import layer_error
+from msfp_jax.run import sensitivity as sensitivity_lib
 
-# Of a row: {part: {layer: dB}}, see `LayerErrors.sqnr`.
-SQNR = 'sqnr'
+# Of a row: {part: {layer: dB}}, see `LayerErrors.sqnr`; and what
+# `Sensitivity.of` finds.
+SQNR, SENSITIVITY = 'sqnr', 'sensitivity'
 
 
 class Meter:
   """Measures models of one experiment: bits, errors by layer, seconds."""
 
   def __init__(self, experiment: experiment_lib.Experiment,
-               layer_images: int, timing: bool):
+               layer_images: int, timing: bool, sensitivity_images: int = 0):
     """Nothing runs before it is asked for.
 
     Args:
       experiment: whose teacher the models were made of.
       layer_images: by which every layer's error is measured; 0: it is not.
       timing: whether sampling is timed.
+      sensitivity_images: by which `sensitivity` compares; 0: it does not.
 
     Raises:
       ValueError: layer_images below 0.
@@ -35,6 +40,7 @@ class Meter:
                        'number of images, or 0 to measure no layer')
     self._experiment = experiment
     self._layer_images, self._timing = layer_images, timing
+    self._sensitivity_images = sensitivity_images
 
   def measure(self, draw: generate.Drawer) -> dict[str, Any]:
     """Columns of a model's row, see `registry.FACTS`, and SQNR.
@@ -53,6 +59,30 @@ class Meter:
     if self._timing:
       found |= self._seconds(draw)
     return found
+
+  def sensitivity(self, deployed: packed_lib.PackedModel,
+                  spec: spec_lib.QuantSpec | None, name: str
+                  ) -> dict[str, Any]:
+    """What each part of a quantized model costs; {} where it is not asked for.
+
+    Args:
+      deployed: the model.
+      spec: which knows the roles of its layers, or None.
+      name: for progress lines.
+    """
+    count = self._sensitivity_images
+    if not count or all(
+        layer.weight is None and layer.input.is_full
+        for layer in deployed.layers.values()):
+      return {}
+    roles = {} if spec is None else {
+        layer: found.role for layer, found in spec.layers.items()}
+    experiment = self._experiment
+    found = sensitivity_lib.Sensitivity(
+        experiment.model, experiment.params, experiment.plan,
+        *self._inputs(count), decode=experiment.decode,
+        key=jax.random.fold_in(experiment.key(experiment_lib.LAYERS), 2))
+    return {SENSITIVITY: found.of(deployed, roles, name)}
 
   def _inputs(self, count: int) -> tuple[jax.Array, ...]:
     """Noise and condition."""

@@ -239,10 +239,11 @@ def test_neither_data_nor_reference(copy, npz):
 def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   found = evaluate.run(runs.config_of(npz, {
       'eval.rows': ('fp', 'packed'), 'eval.layer_images': 2,
+      'eval.sensitivity_images': 2, 'eval.report': True,
       'eval.timing': True}), str(copy))
   full, packed = found['rows']
   assert full['seconds'] > 0 and packed['seconds_packed'] > 0
-  assert not {'sqnr', 'sqnr_mean', 'sqnr_min', 'seconds_packed'} & full.keys()
+  assert not {'sqnr', 'sensitivity', 'sqnr_mean', 'sqnr_min', 'seconds_packed'} & full.keys()
   assert 'seconds' not in packed
   assert full['bits_per_weight'] == full['bits_per_act'] == 32
   # 4 and 8 bits, two banks of weights.
@@ -251,6 +252,9 @@ def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   spec = json.loads((copy / 'quant_spec.json').read_text())
   assert set(output) == {row['layer'] for row in spec['layers']}
   assert packed['sqnr_min'] == min(output.values())
+  assert set(packed['sensitivity']['layers']) == set(output)
+  assert 'What each layer and step costs' in (
+      copy / 'report.html').read_text()
   # Eight bits in, and four of the body out.
   assert output['conv_in'] > packed['sqnr_mean'] > packed['sqnr_min'] > 5
 

@@ -79,7 +79,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
     });
   });
 
-  const filter = document.getElementById('layers-filter');
+  const filter = document.getElementById(table.dataset.filter);
   const select = filter.querySelector('select');
   const status = filter.querySelector('[role="status"]');
   const apply = () => {
@@ -89,7 +89,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
       row.hidden = select.value !== '' && cell.dataset.value !== select.value;
       shown += !row.hidden;
     }
-    status.textContent = `${shown} of ${body.rows.length} layers`;
+    status.textContent = `${shown} of ${body.rows.length} ${table.dataset.unit}`;
   };
   select.addEventListener('change', apply);
   apply();

@@ -1,0 +1,184 @@
+"""What every part of a quantized model costs its images, in dB.
+
+    alone      this part quantized, all else in full precision
+    restored   this part in full precision, all else quantized
+
+Both are PSNR to full precision's images from the same noise. Parts are layers,
+steps of the sampler, roles of layers, and of these and of all layers the
+weights and the inputs. Unlike `layer_error`, which looks at a layer's output,
+this is what arrives in the end: errors that later layers and steps forgive
+cost nothing, and those that they amplify cost more.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msfp_jax import data
+from msfp_jax import diffusion
+from msfp_jax import kernels
+from msfp_jax.base import progress as progress_lib
+from msfp_jax.kernels import apply as apply_lib
+from msfp_jax.metrics import similarity
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import interception
+from msfp_jax.quant.qlayer import Latent
+from msfp_jax.quant.qlayer import QLayer
+from msfp_jax.quant.quantizers import Full
+
+# Which of a layer's two sides are quantized: the last axis of a mask, and the
+# bits of its number, by which a layer chooses how it runs.
+INPUT, WEIGHT = range(2)
+SIDES = {'inputs': INPUT, 'weights': WEIGHT}
+
+
+class Sensitivity:
+  """Measures quantized models against the teacher that they were made of."""
+
+  def __init__(self, model: nn.Module, params: Any,
+               plan: diffusion.SamplerPlan, noise: jax.Array,
+               *condition: jax.Array, key: jax.Array,
+               decode: Callable[[jax.Array], jax.Array] | None = None):
+    """Nothing runs yet.
+
+    Args:
+      model: in full precision.
+      params: its parameters.
+      plan: the sampler.
+      noise: `[B, H, W, C]`; B images are compared.
+      *condition: what else the model takes.
+      key: of the sampler's noise.
+      decode: latents -> images in [-1, 1]; None where samples are images.
+    """
+    self._model, self._params = model, interception.parameters(params)
+    self._plan, self._noise, self._condition = plan, noise, condition
+    self._key, self._decode = key, decode
+
+  def of(self, deployed: packed_lib.PackedModel,
+         roles: Mapping[str, str] | None = None, name: str = ''
+         ) -> dict[str, Any]:
+    """What each part of a model costs.
+
+    Args:
+      deployed: the quantized model.
+      roles: {layer: role}, where they are known.
+      name: of the model, for progress lines.
+
+    Returns:
+      {'images': B, 'quantized': dB with all of it quantized, and 'layers',
+      'steps', 'parts': {part: {'alone': dB, 'restored': dB}}}; steps are named
+      by their timesteps. Layers in full precision are left out.
+    """
+    layers = [layer for layer, found in deployed.layers.items()
+              if found.weight is not None or not found.input.is_full]
+    parts = {kind: _masks(kind, layers, self._plan, roles or {})
+             for kind in ('layers', 'steps', 'parts')}
+    run = self._images_of(deployed, layers)
+    nothing = np.zeros((self._plan.num_steps, len(layers), len(SIDES)), bool)
+    full = run(nothing)
+    compare = lambda mask: round(float(np.mean(
+        similarity.decibels(run(mask), full))), 3)
+    progress = progress_lib.Progress(
+        f'sensitivity {name}'.rstrip() + ', parts',
+        sum(map(len, parts.values())), unit='parts', compiles=True)
+    found = {'images': len(self._noise), 'quantized': compare(~nothing)}
+    done = 0
+    for kind, masks in parts.items():
+      found[kind] = {}
+      for part, mask in masks.items():
+        found[kind][part] = {
+            'alone': compare(mask), 'restored': compare(~mask)}
+        progress.update(done := done + 1)
+    return found
+
+  def _images_of(self, deployed: packed_lib.PackedModel, layers: list[str]
+                 ) -> Callable[[np.ndarray], np.ndarray]:
+    """A mask `[S, layers, SIDES]` of what is quantized -> uint8 images."""
+    # One program for all masks, which are an argument of it: to compile
+    # hundreds would take longer than to run them.
+    @functools.partial(jax.jit, compiler_options=kernels.compiler_options())
+    def draw(arrays, params, codes, noise, condition, key):
+      model = deployed.with_arrays(arrays)
+
+      def predict(x, t, index):
+        visit = functools.partial(_visit, model, params, layers, codes, index)
+        return interception.call(
+            self._model, params, visit, x, t, *condition)
+
+      return diffusion.sample(predict, self._plan, noise, key)
+
+    def run(mask: np.ndarray) -> np.ndarray:
+      codes = np.int32(mask @ (1 << np.arange(len(SIDES))))
+      x = draw(deployed.arrays, self._params, codes, self._noise,
+               self._condition, self._key)
+      return np.asarray(data.to_uint8(
+          x if self._decode is None else self._decode(x)))
+
+    return run
+
+
+def _masks(kind: str, layers: list[str], plan: diffusion.SamplerPlan,
+           roles: Mapping[str, str]) -> dict[str, np.ndarray]:
+  """{part: which sides of which layers at which steps it is}."""
+  shape = plan.num_steps, len(layers), len(SIDES)
+
+  def mask(step=slice(None), layer=slice(None), side=slice(None)):
+    found = np.zeros(shape, bool)
+    found[step, layer, side] = True
+    return found
+
+  if kind == 'layers':
+    return {name: mask(layer=i) for i, name in enumerate(layers)}
+  if kind == 'steps':
+    # Spacings may visit a timestep twice; each visit has a name of its own.
+    return {f'{i}: t = {t:g}': mask(step=i)
+            for i, t in enumerate(plan.timesteps.tolist())}
+  found = {name: mask(side=side) for name, side in SIDES.items()}
+  for role in dict.fromkeys(roles[name] for name in layers if name in roles):
+    its = np.array([roles.get(name) == role for name in layers])
+    found[role] = mask(layer=its)
+    found |= {f'{role}, {name}': mask(layer=its, side=side)
+              for name, side in SIDES.items()}
+  return found
+
+
+def _visit(model: packed_lib.PackedModel, params: Any, layers: list[str],
+           codes: jax.Array, index: jax.Array, module: nn.Module, x: jax.Array,
+           compute: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """A layer's output as its code at this step says; see `interception.Visit`.
+  """
+  name = interception.layer_name(module)
+  if name not in layers:
+    return compute(x)
+  layer = model.layer_at(name, index)
+  own = {kind: found[name] for kind in ('kernel', 'bias')
+         if name in (found := interception.leaves(params, kind))}
+  # By one product all of them, as that of the module itself cannot be called in
+  # a branch: a program of its own, in which Flax's modules do not run.
+  branches = [functools.partial(apply_lib.run_layer, module, layer=way)
+              for way in _ways(layer, own)]
+  return jax.lax.switch(codes[index, layers.index(name)], branches, x)
+
+
+def _ways(layer: QLayer, own: Mapping[str, jax.Array]) -> list[QLayer]:
+  """The layer with neither side quantized, its input, its weights, both.
+
+  Args:
+    layer: with one set of weights.
+    own: the teacher's kernel and bias.
+  """
+  kernel, bias = own['kernel'], own.get('bias')
+  neither = QLayer(Latent(kernel, Full()), bias=bias)
+  if layer.weight is None:
+    quantized = neither.replace(input=layer.input)
+    return [neither, quantized, neither, quantized]
+  # The teacher's weights as the product sees them.
+  alone = layer.replace(
+      weight=Latent(layer.around.residual(kernel), Full()), bias=bias,
+      prepared=None)
+  return [neither, alone, layer.replace(input=Full()), layer]
