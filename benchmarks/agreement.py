@@ -67,7 +67,7 @@ def main(unused_argv: Sequence[str]) -> None:
       json.loads((workdir / 'config.json').read_text()))
   experiment = experiment_lib.load(config, str(workdir))
   cfg = eval_settings.EvalSettings(**config.eval)
-  network = eval_settings.feature_network(cfg, experiment.image_shape)
+  network, *_ = eval_settings.feature_networks(cfg, experiment.image_shape)
   scorer = scorer_lib.Scorer(network, references.reference_of(
       experiment.images, network, dataset=config.data.path or config.data.name,
       file=cfg.reference, num_vectors=cfg.vectors))

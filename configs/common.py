@@ -199,6 +199,10 @@ def get_config() -> ml_collections.ConfigDict:
       'num_samples': 2048,
       'batch_size': 256,
       'features': 'digits',  # see msfp_jax/metrics/features.py
+      # Other networks, whose distances stand in the same rows; and a reference
+      # of each, as below.
+      'more_features': (),
+      'more_references': (),
       # Of features 'inception': the file of its weights, which is downloaded
       # if empty; and how images are prepared, see metrics/preprocess.py.
       'inception': '',

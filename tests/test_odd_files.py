@@ -172,6 +172,20 @@ def test_a_type_of_safetensors_that_nobody_needs(tmp_path):
     convert.load_pretrained(str(path))
 
 
+def test_whoever_reads_a_refused_tensor_is_told_file_and_name(tmp_path):
+  """Readers that look at shapes alone, as of classifiers, come so far."""
+  safetensors_with(tmp_path / 'm.safetensors', {'a': np.ones(4)}, 'odd')
+  call = with_calls(lambda call: {'a': TENSOR, 'odd': call(
+      UTILS + '_rebuild_sparse_tensor', 'torch.sparse_coo',
+      (TENSOR, TENSOR, SHAPE))}, UTILS + '_rebuild_sparse_tensor')
+  torch_writer.save_zip(tmp_path / 'm.pt', call,
+                        extra=[UTILS + '_rebuild_sparse_tensor'])
+  for file, why in (('m.safetensors', 'has type'), ('m.pt', 'is sparse')):
+    tensors = source.open_source(tmp_path / file).tensors
+    with pytest.raises(ValueError, match=rf'{tmp_path}/{file}: odd {why}'):
+      tensors['odd'].read()
+
+
 @pytest.mark.parametrize('value', [np.float32(1), np.zeros((0, 3, 3, 3)),
                                    np.ones(3)], ids=['scalar', 'empty', 'flat'])
 @pytest.mark.parametrize('name', ['conv_in.weight', 'conv_out.weight'])

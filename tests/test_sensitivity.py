@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from msfp_jax import data
 from msfp_jax import diffusion
@@ -16,7 +17,6 @@ from msfp_jax.quant.quantizers import Full
 from msfp_jax.report import page
 from msfp_jax.report import sensitivity as section_lib
 from msfp_jax.run import sensitivity
-import toy
 
 KEY = jax.random.key(2)
 X = jax.random.normal(jax.random.key(0), (3, *toy.SHAPE))

@@ -168,7 +168,7 @@ def _read(path: pathlib.Path
     tensors, told = tensors_lib.flatten(content), contents.told(content)
     if told and not tensors:
       raise ValueError(f'{path}: {told}')
-    return tensors, {}, told
+    return tensors_lib.of_file(path, tensors), {}, told
   raise ValueError(f'{path}: expected a .safetensors file, one of torch.save '
                    f'({", ".join(_TORCH_SUFFIXES)}), or a folder')
 
@@ -202,7 +202,7 @@ def read_safetensors(path: pathlib.Path
             tuple(part.get_shape()), np.dtype(SAFETENSORS_DTYPES[kind]),
             _safetensors_reader(path, name),
             read_rows=_safetensors_row_reader(path, name))
-      return found, opened.metadata() or {}
+      return tensors_lib.of_file(path, found), opened.metadata() or {}
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(f'{path} is no safetensors file: {error}') from error
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import os
 from typing import Any
 
 import ml_dtypes
@@ -50,6 +51,19 @@ class LazyTensor:
     def read():
       raise ValueError(f'a tensor of shape {shape} {why}')
     return cls(shape, np.dtype(np.void), read, why)
+
+
+def of_file(path: str | os.PathLike, tensors: Mapping[str, LazyTensor]
+            ) -> dict[str, LazyTensor]:
+  """The tensors of a file; those that cannot be read say which they are."""
+
+  def told(name, tensor):
+    def read():
+      raise ValueError(f'{path}: {name} {tensor.refused}')
+    return dataclasses.replace(tensor, read=read)
+
+  return {name: told(name, tensor) if tensor.refused else tensor
+          for name, tensor in tensors.items()}
 
 
 @dataclasses.dataclass

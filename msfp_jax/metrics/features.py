@@ -22,6 +22,7 @@ from msfp_jax.metrics import inception
 from msfp_jax.metrics import inception_weights
 from msfp_jax.metrics import naming
 from msfp_jax.metrics import preprocess
+from msfp_jax.metrics import squeezenet
 
 _RANDOM_WIDTHS = (8, 16, 16, 24)
 # What a network's logits may be used for; the network says which.
@@ -205,7 +206,19 @@ def _cifar_resnet(image_shape: tuple[int, int, int], path: str,
   return FeatureNetwork(
       f'resnet{depth}', image_shape,
       lambda params, images: Outputs(*cifar_resnet.apply(params, images)),
-      params, uses_of_logits=['class_score'],
+      params, uses_of_logits=['class_score', 'probabilities'],
+      provenance={'weights_sha256': classifier_files.digest(path)})
+
+
+def _squeezenet(image_shape: tuple[int, int, int], path: str,
+                *unused: str) -> FeatureNetwork:
+  if image_shape[-1] not in (1, 3):
+    raise ValueError("feature network 'squeezenet' takes images with 1 or 3 "
+                     f'channels, got {image_shape}')
+  name, params = squeezenet.load(path)
+  return FeatureNetwork(
+      name, image_shape, lambda params, images: Outputs(
+          squeezenet.apply(name, params, images)), params, batch_size=64,
       provenance={'weights_sha256': classifier_files.digest(path)})
 
 
@@ -295,4 +308,8 @@ NETWORKS = {
         'weights, for images of any size and number of channels: they see '
         'colour, contrast and texture, know nothing of objects, and rank '
         'models roughly'),
+    'squeezenet': Network(
+        _squeezenet, 'the 512 pooled features of SqueezeNet 1.1 for ImageNet '
+        "in that file, torchvision's or (then `squeezenet_caffe`) its authors' "
+        'own, for images of any size', from_file=True),
 }

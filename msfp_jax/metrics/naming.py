@@ -47,6 +47,11 @@ def column(name: str, provenance: Mapping[str, Any]) -> str:
   return _KIND.sub(lambda found: named(found[1], provenance), name)
 
 
+def is_named(name: str) -> bool:
+  """Whether a metric, named as in `column`, is called after its features."""
+  return bool(_KIND.search(name))
+
+
 def spellings(name: str) -> list[str]:
   """How a column may be called, for people: ['fd_FEATURES_to_fp', 'fid_to_fp'].
 

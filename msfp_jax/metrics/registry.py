@@ -243,7 +243,9 @@ def columns(provenance: Mapping[str, Any]) -> dict[str, Column]:
   """{column of the results: what it is}.
 
   Args:
-    provenance: of the features, see `naming.named`; results.json has it.
+    provenance: of the features, see `naming.named`, and of more features, see
+      `scorer.Several`; results.json has it.
   """
-  return FACTS | {naming.column(name, provenance): metric
+  networks = [provenance, *provenance.get('more_features', ())]
+  return FACTS | {naming.column(name, network): metric for network in networks
                   for name, metric in METRICS.items()}

@@ -1,6 +1,6 @@
 """Scores images against a reference, and against the full-precision model's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msfp_jax import data
@@ -22,7 +22,8 @@ class Scorer:
 
   def __init__(self, network: features.FeatureNetwork,
                reference: stats_file.Reference,
-               lpips: lpips_lib.Lpips | None = None):
+               lpips: lpips_lib.Lpips | None = None,
+               named_only: bool = False):
     """Checks that the reference can be compared with.
 
     Args:
@@ -31,6 +32,8 @@ class Scorer:
         as many of the images' are kept for the metrics that need them. With
         `stats_file.NOTHING` there are those to full precision alone.
       lpips: compares image with image; None: nothing does.
+      named_only: leave out what is not named after the features: of images
+        that another scorer measures too.
 
     Raises:
       ValueError: the reference is another network's, or the images are none
@@ -55,7 +58,7 @@ class Scorer:
     if lpips:
       lpips.check(network.image_shape)
     self._network, self._reference, self._lpips = network, reference, lpips
-    self._full = None
+    self._named_only, self._full = named_only, None
 
   @property
   def metric(self) -> str:
@@ -110,10 +113,53 @@ class Scorer:
     there = evidence_lib.at_hand(
         self._network.brings, self._reference, first, self._lpips)
     return {name: metric for name, metric in registry.METRICS.items()
-            if there.issuperset(metric.needs)}
+            if there.issuperset(metric.needs)
+            and (naming.is_named(name) or not self._named_only)}
 
   def _wanted(self) -> set[str]:
     """The statistics of a set that some metric needs."""
     return {need.partition('.')[2]
             for metric in self._computed(first=False).values()
             for need in metric.needs}
+
+
+class Several:
+  """One scorer of all that there is, and others of what is named after theirs.
+
+  So that a row has distances on several networks: a choice that is better by
+  one and worse by the other is no better.
+  """
+
+  def __init__(self, first: Scorer, others: Sequence[Scorer] = ()):
+    """Takes the scorers.
+
+    Args:
+      first: whose metrics are all computed.
+      others: made with `named_only`, on other networks.
+
+    Raises:
+      ValueError: two of one network.
+    """
+    self._all = [first, *others]
+    names = [scorer.metric for scorer in self._all]
+    if twice := {name for name in names if names.count(name) > 1}:
+      raise ValueError(f'{sorted(twice)} would be measured twice: name each '
+                       'feature network once')
+
+  @property
+  def provenance(self) -> Mapping[str, Any]:
+    """The first one's; the others' as a list, 'more_features'."""
+    first, *others = (scorer.provenance for scorer in self._all)
+    return {**first, **({'more_features': others} if others else {})}
+
+  @property
+  def least_samples(self) -> int:
+    """The least number of images that all metrics can be taken of."""
+    return max(scorer.least_samples for scorer in self._all)
+
+  def score(self, images: data.Images) -> dict[str, float]:
+    """The metrics of all; see `Scorer.score`."""
+    found = {}
+    for scorer in self._all:
+      found |= scorer.score(images)
+    return found

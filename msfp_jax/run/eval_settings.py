@@ -34,6 +34,9 @@ class EvalSettings:
     num_samples: images of each.
     batch_size: images at once.
     features: the feature network, see `features.get`.
+    more_features: others, on which what is named after its features is measured
+      too.
+    more_references: as `reference`, of each of these; () for those of the data.
     inception: the file of Inception's weights; '' for a download.
     preprocessing: of Inception's images.
     lpips: by what LPIPS compares images, see `lpips.load`; '' for without.
@@ -56,6 +59,8 @@ class EvalSettings:
   num_samples: int
   batch_size: int
   features: str
+  more_features: Sequence[str]
+  more_references: Sequence[str]
   inception: str
   preprocessing: str
   lpips: str
@@ -70,6 +75,16 @@ class EvalSettings:
 
   def __post_init__(self):
     arguments.check_fields('config.eval', self, _RULES)
+    if self.features in self.more_features or (
+        len(set(self.more_features)) < len(self.more_features)):
+      raise ValueError(
+          f'config.eval.more_features={tuple(self.more_features)}: beside '
+          f'{self.features!r} one is named twice')
+    if self.more_references and (
+        len(self.more_references) != len(self.more_features)):
+      raise ValueError(
+          f'config.eval.more_references={tuple(self.more_references)}: must be '
+          f'one for each of more_features={tuple(self.more_features)}, or none')
 
 
 def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
@@ -81,8 +96,12 @@ def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
   """
   (layout or devices.layout()).check_batch(
       'config.eval.batch_size', cfg.batch_size)
-  path = features.check(cfg.features)
-  for field, file in (('reference', cfg.reference), ('features', path),
+  for field, file in (('reference', cfg.reference),
+                      ('features', features.check(cfg.features)),
+                      *(('more_features', features.check(name))
+                        for name in cfg.more_features),
+                      *(('more_references', file)
+                        for file in cfg.more_references),
                       ('inception', cfg.inception),
                       ('lpips', lpips.check(cfg.lpips))):
     if file and not pathlib.Path(file).expanduser().is_file():
@@ -90,12 +109,12 @@ def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
                               'names')
 
 
-def feature_network(cfg: EvalSettings, image_shape: tuple[int, int, int]
-                    ) -> features.FeatureNetwork:
-  """The network that is asked for, on images of (H, W, C)."""
-  return features.get(
-      cfg.features, image_shape, weights=cfg.inception,
-      preprocessing=cfg.preprocessing)
+def feature_networks(cfg: EvalSettings, image_shape: tuple[int, int, int]
+                     ) -> list[features.FeatureNetwork]:
+  """The networks that are asked for, on images of (H, W, C)."""
+  return [features.get(name, image_shape, weights=cfg.inception,
+                       preprocessing=cfg.preprocessing)
+          for name in (cfg.features, *cfg.more_features)]
 
 
 def pair_network(cfg: EvalSettings, image_shape: tuple[int, int, int]

@@ -200,13 +200,12 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
     prepare: claims the workdir.
   """
   images = experiment.images
-  network = eval_settings.feature_network(cfg, experiment.image_shape)
+  networks = eval_settings.feature_networks(cfg, experiment.image_shape)
   pair_network = eval_settings.pair_network(cfg, experiment.image_shape)
   name, path = source
-  make = lambda: scorer_lib.Scorer(network, references.reference_of(
-      images, network, dataset=path or name, file=cfg.reference,
-      num_vectors=cfg.vectors, path=folder / 'reference.npz',
-      needed=experiment.prompts is None), pair_network)
+  make = lambda: references.scorer_of(
+      cfg, networks, pair_network, images, dataset=path or name, folder=folder,
+      needed=experiment.prompts is None)
   # A reference file may be of another network, and without data there may be
   # none: to be known before `claim`. Statistics of the data are measured after
   # it, into the folder that it may delete.
@@ -221,14 +220,23 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'pictures': cfg.pictures, 'keep': cfg.keep, 'vectors': cfg.vectors,
       'layer_images': cfg.layer_images, 'timing': cfg.timing,
       'sensitivity_images': cfg.sensitivity_images,
-      'network': network.provenance,
+      'network': networks[0].provenance,
+      'more': [network.provenance for network in networks[1:]],
       **({'pairs': pair_network.provenance} if pair_network else {}),
-      'reference': classifier_files.digest(cfg.reference) if cfg.reference
-                   else [*source, *(() if images is None else images.shape)]}
+      'reference': _identified(cfg.reference, source, images),
+      'more_references': [_identified(file, source, images)
+                          for file in cfg.more_references]}
   prepare()
   devices.by_first(lambda: sample_store.claim(folder, samples, scores),
                    'the samples are claimed')
   return scorer or make()
+
+
+def _identified(file: str, source: tuple[str, str], images: Any) -> Any:
+  """What tells a reference from another: the file's digest, or the data."""
+  if file:
+    return classifier_files.digest(file)
+  return [*source, *(() if images is None else images.shape)]
 
 
 def _sharing(layout: devices.Layout) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Reference statistics that samples are compared with, made or read."""
 
+from collections.abc import Sequence
 import os
 import pathlib
 
@@ -10,7 +11,10 @@ from msfp_jax.base import devices
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
+from msfp_jax.metrics import lpips
+from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import stats_file
+from msfp_jax.run import eval_settings
 
 
 def load(source: str) -> data.Images:
@@ -96,6 +100,37 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
     devices.by_first(
         lambda: stats_file.save(path, found), 'the reference is written')
   return found
+
+
+def scorer_of(cfg: eval_settings.EvalSettings,
+              networks: Sequence[features.FeatureNetwork],
+              pair_network: lpips.Lpips | None, images: data.Images | None, *,
+              dataset: str, folder: pathlib.Path | None = None,
+              needed: bool = True) -> scorer_lib.Several:
+  """Scores by all networks, each against statistics of its own.
+
+  Args:
+    cfg: with a file of statistics for each network, or none.
+    networks: of `eval_settings.feature_networks`.
+    pair_network: of `eval_settings.pair_network`.
+    images: the data; None where there are none.
+    dataset: the data's name, for the record.
+    folder: where statistics of the data are kept, and looked for.
+    needed: as of `reference_of`.
+
+  Raises:
+    ValueError: see `reference_of` and `scorer.Scorer`.
+  """
+  others = cfg.more_references or [''] * len(cfg.more_features)
+  scorers = []
+  for number, (network, file) in enumerate(
+      zip(networks, (cfg.reference, *others), strict=True)):
+    name = f'reference_{number}.npz' if number else 'reference.npz'
+    scorers.append(scorer_lib.Scorer(network, reference_of(
+        images, network, dataset=dataset, file=file, num_vectors=cfg.vectors,
+        path=folder and folder / name, needed=needed),
+        None if number else pair_network, named_only=number > 0))
+  return scorer_lib.Several(scorers[0], scorers[1:])
 
 
 def _read(file: str, num_vectors: int) -> stats_file.Reference:

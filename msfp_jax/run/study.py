@@ -27,7 +27,6 @@ from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import results as results_lib
-from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
 from msfp_jax.run import config_files
@@ -116,12 +115,10 @@ def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
               seed: int, workdir: str) -> None:
   """Runs those rows of a seed that have no result yet."""
   experiment = experiment_lib.load(base, workdir)
-  network = eval_settings.feature_network(cfg, experiment.image_shape)
-  pair_network = eval_settings.pair_network(cfg, experiment.image_shape)
-  of_data = references.reference_of(
-      experiment.images, network, dataset=base.data.path or base.data.name,
-      file=cfg.reference, num_vectors=cfg.vectors)
-  scorer = scorer_lib.Scorer(network, of_data, pair_network)
+  scorer = references.scorer_of(
+      cfg, eval_settings.feature_networks(cfg, experiment.image_shape),
+      eval_settings.pair_network(cfg, experiment.image_shape),
+      experiment.images, dataset=base.data.path or base.data.name)
   experiment = experiment.looking_ahead(
       config.quant.recipe for config in todo.values())
   # How long a model takes does not depend on the seed.

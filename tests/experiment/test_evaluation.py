@@ -13,6 +13,8 @@ import runs
 from safetensors.numpy import save_file
 
 from msfp_jax.base import files
+from msfp_jax.metrics import results as results_lib
+from msfp_jax.metrics import squeezenet as squeezenet_lib
 from msfp_jax.run import evaluate
 from msfp_jax.run import references as make_stats
 from msfp_jax.run import sample_store
@@ -120,7 +122,21 @@ def test_other_measurements_keep_the_samples(stopped, npz, drawn):
   assert (stopped / 'samples/msfp.npz').is_file()
 
 
-def test_each_measurement_alone_is_part_of_the_claim(copy, npz, monkeypatch):
+@pytest.fixture
+def squeezenet(tmp_path):
+  """A file of another feature network, with weights that mean nothing."""
+  path = tmp_path / 'squeezenet.npz'
+  rng = np.random.RandomState(0)
+  np.savez(path, **{name: part for layer, shape in
+                    squeezenet_lib.shapes().items() for name, part in (
+      (f'{layer}/w', np.float32(rng.standard_normal(shape)
+                                / np.sqrt(np.prod(shape[:3])))),
+      (f'{layer}/b', np.zeros(shape[-1], np.float32)))})
+  return path
+
+
+def test_each_measurement_alone_is_part_of_the_claim(
+    copy, npz, monkeypatch, squeezenet):
   """Rows that an evaluation without it had finished are measured anew."""
   claims = set()
 
@@ -132,6 +148,8 @@ def test_each_measurement_alone_is_part_of_the_claim(copy, npz, monkeypatch):
   monkeypatch.setattr(evaluate.sample_store, 'claim', claim)
   alone = ({}, {'eval.pictures': 100}, {'eval.keep': 'npz'},
            {'eval.vectors': 50}, {'eval.layer_images': 2},
+           {'eval.sensitivity_images': 2},
+           {'eval.more_features': (f'squeezenet:{squeezenet}',)},
            {'eval.timing': True})
   for changes in alone:
     with pytest.raises(Stopped):
@@ -243,7 +261,8 @@ def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
       'eval.timing': True}), str(copy))
   full, packed = found['rows']
   assert full['seconds'] > 0 and packed['seconds_packed'] > 0
-  assert not {'sqnr', 'sensitivity', 'sqnr_mean', 'sqnr_min', 'seconds_packed'} & full.keys()
+  assert not {'sqnr', 'sensitivity', 'sqnr_mean', 'sqnr_min',
+              'seconds_packed'} & full.keys()
   assert 'seconds' not in packed
   assert full['bits_per_weight'] == full['bits_per_act'] == 32
   # 4 and 8 bits, two banks of weights.
@@ -257,6 +276,30 @@ def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
       copy / 'report.html').read_text()
   # Eight bits in, and four of the body out.
   assert output['conv_in'] > packed['sqnr_mean'] > packed['sqnr_min'] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::msfp_jax.metrics.frechet.FewSamplesWarning')
+def test_distances_on_two_networks_stand_in_one_row(copy, npz, squeezenet):
+  """Each is what an evaluation on that network alone finds."""
+  more = f'squeezenet:{squeezenet}'
+  rows = ('fp', 'int')
+  both = evaluate.run(runs.config_of(npz, {
+      'eval.rows': rows, 'eval.more_features': (more,),
+      'eval.report': True}), str(copy))
+  alone = evaluate.run(runs.config_of(npz, {
+      'eval.rows': rows, 'eval.features': more}), str(copy))
+  names = ['fd_random', 'fd_squeezenet_caffe', 'fd_random_to_fp',
+           'fd_squeezenet_caffe_to_fp', 'psnr_to_fp']
+  assert both['rows'][1].keys() >= set(names)
+  for name in names:
+    if 'random' not in name:
+      assert both['rows'][1][name] == alone['rows'][1][name]
+  other, = both['more_features']
+  assert other['features'] == alone['features'] == 'squeezenet_caffe'
+  # The report explains columns of either network.
+  assert results_lib.table(both).columns['fd_squeezenet_caffe'].meaning
+  assert 'fd_squeezenet_caffe_to_fp' in (copy / 'report.html').read_text()
 
 
 @pytest.mark.slow

@@ -110,6 +110,13 @@ def test_before_a_teacher_trains(tmp_path, npz, refused, changes, parts):
     ({'eval.features': 'vgg'}, ("'vgg'", 'inception')),
     ({'eval.features': 'cifar_resnet:no.pth'}, ('no.pth', 'eval.features')),
     ({'eval.reference': 'no.npz'}, ('no.npz', 'config.eval.reference')),
+    ({'eval.sensitivity_images': -1}, ('config.eval.sensitivity_images=-1',)),
+    ({'eval.more_features': ('squeezenet:no.npz',)}, (
+        'no.npz', 'config.eval.more_features')),
+    ({'eval.more_features': ('random',)}, ("'random' one is named twice",)),
+    ({'eval.more_references': ('a.npz',)}, ('one for each of more_feat',)),
+    ({'eval.more_features': ('digits',), 'eval.more_references': ('no.npz',)},
+     ('no.npz', 'config.eval.more_references')),
     ({'eval.inception': 'no.pth'}, ('no.pth', 'config.eval.inception')),
     ({'eval.lpips': 'vgg'}, ("'vgg:PATH'", 'vgg16-397923af.pth')),
     ({'eval.lpips': 'vgg:no.pth'}, ('no.pth', 'config.eval.lpips')),
