@@ -175,6 +175,11 @@ def get_config() -> ml_collections.ConfigDict:
       'num_banks': 2,  # LoRAs a layer; 1: plain LoRA, no router
       'rank': 16,
       'gamma': 'sampler',  # see msfp_jax/tune/losses.py; 'none': plain MSE
+      # Whose predictions move the trajectories that it is trained along:
+      # teacher or student; and how much the student's are led back to the
+      # teacher's, 0.0 to below 1, see msfp_jax/tune/trajectories.py.
+      'driver': 'teacher',
+      'steer': 0.0,
       'base_weight': 'full',  # what banks add to; or 'dequantized'
       'learn_act_ranges': True,  # activation scales and zero points
       'learn_weight_scales': True,

@@ -4,6 +4,7 @@ test_finetune_updates.py has what an update does to a student.
 """
 
 import dataclasses
+import functools
 import types
 
 from adamw_oracle import adamw
@@ -129,6 +130,60 @@ def test_trajectories_start_and_go_on_with_noise_of_their_own():
   flat = np.array(everything).reshape(len(everything), -1)
   apart = np.abs(flat[:, None] - flat).max(-1) + np.eye(len(flat))
   assert apart.min() > 0.1
+
+
+def by_hand(i, z, x, eps):
+  """The sampler's step i with noise z."""
+  return (PLAN.x_coef[i] * x - PLAN.eps_factor[i] * eps
+          + PLAN.noise_std[i] * z)
+
+
+@pytest.mark.parametrize('steer', [0.0, 0.25, 0.9])
+def test_the_students_own_trajectory_is_led_back_to_the_teachers(steer):
+  """By hand, in float64: positions of both, and what the student should say."""
+  settings = dataclasses.replace(
+      SETTINGS, driver='student', steer=steer, batch_size=4)
+  tx = optax.sgd(0.0)
+  step = finetune.make_step(
+      Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), tx, KEY,
+      driver='student', steer=steer)
+  student = types.SimpleNamespace(
+      init=lambda *unused: {'a': jnp.float32(0.4)})
+  state = finetune.init_state(student, tx, PLAN, (2,), KEY, settings)
+  mean_square = np.mean(PLAN.eps_factor**2)
+  for trajectory in range(2):
+    own, noises = draws(trajectory)
+    teachers = own
+    for i, z in enumerate(noises):
+      go = functools.partial(by_hand, i, z)
+      predicted, target = 0.4 * own + i, 0.5 * own
+      if steer:
+        # Such that, of all corrections c, (apart - f c)^2 + weight c^2 is the
+        # least: by its derivative, and a share of `steer` at the average.
+        f, weight = PLAN.eps_factor[i], (1 / steer - 1) * mean_square
+        apart = go(own, 0.5 * own) - go(teachers, 0.5 * teachers)
+        target = target + f * apart / (f**2 + weight)
+      state, scalars = step(state)
+      assert float(scalars['loss']) == pytest.approx(
+          np.mean((target - predicted)**2), rel=1e-4)
+      assert float(scalars['mse']) == pytest.approx(
+          np.mean((0.5 * own - predicted)**2), rel=1e-4)
+      own, teachers = go(own, predicted), go(teachers, 0.5 * teachers)
+      for found, expected in ((state.position.student, own),
+                              (state.position.teacher, teachers)):
+        np.testing.assert_allclose(found.x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_steered():
+  with pytest.raises(ValueError, match="config.finetune.steer=0.5.*'teacher'"):
+    dataclasses.replace(SETTINGS, steer=0.5)
+  with pytest.raises(ValueError, match='config.finetune.driver'):
+    dataclasses.replace(SETTINGS, driver='me')
+  with pytest.raises(ValueError, match='config.finetune.steer'):
+    dataclasses.replace(SETTINGS, driver='student', steer=1.0)
+  with pytest.raises(ValueError, match='the teacher drives'):
+    finetune.make_step(Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS),
+                       optax.sgd(0.0), KEY, steer=0.5)
 
 
 def test_tables_of_conditions_are_no_constants_of_the_step():

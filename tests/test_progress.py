@@ -47,6 +47,17 @@ def test_progress_shows_images_where_steps_have_some(caplog):
           'calibrate 45/45 (100%) 1.1 steps/s (72.0 images/s) took 0:40']
 
 
+def test_progress_says_what_is_known_of_the_rate(caplog):
+  share = lambda rate: f'{100 * rate / 4:.0f}% of it'
+  assert _progress(
+      caplog, [(20, 20, {}), (40, 60, {})], 60, images_per_step=8,
+      share=share)[1] == (
+          'calibrate 60/60 (100%) 1.5 steps/s (12.0 images/s, 38% of it) '
+          'took 0:40')
+  assert _progress(caplog, [(20, 20, {})], 20, share=share)[-1] == (
+      'calibrate 20/20 (100%) 1.0 steps/s (25% of it) took 0:20')
+
+
 def test_progress_logs_the_last_line_always(caplog):
   assert len(_progress(caplog, [(1, 1, {}), (2, 2, {})], 2)) == 1
 

@@ -32,6 +32,7 @@ class Progress:
       every_seconds: float = 10.0,
       unit: str = 'steps',
       images_per_step: int = 0,
+      share: Callable[[float], str] = lambda rate: '',
       compiles: bool = False,
       clock: Callable[[], float] = time.monotonic,
   ):
@@ -44,12 +45,13 @@ class Progress:
       every_seconds: at most one line in this time, the last one excepted.
       unit: what is counted, for the rate.
       images_per_step: the rate is also given in images; 0: it is not.
+      share: steps per second -> what else is to be said of that, or ''.
       compiles: whether the first step compiles; the first `update` then ends
         it.
       clock: seconds, monotonic.
     """
     self._name, self._total, self._unit = name, total, unit
-    self._images_per_step = images_per_step
+    self._images_per_step, self._share = images_per_step, share
     self._every_seconds, self._clock = every_seconds, clock
     self._begin = clock()
     self._first = self._last = (start, self._begin)
@@ -93,9 +95,11 @@ class Progress:
 
   def _speed(self, rate: float) -> str:
     speed = f'{_number(rate)} {self._unit}/s'
+    more = [self._share(rate)]
     if self._images_per_step:
-      speed += f' ({_number(rate * self._images_per_step)} images/s)'
-    return speed
+      more.insert(0, f'{_number(rate * self._images_per_step)} images/s')
+    more = ', '.join(filter(None, more))
+    return f'{speed} ({more})' if more else speed
 
   def _took(self, now: float) -> str:
     took = f'took {_duration(now - self._begin)}'

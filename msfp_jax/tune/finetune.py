@@ -19,7 +19,6 @@ from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.diffusion import conditions
-from msfp_jax.diffusion import sampling
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.quantize import check_layers
@@ -31,6 +30,7 @@ from msfp_jax.tune import remat
 from msfp_jax.tune import step as step_lib
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
+from msfp_jax.tune import trajectories as trajectories_lib
 
 MOST_BANKS = 256  # of a layer, as many as a packed file can name
 _RULES = {
@@ -41,6 +41,8 @@ _RULES = {
         arguments.COUNT[0](value) and value <= MOST_BANKS),
                   f'a whole number from 1 to {MOST_BANKS}'),
     'gamma': arguments.one_of(losses.GAMMAS),
+    'driver': arguments.one_of(trajectories_lib.DRIVERS),
+    'steer': arguments.SHARE,
     'base_weight': arguments.one_of(student_lib.BASES),
     **dict.fromkeys(('learning_rate', 'router_learning_rate',
                      'range_learning_rate', 'router_prior', 'weight_decay'),
@@ -63,6 +65,9 @@ class FinetuneSettings:
     rank: of each LoRA.
     gamma: the denoising factor that weights the loss, see
       `losses.denoising_factors`.
+    driver: whose predictions move the trajectories that it is trained along,
+      see `trajectories`.
+    steer: how much the student's own are led back to the teacher's, likewise.
     base_weight: what a LoRA is added to, see `student.Student`.
     learn_act_ranges: whether scales and zero points of inputs move.
     learn_weight_scales: the same of the weights that have banks.
@@ -92,6 +97,8 @@ class FinetuneSettings:
   num_banks: int
   rank: int
   gamma: str
+  driver: str
+  steer: float
   base_weight: str
   learn_act_ranges: bool
   learn_weight_scales: bool
@@ -112,6 +119,11 @@ class FinetuneSettings:
   def __post_init__(self):
     arguments.check_fields('config.finetune', self, _RULES)
     parts.check('config.finetune', self.batch_size, self.accumulate)
+    if self.steer and self.driver == trajectories_lib.TEACHER:
+      raise ValueError(
+          f'config.finetune.steer={self.steer}: leads the student\'s own '
+          'trajectories, and config.finetune.driver is \'teacher\'; take '
+          'driver=student, or steer=0.0')
 
 
 @flax.struct.dataclass
@@ -119,7 +131,7 @@ class FinetuneState:
   step: jax.Array  # int32, updates done
   trainable: Any  # banks, router, ranges, biases
   opt_state: Any
-  position: sampling.Position  # where the teacher's trajectory stands
+  position: trajectories_lib.Positions  # where the trajectories stand
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
@@ -183,20 +195,23 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
   return FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
-      position=sampling.start(
-          plan, jnp.zeros((settings.batch_size, *sample_shape))))
+      position=trajectories_lib.Trajectories(
+          plan, settings.driver, settings.steer).start(
+              jnp.zeros((settings.batch_size, *sample_shape))))
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
               gamma: np.ndarray, tx: optax.GradientTransformation,
               key: jax.Array, draw_condition: conditions.Draw = conditions.none,
               layout: devices.Layout | None = None, *, accumulate: int = 1,
-              how_remat: str = remat.NONE) -> step_lib.Step:
+              how_remat: str = remat.NONE,
+              driver: str = trajectories_lib.TEACHER, steer: float = 0.0
+              ) -> step_lib.Step:
   """The update: state -> (state, scalars).
 
-  One update per denoising step. The teacher alone moves the trajectory, from
-  fresh noise whenever one ends; both predict the noise at its position, and
-  the student descends on `losses.dfa_loss`.
+  One update per denoising step, along trajectories that begin with fresh noise
+  whenever they end; both predict the noise at the position, and the student
+  descends on `losses.dfa_loss`.
 
   Args:
     student: what is trained.
@@ -212,8 +227,11 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     accumulate: parts of the batch, see `parts.run`; scales that a quantizer
       takes from all of its input are then those of a part.
     how_remat: which activations are computed twice, one of `remat.WAYS`.
+    driver: who moves the trajectories, see `trajectories`.
+    steer: likewise.
   """
   layout = layout or devices.layout()
+  trajectories = trajectories_lib.Trajectories(plan, driver, steer)
   # The trajectory, of S steps, and the updates n that go along it:
   #
   #   n            0      1      ..  S - 1    S      ..
@@ -221,17 +239,17 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   #   trajectory   0      0      ..  0        1      ..   n // S
   #   teacher      x_T -> x'  -> ..  -> x_0   x_T -> ..
   #
-  # The student sees the teacher's x alone, so its errors do not add up over a
-  # trajectory, and a batch costs one prediction of each.
+  # Where the teacher drives, the student's errors do not add up over a
+  # trajectory, and a batch costs one prediction of each; where the student
+  # does, two of the teacher.
   steps = plan.steps() | {'gamma': jnp.asarray(gamma, jnp.float32)}
 
-  def loss_fn(trainable, student, x, step, condition, eps_teacher):
+  def loss_fn(trainable, student, x, step, condition, target):
     with remat.blocks(how_remat):
       eps, choices = student.predict(
           trainable, x, step['t'], *condition, step=step['index'])
-    loss = losses.dfa_loss(step['gamma'], eps_teacher, eps)
-    return loss, (losses.dfa_loss(1.0, eps_teacher, eps),
-                  _bank_shares(student, choices))
+    loss = losses.dfa_loss(step['gamma'], target, eps)
+    return loss, (_bank_shares(student, choices), eps)
 
   # The teacher's parameters, and weights that calibration rounded, are an
   # argument: as constants they would be folded for a minute of compilation.
@@ -243,27 +261,38 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     # Drawn at every step, and taken at the first of a trajectory alone: one
     # program for all steps.
     noise = jax.random.normal(
-        jax.random.fold_in(run_key, 0), state.position.x.shape)
+        jax.random.fold_in(run_key, 0),
+        trajectories.inputs(state.position)[0].shape)
     noise = layout.constrain(noise, layout.batch)
     position = jax.tree.map(
         functools.partial(jnp.where, index == 0),
-        sampling.start(plan, noise), state.position)
-    x = position.x
+        trajectories.start(noise), state.position)
+    inputs = trajectories.inputs(position)
     # By the trajectory's key: the condition stays the same along it.
-    condition = draw(jax.random.fold_in(run_key, 2), len(x))
+    condition = draw(jax.random.fold_in(run_key, 2), len(noise))
+    noise_key = jax.random.fold_in(run_key, 1)
     ours = student.with_arrays(arrays)
 
-    def work(part):
-      x, condition = part
-      eps_teacher = ours.teach(x, step['t'], *condition)
-      return jax.value_and_grad(loss_fn, has_aux=True)(
-          state.trainable, ours, x, step, condition, eps_teacher), eps_teacher
+    def teach(part):
+      inputs, condition = part
+      return (), tuple(
+          ours.teach(x, step['t'], *condition) for x in inputs)
 
-    ((loss, (mse, shares)), grads), eps_teacher = parts.run(
-        work, (x, condition), accumulate, layout)
+    def work(part):
+      x, condition, target = part
+      (loss, (shares, eps)), grads = jax.value_and_grad(
+          loss_fn, has_aux=True)(
+              state.trainable, ours, x, step, condition, target)
+      return ((loss, shares), grads), eps
+
+    _, taught = parts.run(teach, (inputs, condition), accumulate, layout)
+    target = trajectories.target(step, position, taught, noise_key)
+    ((loss, shares), grads), eps = parts.run(
+        work, (inputs[0], condition, target), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
-        'loss': loss, 'mse': mse, 't': step['t'],
+        'loss': loss, 'mse': losses.dfa_loss(1.0, taught[0], eps),
+        't': step['t'],
         'l2_grads': optax.tree.norm(grads),
         **{f'l2_grads_{name}': optax.tree.norm(part)
            for name, part in grads.items() if jax.tree.leaves(part)},
@@ -273,9 +302,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         step=state.step + 1,
         trainable=optax.apply_updates(state.trainable, updates),
         opt_state=opt_state,
-        position=sampling.advance(
-            plan, step, position, eps_teacher,
-            jax.random.fold_in(run_key, 1)))
+        position=trajectories.advance(
+            step, position, taught, eps, noise_key))
     return layout.after_step(
         after, scalars, functools.partial(shardings, layout))
 
@@ -287,9 +315,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 
 def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
   """Where a state lies: trajectories as batches, the rest as weights."""
-  past = state.position.past
-  return layout.of_weights(state).replace(position=sampling.Position(
-      layout.batch, None if past is None else layout.batch_second))
+  return layout.of_weights(state).replace(
+      position=trajectories_lib.shardings(layout, state.position))
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:
@@ -342,7 +369,8 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
   gamma = losses.denoising_factors(schedule, plan, settings.gamma)
   step_of = lambda settings: make_step(
       student, plan, gamma, tx, trajectory_key, draw_condition, layout,
-      accumulate=settings.accumulate, how_remat=settings.remat)
+      accumulate=settings.accumulate, how_remat=settings.remat,
+      driver=settings.driver, steer=settings.steer)
   step = step_of(settings)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(

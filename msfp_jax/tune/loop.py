@@ -13,6 +13,7 @@ from msfp_jax.base import errors
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.base import writer as writer_lib
 from msfp_jax.tune import checkpoint
+from msfp_jax.tune import speed as speed_lib
 
 
 def _check_finite(name: str, step: int, scalars: dict[str, float]) -> None:
@@ -41,6 +42,7 @@ def run(
     layout: devices.Layout | None = None,
     shardings: Callable[[Any], Any] | None = None,
     prepare: Callable[[Any], None] | None = None,
+    measure: Callable[[], speed_lib.Speed] | None = None,
 ) -> Any:
   """Runs `step_fn` from the newest checkpoint to `num_steps`.
 
@@ -65,6 +67,8 @@ def run(
       by default that of weights.
     prepare: compiles `step_fn`, given the abstract form of states; called
       before there is one, and not where all steps are done.
+    measure: finds the device's speed, of which progress lines then say the
+      share; called after `prepare`.
 
   Raises:
     errors.DivergedError: a loss is not finite; names the step and the timestep.
@@ -90,9 +94,12 @@ def run(
     # Steps behind the checkpoint will be repeated, and logged once more.
     start = int(state.step)
     writer.truncate_after(start)
+    more = {}
+    if measure and start < num_steps:
+      more['share'] = measure().share
     progress = progress_lib.Progress(
         name, num_steps, start, images_per_step=images_per_step,
-        compiles=prepare is None)
+        compiles=prepare is None, **more)
     # Scalars stay on the device for log_every steps: to fetch them is to wait
     # for the step, and the next one could not be queued meanwhile.
     pending = []

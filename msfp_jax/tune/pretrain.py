@@ -29,6 +29,7 @@ from msfp_jax.tune import loop
 from msfp_jax.tune import memory as memory_lib
 from msfp_jax.tune import parts
 from msfp_jax.tune import remat
+from msfp_jax.tune import speed
 from msfp_jax.tune import step as step_lib
 
 _RULES = {
@@ -351,6 +352,7 @@ def run(model: unet.UNet, images: data.Images,
         writer=writer, save_every=settings.save_every,
         log_every=settings.log_every, on_step=on_step,
         images_per_step=settings.batch_size, layout=layout,
+        measure=lambda: speed.of(step, settings.dtype),
         shardings=layout.of_weights, prepare=lambda state: memory_lib.check(
             'pretrain', step, state, limit=memory,
             remedies=memory_lib.remedies(
