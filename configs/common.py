@@ -191,6 +191,9 @@ def get_config() -> ml_collections.ConfigDict:
       'router_prior': 1.0,  # pull of each span of timesteps to its own bank
       'adam_b2': 0.99,
       'weight_decay': 0.0,
+      # Of the moving average of what is trained, which is then kept; 0.0: what
+      # the last update leaves is.
+      'ema_decay': 0.0,
       'dtype': 'float32',  # of activations and products; or 'bfloat16'
       'accumulate': 1,  # as of pretrain, likewise `remat`
       'remat': 'none',

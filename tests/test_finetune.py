@@ -17,6 +17,7 @@ import pytest
 from configs import common
 from msfp_jax import diffusion
 from msfp_jax.diffusion import conditions
+from msfp_jax.tune import average
 from msfp_jax.tune import finetune
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +50,31 @@ def test_each_part_has_its_rate_which_falls_to_zero_linearly(part):
   updates, _ = tx.update(
       {name: {'a': jnp.ones(3)} for name in RATES}, state, params)
   assert not np.any(updates[part]['a'])  # the rate of an update too many
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.6])
+def test_what_is_kept_is_the_average_of_what_updates_leave(decay):
+  """With early ones forgotten: after n of them by (1 + n) / (10 + n)."""
+  rng = np.random.default_rng(0)
+  gradients = rng.standard_normal((UPDATES, 3))
+  tx = finetune.optimizer(dataclasses.replace(SETTINGS, ema_decay=decay))
+  plain = finetune.optimizer(SETTINGS)
+  params = same = {name: {'a': jnp.ones(3)} for name in RATES}
+  state, plain_state = tx.init(params), plain.init(same)
+  expected = np.ones(3)
+  for n, gradient in enumerate(gradients):
+    given = {name: {'a': jnp.float32(gradient)} for name in RATES}
+    updates, state = tx.update(given, state, params)
+    params = optax.apply_updates(params, updates)
+    updates, plain_state = plain.update(given, plain_state, same)
+    same = optax.apply_updates(same, updates)
+    share = 1 - min(decay, (1 + n) / (10 + n))
+    expected = expected + share * (np.float64(same['banks']['a']) - expected)
+  jax.tree.map(np.testing.assert_array_equal, params, same)
+  kept = average.of(params, state)['banks']['a']
+  if not decay:
+    expected = params['banks']['a']
+  np.testing.assert_allclose(kept, expected, rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

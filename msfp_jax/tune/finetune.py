@@ -1,7 +1,6 @@
 """Fine-tuning TALoRA against the full-precision teacher with DFA."""
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 import json
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import optax
 
 from msfp_jax import diffusion
-from msfp_jax.base import arguments
 from msfp_jax.base import devices
 from msfp_jax.base import files
 from msfp_jax.base import writer as writer_lib
@@ -22,6 +20,7 @@ from msfp_jax.diffusion import conditions
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.quantize import check_layers
+from msfp_jax.tune import average
 from msfp_jax.tune import loop
 from msfp_jax.tune import losses
 from msfp_jax.tune import memory as memory_lib
@@ -31,99 +30,7 @@ from msfp_jax.tune import step as step_lib
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
 from msfp_jax.tune import trajectories as trajectories_lib
-
-MOST_BANKS = 256  # of a layer, as many as a packed file can name
-_RULES = {
-    'num_updates': arguments.COUNT_OR_NONE,
-    **dict.fromkeys(('batch_size', 'rank', 'save_every', 'log_every',
-                     'accumulate'), arguments.COUNT),
-    'num_banks': (lambda value: (
-        arguments.COUNT[0](value) and value <= MOST_BANKS),
-                  f'a whole number from 1 to {MOST_BANKS}'),
-    'gamma': arguments.one_of(losses.GAMMAS),
-    'driver': arguments.one_of(trajectories_lib.DRIVERS),
-    'steer': arguments.SHARE,
-    'base_weight': arguments.one_of(student_lib.BASES),
-    **dict.fromkeys(('learning_rate', 'router_learning_rate',
-                     'range_learning_rate', 'router_prior', 'weight_decay'),
-                    arguments.RATE),
-    'router_temperature': arguments.POSITIVE,
-    'adam_b2': arguments.SHARE,
-    'dtype': arguments.one_of(('float32', 'bfloat16')),
-    'remat': arguments.one_of(remat.WAYS),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneSettings:
-  """How a student is trained; configs/common.py has what is usual.
-
-  Attributes:
-    num_updates: of all trajectories together, one for each denoising step.
-    batch_size: trajectories at once.
-    num_banks: LoRAs of each layer; 1 is plain LoRA, without a router.
-    rank: of each LoRA.
-    gamma: the denoising factor that weights the loss, see
-      `losses.denoising_factors`.
-    driver: whose predictions move the trajectories that it is trained along,
-      see `trajectories`.
-    steer: how much the student's own are led back to the teacher's, likewise.
-    base_weight: what a LoRA is added to, see `student.Student`.
-    learn_act_ranges: whether scales and zero points of inputs move.
-    learn_weight_scales: the same of the weights that have banks.
-    learn_biases: whether biases move.
-    learning_rate: of the banks, at the first update.
-    router_learning_rate: likewise.
-    range_learning_rate: likewise, of ranges, scales and biases.
-    router_temperature: of the router's softmax.
-    router_prior: how strongly each span of timesteps is drawn to its own bank.
-    adam_b2: of AdamW, as is `weight_decay`.
-    weight_decay: a factor of the learning rate.
-    dtype: in which teacher and student compute, see `student.Student`.
-    accumulate: parts of a batch whose gradients are computed one after the
-      other and averaged; divides the batch.
-    remat: which activations of the student are computed twice, see
-      `tune.remat`.
-    save_every: updates from one checkpoint to the next.
-    log_every: updates whose metrics are fetched at once.
-
-  Raises:
-    ValueError: fields that no training can work with; all are listed.
-      Parts that do not divide a batch.
-  """
-
-  num_updates: int
-  batch_size: int
-  num_banks: int
-  rank: int
-  gamma: str
-  driver: str
-  steer: float
-  base_weight: str
-  learn_act_ranges: bool
-  learn_weight_scales: bool
-  learn_biases: bool
-  learning_rate: float
-  router_learning_rate: float
-  range_learning_rate: float
-  router_temperature: float
-  router_prior: float
-  adam_b2: float
-  weight_decay: float
-  dtype: str
-  accumulate: int
-  remat: str
-  save_every: int
-  log_every: int
-
-  def __post_init__(self):
-    arguments.check_fields('config.finetune', self, _RULES)
-    parts.check('config.finetune', self.batch_size, self.accumulate)
-    if self.steer and self.driver == trajectories_lib.TEACHER:
-      raise ValueError(
-          f'config.finetune.steer={self.steer}: leads the student\'s own '
-          'trajectories, and config.finetune.driver is \'teacher\'; take '
-          'driver=student, or steer=0.0')
+from msfp_jax.tune.finetune_settings import FinetuneSettings
 
 
 @flax.struct.dataclass
@@ -175,14 +82,14 @@ def optimizer(settings: FinetuneSettings) -> optax.GradientTransformation:
   adamw = lambda rate: optax.adamw(
       optax.linear_schedule(rate, 0.0, settings.num_updates),
       b2=settings.adam_b2, weight_decay=settings.weight_decay)
-  return optax.multi_transform(
+  return average.behind(optax.multi_transform(
       {'banks': adamw(settings.learning_rate),
        'router': adamw(settings.router_learning_rate),
        'ranges': adamw(settings.range_learning_rate),
        'biases': adamw(settings.range_learning_rate)},
       # By name of the part: {'banks': every leaf -> 'banks', ...}.
       lambda tree: {name: jax.tree.map(lambda _, name=name: name, part)
-                    for name, part in tree.items()})
+                    for name, part in tree.items()}), settings.ema_decay)
 
 
 def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
@@ -382,7 +289,7 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
             'finetune', step, state, limit=memory,
             remedies=memory_lib.remedies(
                 'finetune', settings, layout, step_of)))
-  trainable = state.trainable
+  trainable = average.of(state.trainable, state.opt_state)
   if not layout.is_single:
     # What follows is not split over the devices.
     trainable = jax.tree.map(jnp.asarray, devices.fetch(trainable))
