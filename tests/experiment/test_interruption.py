@@ -43,6 +43,28 @@ def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
   runs.assert_same_run(config, tmp_path, trained)
 
 
+@pytest.mark.slow
+def test_both_trajectories_and_the_average_go_on_too(
+    tmp_path, npz, monkeypatch):
+  """Stopped in the middle of a trajectory that the student drives."""
+  changes = {'pretrained': 'random', 'model.image_size': 8,
+             'model.in_channels': 1, 'model.out_channels': 1,
+             'sampler.num_steps': 4,
+             'finetune.driver': 'student', 'finetune.steer': 0.3,
+             'finetune.ema_decay': 0.9}
+  config = runs.config_of(npz, changes)
+  whole, stopped = (str(tmp_path / name) for name in ('whole', 'stopped'))
+  train.run(config, whole)
+  with monkeypatch.context() as patch:
+    runs.interrupt(patch, finetune, 3)
+    with pytest.raises(checkpoint.Preempted):
+      train.run(config, stopped)
+  train.run(config, stopped)
+  found, expected = (pathlib.Path(folder, 'packed.safetensors').read_bytes()
+                     for folder in (stopped, whole))
+  assert found == expected
+
+
 @pytest.fixture
 def orbax_noise():
   """Collects the coroutines that orbax drops when a read fails."""
