@@ -29,6 +29,9 @@ VARIANTS = {
     'lora': {'finetune.num_banks': 1, 'finetune.gamma': 'none'},
     'talora': {'finetune.num_banks': 2, 'finetune.gamma': 'none'},
     'dfa': {'finetune.gamma': 'sampler'},
+    # Along the student's own trajectories; and led back to the teacher's.
+    'student': {'finetune.driver': 'student'},
+    'steer': {'finetune.driver': 'student', 'finetune.steer': 0.3},
     # Train the teacher that the package ships.
     'pretrain': {'stage': 'pretrain', 'pretrained': ''},
     # Every recipe, by everything that is measured; needs no train.py.
@@ -65,8 +68,9 @@ _ROWS = {
 # most by GPTQ.
 _RECIPES = (*recipes.RECIPES, 'msfp+gptq', 'msfp_group+gptq',
             'mixup_weights+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
-            'quartz+gptq')
+            'int4_minmax_16+gptq', 'quartz+gptq')
 _BEST = ('msfp', 'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq')
+_DRIVEN = ('msfp', 'msfp_group+gptq', 'int4_minmax_16+gptq')
 VARIANTS |= {f'recipe={name}': {'quant.recipe': name} for name in _RECIPES}
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
@@ -84,6 +88,10 @@ _CHOICES = {
     'gamma: ddpm': {'finetune.gamma': 'ddpm'},
     'gamma: ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
     'updates: twice': {'finetune.num_updates': 2000},
+    'average: 0.99': {'finetune.ema_decay': 0.99},
+    'driver: student': {'finetune.driver': 'student'},
+    'driver: student, steer: 0.3': {
+        'finetune.driver': 'student', 'finetune.steer': 0.3},
 }
 VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
 
@@ -123,6 +131,20 @@ STUDIES = {
                            for name in _BEST
                            for label, words in (('LoRA', 'lora'),
                                                 ('TALoRA + DFA', 'talora,dfa'))}
+                   for group in ('ends-8', 'skip-8')},
+    },
+    # Who drives the trajectories that a student is tuned along.
+    'driven': {
+        'seeds': (0, 1, 2),
+        'metrics': ('bits_per_weight', 'bits_per_act', *_METRICS, 'ssim_to_fp'),
+        'groups': {group: {f'{name}: {label}': f'{group},recipe={name},{words}'
+                           for name in _DRIVEN for label, words in (
+                               ('untuned', 'untuned'),
+                               ('teacher', 'lora,dfa'),
+                               ('student', 'lora,dfa,student'),
+                               ('student, steered', 'lora,dfa,steer'),
+                               ('student, steered, two banks',
+                                'talora,dfa,steer'))}
                    for group in ('ends-8', 'skip-8')},
     },
 }

@@ -85,6 +85,7 @@ def _same(fit: Fit, around: FindAround | None = None) -> Recipe:
 
 
 _SIGNED = Searched((SIGNED,))
+_MINMAX_16 = Dynamic(functools.partial(block_formats.int_minmax, group=16))
 _MSFP = Recipe(weight=_SIGNED, nal=_SIGNED, aal=Searched((SIGNED, UNSIGNED)))
 
 
@@ -127,6 +128,8 @@ RECIPES = {
     'mxfp4': _same(Dynamic(block_formats.mxfp4)),
     'int4_group': _same(Dynamic(block_formats.int_group)),
     'int4_minmax': _same(Dynamic(block_formats.int_minmax)),
+    'int4_minmax_16': Recipe(Dynamic(block_formats.int_minmax), _MINMAX_16,
+                             _MINMAX_16),
     # Smoothing and a branch of low rank before a block format.
     'svdquant': Recipe(Dynamic(block_formats.int_group), IntegersBySign(),
                        IntegersBySign(), SVDQuant()),
