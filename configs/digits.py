@@ -90,7 +90,7 @@ _CHOICES = {
     'updates: twice': {'finetune.num_updates': 2000},
     'average: 0.99': {'finetune.ema_decay': 0.99},
     'driver: student': {'finetune.driver': 'student'},
-    'driver: student, steer: 0.3': {
+    'driver: student + steer: 0.3': {
         'finetune.driver': 'student', 'finetune.steer': 0.3},
 }
 VARIANTS |= {f'choice={name}': change for name, change in _CHOICES.items()}
@@ -142,8 +142,8 @@ STUDIES = {
                                ('untuned', 'untuned'),
                                ('teacher', 'lora,dfa'),
                                ('student', 'lora,dfa,student'),
-                               ('student, steered', 'lora,dfa,steer'),
-                               ('student, steered, two banks',
+                               ('steered', 'lora,dfa,steer'),
+                               ('steered + two banks',
                                 'talora,dfa,steer'))}
                    for group in ('ends-8', 'skip-8')},
     },
