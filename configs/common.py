@@ -30,6 +30,26 @@ SMOKE = {
     'eval.rows': ('fp', 'tuned'), 'eval.features': 'random',
     'eval.vectors': 100, 'eval.report': False}
 
+# Words of the ablation, of experiments that have one.
+ABLATION = {
+    # Recipes; alone they change what is fine-tuned.
+    'msfp': {'quant.recipe': 'msfp'},
+    'signed': {'quant.recipe': 'signed_fp'},
+    'int': {'quant.recipe': 'int'},
+    # Ingredients of the fine-tuning.
+    'untuned': {'finetune.num_updates': 0,
+                'eval.rows': ('fp', 'int', 'signed_fp', 'msfp')},
+    'lora': {'finetune.num_banks': 1, 'finetune.gamma': 'none'},
+    'talora': {'finetune.num_banks': 2, 'finetune.gamma': 'none'},
+    'talora=4': {'finetune.num_banks': 4, 'finetune.gamma': 'none'},
+    'dfa': {'finetune.gamma': 'sampler'},
+    'dfa=ddpm': {'finetune.gamma': 'ddpm'},
+    'dfa=ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
+    # Along the student's own trajectories; and led back to the teacher's.
+    'student': {'finetune.driver': 'student'},
+    'steer': {'finetune.driver': 'student', 'finetune.steer': 0.3},
+}
+
 
 def get_config() -> ml_collections.ConfigDict:
   """Makes the fields of every experiment; configs/*.py fill in theirs."""
@@ -219,7 +239,8 @@ def get_config() -> ml_collections.ConfigDict:
       # 'vgg:PATH', torchvision's file of that classifier's weights.
       'lpips': '',
       # Statistics to compare with: an .npz of eval.py --make_stats or of other
-      # tools. Empty: those of the data.
+      # tools; 'cifar10', those that ship with the package. Empty: those of the
+      # data.
       'reference': '',
       # Feature vectors kept of each set, for the kernel distance, precision
       # and recall; 0: without these.

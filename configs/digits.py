@@ -18,20 +18,7 @@ from configs import common
 from msfp_jax.quant import recipes
 
 # Word of --config=configs/digits.py:WORD,WORD -> what it changes.
-VARIANTS = {
-    # Recipes; alone they change what is fine-tuned.
-    'msfp': {'quant.recipe': 'msfp'},
-    'signed': {'quant.recipe': 'signed_fp'},
-    'int': {'quant.recipe': 'int'},
-    # Ingredients of the fine-tuning.
-    'untuned': {'finetune.num_updates': 0,
-                'eval.rows': ('fp', 'int', 'signed_fp', 'msfp')},
-    'lora': {'finetune.num_banks': 1, 'finetune.gamma': 'none'},
-    'talora': {'finetune.num_banks': 2, 'finetune.gamma': 'none'},
-    'dfa': {'finetune.gamma': 'sampler'},
-    # Along the student's own trajectories; and led back to the teacher's.
-    'student': {'finetune.driver': 'student'},
-    'steer': {'finetune.driver': 'student', 'finetune.steer': 0.3},
+VARIANTS = common.ABLATION | {
     # Train the teacher that the package ships.
     'pretrain': {'stage': 'pretrain', 'pretrained': ''},
     # Every recipe, by everything that is measured; needs no train.py.

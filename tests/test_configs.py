@@ -96,9 +96,10 @@ def test_what_a_config_names_exists(module, variant):
           or pathlib.Path(config.prompts).is_file())
   kind, _, path = config.eval.features.partition(':')
   if path:  # a file of the user's
-    assert kind == 'cifar_resnet' and config.eval.features in module.__doc__
+    assert config.eval.features in module.__doc__
   elif kind != 'inception':  # whose weights are a download
-    features.get(config.eval.features, (side, side, 1))
+    features.get(config.eval.features, (
+        side, side, fields['in_channels'] or 1))
   for name in methods.recipes_of(methods.expand(config.eval.rows)):
     recipes.get(name)
 

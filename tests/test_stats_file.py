@@ -141,3 +141,31 @@ def test_statistics_are_made_in_chunks(tmp_path, monkeypatch):
   # Every seventh image's: a set may be in order of classes.
   np.testing.assert_array_equal(
       loaded.vectors, network.outputs(images.images[::7]).features)
+
+
+@pytest.mark.parametrize('network', ['resnet56', 'squeezenet_caffe'])
+def test_statistics_that_ship_with_the_package(network):
+  """All training images of CIFAR-10, by the very weights that are named."""
+  found = stats_file.load(stats_file.locate('cifar10', network))
+  told = found.provenance
+  assert (told['features'], told['num_samples']) == (network, 50_000)
+  assert told['image_shape'] == [32, 32, 3]
+  # A Gaussian: symmetric, and nowhere below zero.
+  cov = found.pool.cov
+  np.testing.assert_allclose(cov, cov.T, rtol=1e-12)
+  assert scipy.linalg.eigvalsh(cov).min() > -1e-9 * np.trace(cov)
+  if network == 'resnet56':
+    there = features.get(network, (32, 32, 3)).provenance
+    assert told['weights_sha256'] == there['weights_sha256']
+
+
+def test_a_file_goes_before_what_ships(tmp_path, monkeypatch):
+  assert stats_file.is_shipped('cifar10')
+  assert not stats_file.is_shipped('mnist')
+  with pytest.raises(ValueError, match="of \\['resnet56', 'squeezenet_caffe'"
+                     "\\], not of 'digits'"):
+    stats_file.locate('cifar10', 'digits')
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'cifar10').touch()
+  assert not stats_file.is_shipped('cifar10')
+  assert stats_file.locate('cifar10', 'digits').name == 'cifar10'

@@ -210,6 +210,11 @@ def _cifar_resnet(image_shape: tuple[int, int, int], path: str,
       provenance={'weights_sha256': classifier_files.digest(path)})
 
 
+def _resnet56(image_shape: tuple[int, int, int], *unused: str
+              ) -> FeatureNetwork:
+  return _cifar_resnet(image_shape, str(cifar_resnet.WEIGHTS))
+
+
 def _squeezenet(image_shape: tuple[int, int, int], path: str,
                 *unused: str) -> FeatureNetwork:
   if image_shape[-1] not in (1, 3):
@@ -297,6 +302,8 @@ NETWORKS = {
         _cifar_resnet, 'the 64 pooled features of a ResNet for CIFAR-10 in '
         'that file; its depth stands in the names, as in `fd_resnet20`',
         from_file=True),
+    'resnet56': Network(
+        _resnet56, 'the same of the ResNet-56 that ships with the package'),
     'digits': Network(
         _digits, '64 features of a small classifier of 16 x 16 digits that '
         'ships with the package'),

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,9 @@ class Reference(NamedTuple):
   vectors: np.ndarray | None = None
 
 
+# Statistics that ship with the package: of a data set by a network.
+_SHIPPED = pathlib.Path(__file__).parent
+_DATA_SETS = ('cifar10',)
 # Where images are compared with full precision's alone.
 NOTHING = Reference(None, None, {})
 
@@ -105,6 +109,34 @@ def save(path: str | os.PathLike, reference: Reference) -> None:
   # Opened here: by name, savez would add a suffix.
   with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
     np.savez(file, **arrays)
+
+
+def is_shipped(name: str) -> bool:
+  """Whether it names statistics of the package, and no file that is there."""
+  return name in _DATA_SETS and not os.path.exists(name)
+
+
+def locate(name: str, network: str) -> pathlib.Path:
+  """The file of statistics that is meant.
+
+  Args:
+    name: its path, or 'cifar10' for those of the package, of its 50,000
+      training images.
+    network: the feature network's name.
+
+  Raises:
+    ValueError: the package has none by that network.
+  """
+  if not is_shipped(name):
+    return pathlib.Path(name).expanduser()
+  path = _SHIPPED / f'{name}_{network}.npz'
+  if not path.is_file():
+    there = sorted(found.stem.removeprefix(f'{name}_')
+                   for found in _SHIPPED.glob(f'{name}_*.npz'))
+    raise ValueError(f'the statistics of {name!r} that ship with the package '
+                     f'are of {there}, not of {network!r}: name a file, or '
+                     'the data')
+  return path
 
 
 def load(path: str | os.PathLike) -> Reference:

@@ -10,6 +10,7 @@ from msfp_jax.metrics import features
 from msfp_jax.metrics import lpips
 from msfp_jax.metrics import preprocess
 from msfp_jax.metrics import registry
+from msfp_jax.metrics import stats_file
 from msfp_jax.run import sample_store
 
 _RULES = {
@@ -104,7 +105,8 @@ def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
                         for file in cfg.more_references),
                       ('inception', cfg.inception),
                       ('lpips', lpips.check(cfg.lpips))):
-    if file and not pathlib.Path(file).expanduser().is_file():
+    shipped = 'reference' in field and stats_file.is_shipped(file)
+    if file and not shipped and not pathlib.Path(file).expanduser().is_file():
       raise FileNotFoundError(f'no file at {file}, which config.eval.{field} '
                               'names')
 

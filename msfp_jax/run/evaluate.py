@@ -20,6 +20,7 @@ from msfp_jax.base import seal
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
+from msfp_jax.metrics import stats_file
 from msfp_jax.report import grid
 from msfp_jax.run import cluster
 from msfp_jax.run import draws
@@ -223,19 +224,22 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'network': networks[0].provenance,
       'more': [network.provenance for network in networks[1:]],
       **({'pairs': pair_network.provenance} if pair_network else {}),
-      'reference': _identified(cfg.reference, source, images),
-      'more_references': [_identified(file, source, images)
-                          for file in cfg.more_references]}
+      'references': [
+          _identified(file, network.name, source, images)
+          for file, network in zip(
+              (cfg.reference, *(cfg.more_references or ('',) * len(
+                  cfg.more_features))), networks, strict=True)]}
   prepare()
   devices.by_first(lambda: sample_store.claim(folder, samples, scores),
                    'the samples are claimed')
   return scorer or make()
 
 
-def _identified(file: str, source: tuple[str, str], images: Any) -> Any:
+def _identified(file: str, network: str, source: tuple[str, str],
+                images: Any) -> Any:
   """What tells a reference from another: the file's digest, or the data."""
   if file:
-    return classifier_files.digest(file)
+    return classifier_files.digest(stats_file.locate(file, network))
   return [*source, *(() if images is None else images.shape)]
 
 

@@ -75,7 +75,8 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
     images: the data; None where there are none.
     network: the feature network.
     dataset: the data's name, for the record.
-    file: of statistics, config.eval.reference; '' for those of the data.
+    file: of statistics, config.eval.reference, see `stats_file.locate`; '' for
+      those of the data.
     num_vectors: feature vectors wanted beside them; 0 for none.
     path: where those of the data are kept, and looked for.
     needed: whether to raise where there is nothing, as `stats_file.NOTHING`
@@ -85,7 +86,7 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
     ValueError: neither a reference nor data, or no statistics file.
   """
   if file:
-    return _read(file, num_vectors)
+    return _read(stats_file.locate(file, network.name), num_vectors)
   if images is None and not needed:
     return stats_file.NOTHING
   if images is None:
@@ -133,7 +134,7 @@ def scorer_of(cfg: eval_settings.EvalSettings,
   return scorer_lib.Several(scorers[0], scorers[1:])
 
 
-def _read(file: str, num_vectors: int) -> stats_file.Reference:
+def _read(file: pathlib.Path, num_vectors: int) -> stats_file.Reference:
   found = stats_file.load(file)
   vectors = found.vectors if num_vectors else None
   if vectors is not None:
