@@ -21,6 +21,13 @@ With --config.stage=quantize the same command goes on to quantize it. Both words
 evaluate on the features of a ResNet-56 for CIFAR-10, against statistics of its
 50,000 training images; both ship with the package.
 
+What each ingredient brings on that teacher, which the command above leaves as
+runs/small/pretrain/model.safetensors, is a study, with 20 steps, a tenth of the
+updates and 2,048 images, for which a CPU has time (`ablation_100` is the whole):
+
+  python -m msfp_jax.run.study --config=configs/cifar10.py:ablation \
+      --workdir=runs/cifar10-ablation
+
 Not measured by us yet: fine-tuning settings are those of the digits, with
 EfficientDM's length (160 trajectories of 100 steps).
 """
@@ -32,7 +39,7 @@ _TEACHER = {
     'pretrain.num_steps': 200_000, 'pretrain.flip': True,
     'pretrain.ema_decay': 0.9999,
     'eval.features': 'resnet56', 'eval.reference': 'cifar10'}
-VARIANTS = {
+VARIANTS = common.ABLATION | {
     'small': _TEACHER | {  # in float32: bfloat16 is no faster on CPUs
         'model.ch': 32, 'model.ch_mult': (1, 2, 4),
         'model.attn_resolutions': (8,), 'model.norm_groups': 8,
@@ -46,6 +53,11 @@ VARIANTS = {
         'pretrain.warmup': 2000, 'pretrain.batch_size': 128,
         'pretrain.dtype': 'bfloat16', 'pretrain.save_every': 2000,
         'pretrain.sample_every': 10_000},
+    # A teacher that the command above has trained; no data are needed any more.
+    'trained': {'stage': 'quantize', 'data.name': '',
+                'pretrained': 'runs/small/pretrain/model.safetensors'},
+    '20': {'sampler.num_steps': 20, 'finetune.num_updates': 1600,
+           'eval.num_samples': 2048},
     'smoke': common.SMOKE | {
         'model.attn_resolutions': (), 'model.image_size': 16,
         'data.name': 'synthetic', 'data.path': '3x16x16'},
@@ -65,3 +77,33 @@ def get_config(variant: str = ''):
   config.finetune.num_updates = 16_000
   config.eval.update(num_samples=50_000, features='inception', vectors=10_000)
   return common.apply_variant(config, variant, VARIANTS)
+
+
+# Rows of the ablation, in the order of the paper's.
+_ROWS = {
+    'INT asymmetric': 'int,untuned',
+    'signed FP': 'signed,untuned',
+    'MSFP': 'msfp,untuned',
+    'INT asymmetric + LoRA': 'int,lora',
+    'signed FP + LoRA': 'signed,lora',
+    'MSFP + LoRA': 'msfp,lora',
+    'MSFP + TALoRA': 'msfp,talora',
+    'MSFP + TALoRA (h = 4)': 'msfp,talora=4',
+    'MSFP + LoRA + DFA': 'msfp,lora,dfa',
+    'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
+    'MSFP + TALoRA + DFA (ddpm)': 'msfp,talora,dfa=ddpm',
+    'MSFP + TALoRA + DFA (ddpm_respaced)': 'msfp,talora,dfa=ddpm_respaced',
+    'MSFP + LoRA + DFA + steered': 'msfp,lora,dfa,steer',
+    'MSFP + TALoRA + DFA + steered': 'msfp,talora,dfa,steer',
+}
+# python -m msfp_jax.run.study --config=configs/cifar10.py:STUDY
+STUDIES = {name: {
+    'seeds': (0, 1, 2),
+    'metrics': (
+        'bits_per_weight', 'bits_per_act', 'bytes', 'fd_resnet56',
+        'fd_resnet56_to_fp', 'psnr_to_fp', 'ssim_to_fp', 'label_agreement'),
+    'base': f'small,trained{words}',
+    'groups': {bits: {label: f'small,trained{words},{bits},{row}'
+                      for label, row in _ROWS.items()}
+               for bits in ('w4a4', 'w6a6')},
+} for name, words in (('ablation', ',20'), ('ablation_100', ''))}
