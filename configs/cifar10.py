@@ -23,7 +23,7 @@ evaluate on the features of a ResNet-56 for CIFAR-10, against statistics of its
 
 What each ingredient brings on that teacher, which the command above leaves as
 runs/small/pretrain/model.safetensors, is a study, with 20 steps, a tenth of the
-updates and 2,048 images, for which a CPU has time (`ablation_100` is the whole):
+updates and 2,048 images, for which a CPU has time (`ablation_100` has all):
 
   python -m msfp_jax.run.study --config=configs/cifar10.py:ablation \
       --workdir=runs/cifar10-ablation
