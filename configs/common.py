@@ -46,7 +46,7 @@ ABLATION = {
     'dfa=ddpm': {'finetune.gamma': 'ddpm'},
     'dfa=ddpm_respaced': {'finetune.gamma': 'ddpm_respaced'},
     # Along the student's own trajectories; and led back to the teacher's.
-    'student': {'finetune.driver': 'student'},
+    'student': {'finetune.driver': 'student', 'finetune.steer': 0.0},
     'steer': {'finetune.driver': 'student', 'finetune.steer': 0.3},
 }
 
@@ -253,8 +253,8 @@ def get_config() -> ml_collections.ConfigDict:
       # and the report's picture of layers by methods; 0: without.
       'layer_images': 0,
       # Images by which it is measured what every layer and every step costs the
-      # images in the end, a few hundred runs of the sampler for each row: the
-      # field `sensitivity` of results.json, and the report's table; 0: without.
+      # images in the end, by two runs of the sampler for each: the field
+      # `sensitivity` of results.json, and the report's table; 0: without.
       'sensitivity_images': 0,
       # Time the sampling of every row: columns seconds, seconds_packed. No two
       # runs give the same.

@@ -17,8 +17,10 @@ import pytest
 from configs import common
 from msfp_jax import diffusion
 from msfp_jax.diffusion import conditions
+from msfp_jax.diffusion import sampling
 from msfp_jax.tune import average
 from msfp_jax.tune import finetune
+from msfp_jax.tune import trajectories as trajectories_lib
 
 pytestmark = pytest.mark.gpu
 
@@ -198,6 +200,33 @@ def test_the_students_own_trajectory_is_led_back_to_the_teachers(steer):
       for found, expected in ((state.position.student, own),
                               (state.position.teacher, teachers)):
         np.testing.assert_allclose(found.x, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('plan', [
+    diffusion.ddim_plan(SCHEDULE, 4, clip=0.5),
+    diffusion.plms_plan(SCHEDULE, 4)],
+                         ids=['clipped', 'of several steps'])
+def test_two_trajectories_of_any_sampler(plan):
+  """A sampler's own steps, along two trajectories that know of each other."""
+  trajectories = trajectories_lib.Trajectories(plan, 'student', 0.25)
+  own = teachers = sampling.start(plan, jax.random.normal(KEY, (4, 2)))
+  positions = trajectories.start(own.x)
+  for i in range(plan.num_steps):
+    step = jax.tree.map(lambda a, i=i: a[i], plan.steps())
+    taught = 0.5 * own.x, 0.5 * teachers.x
+    go = functools.partial(sampling.advance, plan, step)
+    f, mean_square = plan.eps_factor[i], np.mean(plan.eps_factor**2)
+    apart = np.float64(go(own, taught[0], KEY).x
+                       - go(teachers, taught[1], KEY).x)
+    np.testing.assert_allclose(
+        trajectories.target(step, positions, taught, KEY),
+        np.float64(taught[0]) + f * apart / (f**2 + 3 * mean_square),
+        rtol=1e-4, atol=1e-5)
+    eps = 0.4 * own.x + 1
+    positions = trajectories.advance(step, positions, taught, eps, KEY)
+    own, teachers = go(own, eps, KEY), go(teachers, taught[1], KEY)
+    jax.tree.map(np.testing.assert_array_equal, positions,
+                 trajectories_lib.Both(teachers, own))
 
 
 def test_what_cannot_be_steered():

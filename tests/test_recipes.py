@@ -132,3 +132,12 @@ def test_one_entry_is_all_that_a_recipe_takes(monkeypatch):
   assert calibration.expand([calibration.DATA_FREE])[-1] == 'mine'
   with pytest.raises(AssertionError):
     test_docs.test_every_recipe_has_its_row()
+
+
+def test_ranges_of_16_channels_are_for_inputs_alone():
+  recipe = recipes.get('int4_minmax_16')
+  find = lambda fit: fit.quantizer(Seen(), 4, -1)
+  for fit, group in ((recipe.weight, 64), (recipe.nal, 16), (recipe.aal, 16)):
+    assert (find(fit).group, find(fit).bits) == (group, 4)
+    assert not find(fit).fmt.signed
+  assert not recipe.needs

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ import toy
 
 from msfp_jax import data
 from msfp_jax import diffusion
+from msfp_jax.kernels import apply as apply_lib
 from msfp_jax.metrics import similarity
+from msfp_jax.quant.around import Around
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.quant.quantizers import Full
 from msfp_jax.report import page
@@ -67,10 +70,10 @@ CASES = [
     (('layers', 'conv_in', 'restored'), [{'conv_out': BOTH}] * 2),
     (('steps', 0, 'alone'), [ALL, {}]),
     (('steps', 0, 'restored'), [{}, ALL]),
-    (('parts', 'weights', 'alone'), [dict.fromkeys(ALL, WEIGHT)] * 2),
-    (('parts', 'inputs', 'alone'), [dict.fromkeys(ALL, INPUT)] * 2),
-    (('parts', 'out', 'alone'), [{'conv_out': BOTH}] * 2),
-    (('parts', 'out, inputs', 'restored'),
+    (('groups', 'weights', 'alone'), [dict.fromkeys(ALL, WEIGHT)] * 2),
+    (('groups', 'inputs', 'alone'), [dict.fromkeys(ALL, INPUT)] * 2),
+    (('groups', 'out', 'alone'), [{'conv_out': BOTH}] * 2),
+    (('groups', 'out, inputs', 'restored'),
      [{'conv_in': BOTH, 'conv_out': WEIGHT}] * 2),
 ]
 
@@ -94,8 +97,77 @@ def test_all_of_it_is_what_the_model_samples(deployed, found):
       images(deployed, {}, {})), abs=0.02)
   # What is in full precision, and its role, costs nothing and has no row.
   assert set(found['layers']) == {'conv_in', 'conv_out'}
-  assert not any('time' in part for part in found['parts'])
+  assert not any('time' in part for part in found['groups'])
   assert len(found['steps']) == 2
+
+
+def test_packed_weights_cost_the_same(deployed, found):
+  other = sensitivity.Sensitivity(
+      toy.Toy(), toy.params(), toy.plan(), X, key=KEY).of(
+          deployed.packed(), ROLES)
+  for kind in ('layers', 'steps', 'groups'):
+    for part, cost in found[kind].items():
+      assert other[kind][part] == pytest.approx(cost, abs=0.02)
+
+
+def test_biases_that_were_trained_count(deployed):
+  """Of a layer in full precision too, which then has a row."""
+  moved = toy.params()
+  moved['temb']['bias'] = moved['temb']['bias'] + 0.5
+  model = dataclasses.replace(deployed, params={**deployed.params, **{
+      'temb': moved['temb']}})
+  other = sensitivity.Sensitivity(
+      toy.Toy(), toy.params(), toy.plan(), X, key=KEY).of(model)
+  assert other['quantized'] == pytest.approx(similarity.psnr(
+      np.asarray(data.to_uint8(model.sample(X, key=KEY))),
+      images(deployed, {}, {})), abs=0.02)
+  assert set(other['layers']) == {'conv_in', 'temb', 'conv_out'}
+  assert other['layers']['temb']['alone'] < 40
+
+
+def test_what_stands_around_a_product_stays_with_either_side():
+  """Smoothing, rotation and branch, against the formula in float64."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  kernel, bias, x = normal(8, 4), normal(4), normal(5, 8)
+  around = Around(smooth=jnp.exp(normal(8)), rotation=4,
+                  down=normal(8, 2).astype(jnp.bfloat16),
+                  up=normal(2, 4).astype(jnp.bfloat16))
+  quantizer = toy.quantizer('E2M1')
+  weight = jax.tree.map(lambda part: part[None], toy.Static(
+      quantizer.fmt, jnp.full((1, 4), 0.25)).quantize(
+          around.residual(kernel), axis=-2)).bank(0)
+  layer = QLayer(weight, quantizer, bias + 1, around)
+  neither, inputs, weights, both = sensitivity._ways(
+      layer, {'kernel': kernel, 'bias': bias}, None)
+  module = nn.Dense(4)
+  run = lambda way: np.float64(apply_lib.run_layer(module, x, way))
+  exact = np.float64(x) @ np.float64(kernel) + np.float64(bias)
+  np.testing.assert_allclose(run(neither), exact, rtol=1e-5, atol=1e-5)
+  seen = np.float64(around.input(x))
+  rounded = np.float64(quantizer.fake_quant(around.input(x)))
+  rest, branch = np.float64(around.residual(kernel)), np.float64(
+      around.low_rank())
+  np.testing.assert_allclose(
+      run(inputs), rounded @ rest + seen @ branch + np.float64(bias),
+      rtol=1e-5, atol=1e-5)
+  levels = np.float64(weight.dequantize())
+  np.testing.assert_allclose(
+      run(weights), seen @ (levels + branch) + np.float64(bias) + 1,
+      rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+      run(both), rounded @ levels + seen @ branch + np.float64(bias) + 1,
+      rtol=1e-5, atol=1e-5)
+
+
+def test_samples_that_run_away_are_left_out_and_not_black(deployed):
+  """Bytes would make 0 of NaN, which compares like any image."""
+  broken = dataclasses.replace(deployed, layers=deployed.layers | {
+      'conv_out': deployed.layers['conv_out'].replace(
+          bias=jnp.full((1,), jnp.nan))})
+  with pytest.raises(ValueError, match='NaN'):
+    sensitivity.Sensitivity(
+        toy.Toy(), toy.params(), toy.plan(), X, key=KEY).of(broken)
 
 
 def test_the_report_names_the_worst_and_sorts_by_number():
@@ -104,12 +176,13 @@ def test_the_report_names_the_worst_and_sorts_by_number():
   rows = [{'name': 'fp'}, {'name': 'mine', 'sensitivity': {
       'images': 4, 'quantized': 20.0, 'layers': layers,
       'steps': {'0: t = 750': cost(30.0, 20.5)},
-      'parts': {'inputs': cost(21.0, 27.0), 'weights': cost(27.0, 21.0)}}}]
+      'groups': {'inputs': cost(21.0, 27.0), 'weights': cost(27.0, 21.0)}}}]
   source = types.SimpleNamespace(results={'rows': rows}, row='mine')
   made = section_lib.section(source)
   text = made.content['text']
-  assert '20.0 dB, 27.0 dB with its weights alone and 21.0 dB with' in text
-  worst, best = text.split('Least by')
+  assert ('20.0 dB with all of it quantized, 27.0 dB with its weights alone '
+          'and 21.0 dB with its inputs alone') in text
+  worst, best = text.split('cost least')
   assert 'layer29 (+3.62 dB)' in worst and 'layer20 (' in worst
   assert 'layer0 (+0.00 dB)' in best and 'layer10 (' not in best
   html = page.render('title', [made])

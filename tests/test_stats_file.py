@@ -166,6 +166,9 @@ def test_a_file_goes_before_what_ships(tmp_path, monkeypatch):
                      "\\], not of 'digits'"):
     stats_file.locate('cifar10', 'digits')
   monkeypatch.chdir(tmp_path)
+  (tmp_path / 'cifar10').mkdir()  # the data
+  assert stats_file.is_shipped('cifar10')
+  (tmp_path / 'cifar10').rmdir()
   (tmp_path / 'cifar10').touch()
   assert not stats_file.is_shipped('cifar10')
   assert stats_file.locate('cifar10', 'digits').name == 'cifar10'

@@ -178,6 +178,18 @@ def test_a_study_or_file_that_is_not_there(tmp_path, text):
     study.load_study(f'{tmp_path}/nope.py:small')
 
 
+def test_what_has_no_place_in_a_table_is_refused(tmp_path, text):
+  get_config, small = study.load_study(text)
+
+  def measuring(variant=''):
+    config = get_config(variant)
+    config.eval.sensitivity_images = 4
+    return config
+
+  with pytest.raises(ValueError, match='sensitivity_images=4.*eval.py'):
+    study.run_seed(measuring, small, 0, str(tmp_path / 'w'))
+
+
 def test_a_file_without_studies():
   with pytest.raises(ValueError, match=r'images.py has no study .* \[\]'):
     study.load_study('configs/images.py:small')

@@ -1,8 +1,11 @@
 """The folder of a run: what it must hold; tests/experiment/ has its claims."""
 
+import json
+
 import ml_collections
 import pytest
 
+from configs import common
 from msfp_jax.base import errors
 from msfp_jax.run import workdir
 
@@ -47,3 +50,20 @@ def test_what_the_checkpoint_said_must_be_as_it_was(tmp_path):
   assert str(error.value).splitlines()[1:] == [
       "  taken.plan: 'a' there, 'b' now",
       '  taken.sampler.offset: 0 there, 1 now']
+
+
+def test_workdirs_from_before_a_field_go_on_with_the_value_it_then_had(
+    tmp_path):
+  """Of a study too, where nothing of the config may change."""
+  config = common.get_config()
+  workdir.prepare(config, str(tmp_path), free=())
+  (tmp_path / 'quant_spec.json').write_text('{}')
+  old = json.loads((tmp_path / 'config.json').read_text())
+  for path in workdir._ONCE:
+    part, field = path.split('.')
+    del old[part][field]
+  (tmp_path / 'config.json').write_text(json.dumps(old))
+  workdir.check(config, str(tmp_path), free=())
+  config.finetune.steer = 0.5
+  with pytest.raises(errors.WorkdirError, match='finetune.steer'):
+    workdir.check(config, str(tmp_path), free=())

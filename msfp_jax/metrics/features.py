@@ -8,6 +8,7 @@ of a set its outputs give, and metrics ask for statistics, never for a network.
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import os
 from typing import NamedTuple
 
 import jax
@@ -175,7 +176,7 @@ def get(name: str, image_shape: tuple[int, int, int], *, weights: str = '',
       weights than expected.
     OSError: Inception's weights are not there and cannot be downloaded.
   """
-  path, key = check(name), name.partition(':')[0]
+  path, key = os.path.expanduser(check(name)), name.partition(':')[0]
   shape = tuple(image_shape)
   if len(shape) != 3 or min(shape) < 1:
     raise ValueError(f'feature network {name!r}: image_shape must be '
@@ -224,7 +225,8 @@ def _squeezenet(image_shape: tuple[int, int, int], path: str,
   return FeatureNetwork(
       name, image_shape, lambda params, images: Outputs(
           squeezenet.apply(name, params, images)), params, batch_size=64,
-      provenance={'weights_sha256': classifier_files.digest(path)})
+      # Of the weights: there is no one file of Caffe's.
+      provenance={'weights_sha256': squeezenet.digest(params)})
 
 
 def _inception(image_shape: tuple[int, int, int], weights: str,
@@ -317,6 +319,6 @@ NETWORKS = {
         'models roughly'),
     'squeezenet': Network(
         _squeezenet, 'the 512 pooled features of SqueezeNet 1.1 for ImageNet '
-        "in that file, torchvision's or (then `squeezenet_caffe`) its authors' "
-        'own, for images of any size', from_file=True),
+        "in that file, torchvision's or (then `squeezenet_caffe`) an .npz of "
+        "its authors' weights, for images of any size", from_file=True),
 }

@@ -1,6 +1,6 @@
 """Scores images against a reference, and against the full-precision model's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from msfp_jax import data
@@ -141,10 +141,7 @@ class Several:
       ValueError: two of one network.
     """
     self._all = [first, *others]
-    names = [scorer.metric for scorer in self._all]
-    if twice := {name for name in names if names.count(name) > 1}:
-      raise ValueError(f'{sorted(twice)} would be measured twice: name each '
-                       'feature network once')
+    check_metrics(scorer.metric for scorer in self._all)
 
   @property
   def provenance(self) -> Mapping[str, Any]:
@@ -163,3 +160,11 @@ class Several:
     for scorer in self._all:
       found |= scorer.score(images)
     return found
+
+
+def check_metrics(names: Iterable[str]) -> None:
+  """Raises ValueError if two networks would give metrics of one name."""
+  names = list(names)
+  if twice := {name for name in names if names.count(name) > 1}:
+    raise ValueError(f'{sorted(twice)} would be measured twice: name each '
+                     'feature network once')

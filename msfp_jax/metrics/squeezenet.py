@@ -7,6 +7,7 @@ Iandola et al., arXiv 1602.07360, version 1.1 of its authors' repository.
 """
 
 from collections.abc import Mapping
+import hashlib
 import os
 import pathlib
 from typing import Any
@@ -67,7 +68,7 @@ def load(path: str | os.PathLike) -> tuple[str, Params]:
     path: torchvision's `squeezenet1_1-b8a52dc0.pth` (or a .safetensors of its
       tensors); or an .npz of the weights that its authors trained with Caffe,
       arrays `LAYER/w` HWIO and `LAYER/b` by Caffe's names, such as
-      `fire2/squeeze1x1/w`.
+      `fire2/squeeze1x1/w`. The classifier behind the features may be there.
 
   Raises:
     FileNotFoundError: nothing at `path`.
@@ -100,7 +101,8 @@ def _read_npz(path):
     if problems := [
         *(f'missing {name} {shape}' for name, shape in wanted.items()
           if name not in held),
-        *(f'unexpected {name}' for name in held if name not in wanted)]:
+        *(f'unexpected {name}' for name in held
+          if name not in wanted and not name.startswith('conv10/'))]:
       raise ValueError('\n  '.join(['other arrays:', *sorted(problems)]))
     found = {name: np.asarray(held[name], np.float32) for name in wanted}
     for name, value in found.items():
@@ -112,6 +114,19 @@ def _read_npz(path):
     layer, leaf = name.rsplit('/', 1)
     params.setdefault(layer, {})[leaves[leaf]] = value
   return params
+
+
+def digest(params: Params) -> str:
+  """SHA-256 of the weights themselves, in whatever file they came.
+
+  Of every layer's kernel and bias, in the order of `shapes`, as little-endian
+  float32.
+  """
+  made = hashlib.sha256()
+  for layer in shapes():
+    for leaf in ('kernel', 'bias'):
+      made.update(np.ascontiguousarray(params[layer][leaf], '<f4').data)
+  return made.hexdigest()
 
 
 def apply(name: str, params: Params, images: jax.Array) -> jax.Array:

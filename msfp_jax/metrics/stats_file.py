@@ -113,7 +113,8 @@ def save(path: str | os.PathLike, reference: Reference) -> None:
 
 def is_shipped(name: str) -> bool:
   """Whether it names statistics of the package, and no file that is there."""
-  return name in _DATA_SETS and not os.path.exists(name)
+  # A folder of that name holds the data, if anything.
+  return name in _DATA_SETS and not os.path.isfile(name)
 
 
 def locate(name: str, network: str) -> pathlib.Path:

@@ -23,7 +23,7 @@ _HIDDEN = 't'
 # What the names in the log mean.
 _MEANINGS = {
     'finetune/loss': 'loss weighted with gamma_t',
-    'finetune/mse': 'MSE of the noise, not weighted'}
+    'finetune/mse': "MSE of the noise to the teacher's, not weighted"}
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 

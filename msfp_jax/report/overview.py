@@ -35,6 +35,9 @@ def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     name = prefix + _NAMES.get(key, key.replace('_', ' '))
     if isinstance(value, Mapping):
       found |= _flat(value, f'{name}: ')
+    elif key == 'more_features':
+      for network in value:
+        found |= _flat(network, f'{network["features"]}: ')
     else:
       found[name] = value
   return found

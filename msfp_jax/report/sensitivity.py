@@ -8,13 +8,13 @@ from msfp_jax.report.section import Source
 
 _FIELD = 'sensitivity'  # of a row of results.json, see `run/sensitivity.py`
 _NAMED = 10  # of the best and the worst layers
-_KINDS = {'layers': 'layer', 'steps': 'step', 'parts': 'part'}
+_KINDS = {'layers': 'layer', 'steps': 'step', 'groups': 'group'}
 # Heading, and what it means.
 COLUMNS = (
     ('#', 'place in the order of execution, of the kind'),
     ('part', 'a layer, a step of the sampler, or the inputs or weights of all '
      'layers or of those of a role'),
-    ('kind', 'layer, step or part'),
+    ('kind', 'layer, step, or group: a role, or one side'),
     ('alone', 'PSNR in dB with this alone quantized'),
     ('restored', 'PSNR in dB with all else quantized'),
     ('gain', 'how much higher that is than with all of it quantized'),
@@ -39,13 +39,22 @@ def section(source: Source) -> Section | None:
 
 def table(found: Mapping[str, Any]) -> list[list[Any]]:
   """The values by part and column."""
-  return [[i, part, kind, cost['alone'], cost['restored'],
-           cost['restored'] - found['quantized']]
+  return [[i, part, kind, cost.get('alone'), cost.get('restored'),
+           _gain(cost, found)]
           for field, kind in _KINDS.items()
           for i, (part, cost) in enumerate(found[field].items(), 1)]
 
 
+def _gain(cost: Mapping[str, float], found: Mapping[str, Any]) -> float | None:
+  """What a part back in full precision brings; None where that ran away."""
+  if 'restored' not in cost:
+    return None
+  return cost['restored'] - found['quantized']
+
+
 def _cell(value: Any) -> dict[str, Any]:
+  if value is None:
+    return {'value': '', 'text': '', 'number': True}
   if isinstance(value, float):
     return {'value': value, 'text': f'{value:.2f}', 'number': True}
   return {'value': value, 'text': str(value), 'number': isinstance(value, int)}
@@ -53,20 +62,23 @@ def _cell(value: Any) -> dict[str, Any]:
 
 def _text(name: str, found: Mapping[str, Any]) -> str:
   """What the table says, in sentences."""
-  whole = found['quantized']
-  sides = [f'{found["parts"][side]["alone"]:.1f} dB with its {side} alone'
-           for side in ('weights', 'inputs')]
+  sides = ' and '.join(
+      f'{found["groups"][side]["alone"]:.1f} dB with its {side} alone'
+      for side in ('weights', 'inputs') if 'alone' in found['groups'][side])
   text = (f'PSNR of {name} to full precision, over {found["images"]} images '
-          f'from the same noise: {whole:.1f} dB, {" and ".join(sides)}. ')
-  gains = {layer: cost['restored'] - whole
-           for layer, cost in found['layers'].items()}
+          f'from the same noise: {found["quantized"]:.1f} dB with all of it '
+          f'quantized{f", {sides}" if sides else ""}. ')
+  gains = {layer: gain for layer, cost in found['layers'].items()
+           if (gain := _gain(cost, found)) is not None}
   order = sorted(gains, key=gains.get, reverse=True)
-  if len(order) < 2 * _NAMED:
-    return text + _said('Most is gained by', order[:_NAMED], gains)
-  return (text + _said('Most is gained by', order[:_NAMED], gains)
-          + _said(' Least by', order[-_NAMED:], gains))
+  # Of few layers all are among the first.
+  text += _said('The layers that cost most', order[:_NAMED], gains)
+  if len(order) > _NAMED:
+    text += ' ' + _said('Those that cost least', order[_NAMED:][-_NAMED:],
+                        gains)
+  return text
 
 
 def _said(begin: str, layers: list[str], gains: Mapping[str, float]) -> str:
-  return (f'{begin} one layer in full precision: ' + ', '.join(
-      f'{layer} ({gains[layer]:+.2f} dB)' for layer in layers) + '.')
+  named = ', '.join(f'{layer} ({gains[layer]:+.2f} dB)' for layer in layers)
+  return f'{begin}, by what one of them in full precision brings: {named}.'

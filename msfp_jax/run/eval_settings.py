@@ -10,9 +10,12 @@ from msfp_jax.metrics import features
 from msfp_jax.metrics import lpips
 from msfp_jax.metrics import preprocess
 from msfp_jax.metrics import registry
+from msfp_jax.metrics import scorer as scorer_lib
 from msfp_jax.metrics import stats_file
 from msfp_jax.run import sample_store
 
+# Networks of which there can be statistics in the package.
+_OF_CIFAR10 = ('resnet56', 'cifar_resnet', 'squeezenet')
 _RULES = {
     **dict.fromkeys(('num_samples', 'batch_size', 'pictures'),
                     arguments.COUNT),
@@ -86,6 +89,17 @@ class EvalSettings:
       raise ValueError(
           f'config.eval.more_references={tuple(self.more_references)}: must be '
           f'one for each of more_features={tuple(self.more_features)}, or none')
+    references = (self.reference, *(
+        self.more_references or ('',) * len(self.more_features)))
+    for name, file in zip((self.features, *self.more_features), references,
+                          strict=True):
+      # The one thing about a reference that is known without a network.
+      if stats_file.is_shipped(file) and name.partition(':')[0] not in (
+          _OF_CIFAR10):
+        raise ValueError(
+            f'the statistics {file!r} that ship with the package are of '
+            f'{_OF_CIFAR10}, not of {name!r}: name a file of statistics, or '
+            "'' for those of the data")
 
 
 def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
@@ -95,8 +109,13 @@ def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
     ValueError: a batch that the devices cannot share, or an unknown network.
     FileNotFoundError: a reference or weights that are not there.
   """
-  (layout or devices.layout()).check_batch(
-      'config.eval.batch_size', cfg.batch_size)
+  layout = layout or devices.layout()
+  layout.check_batch('config.eval.batch_size', cfg.batch_size)
+  if cfg.sensitivity_images and layout.num_sharing > 1:
+    raise ValueError(
+        f'config.eval.sensitivity_images={cfg.sensitivity_images}: is measured '
+        f'on one device, which config.mesh.model={layout.num_sharing} says '
+        'cannot hold the model')
   for field, file in (('reference', cfg.reference),
                       ('features', features.check(cfg.features)),
                       *(('more_features', features.check(name))
@@ -113,10 +132,16 @@ def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
 
 def feature_networks(cfg: EvalSettings, image_shape: tuple[int, int, int]
                      ) -> list[features.FeatureNetwork]:
-  """The networks that are asked for, on images of (H, W, C)."""
-  return [features.get(name, image_shape, weights=cfg.inception,
-                       preprocessing=cfg.preprocessing)
-          for name in (cfg.features, *cfg.more_features)]
+  """The networks that are asked for, on images of (H, W, C).
+
+  Raises:
+    ValueError: see `features.get`; or two names of one network.
+  """
+  found = [features.get(name, image_shape, weights=cfg.inception,
+                        preprocessing=cfg.preprocessing)
+           for name in (cfg.features, *cfg.more_features)]
+  scorer_lib.check_metrics(network.metric for network in found)
+  return found
 
 
 def pair_network(cfg: EvalSettings, image_shape: tuple[int, int, int]

@@ -17,10 +17,8 @@ from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import pictures
 from msfp_jax.base import seal
-from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import results as results_lib
 from msfp_jax.metrics import scorer as scorer_lib
-from msfp_jax.metrics import stats_file
 from msfp_jax.report import grid
 from msfp_jax.run import cluster
 from msfp_jax.run import draws
@@ -131,8 +129,9 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
       lambda: workdir_lib.prepare(config, workdir, taken=experiment.taken))
   if cfg.num_samples < scorer.least_samples:
     raise ValueError(
-        f'config.eval.num_samples={cfg.num_samples}: features '
-        f'{cfg.features!r} need at least {scorer.least_samples} images')
+        f'config.eval.num_samples={cfg.num_samples}: metrics of '
+        f'{", ".join((cfg.features, *cfg.more_features))} need at least '
+        f'{scorer.least_samples} images')
   # First, asked for or not: the scorer compares all later rows with these
   # images.
   names = [methods_lib.FULL_PRECISION] + [
@@ -190,7 +189,7 @@ def _reported(experiment: experiment_lib.Experiment, batch_size: int,
 
 def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                      source: tuple[str, str], folder: pathlib.Path,
-                     prepare: Callable[[], Any]) -> scorer_lib.Scorer:
+                     prepare: Callable[[], Any]) -> scorer_lib.Several:
   """The scorer; what can be refused is refused before samples are deleted.
 
   Args:
@@ -204,13 +203,11 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
   networks = eval_settings.feature_networks(cfg, experiment.image_shape)
   pair_network = eval_settings.pair_network(cfg, experiment.image_shape)
   name, path = source
-  make = lambda: references.scorer_of(
-      cfg, networks, pair_network, images, dataset=path or name, folder=folder,
-      needed=experiment.prompts is None)
   # A reference file may be of another network, and without data there may be
   # none: to be known before `claim`. Statistics of the data are measured after
   # it, into the folder that it may delete.
-  scorer = make() if cfg.reference or images is None else None
+  given = references.read_given(
+      cfg, networks, images, needed=experiment.prompts is None)
   samples = {
       # Not of the config alone: the rest is as the checkpoint has it.
       'plan': experiment.plan.to_dict(),
@@ -224,23 +221,14 @@ def _claim_and_score(experiment: experiment_lib.Experiment, cfg: EvalSettings,
       'network': networks[0].provenance,
       'more': [network.provenance for network in networks[1:]],
       **({'pairs': pair_network.provenance} if pair_network else {}),
-      'references': [
-          _identified(file, network.name, source, images)
-          for file, network in zip(
-              (cfg.reference, *(cfg.more_references or ('',) * len(
-                  cfg.more_features))), networks, strict=True)]}
+      'references': references.identities(cfg, networks, [
+          *source, *(() if images is None else images.shape)])}
   prepare()
   devices.by_first(lambda: sample_store.claim(folder, samples, scores),
                    'the samples are claimed')
-  return scorer or make()
-
-
-def _identified(file: str, network: str, source: tuple[str, str],
-                images: Any) -> Any:
-  """What tells a reference from another: the file's digest, or the data."""
-  if file:
-    return classifier_files.digest(stats_file.locate(file, network))
-  return [*source, *(() if images is None else images.shape)]
+  return references.scorer_of(
+      cfg, networks, pair_network, images, given, dataset=path or name,
+      folder=folder)
 
 
 def _sharing(layout: devices.Layout) -> dict[str, int]:
@@ -258,7 +246,7 @@ def _store(experiment: experiment_lib.Experiment, cfg: EvalSettings,
 
 def _evaluate_row(experiment: experiment_lib.Experiment, cfg: EvalSettings,
                   workdir: str, name: str, samples: sample_store.SampleStore,
-                  scorer: scorer_lib.Scorer, meter: measure.Meter
+                  scorer: scorer_lib.Several, meter: measure.Meter
                   ) -> tuple[dict[str, Any], methods_lib.Row | None]:
   """The row of results.json; draws what is missing of the samples.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import os
 import pathlib
+from typing import Any
 
 from absl import logging
 
@@ -103,35 +104,88 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
   return found
 
 
-def scorer_of(cfg: eval_settings.EvalSettings,
-              networks: Sequence[features.FeatureNetwork],
-              pair_network: lpips.Lpips | None, images: data.Images | None, *,
-              dataset: str, folder: pathlib.Path | None = None,
-              needed: bool = True) -> scorer_lib.Several:
-  """Scores by all networks, each against statistics of its own.
+def read_given(cfg: eval_settings.EvalSettings,
+               networks: Sequence[features.FeatureNetwork],
+               images: data.Images | None, needed: bool = True
+               ) -> list[stats_file.Reference | None]:
+  """What needs no data: statistics that files hold, checked, by network.
 
   Args:
     cfg: with a file of statistics for each network, or none.
     networks: of `eval_settings.feature_networks`.
-    pair_network: of `eval_settings.pair_network`.
     images: the data; None where there are none.
-    dataset: the data's name, for the record.
-    folder: where statistics of the data are kept, and looked for.
     needed: as of `reference_of`.
+
+  Returns:
+    None for those that the data have to be measured for.
 
   Raises:
     ValueError: see `reference_of` and `scorer.Scorer`.
   """
-  others = cfg.more_references or [''] * len(cfg.more_features)
+  found = []
+  for network, file in zip(networks, _files(cfg), strict=True):
+    if not file and images is not None:
+      found.append(None)
+      continue
+    reference = reference_of(None, network, dataset='', file=file,
+                             num_vectors=cfg.vectors, needed=needed)
+    scorer_lib.Scorer(network, reference)  # of other features: refused
+    found.append(reference)
+  return found
+
+
+def scorer_of(cfg: eval_settings.EvalSettings,
+              networks: Sequence[features.FeatureNetwork],
+              pair_network: lpips.Lpips | None, images: data.Images | None,
+              given: Sequence[stats_file.Reference | None], *, dataset: str,
+              folder: pathlib.Path | None = None) -> scorer_lib.Several:
+  """Scores by all networks, each against statistics of its own.
+
+  Args:
+    cfg: says how many vectors are kept of the data.
+    networks: of `eval_settings.feature_networks`.
+    pair_network: of `eval_settings.pair_network`.
+    images: the data; None where none of them is needed.
+    given: of `read_given`.
+    dataset: the data's name, for the record.
+    folder: where statistics of the data are kept, and looked for.
+
+  Raises:
+    ValueError: see `scorer.Scorer`.
+  """
   scorers = []
-  for number, (network, file) in enumerate(
-      zip(networks, (cfg.reference, *others), strict=True)):
-    name = f'reference_{number}.npz' if number else 'reference.npz'
-    scorers.append(scorer_lib.Scorer(network, reference_of(
-        images, network, dataset=dataset, file=file, num_vectors=cfg.vectors,
-        path=folder and folder / name, needed=needed),
-        None if number else pair_network, named_only=number > 0))
+  for network, reference in zip(networks, given, strict=True):
+    first = not scorers
+    if reference is None:
+      name = 'reference' if first else f'reference_{network.metric}'
+      reference = reference_of(
+          images, network, dataset=dataset, num_vectors=cfg.vectors,
+          path=folder and folder / f'{name}.npz')
+    scorers.append(scorer_lib.Scorer(
+        network, reference, pair_network if first else None,
+        named_only=not first))
   return scorer_lib.Several(scorers[0], scorers[1:])
+
+
+def _files(cfg: eval_settings.EvalSettings) -> tuple[str, ...]:
+  """Of statistics, one for each network; '' for those of the data."""
+  return (cfg.reference,
+          *(cfg.more_references or ('',) * len(cfg.more_features)))
+
+
+def identities(cfg: eval_settings.EvalSettings,
+               networks: Sequence[features.FeatureNetwork],
+               source: Sequence[Any]) -> list[Any]:
+  """What tells references from others: files' digests, or the data.
+
+  Args:
+    cfg: names the files.
+    networks: whose they are.
+    source: what tells data from others.
+  """
+  return [classifier_files.digest(stats_file.locate(file, network.name))
+          if file else list(source)
+          for file, network in zip(_files(cfg), networks, strict=True)]
 
 
 def _read(file: pathlib.Path, num_vectors: int) -> stats_file.Reference:

@@ -51,7 +51,7 @@ def claim(folder: pathlib.Path, samples: dict[str, Any],
   # Samples are the dear part: where only metrics changed, they stay.
   if same[0]:
     logging.info('going on with the samples in %s, measured anew', folder)
-    for path in (folder / 'scores.json', folder / 'reference.npz',
+    for path in (folder / 'scores.json', *folder.glob('reference*.npz'),
                  *folder.glob(f'*{ROW}')):
       path.unlink(missing_ok=True)
   else:

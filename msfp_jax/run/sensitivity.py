@@ -4,10 +4,11 @@
     restored   this part in full precision, all else quantized
 
 Both are PSNR to full precision's images from the same noise. Parts are layers,
-steps of the sampler, roles of layers, and of these and of all layers the
-weights and the inputs. Unlike `layer_error`, which looks at a layer's output,
-this is what arrives in the end: errors that later layers and steps forgive
-cost nothing, and those that they amplify cost more.
+steps of the sampler, and groups: roles of layers, and of these and of all
+layers the weights (with biases that were trained) and the inputs. Unlike
+`layer_error`, which looks at a layer's output, this is what arrives in the end:
+errors that later layers and steps forgive cost nothing, and those that they
+amplify cost more.
 """
 
 from collections.abc import Callable, Mapping
@@ -70,34 +71,52 @@ class Sensitivity:
 
     Returns:
       {'images': B, 'quantized': dB with all of it quantized, and 'layers',
-      'steps', 'parts': {part: {'alone': dB, 'restored': dB}}}; steps are named
-      by their timesteps. Layers in full precision are left out.
+      'steps', 'groups': {part: {'alone': dB, 'restored': dB}}}; steps are named
+      by their timesteps. Layers that are the teacher's are left out, and what
+      would be of samples that are NaN or infinite, as mixtures may be.
+
+    Raises:
+      ValueError: the model's own samples are.
     """
     layers = [layer for layer, found in deployed.layers.items()
-              if found.weight is not None or not found.input.is_full]
+              if found.weight is not None or not found.input.is_full
+              or self._is_moved(deployed, layer)]
     parts = {kind: _masks(kind, layers, self._plan, roles or {})
-             for kind in ('layers', 'steps', 'parts')}
+             for kind in ('layers', 'steps', 'groups')}
     run = self._images_of(deployed, layers)
     nothing = np.zeros((self._plan.num_steps, len(layers), len(SIDES)), bool)
-    full = run(nothing)
-    compare = lambda mask: round(float(np.mean(
-        similarity.decibels(run(mask), full))), 3)
+    full, whole = run(nothing), run(~nothing)
+    if full is None or whole is None:
+      raise ValueError(f'sensitivity {name}: samples are NaN or infinite; the '
+                       'model is damaged')
     progress = progress_lib.Progress(
         f'sensitivity {name}'.rstrip() + ', parts',
         sum(map(len, parts.values())), unit='parts', compiles=True)
-    found = {'images': len(self._noise), 'quantized': compare(~nothing)}
+    found = {'images': len(self._noise), 'quantized': _psnr(whole, full)}
     done = 0
     for kind, masks in parts.items():
       found[kind] = {}
       for part, mask in masks.items():
+        images = {'alone': run(mask), 'restored': run(~mask)}
         found[kind][part] = {
-            'alone': compare(mask), 'restored': compare(~mask)}
+            way: _psnr(made, full) for way, made in images.items()
+            if made is not None}
         progress.update(done := done + 1)
     return found
 
+  def _is_moved(self, deployed: packed_lib.PackedModel, name: str) -> bool:
+    """Whether a layer in full precision has another bias than the teacher's.
+    """
+    own = interception.leaves(self._params, 'bias').get(name)
+    there = interception.leaves(deployed.params, 'bias').get(name)
+    return there is not None and not np.array_equal(own, there)
+
   def _images_of(self, deployed: packed_lib.PackedModel, layers: list[str]
-                 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A mask `[S, layers, SIDES]` of what is quantized -> uint8 images."""
+                 ) -> Callable[[np.ndarray], np.ndarray | None]:
+    """A mask `[S, layers, SIDES]` of what is quantized -> uint8 images.
+
+    None of samples that are NaN or infinite, which bytes would hide.
+    """
     # One program for all masks, which are an argument of it: to compile
     # hundreds would take longer than to run them.
     @functools.partial(jax.jit, compiler_options=kernels.compiler_options())
@@ -111,14 +130,18 @@ class Sensitivity:
 
       return diffusion.sample(predict, self._plan, noise, key)
 
-    def run(mask: np.ndarray) -> np.ndarray:
+    def run(mask: np.ndarray) -> np.ndarray | None:
       codes = np.int32(mask @ (1 << np.arange(len(SIDES))))
       x = draw(deployed.arrays, self._params, codes, self._noise,
                self._condition, self._key)
-      return np.asarray(data.to_uint8(
-          x if self._decode is None else self._decode(x)))
+      x = x if self._decode is None else self._decode(x)
+      return np.asarray(data.to_uint8(x)) if np.isfinite(x).all() else None
 
     return run
+
+
+def _psnr(images: np.ndarray, full: np.ndarray) -> float:
+  return round(float(np.mean(similarity.decibels(images, full))), 3)
 
 
 def _masks(kind: str, layers: list[str], plan: diffusion.SamplerPlan,
@@ -159,23 +182,27 @@ def _visit(model: packed_lib.PackedModel, params: Any, layers: list[str],
          if name in (found := interception.leaves(params, kind))}
   # By one product all of them, as that of the module itself cannot be called in
   # a branch: a program of its own, in which Flax's modules do not run.
+  bias = interception.leaves(model.params, 'bias').get(name)
   branches = [functools.partial(apply_lib.run_layer, module, layer=way)
-              for way in _ways(layer, own)]
+              for way in _ways(layer, own, bias)]
   return jax.lax.switch(codes[index, layers.index(name)], branches, x)
 
 
-def _ways(layer: QLayer, own: Mapping[str, jax.Array]) -> list[QLayer]:
+def _ways(layer: QLayer, own: Mapping[str, jax.Array],
+          trained: jax.Array | None) -> list[QLayer]:
   """The layer with neither side quantized, its input, its weights, both.
 
   Args:
     layer: with one set of weights.
     own: the teacher's kernel and bias.
+    trained: the model's bias, of a layer that has none with its weights.
   """
   kernel, bias = own['kernel'], own.get('bias')
   neither = QLayer(Latent(kernel, Full()), bias=bias)
   if layer.weight is None:
-    quantized = neither.replace(input=layer.input)
-    return [neither, quantized, neither, quantized]
+    moved = neither.replace(bias=bias if trained is None else trained)
+    return [neither, neither.replace(input=layer.input), moved,
+            moved.replace(input=layer.input)]
   # The teacher's weights as the product sees them.
   alone = layer.replace(
       weight=Latent(layer.around.residual(kernel), Full()), bias=bias,

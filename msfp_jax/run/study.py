@@ -96,6 +96,10 @@ def run_seed(get_config: GetConfig, study: dict[str, Any], seed: int,
   # study now, and not after a night.
   cfg = eval_settings.EvalSettings(**base.eval)
   eval_settings.check(cfg)
+  if cfg.sensitivity_images:
+    raise ValueError(
+        f'config.eval.sensitivity_images={cfg.sensitivity_images}: a study '
+        'has one number in a cell; eval.py measures it')
   todo = _not_done(get_config, base, wanted)
   if not todo:
     return
@@ -115,10 +119,12 @@ def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
               seed: int, workdir: str) -> None:
   """Runs those rows of a seed that have no result yet."""
   experiment = experiment_lib.load(base, workdir)
+  networks = eval_settings.feature_networks(cfg, experiment.image_shape)
   scorer = references.scorer_of(
-      cfg, eval_settings.feature_networks(cfg, experiment.image_shape),
-      eval_settings.pair_network(cfg, experiment.image_shape),
-      experiment.images, dataset=base.data.path or base.data.name)
+      cfg, networks, eval_settings.pair_network(cfg, experiment.image_shape),
+      experiment.images,
+      references.read_given(cfg, networks, experiment.images),
+      dataset=base.data.path or base.data.name)
   experiment = experiment.looking_ahead(
       config.quant.recipe for config in todo.values())
   # How long a model takes does not depend on the seed.

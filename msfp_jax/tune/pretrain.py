@@ -352,7 +352,8 @@ def run(model: unet.UNet, images: data.Images,
         writer=writer, save_every=settings.save_every,
         log_every=settings.log_every, on_step=on_step,
         images_per_step=settings.batch_size, layout=layout,
-        measure=lambda: speed.of(step, settings.dtype),
+        measure=lambda: speed.of(
+            step, settings.dtype, settings.accumulate),
         shardings=layout.of_weights, prepare=lambda state: memory_lib.check(
             'pretrain', step, state, limit=memory,
             remedies=memory_lib.remedies(

@@ -19,7 +19,7 @@ class Speed:
 
   Attributes:
     flops: of a step on one device, by the compiler's count; 0: not known.
-    peak: FLOP/s of one device, as measured.
+    peak: FLOP/s of one device, as measured; 0 if that was of no use.
   """
 
   flops: float
@@ -27,26 +27,28 @@ class Speed:
 
   def share(self, steps_per_second: float) -> str:
     """'22% of 506 GFLOP/s'; '' where it is not known."""
-    if not self.flops:
+    if not (self.flops and self.peak):
       return ''
     percent = 100 * self.flops * steps_per_second / self.peak
     return f'{percent:.0f}% of {self.peak / 1e9:.0f} GFLOP/s'
 
 
-def of(step: Any, dtype: str) -> Speed:
+def of(step: Any, dtype: str, accumulate: int = 1) -> Speed:
   """Measures the device, in a fraction of a second.
 
   Args:
     step: a `step.Step`, compiled.
     dtype: that it computes in.
+    accumulate: parts that it computes a batch in, which compilers count once.
   """
-  flops = 0.0
-  if isinstance(step.update, jax.stages.Compiled):
-    flops = (step.update.cost_analysis() or {}).get('flops', 0.0)
   # Devices of one CPU share its cores, of which a step on all of them gets no
   # part that could be told.
   several = jax.default_backend() == 'cpu' and jax.local_device_count() > 1
-  return Speed(0.0 if several else flops, peak(dtype))
+  flops = 0.0
+  if (isinstance(step.update, jax.stages.Compiled) and accumulate == 1
+      and not several):
+    flops = (step.update.cost_analysis() or {}).get('flops', 0.0)
+  return Speed(flops, peak(dtype) if flops else 0.0)
 
 
 def peak(dtype: str) -> float:
@@ -57,7 +59,10 @@ def peak(dtype: str) -> float:
   product = jax.jit(jnp.matmul).lower(x, x).compile()
   jax.block_until_ready(product(x, x))
   least, until = float('inf'), time.perf_counter() + _LONG_ENOUGH
-  while (begin := time.perf_counter()) < until:
+  while True:  # once at least, however long this process was paused
+    begin = time.perf_counter()
     jax.block_until_ready(product(x, x))
     least = min(least, time.perf_counter() - begin)
+    if time.perf_counter() > until:
+      break
   return 2 * side**3 / least

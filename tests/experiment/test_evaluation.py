@@ -157,7 +157,38 @@ def test_each_measurement_alone_is_part_of_the_claim(
   assert len(claims) == len(alone)
 
 
-def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
+@pytest.mark.filterwarnings(
+    'ignore::msfp_jax.metrics.frechet.FewSamplesWarning')
+def test_statistics_of_other_data_are_measured_anew_by_every_network(
+    copy, tmp_path, npz, monkeypatch, squeezenet):
+  """Stopped once they were measured; then the data are others."""
+  monkeypatch.setattr(evaluate, '_evaluate_row', stop)
+  other = tmp_path / 'other.npz'
+  np.savez(other, runs.smooth(60, 8, 8, 1, seed=9))
+  changes = {'eval.more_features': (f'squeezenet:{squeezenet}',)}
+  folder, found = copy / 'eval', []
+  for data in (npz, npz, str(other)):
+    config = runs.config_of(npz, changes)
+    config.data.path = data
+    config.to_dict()
+    monkeypatch.setattr(evaluate.workdir_lib, 'prepare', lambda *_, **__: None)
+    monkeypatch.setattr(evaluate.workdir_lib, 'check', lambda *_, **__: None)
+    with pytest.raises(Stopped):
+      evaluate.run(config, str(copy))
+    found.append({path.name: path.read_bytes()
+                  for path in folder.glob('reference*.npz')})
+  first, again, of_others = found
+  assert len(first) == 2 and again == first
+  assert of_others.keys() == first.keys()
+  assert all(of_others[name] != first[name] for name in first)
+
+
+def stop(*unused):
+  raise Stopped
+
+
+def test_what_is_refused_deletes_no_samples(
+    stopped, npz, tmp_path, squeezenet):
   before = runs.contents(stopped / 'eval')
   np.savez(tmp_path / 'other.npz', mu=np.zeros(3), sigma=np.eye(3))
   weights = tmp_path / 'alex.safetensors'
@@ -166,6 +197,9 @@ def test_what_is_refused_deletes_no_samples(stopped, npz, tmp_path):
       ({'eval.reference': 'nowhere.npz'}, 'nowhere.npz'),
       ({'eval.reference': str(tmp_path / 'other.npz')}, '3 features there'),
       ({'eval.features': 'nope'}, "'nope'"),
+      ({'eval.more_features': (f'squeezenet:{squeezenet}',),
+        'eval.more_references': (str(tmp_path / 'other.npz'),)},
+       '3 features there'),
       ({'eval.vectors': 3}, 'config.eval.vectors=3: must be 0 or at least 4'),
       ({'eval.vectors': -1}, 'config.eval.vectors=-1'),
       ({'eval.pictures': 0}, 'config.eval.pictures=0'),

@@ -115,6 +115,7 @@ def test_before_a_teacher_trains(tmp_path, npz, refused, changes, parts):
         'no.npz', 'config.eval.more_features')),
     ({'eval.more_features': ('random',)}, ("'random' one is named twice",)),
     ({'eval.more_references': ('a.npz',)}, ('one for each of more_feat',)),
+    ({'eval.reference': 'cifar10'}, ("'cifar10'", 'resnet56', "'random'")),
     ({'eval.more_features': ('digits',), 'eval.more_references': ('no.npz',)},
      ('no.npz', 'config.eval.more_references')),
     ({'eval.inception': 'no.pth'}, ('no.pth', 'config.eval.inception')),
