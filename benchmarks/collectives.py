@@ -27,11 +27,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r'\bcondition=%?([\w.-]+)')
 _BOUND = re.compile(r' = [su]\d+\[\]\S* constant\((\d+)\)')
 # Who exchanges with whom: lists of devices; of 2 groups of 4, [2,4]<=[8]; or
-# by axes of a mesh, mesh['a'=2,'b'=4] {'b'}.
-_GROUPS = re.compile(r'replica_groups=(\S.*?)(?:, [a-z_]+=|$)')
+# by axes of a mesh, mesh['a'=2,'b'=4] {'b'}, perhaps with the order of devices.
+_GROUPS = re.compile(
+    r'replica_groups=(\S.*?)(?:, (?!device_ids=)[a-z_]+=|$)')
 _LISTS = re.compile(r'\{\{([\d,]+)\}')
 _COUNTS = re.compile(r'\[\d+,(\d+)\]<=')
-_MESH = re.compile(r"mesh\[(.*?)\] \{(.*?)\}")
+_MESH = re.compile(
+    r"mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{(.*?)\}")
 
 
 @dataclasses.dataclass(frozen=True)

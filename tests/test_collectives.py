@@ -47,7 +47,7 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %ended = f32[8]{0} all-gather-done(%begun)
   %scattered = f32[40,3]{1,0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.1
   %kept = f32[5]{0} reduce-scatter(%e), replica_groups={{0,1},{2,3}}, to_apply=%add
-  ROOT %turned = s4[8,10]{1,0} all-to-all(%f), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, dimensions={0}
+  ROOT %turned = s4[8,10]{1,0} all-to-all(%f), replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'a','c'}, dimensions={0}
 }
 '''  # noqa: E501 - a line is an instruction
 
