@@ -1,6 +1,7 @@
 """What parts of a model cost, against models that have only those parts."""
 
 import dataclasses
+import functools
 import types
 
 import flax.linen as nn
@@ -65,14 +66,15 @@ def both(deployed, parts):
 
 
 ALL = {'conv_in': BOTH, 'conv_out': BOTH}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CASES = [
     (('layers', 'conv_in', 'alone'), [{'conv_in': BOTH}] * 2),
-    (('layers', 'conv_in', 'restored'), [{'conv_out': BOTH}] * 2),
-    (('steps', 0, 'alone'), [ALL, {}]),
+    slow(('layers', 'conv_in', 'restored'), [{'conv_out': BOTH}] * 2),
+    slow(('steps', 0, 'alone'), [ALL, {}]),
     (('steps', 0, 'restored'), [{}, ALL]),
     (('groups', 'weights', 'alone'), [dict.fromkeys(ALL, WEIGHT)] * 2),
     (('groups', 'inputs', 'alone'), [dict.fromkeys(ALL, INPUT)] * 2),
-    (('groups', 'out', 'alone'), [{'conv_out': BOTH}] * 2),
+    slow(('groups', 'out', 'alone'), [{'conv_out': BOTH}] * 2),
     (('groups', 'out, inputs', 'restored'),
      [{'conv_in': BOTH, 'conv_out': WEIGHT}] * 2),
 ]
@@ -101,6 +103,7 @@ def test_all_of_it_is_what_the_model_samples(deployed, found):
   assert len(found['steps']) == 2
 
 
+@pytest.mark.slow
 def test_packed_weights_cost_the_same(deployed, found):
   other = sensitivity.Sensitivity(
       toy.Toy(), toy.params(), toy.plan(), X, key=KEY).of(

@@ -157,6 +157,7 @@ def test_each_measurement_alone_is_part_of_the_claim(
   assert len(claims) == len(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     'ignore::msfp_jax.metrics.frechet.FewSamplesWarning')
 def test_statistics_of_other_data_are_measured_anew_by_every_network(
