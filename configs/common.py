@@ -28,6 +28,7 @@ SMOKE = {
     'finetune.save_every': 8, 'finetune.log_every': 1,
     'eval.num_samples': 160, 'eval.batch_size': 80,
     'eval.rows': ('fp', 'tuned'), 'eval.features': 'random',
+    'eval.reference': '',
     'eval.vectors': 100, 'eval.report': False}
 
 # Words of the ablation, of experiments that have one.
