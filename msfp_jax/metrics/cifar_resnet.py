@@ -17,6 +17,7 @@ import numpy as np
 
 from msfp_jax.base import seal
 from msfp_jax.metrics import classifier_files
+from msfp_jax.metrics.convolution import convolve
 
 # ResNet-56, which has 93.39 % of CIFAR-10's test images right.
 WEIGHTS = pathlib.Path(__file__).with_name('cifar_resnet56.safetensors')
@@ -80,14 +81,14 @@ def state_shapes(blocks: int) -> dict[str, tuple[int, ...]]:
 def apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Runs the network on uint8 `[N, 32, 32, 3]`; features and logits."""
   x = (images.astype(jnp.float32) / 255 - _MEAN) / _STD
-  x = jax.nn.relu(_convolve(params['stem'], x))
+  x = jax.nn.relu(convolve(params['stem'], x, padding=1))
   for first, second in params['blocks']:
     # Option A of the paper: where channels double, the shortcut takes every
     # other pixel and is padded with channels of zeros.
     added = first['kernel'].shape[-1] - x.shape[-1]
     stride = 2 if added else 1
-    y = jax.nn.relu(_convolve(first, x, stride))
-    y = _convolve(second, y)
+    y = jax.nn.relu(convolve(first, x, stride, padding=1))
+    y = convolve(second, y, padding=1)
     sides = (added // 2, added - added // 2)
     shortcut = jnp.pad(
         x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), sides))
@@ -96,11 +97,3 @@ def apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   logits = jnp.matmul(
       features, params['linear']['kernel'], precision='highest')
   return features, logits + params['linear']['bias']
-
-
-def _convolve(layer, x, stride=1):
-  return layer['bias'] + jax.lax.conv_general_dilated(
-      x, layer['kernel'], (stride, stride), [(1, 1), (1, 1)],
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      # A distance must not depend on the device that it is measured on.
-      precision=jax.lax.Precision.HIGHEST)

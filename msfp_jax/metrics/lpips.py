@@ -22,6 +22,7 @@ from msfp_jax import data
 from msfp_jax.base import seal
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import similarity
+from msfp_jax.metrics.convolution import convolve
 
 # Of the channels of every layer, both trunks': published with LPIPS 0.1 (see
 # lpips_LICENSE.txt); {trunk}.{layer}, float32 `[C]`.
@@ -244,12 +245,7 @@ def _features(name, params, images):
       x = jax.lax.reduce_window(
           x, -jnp.inf, jax.lax.max, (1, trunk.pool, trunk.pool, 1),
           (1, 2, 2, 1), 'VALID')
-    x = jax.nn.relu(leaves['bias'] + jax.lax.conv_general_dilated(
-        x, leaves['kernel'], (layer.stride, layer.stride),
-        [(layer.padding, layer.padding)] * 2,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        # A distance must not depend on the device that it is measured on.
-        precision=jax.lax.Precision.HIGHEST))
+    x = jax.nn.relu(convolve(leaves, x, layer.stride, layer.padding))
     if layer.taken:
       length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
       found.append(x / (length + _EPSILON))

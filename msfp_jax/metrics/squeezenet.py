@@ -18,6 +18,7 @@ import numpy as np
 
 from msfp_jax.base import npz
 from msfp_jax.metrics import classifier_files
+from msfp_jax.metrics.convolution import convolve
 
 # Images are resized to it. Every pool then ends with its last pixel: Caffe,
 # PyTorch and Keras, which round sizes differently, agree.
@@ -27,8 +28,6 @@ SIDE = 128
 _FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128), 6: (48, 192),
           7: (48, 192), 8: (64, 256), 9: (64, 256)}
 _POOLED = (2, 4, 6)
-_PARTS = {'squeeze1x1': 'squeeze', 'expand1x1': 'expand1x1',
-          'expand3x3': 'expand3x3'}
 # torchvision counts pools and ReLUs too: fire i is features.INDEX[i].
 _INDEX = {2: 3, 3: 4, 4: 6, 5: 7, 6: 9, 7: 10, 8: 11, 9: 12}
 
@@ -58,7 +57,8 @@ def _torchvision_name(layer: str) -> str:
   if layer == 'conv1':
     return 'features.0'
   fire, part = layer.split('/')
-  return f'features.{_INDEX[int(fire[4:])]}.{_PARTS[part]}'
+  part = part.replace('squeeze1x1', 'squeeze')
+  return f'features.{_INDEX[int(fire[4:])]}.{part}'
 
 
 def load(path: str | os.PathLike) -> tuple[str, Params]:
@@ -144,21 +144,13 @@ def apply(name: str, params: Params, images: jax.Array) -> jax.Array:
   x = jnp.broadcast_to(x, (*x.shape[:3], 3))
   x = x[..., ::-1] if blue_first else x
   x = (x - np.float32(mean)) * np.float32(factor)
-  x = jax.nn.relu(_convolve(params['conv1'], x, stride=2))
+  x = jax.nn.relu(convolve(params['conv1'], x, stride=2))
   for i in _FIRES:
     if i in _POOLED:
       x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1),
                                 (1, 2, 2, 1), 'VALID')
-    few = jax.nn.relu(_convolve(params[f'fire{i}/squeeze1x1'], x))
+    few = jax.nn.relu(convolve(params[f'fire{i}/squeeze1x1'], x))
     x = jax.nn.relu(jnp.concatenate([
-        _convolve(params[f'fire{i}/expand1x1'], few),
-        _convolve(params[f'fire{i}/expand3x3'], few, padding=1)], axis=-1))
+        convolve(params[f'fire{i}/expand1x1'], few),
+        convolve(params[f'fire{i}/expand3x3'], few, padding=1)], axis=-1))
   return x.mean(axis=(1, 2))
-
-
-def _convolve(layer, x, stride=1, padding=0):
-  return layer['bias'] + jax.lax.conv_general_dilated(
-      x, layer['kernel'], (stride, stride), [(padding, padding)] * 2,
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      # A distance must not depend on the device that it is measured on.
-      precision=jax.lax.Precision.HIGHEST)

@@ -8,6 +8,7 @@ import numpy as np
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.report import numbers
+from msfp_jax.report import sortable
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
 
@@ -16,7 +17,7 @@ COLUMNS = (
     ('#', 'place in the order of execution'),
     ('layer', 'name of the layer'),
     ('role', 'what the layer is; exceptions from the bits go by it'),
-    ('kind', 'AAL: its input follows SiLU or the like; NAL: any other'),
+    (sortable.KIND, 'AAL: its input follows SiLU or the like; NAL: any other'),
     ('input', 'number format of the input; U is unsigned'),
     ('scale', 'of the input; the largest level is scale times the format\'s '
      'maximum'),
@@ -63,17 +64,6 @@ def _shown(quantizer: Quantizer, field: str) -> float | str | None:
   return quantizer.describe().get(field)
 
 
-def _cell(value: Any) -> dict[str, Any]:
-  # 'value' is what the page's script sorts by: all digits, not those shown.
-  number = isinstance(value, int | float)
-  if value is None:
-    return {'text': '', 'value': '', 'number': False}
-  text = value if isinstance(value, str) else str(value)
-  return {'text': numbers.significant(value) if isinstance(value, float)
-          else text, 'value': repr(value) if number else text,
-          'number': number}
-
-
 def section(source: Source) -> Section | None:
   layers = source.layers
   if not any(layer.quantized for layer in layers.values()):
@@ -81,8 +71,8 @@ def section(source: Source) -> Section | None:
   gains = [gain(layer) for layer in layers.values() if layer.kind == 'AAL']
   gains = [value for value in gains if value is not None]
   return Section('layers', f'Layers of {source.row}', 'Layers', 'layers.html', {
-      'columns': COLUMNS,
-      'rows': [[_cell(value) for value in row] for row in rows(layers)],
-      'kinds': sorted({layer.kind for layer in layers.values()}),
-      'kind_column': [name for name, _ in COLUMNS].index('kind'),
+      'table': sortable.table(
+          'layers', 'Layers', 'layers', COLUMNS, rows(layers),
+          sorted({layer.kind for layer in layers.values()}),
+          numbers.significant),
       'median_gain': numbers.ratio(float(np.median(gains))) if gains else ''})

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from msfp_jax.report import sortable
 from msfp_jax.report.section import Section
 from msfp_jax.report.section import Source
 
+_TITLE = 'What each layer and step costs'
 _FIELD = 'sensitivity'  # of a row of results.json, see `run/sensitivity.py`
 _NAMED = 10  # of the best and the worst layers
 _KINDS = {'layers': 'layer', 'steps': 'step', 'groups': 'group'}
@@ -14,7 +16,7 @@ COLUMNS = (
     ('#', 'place in the order of execution, of the kind'),
     ('part', 'a layer, a step of the sampler, or the inputs or weights of all '
      'layers or of those of a role'),
-    ('kind', 'layer, step, or group: a role, or one side'),
+    (sortable.KIND, 'layer, step, or group: a role, or one side'),
     ('alone', 'PSNR in dB with this alone quantized'),
     ('restored', 'PSNR in dB with all else quantized'),
     ('gain', 'how much higher that is than with all of it quantized'),
@@ -29,12 +31,10 @@ def section(source: Source) -> Section | None:
     return None
   name = source.row if source.row in rows else list(rows)[-1]
   found = rows[name]
-  return Section('sensitivity', 'What each layer and step costs',
-                 'Sensitivity', 'sensitivity.html', {
-      'text': _text(name, found), 'columns': COLUMNS,
-      'kind_column': [column for column, _ in COLUMNS].index('kind'),
-      'kinds': list(_KINDS.values()),
-      'rows': [[_cell(value) for value in row] for row in table(found)]})
+  return Section('sensitivity', _TITLE, 'Sensitivity', 'sensitivity.html', {
+      'text': _text(name, found), 'table': sortable.table(
+          'sensitivity', _TITLE, 'rows', COLUMNS, table(found),
+          list(_KINDS.values()), '{:.2f}'.format)})
 
 
 def table(found: Mapping[str, Any]) -> list[list[Any]]:
@@ -50,14 +50,6 @@ def _gain(cost: Mapping[str, float], found: Mapping[str, Any]) -> float | None:
   if 'restored' not in cost:
     return None
   return cost['restored'] - found['quantized']
-
-
-def _cell(value: Any) -> dict[str, Any]:
-  if value is None:
-    return {'value': '', 'text': '', 'number': True}
-  if isinstance(value, float):
-    return {'value': value, 'text': f'{value:.2f}', 'number': True}
-  return {'value': value, 'text': str(value), 'number': isinstance(value, int)}
 
 
 def _text(name: str, found: Mapping[str, Any]) -> str:

@@ -89,10 +89,7 @@ class EvalSettings:
       raise ValueError(
           f'config.eval.more_references={tuple(self.more_references)}: must be '
           f'one for each of more_features={tuple(self.more_features)}, or none')
-    references = (self.reference, *(
-        self.more_references or ('',) * len(self.more_features)))
-    for name, file in zip((self.features, *self.more_features), references,
-                          strict=True):
+    for name, file in zip(self.networks, self.references, strict=True):
       # The one thing about a reference that is known without a network.
       if stats_file.is_shipped(file) and name.partition(':')[0] not in (
           _OF_CIFAR10):
@@ -100,6 +97,17 @@ class EvalSettings:
             f'the statistics {file!r} that ship with the package are of '
             f'{_OF_CIFAR10}, not of {name!r}: name a file of statistics, or '
             "'' for those of the data")
+
+  @property
+  def networks(self) -> tuple[str, ...]:
+    """Names of all feature networks, the first before the others."""
+    return (self.features, *self.more_features)
+
+  @property
+  def references(self) -> tuple[str, ...]:
+    """A file of statistics for each of them; '' for those of the data."""
+    return (self.reference,
+            *(self.more_references or ('',) * len(self.more_features)))
 
 
 def check(cfg: EvalSettings, layout: devices.Layout | None = None) -> None:
@@ -139,7 +147,7 @@ def feature_networks(cfg: EvalSettings, image_shape: tuple[int, int, int]
   """
   found = [features.get(name, image_shape, weights=cfg.inception,
                         preprocessing=cfg.preprocessing)
-           for name in (cfg.features, *cfg.more_features)]
+           for name in cfg.networks]
   scorer_lib.check_metrics(network.metric for network in found)
   return found
 

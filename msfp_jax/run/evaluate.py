@@ -130,7 +130,7 @@ def _run(config: ml_collections.ConfigDict, cfg: EvalSettings, workdir: str,
   if cfg.num_samples < scorer.least_samples:
     raise ValueError(
         f'config.eval.num_samples={cfg.num_samples}: metrics of '
-        f'{", ".join((cfg.features, *cfg.more_features))} need at least '
+        f'{", ".join(cfg.networks)} need at least '
         f'{scorer.least_samples} images')
   # First, asked for or not: the scorer compares all later rows with these
   # images.

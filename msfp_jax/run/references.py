@@ -123,7 +123,7 @@ def read_given(cfg: eval_settings.EvalSettings,
     ValueError: see `reference_of` and `scorer.Scorer`.
   """
   found = []
-  for network, file in zip(networks, _files(cfg), strict=True):
+  for network, file in zip(networks, cfg.references, strict=True):
     if not file and images is not None:
       found.append(None)
       continue
@@ -167,12 +167,6 @@ def scorer_of(cfg: eval_settings.EvalSettings,
   return scorer_lib.Several(scorers[0], scorers[1:])
 
 
-def _files(cfg: eval_settings.EvalSettings) -> tuple[str, ...]:
-  """Of statistics, one for each network; '' for those of the data."""
-  return (cfg.reference,
-          *(cfg.more_references or ('',) * len(cfg.more_features)))
-
-
 def identities(cfg: eval_settings.EvalSettings,
                networks: Sequence[features.FeatureNetwork],
                source: Sequence[Any]) -> list[Any]:
@@ -185,7 +179,7 @@ def identities(cfg: eval_settings.EvalSettings,
   """
   return [classifier_files.digest(stats_file.locate(file, network.name))
           if file else list(source)
-          for file, network in zip(_files(cfg), networks, strict=True)]
+          for file, network in zip(cfg.references, networks, strict=True)]
 
 
 def _read(file: pathlib.Path, num_vectors: int) -> stats_file.Reference:

@@ -19,14 +19,28 @@ class Average:
   params: Any
 
 
+def moved(average: Any, params: Any, decay: float, count: jax.Array) -> Any:
+  """The average with one more set of parameters in it.
+
+  Args:
+    average: of `count` sets.
+    params: the next.
+    decay: reached after a warm-up of (1 + count) / (10 + count): early averages
+      would be of the initial weights, which it forgets.
+    count: how many there were.
+  """
+  decay = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+  return jax.tree.map(
+      lambda mean, p: mean + (1 - decay) * (p - mean), average, params)
+
+
 def behind(tx: optax.GradientTransformation, decay: float
            ) -> optax.GradientTransformation:
   """The same optimizer, whose state also has the average of what it leaves.
 
   Args:
     tx: an optimizer.
-    decay: of the average, reached after a warm-up of (1 + n) / (10 + n); 0: tx
-      itself.
+    decay: of the average, see `moved`; 0: tx itself.
   """
   if not decay:
     return tx
@@ -39,10 +53,8 @@ def behind(tx: optax.GradientTransformation, decay: float
   def update(updates, state, params):
     inner, average = state
     updates, inner = tx.update(updates, inner, params)
-    share = 1 - jnp.minimum(
-        decay, (1.0 + average.count) / (10.0 + average.count))
-    after = jax.tree.map(lambda mean, p: mean + share * (p - mean),
-                         average.params, optax.apply_updates(params, updates))
+    after = moved(average.params, optax.apply_updates(params, updates), decay,
+                  average.count)
     return updates, (inner, Average(average.count + 1, after))
 
   return optax.GradientTransformation(init, update)

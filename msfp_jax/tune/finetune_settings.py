@@ -99,8 +99,4 @@ class FinetuneSettings:
   def __post_init__(self):
     arguments.check_fields('config.finetune', self, _RULES)
     parts.check('config.finetune', self.batch_size, self.accumulate)
-    if self.steer and self.driver == trajectories_lib.TEACHER:
-      raise ValueError(
-          f'config.finetune.steer={self.steer}: leads the student\'s own '
-          'trajectories, and config.finetune.driver is \'teacher\'; take '
-          'driver=student, or steer=0.0')
+    trajectories_lib.check('config.finetune.', self.driver, self.steer)

@@ -25,6 +25,7 @@ from msfp_jax.data import stream
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.diffusion import training
 from msfp_jax.models import unet
+from msfp_jax.tune import average
 from msfp_jax.tune import loop
 from msfp_jax.tune import memory as memory_lib
 from msfp_jax.tune import parts
@@ -146,7 +147,7 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
     model: predicts the noise; of flow matching the velocity.
     schedule: of the forward process.
     tx: the optimizer.
-    ema_decay: reached after a warm-up of (1 + step) / (10 + step).
+    ema_decay: of the average, see `average.moved`.
     key: folded with the step, so that a resumed run repeats itself.
     flip: mirror every image with probability 1/2.
     dtype: 'float32' or 'bfloat16', of parameters and activations inside the
@@ -199,10 +200,7 @@ def make_update(model: unet.UNet, schedule: diffusion.Schedule,
         work, (x, noise, t, jnp.arange(len(x))), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Early averages would be of the initial weights: the warm-up forgets them.
-    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
-                       state.ema_params, params)
+    ema = average.moved(state.ema_params, params, ema_decay, state.step)
     scalars = {'loss': loss, 'l2_grads': optax.tree.norm(grads)}
     return PretrainState(step=state.step + 1, params=params, ema_params=ema,
                          opt_state=opt_state), scalars

@@ -45,6 +45,23 @@ class Both:
 Positions = sampling.Position | Both
 
 
+def check(where: str, driver: str, steer: float) -> None:
+  """Raises ValueError for a driver that there is not, or nothing to steer by.
+
+  Args:
+    where: what stands before the fields' names, such as 'config.finetune.'.
+    driver: of `Trajectories`.
+    steer: likewise.
+  """
+  if driver not in DRIVERS:
+    raise ValueError(f'{where}driver={driver!r}: must be one of {DRIVERS}')
+  if steer and driver == TEACHER:
+    raise ValueError(
+        f'{where}steer={steer}: with {where}driver={driver!r} the teacher '
+        'drives, and there is no other trajectory to lead back to it; take '
+        f'{where}driver={STUDENT!r}, or {where}steer=0.0')
+
+
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
   """How trajectories go on.
@@ -65,12 +82,7 @@ class Trajectories:
   steer: float = 0.0
 
   def __post_init__(self):
-    if self.driver not in DRIVERS:
-      raise ValueError(f'driver {self.driver!r}: must be one of {DRIVERS}')
-    if self.steer and self.driver == TEACHER:
-      raise ValueError(
-          f'steer={self.steer}: the teacher drives, and there is no other '
-          f'trajectory to lead back to it; take driver={STUDENT!r}, or 0')
+    check('', self.driver, self.steer)
 
   def start(self, noise: jax.Array) -> Positions:
     """The positions before the first step."""
