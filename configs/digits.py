@@ -57,8 +57,12 @@ _RECIPES = (*recipes.RECIPES, 'msfp+gptq', 'msfp_group+gptq',
             'mixup_weights+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
             'int4_minmax_16+gptq', 'quartz+gptq')
 _BEST = ('msfp', 'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq')
+_STILL = ('int4_minmax_image', 'int4_minmax_image+gptq', 'msfp_image+gptq',
+          'nvfp4+gptq', 'int4_minmax_16+gptq')
+_DIFFERENCES = tuple(f'{name}+differences' for name in _STILL)
 _DRIVEN = ('msfp', 'msfp_group+gptq', 'int4_minmax_16+gptq')
-VARIANTS |= {f'recipe={name}': {'quant.recipe': name} for name in _RECIPES}
+VARIANTS |= {f'recipe={name}': {'quant.recipe': name}
+             for name in (*_RECIPES, *_STILL, *_DIFFERENCES)}
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
     'as configured': {},
@@ -118,6 +122,23 @@ STUDIES = {
                            for name in _BEST
                            for label, words in (('LoRA', 'lora'),
                                                 ('TALoRA + DFA', 'talora,dfa'))}
+                   for group in ('ends-8', 'skip-8')},
+    },
+    # Inputs, and what they differ by from step to step; the latter fine-tuned.
+    'differences': {
+        'seeds': (0, 1, 2),
+        'metrics': ('bits_per_weight', 'bits_per_act', 'bytes_kept', *_METRICS,
+                    'ssim_to_fp'),
+        'groups': {group: {
+            **{name: f'{group},recipe={name},untuned'
+               for pair in zip(_STILL, _DIFFERENCES, strict=True)
+               for name in pair},
+            **{f'{_DIFFERENCES[1]}: {label}':
+               f'{group},recipe={_DIFFERENCES[1]},{words}'
+               for label, words in (
+                   ('LoRA', 'lora'), ('LoRA + DFA', 'lora,dfa'),
+                   ('LoRA + DFA, student', 'lora,dfa,student'),
+                   ('LoRA + DFA, steered', 'lora,dfa,steer'))}}
                    for group in ('ends-8', 'skip-8')},
     },
     # Who drives the trajectories that a student is tuned along.

@@ -98,9 +98,10 @@ class Linear:
   def teach(self, x, t, *labels):
     return self.model.apply({'params': self.params}, x, t, *labels)
 
-  def predict(self, trainable, x, t, *labels, step):
+  def predict_next(self, trainable, x, t, *labels, step, memory, fresh):
+    del fresh
     prediction = self.model.apply({'params': trainable['a']}, x, t, *labels)
-    return prediction + step, None
+    return prediction + step, None, memory
 
 
 SCHEDULE = diffusion.make_schedule(
@@ -176,7 +177,7 @@ def test_the_students_own_trajectory_is_led_back_to_the_teachers(steer):
       Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), tx, KEY,
       driver='student', steer=steer)
   student = types.SimpleNamespace(
-      init=lambda *unused: {'a': jnp.float32(0.4)})
+      init=lambda *unused: {'a': jnp.float32(0.4)}, memory=lambda x: None)
   state = finetune.init_state(student, tx, PLAN, (2,), KEY, settings)
   mean_square = np.mean(PLAN.eps_factor**2)
   for trajectory in range(2):

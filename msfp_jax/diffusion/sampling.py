@@ -19,6 +19,10 @@ _ARRAYS = ('timesteps', 'x_coef', 'eps_factor', 'noise_std')
 _CLIP_ARRAYS = ('x_part', 'eps_part', 'gain')
 # (x [B, H, W, C], t [B] float32, position in the plan) -> noise like x.
 NoiseFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Likewise of a model that remembers: (x, t, position in the plan, memory) ->
+# noise like x, memory.
+RememberingFn = Callable[[jax.Array, jax.Array, jax.Array, Any],
+                         tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +289,8 @@ def advance(plan: SamplerPlan, step: dict[str, jax.Array], position: Position,
   return Position(new, past)
 
 
-def sample(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
-           key: jax.Array | None = None) -> jax.Array:
+def sample(eps_fn: NoiseFn | RememberingFn, plan: SamplerPlan, x: jax.Array,
+           key: jax.Array | None = None, memory: Any = None) -> jax.Array:
   """Samples from noise.
 
   Args:
@@ -294,27 +298,79 @@ def sample(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
     plan: the sampler.
     x: standard normal noise `[B, H, W, C]`.
     key: for samplers that add noise; unused by DDIM with eta = 0.
+    memory: of an eps_fn that remembers, see `walk`.
 
   Returns:
     Samples like x, nominally in [-1, 1], not clipped.
   """
-  return trajectory(eps_fn, plan, x, key)[0]
+  return trajectory(eps_fn, plan, x, key, memory=memory)[0]
 
 
-def trajectory(eps_fn: NoiseFn, plan: SamplerPlan, x: jax.Array,
+def trajectory(eps_fn: NoiseFn | RememberingFn, plan: SamplerPlan, x: jax.Array,
                key: jax.Array | None = None,
-               visit: Callable[..., Any] = lambda x, eps, step: None
-               ) -> tuple[jax.Array, Any]:
+               visit: Callable[..., Any] = lambda x, eps, step: None,
+               memory: Any = None) -> tuple[jax.Array, Any]:
   """Samples, and collects what `visit(x, eps, step)` returns on the way.
 
   Returns:
     The samples, and visit's results stacked along a first axis of S steps.
   """
 
-  def body(position, step):
+  def body(position, step, predict):
     x = position.x
-    eps = eps_fn(x, jnp.full((x.shape[0],), step['t']), step['index'])
+    eps = predict(x, jnp.full((x.shape[0],), step['t']), step['index'])
     return advance(plan, step, position, eps, key), visit(x, eps, step)
 
-  final, seen = jax.lax.scan(body, start(plan, x), plan.steps())
+  final, seen = walk(body, eps_fn, plan, x, memory)
   return final.x, seen
+
+
+def walk(body: Callable[..., tuple[Position, Any]],
+         eps_fn: NoiseFn | RememberingFn, plan: SamplerPlan, x: jax.Array,
+         memory: Any = None) -> tuple[Position, Any]:
+  """Takes a plan's steps.
+
+  Args:
+    body: (position, one entry of `plan.steps()`, eps_fn without memory) -> the
+      next position, and what is collected.
+    eps_fn: predicts the noise.
+    plan: the sampler.
+    x: standard normal noise `[B, H, W, C]`.
+    memory: that eps_fn has before the first step; None for one that remembers
+      nothing. The first step is then taken twice: what it leaves in the memory
+      the first time counts, and neither where it leads nor what is collected.
+
+  Returns:
+    The last position, and what is collected, with a first axis of S steps.
+  """
+  steps = plan.steps()
+  if memory is None:
+    return jax.lax.scan(
+        lambda position, step: body(position, step, eps_fn), start(plan, x),
+        steps)
+
+  # The same program for both first steps: one of its own would have the whole
+  # model compiled twice.
+  #
+  #   taken     0    0    1    2   ..
+  #   position  x_T  x_T  x'   x'' ..
+  #   memory    m    m'   m''  ..
+  def remembering(carry, step):
+    position, memory = carry
+    step, again = step
+    known = [memory]
+
+    def predict(x, t, index):
+      eps, known[0] = eps_fn(x, t, index, memory)
+      return eps
+
+    new, found = body(position, step, predict)
+    new = jax.tree.map(
+        lambda old, new: jnp.where(again, old, new), position, new)
+    return (new, known[0]), found
+
+  twice = jax.tree.map(lambda a: jnp.concatenate([a[:1], a]), steps)
+  again = jnp.arange(plan.num_steps + 1) == 0
+  (final, _), found = jax.lax.scan(
+      remembering, (start(plan, x), memory), (twice, again))
+  return final, jax.tree.map(lambda a: a[1:], found)

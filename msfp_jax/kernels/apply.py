@@ -17,11 +17,19 @@ from msfp_jax.quant import quantize as quantize_lib
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.qlayer import QLayer
 
+# (layer, with one set of weights; module, its input, what it computes by
+# itself) -> its output.
+Run = Callable[[QLayer, nn.Module, jax.Array,
+                Callable[[jax.Array], jax.Array]], jax.Array]
+# As `interception.call`.
+Call = Callable[..., Any]
+
 
 def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
           *inputs: Any, implementation: str | None = None,
           at: Callable[[str, QLayer], QLayer] = lambda name, layer: layer,
-          dtype: Any = None) -> Any:
+          dtype: Any = None, run: Run | None = None,
+          call: Call = interception.call) -> Any:
   """model(*inputs) with quantized layers in place of its nn.Conv, nn.Dense.
 
   Args:
@@ -35,6 +43,8 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
     at: (name, layer of `layers`, on the device) -> with one set of weights.
     dtype: of what layers return whose modules name none; None: what the module
       would return.
+    run: computes a layer, in place of `run_module`.
+    call: of the model, with a visit of its layers.
 
   Raises:
     ValueError: a layer of the model is not in `layers`, or an entry names
@@ -42,6 +52,8 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
   """
   # Filled while the model is traced, or run: layers are found by being called.
   visited, queue = set(), offload.Queue()
+  run = run or functools.partial(
+      run_module, implementation=implementation, dtype=dtype)
 
   def visit(module, x, compute):
     name = interception.layer_name(module)
@@ -51,25 +63,34 @@ def apply(model: nn.Module, params: Any, layers: Mapping[str, QLayer],
                        'or state that the layer stays in full precision')
     layer, x = queue.fetch(layers[name], x)
     layer = at(name, layer)
-    if layer.weight is None:
-      # Its weights stay in full precision: the module's own product is right.
-      out = compute(layer.input.fake_quant(x))
-      if layer.adapter is None:
-        return out
-      return (out + _by_geometry(module, x, functools.partial(
-          door.run_adapter, layer.adapter))).astype(out.dtype)
     try:
-      out = run_layer(module, x, layer, implementation, dtype)
+      out = run(layer, module, x, compute)
     except ValueError as error:
       raise ValueError(f'layer {name}: {error}') from error
-    queue.ran(out)
+    if layer.weight is not None:
+      queue.ran(out)
     return out
 
   own = [name for name, layer in layers.items() if layer.weight is not None]
-  out = interception.call(model, params, visit, *inputs, names=own)
+  out = call(model, params, visit, *inputs, names=own)
   if unvisited := sorted(layers.keys() - visited):
     raise ValueError(f'the spec names layers that the model lacks: {unvisited}')
   return out
+
+
+def run_module(layer: QLayer, module: nn.Module, x: jax.Array,
+               compute: Callable[[jax.Array], jax.Array],
+               implementation: str | None = None, dtype: Any = None
+               ) -> jax.Array:
+  """Computes a layer; arguments as of `Run` and `run_layer`."""
+  if layer.weight is not None:
+    return run_layer(module, x, layer, implementation, dtype)
+  # Its weights stay in full precision: the module's own product is right.
+  out = compute(layer.input.fake_quant(x))
+  if layer.adapter is None:
+    return out
+  return (out + by_geometry(module, x, functools.partial(
+      door.run_adapter, layer.adapter))).astype(out.dtype)
 
 
 def run_layer(module: nn.Module, x: jax.Array, layer: QLayer,
@@ -84,17 +105,21 @@ def run_layer(module: nn.Module, x: jax.Array, layer: QLayer,
     implementation: see `kernels.door`; None picks.
     dtype: as of `apply`.
   """
-  # The type that the module would return, by Flax's own rule.
-  dtype = module.dtype or dtype or jnp.promote_types(
-      x.dtype, module.param_dtype)
+  dtype = dtype_of(module, x, dtype)
   # Quantized as it comes: rounded to fewer bits first, levels would differ.
   x = x.astype(jnp.promote_types(x.dtype, dtype))
-  return _by_geometry(module, x, functools.partial(
+  return by_geometry(module, x, functools.partial(
       door.run, layer, implementation=implementation)).astype(dtype)
 
 
-def _by_geometry(module: nn.Module, x: jax.Array,
-                 run: Callable[..., jax.Array]) -> jax.Array:
+def dtype_of(module: nn.Module, x: jax.Array, dtype: Any = None) -> Any:
+  """The type that a layer returns, by Flax's own rule; see `apply`."""
+  return module.dtype or dtype or jnp.promote_types(
+      x.dtype, module.param_dtype)
+
+
+def by_geometry(module: nn.Module, x: jax.Array,
+                run: Callable[..., jax.Array]) -> jax.Array:
   """run(x), or of a convolution run(x, geometry, conv_general_dilated=)."""
   if isinstance(module, nn.Dense):
     return run(x)

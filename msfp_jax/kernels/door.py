@@ -93,6 +93,23 @@ def run(layer: QLayer, x: jax.Array, geometry: Geometry | None = None, *,
   return compiler.apart(lambda x, layer: work(layer, x), x, layer)
 
 
+def run_branches(layer: QLayer, x: jax.Array,
+                 geometry: Geometry | None = None, *,
+                 conv_general_dilated: Callable[..., jax.Array]
+                 = lax.conv_general_dilated) -> jax.Array:
+  """What the branches that a layer has add to its product, float32.
+
+  Args:
+    layer: with a branch, or an adapter.
+    x: its input, as of `run`.
+    geometry: likewise.
+    conv_general_dilated: likewise.
+  """
+  return beside.add(
+      jnp.zeros(()), layer, x, layer.around.input(x), functools.partial(
+          _plain, geometry=geometry, function=conv_general_dilated))
+
+
 def run_adapter(adapter: Adapter, x: jax.Array,
                 geometry: Geometry | None = None, *,
                 conv_general_dilated: Callable[..., jax.Array]

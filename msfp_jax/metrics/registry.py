@@ -224,6 +224,9 @@ FACTS: dict[str, Column] = {
     'bits_per_act': Column(
         better=LOW, meaning='bits of each element of the layers\' inputs, for '
         'one image, exceptions, scales, zero points and shifts counted'),
+    'bytes_kept': Column(
+        better=LOW, meaning='what a model that quantizes differences keeps of '
+        'each image from step to step, in float32'),
     'sqnr_mean': Column(
         better=HIGH, meaning='signal-to-quantization-noise ratio of a layer\'s '
         'output in dB, each layer by itself on full precision\'s input, mean '

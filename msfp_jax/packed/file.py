@@ -18,7 +18,8 @@ The tensors:
 The header's metadata holds, in JSON, `model` (what to build), `plan` (the
 sampler), `others` (inputs of layers that are not packed), `vectors` (paths and
 sizes of the parameters in `channels`) and `layers` (see `header.layer_to_row`).
-`format` is the version; files of version 1 load too. `digest` is of all the
+`format` is the version; files of version 1 load too, and models that quantize
+differences between steps are of version 3. `digest` is of all the
 others and of the tensors, and is checked at loading. Nothing is pickled, and
 PyTorch is not needed to read it. Small models are the reason for the brevity:
 their header counts.
@@ -64,6 +65,9 @@ from msfp_jax.quant.qlayer import QLayer
 # has hundreds of short ones (scales, biases, normalizations): hence `channels`.
 _FAMILY = 'msfp-jax/packed/'
 FORMAT, _FIRST = _FAMILY + '2', _FAMILY + '1'
+# In all else like FORMAT; but a reader that does not know of differences must
+# not sample without them.
+_OF_DIFFERENCES = _FAMILY + '3'
 _CHOICES, CHANNELS = 'choices', 'channels'
 
 
@@ -112,14 +116,15 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
   metadata = metadata_of(model.model, layers, {
-      name: len(vector) for name, vector in vectors.items()}, model.plan)
+      name: len(vector) for name, vector in vectors.items()}, model.plan,
+                         model.differences)
   tensors |= rest
   native.write_safetensors(path, tensors, metadata | about)
 
 
 def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
-                vectors: Mapping[str, int], plan: diffusion.SamplerPlan
-                ) -> dict[str, str]:
+                vectors: Mapping[str, int], plan: diffusion.SamplerPlan,
+                differences: bool) -> dict[str, str]:
   """The header's metadata, but for the digest.
 
   Args:
@@ -127,6 +132,7 @@ def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
     layers: all of them; of arrays in weights only shapes and types count.
     vectors: {path: size} of the parameters in `channels`.
     plan: the sampler.
+    differences: of `PackedModel`.
   """
   own = {name: layer for name, layer in layers.items()
          if layer.weight is not None}
@@ -139,7 +145,7 @@ def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
       'vectors': dict(vectors),
       'plan': plan.to_dict(),
   }
-  return {'format': FORMAT} | {
+  return {'format': _OF_DIFFERENCES if differences else FORMAT} | {
       key: header_lib.dumps(value) for key, value in header.items()}
 
 
@@ -229,7 +235,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
                      + '\n  '.join(sorted(problems)))
   return packed_lib.PackedModel(
       built, jax.device_put(params), layers | others, choices, plan,
-      implementation)
+      implementation, metadata['format'] == _OF_DIFFERENCES)
 
 
 @contextlib.contextmanager
@@ -246,14 +252,15 @@ def _blaming_header(file: pathlib.Path) -> Iterator[None]:
 
 
 def _check_format(file: pathlib.Path, found: str | None) -> bool:
-  """Whether it is of version 1; raises ValueError for others than 1 and 2."""
-  if found in (FORMAT, _FIRST):
+  """Whether it is of version 1; raises ValueError for others than 1 to 3."""
+  if found in (FORMAT, _FIRST, _OF_DIFFERENCES):
     return found == _FIRST
   if found and found.startswith(_FAMILY):
     raise ValueError(
         f'{file} is of version {found.removeprefix(_FAMILY)} of packed models, '
-        f'this msfp-jax reads version {FORMAT.removeprefix(_FAMILY)}: pack the '
-        'model again, or use the msfp-jax that wrote it')
+        'this msfp-jax reads versions up to '
+        f'{_OF_DIFFERENCES.removeprefix(_FAMILY)}: pack the model again, or '
+        'use the msfp-jax that wrote it')
   raise ValueError(f'{file} has format {found!r}, expected {FORMAT!r}: it was '
                    'not written by msfp_jax.save')
 

@@ -16,6 +16,8 @@ from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import arguments
 from msfp_jax.convert.lora import Lora
+from msfp_jax.diffusion import sampling
+from msfp_jax.kernels import differences
 from msfp_jax.kernels import offload
 from msfp_jax.kernels.apply import apply
 from msfp_jax.packed import loras as loras_lib
@@ -43,6 +45,8 @@ class PackedModel:
       several.
     plan: the sampler whose steps these are.
     implementation: of `kernels.run`; None picks for every layer.
+    differences: whether inputs are quantized as what they differ by from the
+      step before, see `kernels.differences`.
   """
 
   # Why a simulation is no class of its own: all that it differs in is how
@@ -58,6 +62,7 @@ class PackedModel:
   choices: dict[str, jax.Array]
   plan: diffusion.SamplerPlan
   implementation: str | None = None
+  differences: bool = False
 
   def __post_init__(self):
     # JAX takes the last entry for an index beyond it, and says nothing.
@@ -67,6 +72,12 @@ class PackedModel:
             f'layer {name}: its input has a quantizer for each of '
             f'{layer.input.num_steps} steps, and the plan has '
             f'{self.plan.num_steps}: calibrate with this plan')
+    if self.differences and (several := [
+        name for name, layer in self.layers.items() if layer.num_banks > 1]):
+      raise ValueError(
+          f'layers {several} have several sets of weights, and differences '
+          'between steps add up over products of one: fine-tune with '
+          'num_banks=1')
 
   @property
   def arrays(self) -> Any:
@@ -158,7 +169,16 @@ class PackedModel:
 
   def eps_fn(self, x: jax.Array, t: jax.Array, index: jax.Array,
              *condition: jax.Array) -> jax.Array:
-    """Predicts the noise at a position of the plan; a sampler's NoiseFn."""
+    """Predicts the noise at a position of the plan; a sampler's NoiseFn.
+
+    Raises:
+      ValueError: with `differences`, where a prediction depends on those
+        before; see `eps_fn_of`.
+    """
+    if self.differences:
+      raise ValueError('inputs are quantized as what they differ by from the '
+                       'step before, which a single prediction does not know: '
+                       'take eps_fn_of() and memory()')
     #   position in the plan --> choices[name][index] --> bank
     #            |                                         |
     #            +------> input quantizer at(index)     weight.bank(bank)
@@ -170,6 +190,33 @@ class PackedModel:
     return apply(self.model, self.params, self.layers, x, t, *condition,
                  implementation=self.implementation,
                  at=lambda name, layer: self._at(name, layer, index))
+
+  def eps_fn_of(self, *condition: jax.Array
+                ) -> sampling.NoiseFn | sampling.RememberingFn:
+    """What `diffusion.sample` takes, with `memory`, for one condition."""
+    if not self.differences:
+      return lambda x, t, index: self.eps_fn(x, t, index, *condition)
+    return lambda x, t, index, memory: differences.apply(
+        self.model, self.params, self.layers, memory, x, t, *condition,
+        implementation=self.implementation,
+        at=lambda name, layer: self._at(name, layer, index))
+
+  def memory(self, noise: jax.Array, *condition: jax.Array) -> Any:
+    """What `eps_fn_of` remembers before the first step: zeros.
+
+    Args:
+      noise: `[B, H, W, C]`; its shape counts.
+      *condition: likewise.
+
+    Returns:
+      A pytree of float32 arrays; None without `differences`.
+    """
+    if not self.differences:
+      return None
+    _, shapes = jax.eval_shape(
+        lambda *inputs: self.eps_fn_of(*inputs[2:])(*inputs[:2], 0, {}),
+        noise, jnp.zeros(len(noise)), *condition)
+    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
 
   def sample(self, noise: jax.Array, *condition: jax.Array,
              key: jax.Array | None = None) -> jax.Array:
@@ -190,10 +237,13 @@ class PackedModel:
   @functools.cached_property
   def _draw(self) -> Callable[..., jax.Array]:
     # Weights are arguments: constants would be folded at compile time.
-    return jax.jit(lambda arrays, noise, condition, key: diffusion.sample(
-        lambda x, t, index: self.with_arrays(arrays).eps_fn(
-            x, t, index, *condition), self.plan, noise, key),
-                   compiler_options=kernels.compiler_options())
+    def draw(arrays, noise, condition, key):
+      model = self.with_arrays(arrays)
+      return diffusion.sample(
+          model.eps_fn_of(*condition), self.plan, noise, key,
+          model.memory(noise, *condition))
+
+    return jax.jit(draw, compiler_options=kernels.compiler_options())
 
   @property
   def memory_bytes(self) -> int:
@@ -284,4 +334,4 @@ def deploy(student: student_lib.Student, trainable: Any,
       in student.choices(trainable, plan.timesteps).items()
       if layers[name].num_banks > 1}
   return PackedModel(student.model, traverse_util.unflatten_dict(rest), layers,
-                     choices, plan)
+                     choices, plan, differences=student.spec.differences)

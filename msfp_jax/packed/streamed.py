@@ -199,7 +199,7 @@ def contents_of(job: streamed_fits.Job, spec: QuantSpec) -> Contents:
   shapes |= {name: jax.ShapeDtypeStruct(place.shape, jnp.float32)
              for name, place in rest.items()}
   return Contents(own, vectors, rest, starts, end, shapes, file_lib.metadata_of(
-      job.model, layers, sizes, job.plan))
+      job.model, layers, sizes, job.plan, spec.differences))
 
 
 def _write(job: streamed_fits.Job, spec: QuantSpec, target: pathlib.Path,
@@ -300,6 +300,8 @@ def _identity_of(path: pathlib.Path) -> dict[str, list[int]]:
 def _digest_of(spec: QuantSpec) -> str:
   # A layer at a time: a spec may hold all weights, rounded.
   made = hashlib.sha256(spec.recipe.encode())
+  if spec.differences:
+    made.update(b'differences')
   for name, layer in spec.layers.items():
     made.update(QuantSpec(spec.recipe, {name: layer}).to_json().encode())
   return made.hexdigest()

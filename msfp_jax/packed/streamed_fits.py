@@ -101,6 +101,7 @@ class Fits:
     """What `calibrate` finds, layer by layer, but for errors (`stats`)."""
     of, kernels = recipes.get(self.recipe), job.kernels
     act_bits = self.bits if self.act_bits is None else self.act_bits
+    differences = of.differences and act_bits < FULL_BITS
     widths_of = widths_lib.layer_widths(
         self.bits, act_bits, self.exceptions, self.roles)
     widths = {name: widths_of(name) for name in kernels}
@@ -118,13 +119,13 @@ class Fits:
       # Their quantizers are the same whatever the weights are.
       return QuantSpec(self.recipe, {
           name: one(name, np.zeros((1,) * len(place.shape), np.float32))
-          for name, place in kernels.items()})
+          for name, place in kernels.items()}, differences)
     # Scales and what stays come on top; how large these are, formats tell.
     least = sum(math.prod(place.shape) * widths[name][1] // 8
                 for name, place in kernels.items())
     piecewise.check_room(folder.with_suffix(''), least, folder)
     return QuantSpec(self.recipe, _searched(
-        kernels, self.recipe, one, folder, identity))
+        kernels, self.recipe, one, folder, identity), differences)
 
 
 def _searched(kernels: Mapping[str, restore.Place], recipe: str,

@@ -46,6 +46,11 @@ def int_minmax(bits: int, group: int = 64) -> Block:
   return Block(numbers.int_format(bits), 'group', group, 'bf16')
 
 
+def int_image(bits: int) -> Block:
+  """Integers from an image's minimum, its zero point, to its maximum."""
+  return Block(numbers.int_format(bits), 'image', 0, 'bf16')
+
+
 def signed_candidates(shared: str, group: int = 0):
   """(bits, what was seen) -> signed formats with scales from the data.
 

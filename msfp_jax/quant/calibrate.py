@@ -115,6 +115,7 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   if odd := set(activations) ^ set(kernels):
     raise ValueError(f'activations do not fit the parameters: {sorted(odd)} '
                      'are in one of them only; collect on this model')
+  _check_seen(of, (bits, act_bits), activations)
 
   def fit_one(name: str) -> spec_lib.LayerSpec:
     role, *widths = widths_of(name)
@@ -136,7 +137,8 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
         activations, pool.map(fit_one, activations), strict=True):
       layers[name] = layer
       progress.update(len(layers))
-  found = spec_lib.QuantSpec(recipe, layers)
+  found = spec_lib.QuantSpec(
+      recipe, layers, of.differences and act_bits < FULL_BITS)
   logging.info('%s', summary(found))
   return found
 
@@ -156,6 +158,20 @@ def _look(model, params, recipe, widths, batches, plan, kernels, key):
   return observe.collect(
       model, params, plan, batches, needs=recipe.needs,
       key=jax.random.key(0) if key is None else key)
+
+
+def _check_seen(recipe, widths, activations):
+  """Raises ValueError for differences in place of inputs, or the reverse."""
+  needs = recipe.needs_at(*widths)
+  wanted = fit_lib.DIFFERENCES in needs
+  for name, seen in activations.items():
+    if needs and seen.minimum is not None and seen.differences != wanted:
+      found, asked = (('differences between steps', 'inputs')
+                      if seen.differences else
+                      ('inputs', 'differences between steps'))
+      raise ValueError(
+          f'layer {name}: the activations are of {found}, and this recipe '
+          f'looks at {asked}: collect with needs=recipe.needs')
 
 
 def check_model(model: nn.Module, params: Any,
@@ -220,7 +236,8 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
             else spec_lib.NAL)
     stats |= {'act_min': seen.minimum, 'act_max': seen.maximum}
   given = kernel
-  of_input = recipe.aal if kind == spec_lib.AAL else recipe.nal
+  of_input = recipe.aal if (
+      kind == spec_lib.AAL and not recipe.differences) else recipe.nal
   around = None
   if (recipe.around is not None and bits < FULL_BITS
       and not _has_groups(seen, kernel)):
@@ -229,6 +246,10 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     kernel = np.asarray(around.residual(kernel))
     seen = around.seen(seen)
   act = fit_lib.fit(of_input, seen, act_bits, axis=-1)
+  if recipe.differences and any(act.quantizer.cuts):
+    raise ValueError('the quantizer of its input cuts off what is beyond a '
+                     'range from calibration, and differences between steps '
+                     'have no such range: take one with scales from the data')
   if act_bits < FULL_BITS and act.mse is not None:
     stats |= _input_errors(act, seen, act_bits)
   weight = fit_lib.fit(

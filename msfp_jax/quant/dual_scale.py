@@ -93,6 +93,7 @@ class FitDualScale(fit_lib.Fit):
   """The signed format and the two scales of least mean squared error."""
 
   needs = (fit_lib.VALUES,)
+  static = True
 
   def __call__(self, seen, bits, axis):
     if axis != -1:

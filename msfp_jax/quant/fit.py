@@ -30,7 +30,11 @@ VALUES = 'values'
 ROWS = 'rows'
 CHANNEL_MAXIMA = 'channel_maxima'
 GRAM = 'gram'
-NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM)
+# Not one more thing to gather, but of what: not of the inputs but of what they
+# differ by from the step before. (Gram matrices are the inputs' all the same,
+# as these are what weights are multiplied with in the end.)
+DIFFERENCES = 'differences'
+NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM, DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Seen:
     gram: mean of the outer products of what a layer multiplies with its
       weights, float64 `[K, K]`, K = window x I: X^T X / N.
     dtype: in which the model computed the input.
+    differences: whether all but `gram` is of differences between steps.
   """
 
   values: np.ndarray | None = None
@@ -56,6 +61,7 @@ class Seen:
   channel_maxima: np.ndarray | None = None
   gram: np.ndarray | None = None
   dtype: Any = np.dtype(np.float32)
+  differences: bool = False
 
   @classmethod
   def of_weights(cls, kernel: np.ndarray) -> 'Seen':
@@ -78,9 +84,13 @@ class Fitted(NamedTuple):
 
 
 class Fit:
-  """Finds a quantizer; subclasses define `__call__`, and `needs` if any."""
+  """Finds a quantizer; subclasses define `__call__`, and `needs` if any.
+
+  One whose quantizers have a scale from calibration is `static`.
+  """
 
   needs: Collection[str] = ()
+  static: bool = False
 
   def __call__(self, seen: Seen, bits: int, axis: int) -> Fitted:
     """The quantizer of a tensor.
@@ -139,6 +149,7 @@ class Searched(Fit):
 
   candidates: tuple[Candidates, ...]
   needs = (VALUES,)
+  static = True
 
   def __call__(self, seen, bits, axis):
     # An input's channels cannot have a scale each: it would not leave the sum

@@ -20,6 +20,8 @@ from msfp_jax.quant import taps
 from msfp_jax.quant.qtensor import QTensor
 
 _trace_numbers = itertools.count()
+# The collection in which layers keep what they are to know at the next call.
+_MEMORY = 'memory'
 
 
 def layer_name(module: nn.Module) -> str:
@@ -83,6 +85,44 @@ def call(model: nn.Module, params: Any, visit: Visit, *inputs: Any,
     ValueError: a layer that cannot be replaced; a model that needs more than
       parameters, or other ones.
   """
+  return _apply(model, params, visit, inputs, names, {})
+
+
+def call_remembering(
+    model: nn.Module, params: Any, visit: Visit, memory: Any, *inputs: Any,
+    names: Iterable[str] = ()) -> tuple[Any, Any]:
+  """Likewise, where layers keep something from one call to the next.
+
+  `visit` reads and writes it by `recall` and `remember`, inside of nn.jit and
+  nn.remat too.
+
+  Args:
+    model: as of `call`.
+    params: likewise.
+    visit: likewise.
+    memory: what the call before returned; {} at the first.
+    *inputs: as of `call`.
+    names: likewise.
+
+  Returns:
+    The model's output, and what its layers keep, a pytree.
+  """
+  out, kept = _apply(model, params, visit, inputs, names, {_MEMORY: memory},
+                     mutable=[_MEMORY])
+  return out, flax.core.unfreeze(kept.get(_MEMORY, {}))
+
+
+def recall(module: nn.Module, name: str) -> jax.Array | None:
+  """What a layer kept under a name at the call before; None: nothing."""
+  return module.get_variable(_MEMORY, name)
+
+
+def remember(module: nn.Module, name: str, value: jax.Array) -> None:
+  """Keeps something for the next call; see `call_remembering`."""
+  module.put_variable(_MEMORY, name, value)
+
+
+def _apply(model, params, visit, inputs, names, collections, **options):
   params = parameters(params)
   # A collection named anew at every call is part of what nn.jit compares: it
   # cannot find a trace of an earlier call, whose `visit` was another.
@@ -90,7 +130,7 @@ def call(model: nn.Module, params: Any, visit: Visit, *inputs: Any,
                   *((*name.split('.'), 'kernel') for name in names)])
   variables = {'params': params, f'trace {next(_trace_numbers)}': marks}
   with intercept(visit), refusals.explained():
-    return model.apply(variables, *inputs)
+    return model.apply(variables | collections, *inputs, **options)
 
 
 def _marks(paths: Iterable[tuple[str, ...]]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
       noise and condition, such as labels `[B]`.
     samples_per_layer: values kept of each layer.
     key: for the sample's choice and the sampler's noise.
-    needs: of `fit.NEEDS`; extremes are always kept.
+    needs: of `fit.NEEDS`; extremes are always kept. With 'differences' all but
+      Gram matrices is of what inputs differ by from the step before.
     layout: where weights and batches lie; None: where they do.
 
   Raises:
@@ -96,7 +97,7 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
   Returns:
     {layer: {need: of every step `[S, ...]`}}; 'minimum' and 'maximum' over all
     values `[S]`, and 'values' `[S, count]`; the Gram matrix is the sum over
-    the steps.
+    the steps. With 'differences' that of the first step is 0.
   """
   # One scan over the sampler's steps. What is kept of each is a row of the
   # scan's outputs; Gram matrices are summed in its carry, as S of them would
@@ -105,12 +106,15 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
   #   carry   x_T --> model --> eps --> advance --> x' --> model --> ...
   #                     |
   #   outputs           +--> every layer's input --> _gather --> row of [S, ...]
+  #
+  # For differences the carry holds the inputs of the step before, too.
   noise, *condition = batch
   # Steps fold in 0 to S - 1 for their samples, so S is free for the sampler's
   # noise; were they the same key, sampled places would go with the noise.
   sampler_key = jax.random.fold_in(key, plan.num_steps)
+  remembers = fit_lib.DIFFERENCES in needs
 
-  def predict(x, t, index):
+  def predict(x, t, index, before):
     eps, calls = interception.record(model, params, x, t, *condition)
     step_key = jax.random.fold_in(key, index)
     sizes = jnp.asarray([call.input.size for call in calls.values()])
@@ -119,35 +123,52 @@ def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
         jnp.arange(1, len(sizes) + 1))
     places = jax.vmap(lambda layer_key, size: jax.random.randint(
         layer_key, (count,), 0, size))(keys, sizes)
-    found = {name: _gather(call.module, call.input, places[i], keys[i], needs)
+    inputs = {name: call.input for name, call in calls.items()}
+    values = inputs
+    if before is not None:
+      values = {name: jnp.where(index == 0, 0, x - before[name])
+                for name, x in inputs.items()}
+    found = {name: _gather(call.module, call.input, values[name], places[i],
+                           keys[i], needs)
              for i, (name, call) in enumerate(calls.items())}
-    return eps, found
+    return eps, found, inputs if remembers else None
 
   def body(carry, step):
-    position, sums = carry
+    position, sums, before = carry
     x = position.x
-    eps, found = predict(x, jnp.full((len(x),), step['t']), step['index'])
+    eps, found, before = predict(
+        x, jnp.full((len(x),), step['t']), step['index'], before)
     grams = {name: part.pop(fit_lib.GRAM) for name, part in found.items()
              if fit_lib.GRAM in part}
     sums = jax.tree.map(jnp.add, sums, grams) if grams else sums
     position = sampling.advance(plan, step, position, eps, sampler_key)
-    return (position, sums), found
+    return (position, sums, before), found
 
   # A scan's carry needs its shapes beforehand.
+  _, shapes, inputs = jax.eval_shape(
+      predict, noise, jnp.zeros(len(noise)), 0, None)
   empty = jax.tree.map(
-      lambda gram: jnp.zeros(gram.shape, gram.dtype),
-      {name: part[fit_lib.GRAM] for name, part in jax.eval_shape(
-          predict, noise, jnp.zeros(len(noise)), 0)[1].items()
-       if fit_lib.GRAM in part})
-  (_, sums), found = jax.lax.scan(
-      body, (sampling.start(plan, noise), empty), plan.steps())
+      lambda part: jnp.zeros(part.shape, part.dtype),
+      ({name: part[fit_lib.GRAM] for name, part in shapes.items()
+        if fit_lib.GRAM in part}, inputs))
+  (_, sums, _), found = jax.lax.scan(
+      body, (sampling.start(plan, noise), *empty), plan.steps())
   for name, gram in sums.items():
     found[name][fit_lib.GRAM] = gram
   return found
 
 
-def _gather(module, value, places, key, needs):
-  """Takes from one input `[..., I]`, at one step, what `needs` asks for."""
+def _gather(module, whole, value, places, key, needs):
+  """Takes from one input `[..., I]`, at one step, what `needs` asks for.
+
+  Args:
+    module: the layer.
+    whole: its input.
+    value: likewise, or what it differs by from the step before.
+    places: of `value`, to be kept.
+    key: of other choices.
+    needs: of `fit.NEEDS`.
+  """
   flat = value.reshape(-1, value.shape[-1])
   found = {'minimum': value.min(), 'maximum': value.max()}
   if fit_lib.VALUES in needs:
@@ -161,7 +182,7 @@ def _gather(module, value, places, key, needs):
     found[fit_lib.CHANNEL_MAXIMA] = jnp.abs(flat).max(0)
   if fit_lib.GRAM in needs:
     # In float32: a half-precision model's own type would sum 8 digits.
-    rows = _windows(module, value, lambda number: (
+    rows = _windows(module, whole, lambda number: (
         jnp.arange(number) if number <= _GRAM_PLACES  # no sample is better
         else jax.random.randint(
             jax.random.fold_in(key, 2), (_GRAM_PLACES,), 0, number))
@@ -210,6 +231,11 @@ def _join(name, parts, needs, gram):
   if not np.isfinite([low, high]).all():
     raise ValueError(f'layer {name} got inputs that are NaN or infinite '
                      'while sampling: check the checkpoint')
+  differences = fit_lib.DIFFERENCES in needs
+  if differences:
+    # Errors of the steps before come on top, and have either sign.
+    high = max(-low, high, float(np.finfo(np.float32).tiny))
+    low = -high
   seen: dict[str, Any] = {}
   if fit_lib.VALUES in needs:
     seen['values'] = both(fit_lib.VALUES)
@@ -224,4 +250,4 @@ def _join(name, parts, needs, gram):
     # Sums over steps in float32 on the device, over batches in float64.
     seen['gram'] = gram / (len(parts) * len(parts[0]['minimum']))
   return Seen(minimum=low, maximum=high, dtype=parts[0]['minimum'].dtype,
-              **seen)
+              differences=differences, **seen)

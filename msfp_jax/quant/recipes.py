@@ -3,10 +3,12 @@
     RECIPES['mine'] = Recipe(weight=..., nal=..., aal=...)
 
 makes a recipe that calibrates, trains, evaluates, packs, saves and reports.
-'mine+gptq' is then the same with its weights rounded by GPTQ.
+'mine+gptq' is then the same with its weights rounded by GPTQ, and
+'mine+differences' with its inputs quantized as what they differ by from the
+sampler's step before (`kernels.differences`).
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 import dataclasses
 import functools
 import re
@@ -35,6 +37,8 @@ from msfp_jax.quant.svdquant import SVDQuant
 # How weights get to levels: each to its nearest, or so that outputs err least.
 NEAREST, GPTQ = 'nearest', 'gptq'
 ROUNDINGS = (NEAREST, GPTQ)
+# What may stand behind a recipe's name.
+SUFFIXES = (*ROUNDINGS, fit_lib.DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +48,11 @@ class Recipe:
   Attributes:
     weight: of weights.
     nal: of the inputs of normal activation layers.
-    aal: of those that follow SiLU or the like.
+    aal: of those that follow SiLU or the like; differences never do.
     around: what stands around the product; None for nothing.
     rounding: of weights, of ROUNDINGS; 'gptq' is `gptq.round_weights`.
+    differences: whether inputs are quantized as what they differ by from the
+      sampler's step before, see `kernels.differences`.
   """
 
   weight: Fit
@@ -54,11 +60,18 @@ class Recipe:
   aal: Fit
   around: FindAround | None = None
   rounding: str = NEAREST
+  differences: bool = False
 
   def __post_init__(self):
     if self.rounding not in ROUNDINGS:
       raise ValueError(
           f'rounding={self.rounding!r}: must be one of {ROUNDINGS}')
+    if self.differences and self.nal.static:
+      raise ValueError(
+          'the scales of its inputs are from calibration, and differences '
+          'between steps have no one range: the first of a trajectory are '
+          'whole inputs, the last next to nothing; take a recipe with scales '
+          "from the data, such as 'msfp_image' or 'int4_minmax'")
 
   @property
   def needs(self) -> Collection[str]:
@@ -69,10 +82,12 @@ class Recipe:
     """Likewise, with weights and inputs of these bits; 32 is full precision."""
     parts = [self.around] if self.around and bits < FULL_BITS else []
     if act_bits < FULL_BITS:
-      parts += [self.nal, self.aal]
+      parts += [self.nal] if self.differences else [self.nal, self.aal]
     found = {need for part in parts for need in part.needs}
-    # Extremes tell AALs from NALs, which matters only where these differ.
-    if act_bits < FULL_BITS and self.nal != self.aal:
+    if self.differences:
+      found |= {fit_lib.DIFFERENCES} if found else set()
+    elif act_bits < FULL_BITS and self.nal != self.aal:
+      # Extremes tell AALs from NALs, which matters only where these differ.
       found.add(fit_lib.EXTREMES)
     if bits < FULL_BITS and self.rounding == GPTQ:
       found.add(fit_lib.GRAM)
@@ -85,8 +100,13 @@ def _same(fit: Fit, around: FindAround | None = None) -> Recipe:
 
 
 _SIGNED = Searched((SIGNED,))
-_MINMAX_16 = Dynamic(functools.partial(block_formats.int_minmax, group=16))
 _MSFP = Recipe(weight=_SIGNED, nal=_SIGNED, aal=Searched((SIGNED, UNSIGNED)))
+
+
+def _with_inputs(make: Callable[[int], Block]) -> Recipe:
+  """Weights in `int_minmax`, inputs by scales from the data."""
+  return Recipe(Dynamic(block_formats.int_minmax), Dynamic(make),
+                Dynamic(make))
 
 
 def _dynamic(shared: str, group: int = 0) -> dict[str, Recipe]:
@@ -128,8 +148,10 @@ RECIPES = {
     'mxfp4': _same(Dynamic(block_formats.mxfp4)),
     'int4_group': _same(Dynamic(block_formats.int_group)),
     'int4_minmax': _same(Dynamic(block_formats.int_minmax)),
-    'int4_minmax_16': Recipe(Dynamic(block_formats.int_minmax), _MINMAX_16,
-                             _MINMAX_16),
+    'int4_minmax_16': _with_inputs(functools.partial(
+        block_formats.int_minmax, group=16)),
+    # One scale an image, which no kernel pays for.
+    'int4_minmax_image': _with_inputs(block_formats.int_image),
     # Smoothing and a branch of low rank before a block format.
     'svdquant': Recipe(Dynamic(block_formats.int_group), IntegersBySign(),
                        IntegersBySign(), SVDQuant()),
@@ -154,22 +176,34 @@ RECIPES = {
 
 
 def get(name: str) -> Recipe:
-  """The recipe of a name: a key of RECIPES, or one with a rounding.
+  """The recipe of a name: a key of RECIPES, also with SUFFIXES.
 
-  'msfp+gptq' is 'msfp' with weights rounded by GPTQ.
+  'msfp_image+gptq+differences' is 'msfp_image' with weights rounded by GPTQ,
+  and with differences between steps in place of inputs.
 
   Raises:
-    ValueError: there is none; those there are are listed.
+    ValueError: there is none; those there are are listed. A suffix that the
+      recipe cannot have.
   """
-  if name in RECIPES:
-    return RECIPES[name]
   # From the right: a key of one's own may have a + in it.
-  base, _, rounding = name.rpartition('+')
-  if base not in RECIPES or rounding not in ROUNDINGS:
+  base, suffixes = name, []
+  while base not in RECIPES and '+' in base:
+    base, _, suffix = base.rpartition('+')
+    suffixes.append(suffix)
+  roundings = [suffix for suffix in suffixes if suffix in ROUNDINGS]
+  if (base not in RECIPES or not set(suffixes) <= set(SUFFIXES)
+      or len(set(suffixes)) < len(suffixes) or len(roundings) > 1):
     raise ValueError(
         f'recipe {name!r}: must be one of {sorted(RECIPES)}, these also with a '
-        f"rounding of weights, of {ROUNDINGS}, as in 'msfp+gptq'")
-  return dataclasses.replace(RECIPES[base], rounding=rounding)
+        f"rounding of weights, of {ROUNDINGS}, as in 'msfp+gptq', and with "
+        f"'+{fit_lib.DIFFERENCES}'")
+  recipe = RECIPES[base]
+  try:
+    return dataclasses.replace(
+        recipe, rounding=roundings[0] if roundings else recipe.rounding,
+        differences=recipe.differences or fit_lib.DIFFERENCES in suffixes)
+  except ValueError as error:
+    raise ValueError(f'recipe {name!r}: {error}') from error
 
 
 def parse_bits(text: str) -> tuple[int, int]:

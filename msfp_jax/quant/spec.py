@@ -20,6 +20,9 @@ from msfp_jax.quant.rounded import Rounded
 
 _FAMILY = 'msfp-jax/spec/'
 _FORMAT, _FIRST_FORMAT = _FAMILY + '2', _FAMILY + '1'
+# Of differences between steps: a reader that does not know of these must not
+# take it for one of inputs.
+_OF_DIFFERENCES = _FAMILY + '3'
 AAL, NAL = 'AAL', 'NAL'
 
 
@@ -57,10 +60,18 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-  """A LayerSpec for every quantizable layer of a model, in its order."""
+  """A LayerSpec for every quantizable layer of a model, in its order.
+
+  Attributes:
+    recipe: its name.
+    layers: by their names.
+    differences: whether inputs are quantized as what they differ by from the
+      sampler's step before.
+  """
 
   recipe: str
   layers: dict[str, LayerSpec]
+  differences: bool = False
 
   def to_json(self) -> str:
     """A line per layer; floats survive the way there and back exactly."""
@@ -74,7 +85,8 @@ class QuantSpec:
     # A line each, so that a diff of two specs shows the layers that differ.
     rows = [json.dumps({'layer': name} | _layer_to_dict(layer))
             for name, layer in self.layers.items()]
-    content = {'format': _FORMAT, 'recipe': self.recipe}
+    content = {'format': _OF_DIFFERENCES if self.differences else _FORMAT,
+               'recipe': self.recipe}
     head = json.dumps(content | {seal.KEY: _digest(
         content | {'layers': [*map(json.loads, rows)]})})[:-1]
     return head + ', "layers": [\n' + ',\n'.join(rows) + '\n]}\n'
@@ -89,15 +101,16 @@ class QuantSpec:
     try:
       # A damaged file may fail in any of these ways; callers get one error.
       content = json.loads(text)
-      read = {_FORMAT: _layer_from_dict, _FIRST_FORMAT: _layer_from_first}.get(
-          content['format'])
+      read = {_FORMAT: _layer_from_dict, _OF_DIFFERENCES: _layer_from_dict,
+              _FIRST_FORMAT: _layer_from_first}.get(content['format'])
       if read is None:
         raise ValueError(f'format {content["format"]!r}, expected {_FORMAT!r}')
       seal.check('this spec', content.pop(seal.KEY, None),
                  lambda: _digest(content), 'calibrate again; if it was '
                  f'changed on purpose, delete {seal.KEY!r} from it')
       layers = {row['layer']: _checked(read(row)) for row in content['layers']}
-      return cls(content['recipe'], layers)
+      return cls(content['recipe'], layers,
+                 content['format'] == _OF_DIFFERENCES)
     except (AttributeError, json.JSONDecodeError, KeyError, TypeError,
             RecursionError, ValueError) as error:
       raise ValueError(f'not a quantization spec: {error!r}') from error

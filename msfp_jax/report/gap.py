@@ -1,5 +1,7 @@
 """Measures how far apart teacher and student are at every step."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,10 @@ class Gaps:
 
 
 def along_trajectory(
-    teacher: sampling.NoiseFn, student: sampling.NoiseFn,
-    plan: diffusion.SamplerPlan, x: jax.Array, key: jax.Array | None = None
-) -> Gaps:
+    teacher: sampling.NoiseFn,
+    student: sampling.NoiseFn | sampling.RememberingFn,
+    plan: diffusion.SamplerPlan, x: jax.Array, key: jax.Array | None = None,
+    memory: Any = None) -> Gaps:
   """Compares predictions at every x_t of a trajectory that the teacher drives.
 
   So each step shows the difference that it makes by itself, at the samples
@@ -38,9 +41,10 @@ def along_trajectory(
     plan: the sampler.
     x: standard normal noise `[B, H, W, C]`.
     key: for samplers that add noise, the same to both.
+    memory: of a student that remembers, see `sampling.walk`.
   """
 
-  def body(position, step):
+  def body(position, step, student):
     #   teacher's x_t --+--> teacher: eps --> x_{t-1} --> goes on
     #                   |                        \
     #                   |                         difference: `step`
@@ -54,4 +58,4 @@ def along_trajectory(
     return new[0], Gaps(losses.dfa_loss(1.0, *eps),
                         jnp.mean((new[0].x - new[1].x)**2))
 
-  return jax.lax.scan(body, sampling.start(plan, x), plan.steps())[1]
+  return sampling.walk(body, student, plan, x, memory)[1]

@@ -35,8 +35,8 @@ def measure(experiment: section_lib.Experiment,
     return gap.along_trajectory(
         lambda x, t, index: experiment.model.apply(
             {'params': params}, x, t, *condition),
-        lambda x, t, index: model.eps_fn(x, t, index, *condition),
-        experiment.plan, noise, jax.random.fold_in(key, 1))
+        model.eps_fn_of(*condition), experiment.plan, noise,
+        jax.random.fold_in(key, 1), model.memory(noise, *condition))
 
   return jax.tree.map(lambda a: np.asarray(a, np.float64), run(
       experiment.params, deployed.arrays, key,

@@ -42,6 +42,10 @@ def per_activation(model: packed_lib.PackedModel,
     model: whose quantizers of inputs are looked at; nothing is computed.
     shapes: {layer: of its input, `[..., I]`}, see `input_shapes`. A scale of
       the whole tensor counts once for all that a shape holds.
+
+  Returns:
+    Of all steps on average; with `differences` the first counts twice, as it is
+    taken twice.
   """
   bits = count = 0
   for name, shape in shapes.items():
@@ -53,7 +57,8 @@ def per_activation(model: packed_lib.PackedModel,
         lambda x, layer=layer: layer.input.at(0).quantize(
             layer.around.input(x)),
         jax.ShapeDtypeStruct(shape, 'float32')).nbits
-  return bits / count
+  steps = model.plan.num_steps
+  return bits / count * ((steps + 1) / steps if model.differences else 1)
 
 
 def input_shapes(model: nn.Module, params: Any, *inputs: Any

@@ -185,11 +185,15 @@ class Experiment:
 
     Values and extremes are always kept, so that most recipes share one run.
     """
+    differences = fit_lib.DIFFERENCES in needs
     needs = frozenset({
         fit_lib.EXTREMES, fit_lib.VALUES, *self.ahead, *needs})
-    # More than was asked for does no harm, and saves a run of the sampler.
+    if not differences:
+      needs -= {fit_lib.DIFFERENCES}
+    # More than was asked for does no harm, and saves a run of the sampler; but
+    # differences are no inputs.
     for kept, seen in self._seen.items():
-      if needs <= kept:
+      if needs <= kept and differences == (fit_lib.DIFFERENCES in kept):
         return seen
     self._seen[needs] = self._collect(needs)
     return self._seen[needs]
@@ -247,6 +251,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.quant.weight_bits={FULL_BITS}: no weight is quantized, and '
         'there is nothing to fine-tune: set config.finetune.num_updates=0')
+  if (recipes.get(quant.recipe).differences and tuning.num_updates
+      and tuning.num_banks > 1):
+    raise ValueError(
+        f'config.quant.recipe={quant.recipe!r}: differences between steps add '
+        'up over products of one set of weights, and '
+        f'config.finetune.num_banks={tuning.num_banks} are several: set '
+        'config.finetune.num_banks=1')
   first_stage.check(config)
   teacher.check_loras(config.loras)
   prompts_lib.check(config)

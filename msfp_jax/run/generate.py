@@ -84,8 +84,8 @@ class Drawer:
         noise = prompts_lib.noise(seeds, rounds, shape)
       noise = layout.constrain(noise, layout.batch)
       return diffusion.sample(
-          lambda x, t, index: model.eps_fn(x, t, index, *condition), plan,
-          noise, jax.random.fold_in(key, 1))
+          model.eps_fn_of(*condition), plan, noise, jax.random.fold_in(key, 1),
+          model.memory(noise, *condition))
 
     # Weights are arguments: constants would be folded at compile time.
     return jax.jit(draw, compiler_options=kernels.compiler_options())

@@ -4,7 +4,8 @@
 
 y is a layer's output in full precision, y' that of the quantized layer on the
 same input, which full precision made: errors of earlier layers have no part in
-it. Sums are over images and steps of the sampler.
+it. Sums are over images and steps of the sampler. Where differences between
+steps are quantized, the layer knows full precision's input of the step before.
 """
 
 from collections.abc import Mapping
@@ -71,12 +72,10 @@ class LayerErrors:
         0, self._plan.num_steps - 1, _STEPS).round().astype(int))
     sums = {}
     for step in steps.tolist():
-      x = self._seen[step]
-      # One step's inputs in memory at a time. To make them again for every
-      # model is cheaper than to keep them.
-      inputs = self._record(
-          self._params, x, jnp.full(len(x), float(self._plan.timesteps[step])),
-          *self._condition)
+      # One step's inputs in memory at a time, and of the one before. To make
+      # them again for every model is cheaper than to keep them.
+      inputs = self._inputs(step)
+      before = self._inputs(step - 1) if model.differences and step else {}
       for name, seen in inputs.items():
         layer = model.layer_at(name, step)
         if layer.weight is None and layer.input.is_full:
@@ -84,7 +83,8 @@ class LayerErrors:
         own = {kind: leaves[name] for kind, leaves in self._own.items()
                if name in leaves}
         found = np.float64(_squares(
-            self._modules[name], own, layer, seen, model.implementation))
+            self._modules[name], own, layer, seen, model.implementation,
+            model.differences, before.get(name)))
         sums[name] = sums.get(name, 0) + found
     if odd := sorted(name for name, found in sums.items()
                      if not np.isfinite(found).all()):
@@ -93,6 +93,13 @@ class LayerErrors:
                    for name, found in sums.items()
                    if found[0] > 0 and found[i] > 0}
             for i, part in enumerate(PARTS, 1)}
+
+  def _inputs(self, step: int) -> dict[str, jax.Array]:
+    """{layer: its input} in full precision at a step."""
+    x = self._seen[step]
+    return self._record(
+        self._params, x, jnp.full(len(x), float(self._plan.timesteps[step])),
+        *self._condition)
 
 
 def summary(sqnr: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -112,9 +119,10 @@ def _inputs(model, params, x, t, *condition):
 
 # A program of its own for every layer: layers of equal shapes and formats
 # share one, within a model and between recipes and seeds.
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _squares(module: nn.Module, own: Mapping[str, jax.Array], layer: QLayer,
-             x: jax.Array, implementation: str | None) -> jax.Array:
+             x: jax.Array, implementation: str | None, differences: bool,
+             before: jax.Array | None) -> jax.Array:
   """Sums of squares `[4]`: of y, and of the errors of `PARTS`.
 
   Args:
@@ -123,22 +131,30 @@ def _squares(module: nn.Module, own: Mapping[str, jax.Array], layer: QLayer,
     layer: quantized, with one set of weights.
     x: its input.
     implementation: see `kernels.door`.
+    differences: whether it is they that are quantized.
+    before: the input of the step before; None at the first, which is taken
+      twice.
   """
   y = module.apply({'params': own}, x)
   around = layer.around
   seen = around.input(x)
   kernel = around.residual(own['kernel'])
   rounded = layer.input.fake_quant(seen)
+  if differences:
+    known = rounded if before is None else around.input(before)
+    rounded = known + layer.input.fake_quant(seen - known)
   # A product is linear in both: what one of them alone costs is the product of
   # its own error with the other in full precision. Branch and bias, which are
   # not quantized, cancel out.
   plain = module.clone(use_bias=False)
   product = lambda kernel, x: plain.apply({'params': {'kernel': kernel}}, x)
-  of_input = product(kernel, rounded - seen)
+  of_input, of_weight = product(kernel, rounded - seen), jnp.zeros(())
   if layer.weight is None:
-    out, of_weight = module.apply({'params': own}, rounded), jnp.zeros(())
+    error = module.apply({'params': own}, rounded) - y
   else:
-    out = apply_lib.run_layer(module, x, layer, implementation)
-    of_weight = product(layer.weight.dequantize() - kernel, seen)
+    weight = layer.weight.dequantize()
+    of_weight = product(weight - kernel, seen)
+    error = (product(weight, rounded) - product(kernel, seen) if differences
+             else apply_lib.run_layer(module, x, layer, implementation) - y)
   return jnp.stack([jnp.sum(jnp.square(part.astype(jnp.float32)))
-                    for part in (y, out - y, of_weight, of_input)])
+                    for part in (y, error, of_weight, of_input)])

@@ -1,6 +1,7 @@
 """What a row of a table tells of a model beside its images."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -52,6 +53,11 @@ class Meter:
     found = {'bytes': model.stored_bytes,
              'bits_per_weight': bits.per_weight(model),
              'bits_per_act': bits.per_activation(model, self._shapes)}
+    if model.differences:
+      kept = jax.eval_shape(lambda: model.memory(*self._inputs(1)))
+      found['bytes_kept'] = sum(
+          math.prod(part.shape) * part.dtype.itemsize
+          for part in jax.tree.leaves(kept))
     if self._layer_images:
       sqnr = self._errors.sqnr(model)
       if summary := layer_error.summary(sqnr):

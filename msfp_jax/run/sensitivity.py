@@ -17,6 +17,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax import data
@@ -24,6 +25,7 @@ from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.kernels import apply as apply_lib
+from msfp_jax.kernels import differences
 from msfp_jax.metrics import similarity
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
@@ -128,7 +130,19 @@ class Sensitivity:
         return interception.call(
             self._model, params, visit, x, t, *condition)
 
-      return diffusion.sample(predict, self._plan, noise, key)
+      def remember(x, t, index, memory):
+        visit = functools.partial(
+            _visit_differences, model, params, layers, codes, index)
+        return interception.call_remembering(
+            self._model, params, visit, memory, x, t, *condition)
+
+      if not model.differences:
+        return diffusion.sample(predict, self._plan, noise, key)
+      shapes = jax.eval_shape(
+          lambda noise: remember(noise, jnp.zeros(len(noise)), 0, {})[1], noise)
+      return diffusion.sample(
+          remember, self._plan, noise, key, jax.tree.map(
+              lambda part: jnp.zeros(part.shape, part.dtype), shapes))
 
     def run(mask: np.ndarray) -> np.ndarray | None:
       codes = np.int32(mask @ (1 << np.arange(len(SIDES))))
@@ -178,14 +192,54 @@ def _visit(model: packed_lib.PackedModel, params: Any, layers: list[str],
   if name not in layers:
     return compute(x)
   layer = model.layer_at(name, index)
-  own = {kind: found[name] for kind in ('kernel', 'bias')
-         if name in (found := interception.leaves(params, kind))}
+  own = _own(params, name)
   # By one product all of them, as that of the module itself cannot be called in
   # a branch: a program of its own, in which Flax's modules do not run.
   bias = interception.leaves(model.params, 'bias').get(name)
   branches = [functools.partial(apply_lib.run_layer, module, layer=way)
               for way in _ways(layer, own, bias)]
   return jax.lax.switch(codes[index, layers.index(name)], branches, x)
+
+
+def _visit_differences(
+    model: packed_lib.PackedModel, params: Any, layers: list[str],
+    codes: jax.Array, index: jax.Array, module: nn.Module, x: jax.Array,
+    compute: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """Likewise of a model that quantizes differences between steps.
+
+  The product is of the whole x^, as parts of sums over steps would be of other
+  weights where a step's code differs from the one before.
+  """
+  name = interception.layer_name(module)
+  if name not in layers:
+    return compute(x)
+  layer, own = model.layer_at(name, index), _own(params, name)
+  code = codes[index, layers.index(name)]
+  if layer.input.is_full:
+    now = layer.around.input(x)
+  else:
+    now = differences.restored(module, x, layer, code & (1 << INPUT) > 0)
+  teachers = layer.replace(
+      weight=Latent(layer.around.residual(own['kernel']), Full()),
+      bias=own.get('bias'), prepared=None)
+  trained = teachers.replace(
+      bias=interception.leaves(model.params, 'bias').get(name, teachers.bias))
+  branches = [functools.partial(_complete, module, side) for side in (
+      teachers, trained if layer.weight is None else layer)]
+  return jax.lax.switch(code >> WEIGHT, branches, now.astype(x.dtype), x)
+
+
+def _complete(module, layer, now, x):
+  """A layer's output for x^."""
+  total = apply_lib.run_layer(
+      module, now, differences.bare(layer).replace(input=Full()))
+  return differences.complete(total, module, x, layer).astype(total.dtype)
+
+
+def _own(params, name):
+  """The teacher's kernel and bias of a layer."""
+  return {kind: found[name] for kind in ('kernel', 'bias')
+          if name in (found := interception.leaves(params, kind))}
 
 
 def _ways(layer: QLayer, own: Mapping[str, jax.Array],

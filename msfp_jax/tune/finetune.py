@@ -39,6 +39,8 @@ class FinetuneState:
   trainable: Any  # banks, router, ranges, biases
   opt_state: Any
   position: trajectories_lib.Positions  # where the trajectories stand
+  # What the student remembers of them, where it quantizes differences.
+  memory: Any = None
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
@@ -99,12 +101,13 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
   trainable = student.init(
       key, settings.num_banks, settings.rank, settings.learn_act_ranges,
       settings.learn_weight_scales, settings.learn_biases)
+  noise = jnp.zeros((settings.batch_size, *sample_shape))
   return FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
       position=trajectories_lib.Trajectories(
-          plan, settings.driver, settings.steer).start(
-              jnp.zeros((settings.batch_size, *sample_shape))))
+          plan, settings.driver, settings.steer).start(noise),
+      memory=student.memory(noise))
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
@@ -151,12 +154,13 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   # does, two of the teacher.
   steps = plan.steps() | {'gamma': jnp.asarray(gamma, jnp.float32)}
 
-  def loss_fn(trainable, student, x, step, condition, target):
+  def loss_fn(trainable, student, x, step, condition, target, memory):
     with remat.blocks(how_remat):
-      eps, choices = student.predict(
-          trainable, x, step['t'], *condition, step=step['index'])
+      eps, choices, memory = student.predict_next(
+          trainable, x, step['t'], *condition, step=step['index'],
+          memory=memory, fresh=step['index'] == 0)
     loss = losses.dfa_loss(step['gamma'], target, eps)
-    return loss, (_bank_shares(student, choices), eps)
+    return loss, (_bank_shares(student, choices), (eps, memory))
 
   # The teacher's parameters, and weights that calibration rounded, are an
   # argument: as constants they would be folded for a minute of compilation.
@@ -186,16 +190,16 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
           ours.teach(x, step['t'], *condition) for x in inputs)
 
     def work(part):
-      x, condition, target = part
-      (loss, (shares, eps)), grads = jax.value_and_grad(
+      x, condition, target, memory = part
+      (loss, (shares, rows)), grads = jax.value_and_grad(
           loss_fn, has_aux=True)(
-              state.trainable, ours, x, step, condition, target)
-      return ((loss, shares), grads), eps
+              state.trainable, ours, x, step, condition, target, memory)
+      return ((loss, shares), grads), rows
 
     _, taught = parts.run(teach, (inputs, condition), accumulate, layout)
     target = trajectories.target(step, position, taught, noise_key)
-    ((loss, shares), grads), eps = parts.run(
-        work, (inputs[0], condition, target), accumulate, layout)
+    ((loss, shares), grads), (eps, memory) = parts.run(
+        work, (inputs[0], condition, target, state.memory), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': losses.dfa_loss(1.0, taught[0], eps),
@@ -210,7 +214,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         trainable=optax.apply_updates(state.trainable, updates),
         opt_state=opt_state,
         position=trajectories.advance(
-            step, position, taught, eps, noise_key))
+            step, position, taught, eps, noise_key),
+        memory=memory)
     return layout.after_step(
         after, scalars, functools.partial(shardings, layout))
 
@@ -223,7 +228,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
   """Where a state lies: trajectories as batches, the rest as weights."""
   return layout.of_weights(state).replace(
-      position=trajectories_lib.shardings(layout, state.position))
+      position=trajectories_lib.shardings(layout, state.position),
+      memory=jax.tree.map(lambda _: layout.batch, state.memory))
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:

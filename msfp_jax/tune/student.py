@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.kernels import differences
 from msfp_jax.kernels.apply import apply
 from msfp_jax.quant import interception
 from msfp_jax.quant import spec as spec_lib
@@ -156,6 +157,30 @@ class Student:
     Returns:
       eps like x, and the chosen banks, int32 `[len(banked)]`.
     """
+    eps, banks, _ = self.predict_next(
+        trainable, x, t, *condition, step=step,
+        memory={} if self.spec.differences else None)
+    return eps, banks
+
+  def predict_next(self, trainable: Any, x: jax.Array, t: jax.Array,
+                   *condition: jax.Array, step: Any = 0, memory: Any = None,
+                   fresh: jax.Array | None = None
+                   ) -> tuple[jax.Array, jax.Array, Any]:
+    """Likewise along a trajectory, where a step depends on those before.
+
+    Args:
+      trainable: as of `predict`.
+      x: likewise.
+      t: likewise.
+      *condition: likewise.
+      step: likewise.
+      memory: what the step before returned; {} at the first, None of a student
+        whose spec knows no differences. No gradient passes it.
+      fresh: as of `differences.apply`.
+
+    Returns:
+      eps like x, the chosen banks, int32 `[len(banked)]`, and the memory.
+    """
     if self.router is None:
       # One bank, always on: plain LoRA.
       gates = jnp.ones((len(self.banked), 1))
@@ -180,9 +205,34 @@ class Student:
                     layer.around or Around())
       layers[name] = made.at(step)
     params, x_in, condition = self._cast((params, x, condition))
-    eps = apply(self.model, params, layers, x_in, jnp.full(x.shape[:1], t),
-                *condition, dtype=self._other_dtype)
-    return eps.astype(x.dtype), jnp.argmax(gates, axis=-1)
+    inputs = x_in, jnp.full(x.shape[:1], t), *condition
+    if memory is None:
+      eps = apply(self.model, params, layers, *inputs, dtype=self._other_dtype)
+    else:
+      eps, memory = differences.apply(
+          self.model, params, layers, memory, *inputs, fresh=fresh,
+          dtype=self._other_dtype)
+    return eps.astype(x.dtype), jnp.argmax(gates, axis=-1), memory
+
+  def memory(self, x: jax.Array) -> Any:
+    """What `predict_next` remembers before the first step: zeros.
+
+    Args:
+      x: `[B, H, W, C]`; its shape counts.
+
+    Returns:
+      A pytree of float32 arrays; None without differences.
+    """
+    if not self.spec.differences:
+      return None
+    alone, nothing = untrained(self.model, self.params, self.spec)
+    condition = [part.abstract(len(x)) for part in getattr(
+        self.model, 'conditions', ())]
+    shapes = jax.eval_shape(
+        lambda *inputs: alone.predict_next(
+            nothing, inputs[0], jnp.zeros(()), *inputs[1:], memory={})[2],
+        x, *condition)
+    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
 
   def teach(self, x: jax.Array, t: jax.Array, *condition: jax.Array
             ) -> jax.Array:
