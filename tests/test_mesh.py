@@ -193,6 +193,20 @@ def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
   assert_evaluated_alike(tmp_path, one)
 
 
+@pytest.mark.slow
+def test_what_is_remembered_goes_on_with_other_devices(tmp_path, npz):
+  """Differences between steps: stopped within a trajectory, resumed on 8."""
+  changes = {'quant.recipe': 'int4_minmax_image+differences',
+             'finetune.num_banks': 1, 'sampler.num_steps': 4}
+  end(begin(tmp_path / 'one', npz, changes=changes))
+  folder = tmp_path / 'other'
+  end(begin(folder, npz, changes=changes, stop={'finetune': 3}),
+      128 + signal.SIGTERM)
+  assert (folder / 'checkpoints/3').is_dir()
+  end(begin(folder, npz, 8, changes=changes))
+  assert_like(folder, tmp_path / 'one')
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
