@@ -40,12 +40,23 @@ def test_arrays_by_name(tmp_path):
     array(lambda content: content.replace(b'}', b' ')),
     array(lambda content: content.replace(b'(6,)', b'(6666666666666,)').replace(
         b' ' * 12, b'', 1)),
-    array(lambda content: content.replace(b'<f8', b'|O8'))],
-    ids=['text', 'empty', 'cut', 'endless', 'huge', 'objects'])
+    array(lambda content: content.replace(b'<f8', b'|O8')),
+    # A type that NumPy parses as Python, and one that it gave up.
+    array(lambda content: content.replace(b'<f8', b',f8')),
+    array(lambda content: content.replace(b'<f8', b'|a8'))],
+    ids=['text', 'empty', 'cut', 'endless', 'huge', 'objects', 'odd type',
+         'old type'])
 def test_what_is_no_array(tmp_path, member):
   write(tmp_path / 'a.npz', **{'x.npy': member})
   with pytest.raises(ValueError, match='a.npz is no .npz of numbers: '):
     read(tmp_path / 'a.npz')
+
+
+def test_what_python_2_wrote(tmp_path):
+  """Sizes with an L, of which NumPy warns: statistics of those years."""
+  write(tmp_path / 'a.npz', **{'x.npy': array(
+      lambda content: content.replace(b'(6,), ', b'(6L,),'))})
+  np.testing.assert_array_equal(read(tmp_path / 'a.npz')['x'], np.arange(6.0))
 
 
 def test_members_that_are_no_arrays(tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import os
 import tokenize
+import warnings
 import zipfile
 import zlib
 
@@ -17,7 +18,11 @@ class _Arrays(Mapping):
     self._held = held
 
   def __getitem__(self, name: str) -> np.ndarray:
-    array = self._held[name]
+    with warnings.catch_warnings():
+      # Of types that NumPy no longer writes; but what Python 2 wrote is read.
+      warnings.simplefilter('error', DeprecationWarning)
+      warnings.simplefilter('ignore', UserWarning)
+      array = self._held[name]
     if not isinstance(array, np.ndarray):
       raise ValueError(f'{name!r} is no array')
     return array
@@ -55,10 +60,11 @@ def opened(path: str | os.PathLike, what: str
       yield _Arrays(held)
   # RuntimeError is zipfile's, of flags that say a password or a method that it
   # does not have; MemoryError NumPy's, of a shape that says more than there
-  # is, and TokenError, of an array's header that does not end.
+  # is; TokenError and SyntaxError come of an array's header.
   except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError,
-          RuntimeError, MemoryError, OverflowError, tokenize.TokenError,
-          zipfile.BadZipFile, zlib.error) as error:
+          RuntimeError, MemoryError, OverflowError, SyntaxError,
+          DeprecationWarning, tokenize.TokenError, zipfile.BadZipFile,
+          zlib.error) as error:
     if isinstance(error, OSError | ValueError) and str(path) in str(error):
       raise  # it says what is wrong, and of which file
     raise ValueError(f'{path} is no .npz {what}: {error}') from error
