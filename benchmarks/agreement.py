@@ -45,8 +45,8 @@ def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
          seed: int) -> np.ndarray:
   """Samples images `[N, H, W, C]` from the noise of a seed."""
   sample = jax.jit(lambda arrays, noise: diffusion.sample(
-      model.with_arrays(arrays).eps_fn, plan, noise),
-                   compiler_options=kernels.compiler_options())
+      model.with_arrays(arrays).eps_fn_of(), plan, noise,
+      memory=model.memory(noise)), compiler_options=kernels.compiler_options())
   key, images = jax.random.key(seed), []
   for i in range(-(-_IMAGES.value // _BATCH.value)):
     noise = jax.random.normal(

@@ -86,13 +86,13 @@ def spec_of(recipe: str, job: streamed_fits.Job,
   for name, place in job.kernels.items():
     role, bits, act_bits = widths_of(name)
     kind = AAL if roles.follows_activation(name) else NAL
-    of_input = of.aal if kind == AAL else of.nal
+    of_input = of.aal if kind == AAL and not of.differences else of.nal
     *_, inner, outer = place.shape
     layers[name] = LayerSpec(
         role, kind, _weights(of.weight, bits, outer),
         _input(of_input, act_bits, kind),
         _around(of.around, (inner, outer), bits))
-  return QuantSpec(recipe, layers)
+  return QuantSpec(recipe, layers, of.differences)
 
 
 @functools.cache

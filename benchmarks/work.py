@@ -99,7 +99,8 @@ class AbstractExperiment:
         for path, place in {**held.vectors, **held.rest}.items()})
     # A kernel is a program of one device, and all numbers of them are compared.
     return packed_lib.PackedModel(
-        self.model, params, layers, {}, self.plan, 'xla')
+        self.model, params, layers, {}, self.plan, 'xla',
+        self.spec.differences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ def tuning(task: Task, layout: Shapes) -> tuple[Any, Any]:
 
 
 def sampling(task: Task, layout: Shapes) -> tuple[Any, Any]:
-  """A prediction of the packed model."""
+  """A prediction of the packed model; of differences none is alone."""
   model, batch = task.experiment.packed, task.batch
   given = jax.eval_shape(lambda: (
       jnp.zeros((batch, *model.model.sample_shape)), jnp.zeros((batch,))))

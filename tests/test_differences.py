@@ -11,7 +11,9 @@ import pytest
 import students
 import tiny
 
+import msfp_jax as msfp
 from msfp_jax import diffusion
+from msfp_jax.base import devices
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import block_formats
@@ -26,8 +28,12 @@ from msfp_jax.quant.numbers import int_format
 from msfp_jax.report import gap
 from msfp_jax.run import bits
 from msfp_jax.run import layer_error
+from msfp_jax.run import methods
 from msfp_jax.run import sensitivity
 from msfp_jax.tune import finetune
+from msfp_jax.tune import student as student_lib
+
+pytestmark = pytest.mark.gpu
 
 RECIPE = 'int4_minmax_image+differences'
 PLAN = diffusion.ddim_plan(tiny.SCHEDULE, 5, eta=0.5)
@@ -67,6 +73,7 @@ def nearest(d):
   axes = tuple(range(1, d.ndim))
   low = d.min(axes, keepdims=True)
   step = (d.max(axes, keepdims=True) - low) / 15
+  step = np.where(step > 0, step, 1)  # where nothing differs
   return np.round((d - low) / step) * step + low
 
 
@@ -81,11 +88,21 @@ class ByHand:
 
   def __call__(self, x, i):
     h = x + PLAN.timesteps[i] / 1000
-    for layer, kernel in enumerate(self.kernels):
-      self.known[layer] += nearest(h - self.known[layer])
-      h = self.known[layer] @ kernel
-      h = np.tanh(h + self.bias) if layer == 0 else h
+    for layer in range(2):
+      self.known[layer] = self.known[layer] + nearest(h - self.known[layer])
+      h = self.out(layer, self.known[layer])
     return h
+
+  def out(self, layer, h):
+    h = h @ self.kernels[layer]
+    return np.tanh(h + self.bias) if layer == 0 else h
+
+  def whole(self, x, i):
+    """[(input, output) of both layers], inputs as they are."""
+    h, found = x + PLAN.timesteps[i] / 1000, []
+    for layer in range(2):
+      found.append((h, h := self.out(layer, h)))
+    return found
 
 
 def by_hand(predict, visit=lambda i, x, eps: None):
@@ -210,10 +227,9 @@ def test_calibration_sees_differences():
   jax.effects_barrier()
   for name, seen in inputs.items():
     apart = np.diff(np.float64(seen), axis=0)
-    reach = np.abs(apart).max()
     assert found[name].differences and not plain[name].differences
-    assert found[name].maximum == pytest.approx(reach, rel=1e-4)
-    assert found[name].minimum == -found[name].maximum
+    assert found[name].maximum == pytest.approx(apart.max(), rel=1e-4)
+    assert found[name].minimum == pytest.approx(apart.min(), rel=1e-4)
     # A fifth of the values is of the first step.
     steps = found[name].values.reshape(PLAN.num_steps, -1)
     assert (steps[0] == 0).all()
@@ -235,6 +251,23 @@ def test_recipes_take_what_they_need_to_see():
   assert set(get('int4_minmax+gptq+differences').needs) == {'gram'}
   assert not get(RECIPE).needs
   assert not get('msfp_image').differences
+  # Branches are chosen for weights, which whole inputs are multiplied with.
+  assert set(get('svdquant+differences').needs) == {
+      'rows', 'channel_maxima', 'extremes'}
+  # 'all' is all that can be.
+  assert 'msfp_image+differences' in methods.expand('all+differences')
+  assert 'msfp+differences' not in methods.expand('all+differences')
+  assert len(methods.expand('all+other')) == len(recipes.RECIPES)
+
+
+@pytest.mark.parametrize('name', ['msfp_image+gptq', 'svdquant'])
+def test_with_inputs_in_full_precision_the_suffix_is_nothing(name):
+  make = functools.partial(
+      calibrate, MODEL, PARAMS, act_bits=32, batches=[X], plan=PLAN,
+      roles={'in': 'first', 'out': 'last'})
+  found, expected = make(recipe=f'{name}+differences'), make(recipe=name)
+  assert dataclasses.replace(found, recipe=name).to_json() == (
+      expected.to_json())
 
 
 @pytest.mark.parametrize('name, words', [
@@ -279,14 +312,44 @@ def test_a_range_from_calibration_is_refused(monkeypatch):
 def test_one_prediction_alone_is_refused():
   with pytest.raises(ValueError, match=r'take eps_fn_of\(\) and memory\(\)'):
     simulated().eps_fn(X, X[:, 0, 0, 0], 0)
+  spec = calibrate(tiny.NET, tiny.params(tiny.NET), recipe=RECIPE,
+                   roles=tiny.NET_ROLES)
+  with pytest.raises(ValueError, match='take msfp.pack'):
+    msfp.QuantizedModel(tiny.NET, spec)
+  student, nothing = student_lib.untrained(MODEL, PARAMS, spec)
+  with pytest.raises(ValueError, match='predict_next'):
+    student.predict(nothing, X, jnp.float32(0))
   assert dataclasses.replace(simulated(), differences=False).memory(X) is None
 
 
 def test_several_banks_are_refused():
   """A sum over steps is of one set of weights."""
-  setup = students.Setup(tiny.NET, recipe='int4_minmax_image+differences')
-  with pytest.raises(ValueError, match='several sets.*num_banks=1'):
-    packed_lib.deploy(setup.student, setup.start().trainable, tiny.PLAN)
+  with pytest.raises(ValueError, match='one set of weights; set num_banks=1'):
+    students.Setup(tiny.NET, recipe=RECIPE)
+  model = simulated()
+  twice = jax.tree.map(lambda part: jnp.concatenate([part] * 2), model.layers[
+      'first'].weight)
+  with pytest.raises(ValueError, match=r"\['first'\] have several sets"):
+    dataclasses.replace(model, layers=model.layers | {
+        'first': model.layers['first'].replace(weight=twice)})
+
+
+def test_plans_of_several_steps_take_the_first_twice_as_well():
+  """A memory that counts; where a step leads and what it leaves is one."""
+  plan = diffusion.plms_plan(tiny.SCHEDULE, 6)
+  eps_fn = lambda x, t, index: jnp.tanh(x) * (1 + t[0] / 1000)
+  counting = lambda x, t, index, count: (eps_fn(x, t, index), count + 1)
+  visit = lambda x, eps, step: (x, step['index'])
+  expected, seen = diffusion.trajectory(eps_fn, plan, X, None, visit)
+  found, ours = diffusion.trajectory(
+      counting, plan, X, None, visit, jnp.zeros((), jnp.int32))
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6),
+               ours, seen)
+  counts = diffusion.trajectory(
+      lambda x, t, index, count: (0 * x + count, count + 1), plan, X, None,
+      lambda x, eps, step: eps.max(), jnp.zeros(()))[1]
+  np.testing.assert_array_equal(counts, range(1, plan.num_steps + 1))
 
 
 def test_the_first_step_counts_twice():
@@ -353,6 +416,66 @@ def _psnr_of(layers, model, full, images):
 
 ONE = {'num_banks': 1, 'learn_act_ranges': False, 'learn_weight_scales': False,
        'learn_biases': False, 'recipe': RECIPE}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_student_follows_the_recursion(dtype):
+  """From x^ = x on, where a trajectory begins; products are float32."""
+  spec = spec_lib.QuantSpec('by hand', {
+      name: spec_lib.LayerSpec(
+          '', '', block_formats.int_group(4), Block(int_format(4), 'image'))
+      for name in ('first', 'last')}, differences=True)
+  student, nothing = student_lib.untrained(MODEL, PARAMS, spec)
+  student = dataclasses.replace(student, dtype=dtype)
+  predict = jax.jit(functools.partial(student.predict_next, nothing))
+  expected, memory = ByHand(simulated()), student.memory(X)
+  for i, t in enumerate(PLAN.timesteps):
+    x = X * (1 - 0.1 * i)
+    if i == 0:
+      # What is left of the first differences is nothing.
+      expected.known = [h for h, _ in expected.whole(np.float64(x), 0)]
+    eps, _, memory = predict(
+        x, jnp.float32(t), step=i, memory=memory, fresh=jnp.bool_(i == 0))
+    room = 1e-5 if dtype == 'float32' else 0.1
+    np.testing.assert_allclose(eps, expected(np.float64(x), i), atol=room)
+    if i == 0:
+      np.testing.assert_allclose(memory['first']['input'], x + t / 1000,
+                                 atol=1e-5 if dtype == 'float32' else 0.02)
+
+
+def test_other_students_keep_their_checkpoints():
+  """What orbax finds in a state that knows no differences: as it was."""
+  fields = lambda recipe: {field.name for field in dataclasses.fields(
+      students.Setup(tiny.NET, **ONE | {'recipe': recipe}).start())}
+  assert fields('msfp') == {'step', 'trainable', 'opt_state', 'position'}
+  assert fields(RECIPE) == fields('msfp') | {'memory'}
+
+
+class Places(nn.Module):
+  """A model one layer of which sees the same for all samples."""
+
+  @nn.compact
+  def __call__(self, x, t):
+    places = nn.Dense(x.shape[-1], name='places')(jnp.ones((1, 8, 8, 3)))
+    return nn.Conv(x.shape[-1], (1, 1), name='out')(
+        x + places + t[:, None, None, None] / 1000)
+
+
+def test_inputs_without_a_row_a_sample_are_not_cut_in_parts():
+  params = Places().init(KEY, tiny.noise(0), tiny.t_of(0))['params']
+  spec = calibrate(Places(), params, recipe=RECIPE,
+                   roles={'places': 'places', 'out': 'out'})
+  settings = students.settings_of(num_banks=1, accumulate=2)
+  start = lambda settings: finetune.init_state(
+      finetune.make_student(Places(), params, spec, 1000, settings),
+      finetune.optimizer(settings), tiny.PLAN, tiny.IMAGE, KEY, settings)
+  with pytest.raises(ValueError, match=r"layers \['places'\] have no row"):
+    start(settings)
+  state = start(dataclasses.replace(settings, accumulate=1))
+  layout = devices.layout()
+  lie = finetune.shardings(layout, state)
+  assert lie.memory['places']['input'] == layout.whole
+  assert lie.memory['out']['input'] == layout.batch
 
 
 def test_a_student_sees_what_the_deployed_model_sees():

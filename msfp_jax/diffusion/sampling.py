@@ -325,6 +325,22 @@ def trajectory(eps_fn: NoiseFn | RememberingFn, plan: SamplerPlan, x: jax.Array,
   return final.x, seen
 
 
+def no_memory(eps_fn: Callable[..., tuple[jax.Array, Any]], x: jax.Array,
+              *condition: Any) -> Any:
+  """What a model remembers before the first step: zeros.
+
+  Args:
+    eps_fn: a `RememberingFn`, which may take conditions as well; {} is to it
+      what there is to remember before anything was.
+    x: `[B, H, W, C]`; its shape counts.
+    *condition: likewise.
+  """
+  _, shapes = jax.eval_shape(
+      lambda x, *condition: eps_fn(x, jnp.zeros(len(x)), 0, {}, *condition),
+      x, *condition)
+  return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
+
+
 def walk(body: Callable[..., tuple[Position, Any]],
          eps_fn: NoiseFn | RememberingFn, plan: SamplerPlan, x: jax.Array,
          memory: Any = None) -> tuple[Position, Any]:

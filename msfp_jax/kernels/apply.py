@@ -141,10 +141,20 @@ class QuantizedModel:
   """A model on quantized layers; call `apply` as the model's.
 
   Its parameters are what `quantize` returned.
+
+  Raises:
+    ValueError: a spec of differences between steps.
   """
 
   model: nn.Module
   spec: spec_lib.QuantSpec
+
+  def __post_init__(self):
+    if self.spec.differences:
+      raise ValueError(
+          'inputs are quantized as what they differ by from the step of the '
+          'sampler before, which a single call does not know: take msfp.pack, '
+          'which samples')
 
   def apply(self, variables: Mapping[str, Any], *inputs: Any) -> Any:
     """model(*inputs), of what `quantize` returned, under 'params' or not.

@@ -136,9 +136,9 @@ def _run(layer: QLayer, module: nn.Module, x: jax.Array,
   if layer.weight is None:
     total = compute(now.astype(x.dtype))
   elif isinstance(layer.weight, Latent):
-    total = apply_lib.run_layer(
-        module, now.astype(x.dtype), bare(layer).replace(input=Full()),
-        dtype=dtype)
+    # In float32 too: a sum of levels is none of bfloat16's numbers.
+    total = apply_lib.by_geometry(module, now, functools.partial(
+        door.run, bare(layer).replace(input=Full())))
   else:
     # In float32, whatever the module returns: what is added up at every step
     # would be rounded at every step.

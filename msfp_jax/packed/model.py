@@ -213,10 +213,9 @@ class PackedModel:
     """
     if not self.differences:
       return None
-    _, shapes = jax.eval_shape(
-        lambda *inputs: self.eps_fn_of(*inputs[2:])(*inputs[:2], 0, {}),
-        noise, jnp.zeros(len(noise)), *condition)
-    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
+    return sampling.no_memory(
+        lambda x, t, index, memory, *condition: self.eps_fn_of(*condition)(
+            x, t, index, memory), noise, *condition)
 
   def sample(self, noise: jax.Array, *condition: jax.Array,
              key: jax.Array | None = None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 import concurrent.futures
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -156,7 +157,7 @@ def _look(model, params, recipe, widths, batches, plan, kernels, key):
         f'this recipe looks at {sorted(recipe.needs)} of the inputs: '
         'calibrate needs batches and a plan, or activations')
   return observe.collect(
-      model, params, plan, batches, needs=recipe.needs,
+      model, params, plan, batches, needs=recipe.gathered(widths[1]),
       key=jax.random.key(0) if key is None else key)
 
 
@@ -171,7 +172,7 @@ def _check_seen(recipe, widths, activations):
                       ('inputs', 'differences between steps'))
       raise ValueError(
           f'layer {name}: the activations are of {found}, and this recipe '
-          f'looks at {asked}: collect with needs=recipe.needs')
+          f'looks at {asked}: collect with needs=recipe.gathered(act_bits)')
 
 
 def check_model(model: nn.Module, params: Any,
@@ -245,7 +246,8 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     # Both fits below see what the product will see.
     kernel = np.asarray(around.residual(kernel))
     seen = around.seen(seen)
-  act = fit_lib.fit(of_input, seen, act_bits, axis=-1)
+  act = fit_lib.fit(of_input, _signed(seen) if recipe.differences else seen,
+                    act_bits, axis=-1)
   if recipe.differences and any(act.quantizer.cuts):
     raise ValueError('the quantizer of its input cuts off what is beyond a '
                      'range from calibration, and differences between steps '
@@ -265,6 +267,16 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
     stats |= errors
   return spec_lib.LayerSpec(
       role, kind, weight.quantizer, act.quantizer, around, stats, rounded)
+
+
+def _signed(seen):
+  """What is seen of differences, which have either sign whatever inputs have.
+  """
+  if seen.minimum is None:
+    return seen
+  # Where an input never changes they are what is left of it, and not 0.
+  reach = max(-seen.minimum, seen.maximum, float(np.finfo(np.float32).tiny))
+  return dataclasses.replace(seen, minimum=-reach, maximum=reach)
 
 
 def _find_around(recipe, of_input, seen, kernel, bits, act_bits):

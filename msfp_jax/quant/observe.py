@@ -231,11 +231,6 @@ def _join(name, parts, needs, gram):
   if not np.isfinite([low, high]).all():
     raise ValueError(f'layer {name} got inputs that are NaN or infinite '
                      'while sampling: check the checkpoint')
-  differences = fit_lib.DIFFERENCES in needs
-  if differences:
-    # Errors of the steps before come on top, and have either sign.
-    high = max(-low, high, float(np.finfo(np.float32).tiny))
-    low = -high
   seen: dict[str, Any] = {}
   if fit_lib.VALUES in needs:
     seen['values'] = both(fit_lib.VALUES)
@@ -250,4 +245,4 @@ def _join(name, parts, needs, gram):
     # Sums over steps in float32 on the device, over batches in float64.
     seen['gram'] = gram / (len(parts) * len(parts[0]['minimum']))
   return Seen(minimum=low, maximum=high, dtype=parts[0]['minimum'].dtype,
-              differences=differences, **seen)
+              differences=fit_lib.DIFFERENCES in needs, **seen)

@@ -78,6 +78,14 @@ class Recipe:
     """What calibration has to gather; if empty, the model does not run."""
     return self.needs_at(numbers.MIN_BITS, numbers.MIN_BITS)
 
+  def gathered(self, act_bits: int) -> Collection[str]:
+    """What to gather for inputs of these bits, of weights of any.
+
+    More than some of them need: most recipes then share one run.
+    """
+    return frozenset(self.needs) - (
+        {fit_lib.DIFFERENCES} if act_bits == FULL_BITS else set())
+
   def needs_at(self, bits: int, act_bits: int) -> Collection[str]:
     """Likewise, with weights and inputs of these bits; 32 is full precision."""
     parts = [self.around] if self.around and bits < FULL_BITS else []
@@ -85,7 +93,10 @@ class Recipe:
       parts += [self.nal] if self.differences else [self.nal, self.aal]
     found = {need for part in parts for need in part.needs}
     if self.differences:
-      found |= {fit_lib.DIFFERENCES} if found else set()
+      # What stands around a product is chosen for weights too, and these are
+      # multiplied with whole inputs.
+      if act_bits < FULL_BITS and self.nal.needs and self.around is None:
+        found.add(fit_lib.DIFFERENCES)
     elif act_bits < FULL_BITS and self.nal != self.aal:
       # Extremes tell AALs from NALs, which matters only where these differ.
       found.add(fit_lib.EXTREMES)

@@ -226,10 +226,11 @@ class Experiment:
     """The spec that `quant` asks for, with what is given here in its place."""
     cfg = self.quant
     recipe = recipe or cfg.recipe
-    needs = recipes.get(recipe).needs
+    act_bits = act_bits or cfg.act_bits
+    needs = recipes.get(recipe).gathered(act_bits)
     spec = calibrate(
         self.model, self.params, recipe=recipe, bits=bits or cfg.weight_bits,
-        act_bits=act_bits or cfg.act_bits, exceptions=cfg.exceptions,
+        act_bits=act_bits, exceptions=cfg.exceptions,
         activations=self.seen(needs) if needs else None)
     if jax.process_count() == 1:
       return spec
@@ -251,8 +252,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.quant.weight_bits={FULL_BITS}: no weight is quantized, and '
         'there is nothing to fine-tune: set config.finetune.num_updates=0')
-  if (recipes.get(quant.recipe).differences and tuning.num_updates
-      and tuning.num_banks > 1):
+  if (recipes.get(quant.recipe).differences and quant.act_bits < FULL_BITS
+      and tuning.num_updates and tuning.num_banks > 1):
     raise ValueError(
         f'config.quant.recipe={quant.recipe!r}: differences between steps add '
         'up over products of one set of weights, and '

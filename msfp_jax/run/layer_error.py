@@ -154,7 +154,7 @@ def _squares(module: nn.Module, own: Mapping[str, jax.Array], layer: QLayer,
   else:
     weight = layer.weight.dequantize()
     of_weight = product(weight - kernel, seen)
-    error = (product(weight, rounded) - product(kernel, seen) if differences
+    error = (of_weight + product(weight, rounded - seen) if differences
              else apply_lib.run_layer(module, x, layer, implementation) - y)
   return jnp.stack([jnp.sum(jnp.square(part.astype(jnp.float32)))
                     for part in (y, error, of_weight, of_input)])

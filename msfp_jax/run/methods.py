@@ -81,8 +81,8 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
 def expand(names: str | Sequence[str]) -> tuple[str, ...]:
   """Names of rows, with every recipe there is in place of 'all'.
 
-  What is behind 'all' goes to each of them: 'all:w6a6'. Recipes that are named
-  beside it are rows once.
+  What is behind 'all' goes to each of them, 'all:w6a6', or to those that can
+  have it, 'all+differences'. Recipes that are named beside it are rows once.
 
   Args:
     names: of rows; each may be several with commas between, as a command line
@@ -99,8 +99,18 @@ def expand(names: str | Sequence[str]) -> tuple[str, ...]:
       found.append(name)
       continue
     rows = [f'{recipe}{every[1] or ""}' for recipe in recipes.RECIPES]
+    # But those that cannot have what is behind it; of all, none of them can.
+    rows = list(filter(_is_recipe, rows)) or rows
     found += [row for row in rows if row not in names and row not in found]
   return tuple(found)
+
+
+def _is_recipe(name: str) -> bool:
+  try:
+    recipes.get(name.partition(':')[0])
+  except ValueError:
+    return False
+  return True
 
 
 def recipes_of(names: Sequence[str]) -> list[str]:

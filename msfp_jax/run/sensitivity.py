@@ -17,13 +17,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax import kernels
 from msfp_jax.base import progress as progress_lib
+from msfp_jax.diffusion import sampling
 from msfp_jax.kernels import apply as apply_lib
 from msfp_jax.kernels import differences
 from msfp_jax.metrics import similarity
@@ -130,7 +130,7 @@ class Sensitivity:
         return interception.call(
             self._model, params, visit, x, t, *condition)
 
-      def remember(x, t, index, memory):
+      def remember(x, t, index, memory):  # what `predict` is for differences
         visit = functools.partial(
             _visit_differences, model, params, layers, codes, index)
         return interception.call_remembering(
@@ -138,11 +138,8 @@ class Sensitivity:
 
       if not model.differences:
         return diffusion.sample(predict, self._plan, noise, key)
-      shapes = jax.eval_shape(
-          lambda noise: remember(noise, jnp.zeros(len(noise)), 0, {})[1], noise)
-      return diffusion.sample(
-          remember, self._plan, noise, key, jax.tree.map(
-              lambda part: jnp.zeros(part.shape, part.dtype), shapes))
+      return diffusion.sample(remember, self._plan, noise, key,
+                              sampling.no_memory(remember, noise))
 
     def run(mask: np.ndarray) -> np.ndarray | None:
       codes = np.int32(mask @ (1 << np.arange(len(SIDES))))

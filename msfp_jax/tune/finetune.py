@@ -5,6 +5,7 @@ import functools
 import json
 from typing import Any
 
+from flax import traverse_util
 import flax.linen as nn
 import flax.struct
 import jax
@@ -39,8 +40,17 @@ class FinetuneState:
   trainable: Any  # banks, router, ranges, biases
   opt_state: Any
   position: trajectories_lib.Positions  # where the trajectories stand
-  # What the student remembers of them, where it quantizes differences.
-  memory: Any = None
+
+
+@flax.struct.dataclass
+class RememberingState(FinetuneState):
+  """Of a student that quantizes differences.
+
+  A class of its own: a field that others have no use for would keep their
+  earlier checkpoints from being read.
+  """
+
+  memory: Any
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
@@ -60,13 +70,18 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
     continuous: whether timesteps are real numbers, as of flow matching.
 
   Raises:
-    ValueError: the spec quantizes no weight, or is of another model.
+    ValueError: the spec quantizes no weight, or is of another model; several
+      banks and differences.
   """
   check_layers(spec, interception.leaves(params, 'kernel'))
   bits = {name: layer.weight.bits for name, layer in spec.layers.items()
           if not layer.weight.is_full}
   if not bits:
     raise ValueError('nothing to fine-tune: the spec quantizes no weight')
+  if spec.differences and settings.num_banks > 1:
+    raise ValueError(
+        f'num_banks={settings.num_banks}: differences between steps add up '
+        'over products of one set of weights; set num_banks=1')
   banked = tuple(n for n, width in bits.items() if width == min(bits.values()))
   router = None
   if settings.num_banks > 1:
@@ -102,12 +117,27 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
       key, settings.num_banks, settings.rank, settings.learn_act_ranges,
       settings.learn_weight_scales, settings.learn_biases)
   noise = jnp.zeros((settings.batch_size, *sample_shape))
-  return FinetuneState(
+  make, memory = FinetuneState, student.memory(noise)
+  if memory is not None:
+    make = functools.partial(RememberingState, memory=memory)
+    _check_parts(memory, settings)
+  return make(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
       position=trajectories_lib.Trajectories(
-          plan, settings.driver, settings.steer).start(noise),
-      memory=student.memory(noise))
+          plan, settings.driver, settings.steer).start(noise))
+
+
+def _check_parts(memory, settings):
+  """Raises ValueError for what cannot be remembered in parts of a batch."""
+  odd = sorted({'.'.join(path[:-1]) for path, part
+                in traverse_util.flatten_dict(memory).items()
+                if part.shape[0] % settings.batch_size})
+  if odd and settings.accumulate > 1:
+    raise ValueError(
+        f'config.finetune.accumulate={settings.accumulate}: the inputs of '
+        f'layers {odd} have no row for each sample, and what changes in them '
+        'is not remembered in parts; set config.finetune.accumulate=1')
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
@@ -198,8 +228,10 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 
     _, taught = parts.run(teach, (inputs, condition), accumulate, layout)
     target = trajectories.target(step, position, taught, noise_key)
+    remembers = isinstance(state, RememberingState)
     ((loss, shares), grads), (eps, memory) = parts.run(
-        work, (inputs[0], condition, target, state.memory), accumulate, layout)
+        work, (inputs[0], condition, target,
+               state.memory if remembers else None), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': losses.dfa_loss(1.0, taught[0], eps),
@@ -209,13 +241,13 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
            for name, part in grads.items() if jax.tree.leaves(part)},
         **shares,
     }
-    after = FinetuneState(
+    after = state.replace(
         step=state.step + 1,
         trainable=optax.apply_updates(state.trainable, updates),
         opt_state=opt_state,
         position=trajectories.advance(
             step, position, taught, eps, noise_key),
-        memory=memory)
+        **({'memory': memory} if remembers else {}))
     return layout.after_step(
         after, scalars, functools.partial(shardings, layout))
 
@@ -227,9 +259,15 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 
 def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
   """Where a state lies: trajectories as batches, the rest as weights."""
-  return layout.of_weights(state).replace(
-      position=trajectories_lib.shardings(layout, state.position),
-      memory=jax.tree.map(lambda _: layout.batch, state.memory))
+  lie = layout.of_weights(state).replace(
+      position=trajectories_lib.shardings(layout, state.position))
+  if not isinstance(state, RememberingState):
+    return lie
+  rows = trajectories_lib.rows(state.position)
+  # But for inputs that are the same for all samples.
+  return lie.replace(memory=jax.tree.map(
+      lambda part: layout.whole if part.shape[0] % rows else layout.batch,
+      state.memory))
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.diffusion import sampling
 from msfp_jax.kernels import differences
 from msfp_jax.kernels.apply import apply
 from msfp_jax.quant import interception
@@ -55,7 +56,8 @@ class Student:
       what passes from layer to layer and what is multiplied, forward and
       backward. What is trained and quantized is float32 all the same; levels
       are exact in both, and their products summed in float32. Sums on the way
-      back, and of layers in full precision, are rounded to bfloat16.
+      back, and of layers in full precision, are rounded to bfloat16. Of
+      differences, which add up to what is no level, products are in float32.
   """
 
   model: nn.Module
@@ -156,11 +158,13 @@ class Student:
 
     Returns:
       eps like x, and the chosen banks, int32 `[len(banked)]`.
+
+    Raises:
+      ValueError: a spec of differences, see `predict_next`.
     """
-    eps, banks, _ = self.predict_next(
-        trainable, x, t, *condition, step=step,
-        memory={} if self.spec.differences else None)
-    return eps, banks
+    if self.spec.differences:
+      raise ValueError('a prediction depends on those before: predict_next')
+    return self.predict_next(trainable, x, t, *condition, step=step)[:2]
 
   def predict_next(self, trainable: Any, x: jax.Array, t: jax.Array,
                    *condition: jax.Array, step: Any = 0, memory: Any = None,
@@ -228,11 +232,10 @@ class Student:
     alone, nothing = untrained(self.model, self.params, self.spec)
     condition = [part.abstract(len(x)) for part in getattr(
         self.model, 'conditions', ())]
-    shapes = jax.eval_shape(
-        lambda *inputs: alone.predict_next(
-            nothing, inputs[0], jnp.zeros(()), *inputs[1:], memory={})[2],
+    return sampling.no_memory(
+        lambda x, t, index, memory, *condition: alone.predict_next(
+            nothing, x, t[0], *condition, step=index, memory=memory)[::2],
         x, *condition)
-    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), shapes)
 
   def teach(self, x: jax.Array, t: jax.Array, *condition: jax.Array
             ) -> jax.Array:

@@ -138,6 +138,12 @@ class Trajectories:
     return go(positions, taught[0])
 
 
+def rows(positions: Positions) -> int:
+  """Trajectories at once."""
+  of = positions.student if isinstance(positions, Both) else positions
+  return of.x.shape[0]
+
+
 def shardings(layout: devices.Layout, positions: Positions) -> Positions:
   """Where they lie: as batches."""
   def of(position: sampling.Position) -> sampling.Position:
