@@ -244,7 +244,8 @@ def test_a_sampled_place_is_one_of_the_windows(monkeypatch, options, padding):
                   jnp.float32)
   windows = windows_by_hand(np.float64(x), options, padding)
   gather = jax.jit(lambda key: observe._gather(
-      nn.Conv(2, (3, 2), **options), x, 0 * x, jnp.zeros(1, int), key, ('gram',)))
+      nn.Conv(2, (3, 2), **options), x, 0 * x, jnp.zeros(1, int), key,
+      ('gram',)))
   drawn = set()
   for seed in range(6):
     gram = np.asarray(gather(jax.random.key(seed))['gram'])
