@@ -65,6 +65,15 @@ def test_lines_of_earlier_versions_have_no_digest(tmp_path):
   assert entries(path) == [1, 2, 3]
 
 
+def test_lines_that_were_never_written_are_left_out(tmp_path):
+  """Found by changing a journal without digests at random."""
+  path = tmp_path / 'j.jsonl'
+  path.write_text('{}\n1\n[2]\n"piece"\n{"piece": "a"}\n{"spec": 3}\n')
+  with Journal(path, {}, 'go') as journal:
+    assert journal.of('piece') == [{'piece': 'a'}]
+    assert journal.of('piece', 'spec') == []
+
+
 def test_half_a_first_line_is_no_journal(tmp_path):
   path = tmp_path / 'j.jsonl'
   path.write_bytes(b'{"bits": 4, "fi')

@@ -133,6 +133,16 @@ def _without_merges(folder):
   (folder / 'merges.txt').unlink()
 
 
+# A pair whose whole is no token; the library's own code stops there.
+_PANICS = {'vocab': {'ðŁ': 540, 'ļģ</w>': 1}, 'merges': [['ðŁ', 'ļģ</w>']]}
+
+
+def _in_vocabulary(folder):
+  text_files.write_clip(folder)
+  vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
+  text_files.write_json(folder / 'vocab.json', vocab | {'a</w>': 2**31})
+
+
 def _config(**changes):
   def write(folder):
     text_files.write_clip(folder, form='bare')
@@ -160,6 +170,10 @@ def _config(**changes):
      'no tokenizer.json'),
     (lambda folder: (folder / 'vocab.json').write_text('[1]') and (
         folder / 'merges.txt').write_text('a b'), 'no vocabulary'),
+    # Found by changing files at random.
+    (lambda folder: text_files.write_json(
+        folder / 'tokenizer.json', {'model': _PANICS}), 'no tokenizer.json'),
+    (_in_vocabulary, 'number 2147483648'),
     (lambda folder: (folder / 'spiece.model').write_bytes(b'\x0a\x05ab'),
      'damaged')])
 def test_other_tokenizers_are_refused(write, said, tmp_path):

@@ -65,6 +65,12 @@ class Journal:
     self._write(entry)
     self.entries.append(entry)
 
+  def of(self, *keys: str) -> list[dict[str, Any]]:
+    """The entries that have all these keys."""
+    # Lines of earlier versions have no digest, and may be anything.
+    return [entry for entry in self.entries
+            if isinstance(entry, dict) and entry.keys() >= set(keys)]
+
   def close(self) -> None:
     self._file.close()
 

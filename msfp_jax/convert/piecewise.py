@@ -72,8 +72,7 @@ class PiecewiseFile:
       self._journal = open_journal()
     self._parts = {name: bytes.fromhex(part) for entry in self._journal.entries
                    for name, part in entry.get('tensors', {}).items()}
-    self.done = {entry['piece'] for entry in self._journal.entries
-                 if 'piece' in entry}
+    self.done = {entry['piece'] for entry in self._journal.of('piece')}
     try:
       if not self._is_named:
         self._file = _with_room(data, self._size)
@@ -91,8 +90,8 @@ class PiecewiseFile:
 
   def _was_named(self, data):
     """Whether a process died between naming the file and tidying up."""
-    digest = next((entry['digest'] for entry in self._journal.entries
-                   if 'digest' in entry), None)
+    digest = next(
+        (entry['digest'] for entry in self._journal.of('digest')), None)
     if digest is None or data.exists() or not self._path.is_file():
       return False
     return source_lib.read_safetensors(self._path)[1].get(seal.KEY) == digest

@@ -137,7 +137,8 @@ def _searched(kernels: Mapping[str, restore.Place], recipe: str,
       folder / FITS, identity,
       f'delete {folder} to begin anew, or ask for what it was begun with'
   ) as journal):
-    found = {entry['layer']: entry['spec'] for entry in journal.entries}
+    found = {entry['layer']: entry['spec']
+             for entry in journal.of('layer', 'spec')}
     progress = progress_lib.Progress(
         f'search {recipe}, layers', len(kernels), len(found), unit='layers')
     for name in [name for name in kernels if name not in found]:

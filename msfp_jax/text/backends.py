@@ -3,7 +3,8 @@
 What a text becomes is what transformers 5 makes of the same files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -41,6 +42,22 @@ def import_tokenizers() -> Any:
   return tokenizers
 
 
+@contextlib.contextmanager
+def blaming(words: str) -> Iterator[None]:
+  """Turns what goes wrong in the library into ValueError(words: why).
+
+  It raises Exception itself; and where its code in Rust stops, what comes is
+  not even one of these, and would end a program that expects them.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if not isinstance(error, Exception) and (
+        type(error).__name__ != 'PanicException'):
+      raise
+    raise ValueError(f'{words}: {error}') from error
+
+
 def from_json(path: pathlib.Path) -> tuple[Any, str]:
   """Opens a tokenizer.json: (backend, CLIP or T5).
 
@@ -48,11 +65,8 @@ def from_json(path: pathlib.Path) -> tuple[Any, str]:
     ValueError: it is none, or one of neither kind.
   """
   tokenizers = import_tokenizers()
-  try:
+  with blaming(f'{path} is no tokenizer.json'):
     found = tokenizers.Tokenizer.from_str(_text(path))
-  # The library raises Exception itself.
-  except Exception as error:
-    raise ValueError(f'{path} is no tokenizer.json: {error}') from error
   model = found.model
   if isinstance(model, tokenizers.models.Unigram):
     kind = T5
@@ -82,7 +96,7 @@ def from_vocabulary(vocab: pathlib.Path, merges: pathlib.Path,
   if not merges.is_file():
     raise ValueError(f'{vocab} has no {merges.name} beside it, which says how '
                      'words become its tokens')
-  try:
+  with blaming(f"{vocab} and {merges.name} are no vocabulary of CLIP's"):
     numbers = json.loads(_text(vocab))
     # The first line is the version.
     lines = [line for line in _text(merges).split('\n')
@@ -91,13 +105,11 @@ def from_vocabulary(vocab: pathlib.Path, merges: pathlib.Path,
         vocab=numbers, merges=[tuple(line.split()) for line in lines],
         continuing_subword_prefix='', end_of_word_suffix=_WORD_END,
         fuse_unk=False, unk_token=named['unk_token']))
-    ends = [(named[name], numbers[named[name]])
-            for name in ('eos_token', 'bos_token')]
-  except KeyError as error:
-    raise ValueError(f'{vocab} lacks the token {error}') from error
-  except Exception as error:
-    raise ValueError(f"{vocab} and {merges.name} are no vocabulary of CLIP's: "
-                     f'{error}') from error
+  ends = [(named[name], numbers.get(named[name]))
+          for name in ('eos_token', 'bos_token')]
+  for token, number in ends:
+    if number is None:
+      raise ValueError(f'{vocab} lacks the token {token!r}')
   found.normalizer = tokenizers.normalizers.Sequence([
       tokenizers.normalizers.NFC(),
       tokenizers.normalizers.Replace(tokenizers.Regex(r'\s+'), ' '),
@@ -124,15 +136,12 @@ def from_sentencepiece(path: pathlib.Path, named: Mapping[str, str]
   tokenizers = import_tokenizers()
   held = sentencepiece_file.read(path)
   gaps = tuple(f'<extra_id_{i}>' for i in reversed(range(_GAPS)))
-  try:
+  with blaming(f"{path} is no vocabulary of T5's"):
     found = tokenizers.Tokenizer(tokenizers.models.Unigram(
         [*held.pieces, *((gap, 0.0) for gap in gaps)], unk_id=held.unknown,
         byte_fallback=False))
     if held.charsmap:
       found.normalizer = tokenizers.normalizers.Precompiled(held.charsmap)
-  # The library raises Exception itself.
-  except Exception as error:
-    raise ValueError(f"{path} is no vocabulary of T5's: {error}") from error
   # Words begin with a mark, which stands for the space before them.
   found.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
       tokenizers.pre_tokenizers.WhitespaceSplit(),

@@ -91,13 +91,9 @@ class Tokenizer:
 
 def _encoded(backend, texts, source):
   """The numbers of the tokens of each text."""
-  try:
+  # As of a vocabulary without the token of what it lacks.
+  with backends.blaming(f'{source} makes no tokens of the prompts'):
     return [encoding.ids for encoding in backend.encode_batch(texts)]
-  # The library raises Exception itself, as of a vocabulary without the token
-  # of what it lacks.
-  except Exception as error:
-    raise ValueError(f'{source} makes no tokens of the prompts: {error}'
-                     ) from error
 
 
 def check_texts(prompts: Sequence[str]) -> None:
@@ -179,12 +175,16 @@ def _made(kind, backend, named, length, file):
     raise ValueError(
         f'{file} makes {empty} of an empty text: must be {around} tokens, the '
         f'last of them the end, {named["eos_token"]!r} ({eos_id})')
+  size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+  if size > np.iinfo(np.int32).max:
+    raise ValueError(f'{file}: a token has the number {size - 1}, which no '
+                     'encoder has a vector for')
   if length <= around:
     raise ValueError(f'length={length}: must be more than the {around} tokens '
                      'around a text')
   return Tokenizer(
       kind, backend, length, eos_id, backend.token_to_id(named['pad_token']),
-      max(backend.get_vocab(with_added_tokens=True).values()) + 1, str(file))
+      size, str(file))
 
 
 def _file(path):
