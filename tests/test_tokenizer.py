@@ -143,6 +143,14 @@ def _in_vocabulary(folder):
   text_files.write_json(folder / 'vocab.json', vocab | {'a</w>': 2**31})
 
 
+def _around_texts(folder):
+  text_files.write_clip(folder)
+  tokenizer.load_tokenizer(folder).backend.save(str(folder / 'tokenizer.json'))
+  content = json.loads((folder / 'tokenizer.json').read_text('utf-8'))
+  content['post_processor']['cls'][1] = 2**31
+  text_files.write_json(folder / 'tokenizer.json', content)
+
+
 def _config(**changes):
   def write(folder):
     text_files.write_clip(folder, form='bare')
@@ -174,6 +182,7 @@ def _config(**changes):
     (lambda folder: text_files.write_json(
         folder / 'tokenizer.json', {'model': _PANICS}), 'no tokenizer.json'),
     (_in_vocabulary, 'number 2147483648'),
+    (_around_texts, 'number 2147483648'),
     (lambda folder: (folder / 'spiece.model').write_bytes(b'\x0a\x05ab'),
      'damaged')])
 def test_other_tokenizers_are_refused(write, said, tmp_path):

@@ -176,8 +176,9 @@ def _made(kind, backend, named, length, file):
         f'{file} makes {empty} of an empty text: must be {around} tokens, the '
         f'last of them the end, {named["eos_token"]!r} ({eos_id})')
   size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-  if size > np.iinfo(np.int32).max:
-    raise ValueError(f'{file}: a token has the number {size - 1}, which no '
+  # What is put around a text has numbers of its own.
+  if (highest := max(size - 1, *empty)) > np.iinfo(np.int32).max:
+    raise ValueError(f'{file}: a token has the number {highest}, which no '
                      'encoder has a vector for')
   if length <= around:
     raise ValueError(f'length={length}: must be more than the {around} tokens '
