@@ -11,6 +11,7 @@ and each model's Frechet distance to the data, beside its spread over the seeds.
 """
 
 from collections.abc import Sequence
+import functools
 import json
 import pathlib
 from typing import Any
@@ -44,9 +45,12 @@ _CAP = 150.0  # dB; what equal floats count as
 def draw(model: Any, plan: diffusion.SamplerPlan, shape: tuple[int, ...],
          seed: int) -> np.ndarray:
   """Samples images `[N, H, W, C]` from the noise of a seed."""
-  sample = jax.jit(lambda arrays, noise: diffusion.sample(
-      model.with_arrays(arrays).eps_fn_of(), plan, noise,
-      memory=model.memory(noise)), compiler_options=kernels.compiler_options())
+  @functools.partial(jax.jit, compiler_options=kernels.compiler_options())
+  def sample(arrays, noise):
+    ours = model.with_arrays(arrays)
+    return diffusion.sample(
+        ours.eps_fn_of(), plan, noise, memory=ours.memory(noise))
+
   key, images = jax.random.key(seed), []
   for i in range(-(-_IMAGES.value // _BATCH.value)):
     noise = jax.random.normal(

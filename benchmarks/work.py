@@ -141,8 +141,16 @@ def tuning(task: Task, layout: Shapes) -> tuple[Any, Any]:
 
 
 def sampling(task: Task, layout: Shapes) -> tuple[Any, Any]:
-  """A prediction of the packed model; of differences none is alone."""
+  """A prediction of the packed model.
+
+  Raises:
+    ValueError: it quantizes differences, of which the plan knows nothing.
+  """
   model, batch = task.experiment.packed, task.batch
+  if model.differences:
+    raise ValueError('a plan is of single predictions, and this recipe '
+                     'quantizes what changes between them: take it without '
+                     "'+differences'")
   given = jax.eval_shape(lambda: (
       jnp.zeros((batch, *model.model.sample_shape)), jnp.zeros((batch,))))
   condition = jax.eval_shape(

@@ -14,9 +14,11 @@ import tiny
 import msfp_jax as msfp
 from msfp_jax import diffusion
 from msfp_jax.base import devices
+from msfp_jax.kernels import differences
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import block_formats
+from msfp_jax.quant import calibrate as calibrate_lib
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import observe
 from msfp_jax.quant import recipes
@@ -25,6 +27,8 @@ from msfp_jax.quant.block import Block
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.numbers import int_format
+from msfp_jax.quant.qlayer import Latent
+from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.report import gap
 from msfp_jax.run import bits
 from msfp_jax.run import layer_error
@@ -260,6 +264,7 @@ def test_recipes_take_what_they_need_to_see():
   assert len(methods.expand('all+other')) == len(recipes.RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['msfp_image+gptq', 'svdquant'])
 def test_with_inputs_in_full_precision_the_suffix_is_nothing(name):
   make = functools.partial(
@@ -280,6 +285,25 @@ def test_with_inputs_in_full_precision_the_suffix_is_nothing(name):
 def test_what_cannot_be_is_refused(name, words):
   with pytest.raises(ValueError, match=words):
     recipes.get(name)
+
+
+def test_differences_follow_no_activation_function():
+  """Whose extremes happen to be like SiLU's."""
+  rows = np.random.default_rng(0).uniform(-0.2, 0.5, (40, 4))
+  seen = fit_lib.Seen(minimum=-0.2, maximum=0.5, rows=np.float32(rows))
+  kind = lambda seen: calibrate_lib.fit_layer(
+      recipes.get('msfp_image+differences'), 'in', seen,
+      np.asarray(PARAMS['first']['kernel']), 4, 4).kind
+  assert kind(seen) == spec_lib.AAL  # of inputs
+  assert kind(dataclasses.replace(seen, differences=True)) == spec_lib.NAL
+
+
+def test_a_search_and_what_stands_around_are_not_both_had(monkeypatch):
+  recipe = recipes.get('msfp_image')
+  monkeypatch.setitem(recipes.RECIPES, 'own', dataclasses.replace(
+      recipe, around=recipes.get('hadamard').around))
+  with pytest.raises(ValueError, match='its input is searched'):
+    recipes.get('own+differences')
 
 
 def test_what_was_seen_must_be_what_is_quantized():
@@ -383,6 +407,7 @@ def test_sqnr_is_by_the_step_before():
         10 * np.log10(total[0] / total[i]), abs=0.01)
 
 
+@pytest.mark.slow
 def test_what_parts_cost_is_what_models_with_these_alone_show():
   """All of it, weights alone by a model of these; inputs beside exact ones."""
   model = simulated()
@@ -418,9 +443,28 @@ ONE = {'num_banks': 1, 'learn_act_ranges': False, 'learn_weight_scales': False,
        'learn_biases': False, 'recipe': RECIPE}
 
 
+def test_products_in_training_are_of_whole_sums():
+  """In bfloat16 too, whose numbers x^ is none of."""
+  rng = np.random.default_rng(0)
+  layer = nn.Dense(5, name=None)
+  x = jnp.asarray(rng.normal(size=(3, 7)), jnp.bfloat16)
+  params = layer.init(KEY, jnp.float32(x))['params']
+  weights = block_formats.int_group(4)
+  made = QLayer(Latent(params['kernel'], weights),
+                Block(int_format(4), 'token'), params['bias'] + 0.3)
+  memory = {'input': jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)}
+  # The module's own name is empty: it is the model.
+  out, memory = differences.apply(
+      layer, params, {'': made}, memory, x, dtype='float32')
+  kernel = np.float64(fit_lib.restored(weights, params['kernel'], -2))
+  np.testing.assert_allclose(
+      out, np.float64(memory['input']) @ kernel + np.float64(made.bias),
+      rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_student_follows_the_recursion(dtype):
-  """From x^ = x on, where a trajectory begins; products are float32."""
+  """From x^ = x on, where a trajectory begins."""
   spec = spec_lib.QuantSpec('by hand', {
       name: spec_lib.LayerSpec(
           '', '', block_formats.int_group(4), Block(int_format(4), 'image'))
@@ -446,7 +490,8 @@ def test_a_student_follows_the_recursion(dtype):
 def test_other_students_keep_their_checkpoints():
   """What orbax finds in a state that knows no differences: as it was."""
   fields = lambda recipe: {field.name for field in dataclasses.fields(
-      students.Setup(tiny.NET, **ONE | {'recipe': recipe}).start())}
+      jax.eval_shape(students.Setup(
+          tiny.NET, **ONE | {'recipe': recipe}).start))}
   assert fields('msfp') == {'step', 'trainable', 'opt_state', 'position'}
   assert fields(RECIPE) == fields('msfp') | {'memory'}
 

@@ -33,10 +33,12 @@ class Model:
   def with_arrays(self, arrays):
     return Model(arrays)
 
-  def eps_fn(self, x, t, index, *labels):
-    del t
-    return self.arrays[index] * x + sum(
+  def eps_fn_of(self, *labels):
+    return lambda x, t, index: self.arrays[index] * x + sum(
         label[:, None, None, None] for label in labels)
+
+  def memory(self, noise, *labels):
+    del noise, labels
 
 
 def generated(count=8, batch=4, model=None, **options):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from msfp_jax.convert import native
+from msfp_jax.convert import piecewise
 from msfp_jax.convert.piecewise import PiecewiseFile
 
 TENSORS = {
@@ -55,6 +56,22 @@ def test_damage_meanwhile_does_not_pass_the_seal(tmp_path):
   tensors, metadata = native.source_lib.read_safetensors(path)
   with pytest.raises(ValueError, match='f.safetensors is damaged'):
     native.check_seal(path, tensors, metadata, '')
+
+
+def test_lines_of_a_journal_that_no_piece_wrote(tmp_path):
+  """Without digests, as earlier versions wrote; what is whole goes on."""
+  with opened(tmp_path) as file:
+    file.write('1', {name: array for name, array in TENSORS.items()
+                     if name != 'shared'}, {('shared', 0): TENSORS['shared']})
+  journal = tmp_path / 'work' / piecewise.JOURNAL
+  with open(journal, 'a', encoding='utf-8') as lines:
+    lines.write('12\n[1]\n"tensors"\n{"within": 3}\n')
+  with opened(tmp_path) as file:
+    assert file.done == {'1'}
+    file.finish()
+  tensors, metadata = native.source_lib.read_safetensors(
+      path := tmp_path / 'f.safetensors')
+  native.check_seal(path, tensors, metadata, '')
 
 
 def test_damage_of_what_pieces_share_is_not_sealed(tmp_path):

@@ -20,8 +20,10 @@ class _Arrays(Mapping):
   def __getitem__(self, name: str) -> np.ndarray:
     with warnings.catch_warnings():
       # Of types that NumPy no longer writes; but what Python 2 wrote is read.
-      warnings.simplefilter('error', DeprecationWarning)
-      warnings.simplefilter('ignore', UserWarning)
+      warnings.filterwarnings(
+          'error', 'Data type alias', category=DeprecationWarning)
+      warnings.filterwarnings(
+          'ignore', '.*additional header parsing', category=UserWarning)
       array = self._held[name]
     if not isinstance(array, np.ndarray):
       raise ValueError(f'{name!r} is no array')

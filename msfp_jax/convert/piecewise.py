@@ -70,8 +70,9 @@ class PiecewiseFile:
       # Somebody took the data: what the journal says of it is void.
       self._journal.remove()
       self._journal = open_journal()
-    self._parts = {name: bytes.fromhex(part) for entry in self._journal.entries
-                   for name, part in entry.get('tensors', {}).items()}
+    self._parts = {
+        name: bytes.fromhex(part) for entry in self._journal.of('tensors')
+        for name, part in entry['tensors'].items()}
     self.done = {entry['piece'] for entry in self._journal.of('piece')}
     try:
       if not self._is_named:
@@ -156,8 +157,8 @@ class PiecewiseFile:
   def _checked(self, name):
     """A tensor that pieces share, as the disk has it, if that is as written."""
     tensor = self._read(name)
-    for entry in self._journal.entries:
-      for other, first, size, digest in entry.get('within', ()):
+    for entry in self._journal.of('piece', 'within'):
+      for other, first, size, digest in entry['within']:
         if other == name and digest != seal.part_of(
             name, tensor[first:first + size]).hex():
           raise ValueError(

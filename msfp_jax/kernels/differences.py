@@ -89,6 +89,12 @@ def bare(layer: QLayer) -> QLayer:
   return layer.replace(bias=None, around=Around(), adapter=None)
 
 
+def whole(layer: QLayer, module: nn.Module, now: jax.Array) -> jax.Array:
+  """The product of the whole x^, float32: a sum of levels is none itself."""
+  return apply_lib.by_geometry(module, now, functools.partial(
+      door.run, bare(layer).replace(input=Full())))
+
+
 def complete(total: jax.Array, module: nn.Module, x: jax.Array, layer: QLayer
              ) -> jax.Array:
   """The product of x^, with what a layer adds to it.
@@ -136,9 +142,7 @@ def _run(layer: QLayer, module: nn.Module, x: jax.Array,
   if layer.weight is None:
     total = compute(now.astype(x.dtype))
   elif isinstance(layer.weight, Latent):
-    # In float32 too: a sum of levels is none of bfloat16's numbers.
-    total = apply_lib.by_geometry(module, now, functools.partial(
-        door.run, bare(layer).replace(input=Full())))
+    total = whole(layer, module, now)
   else:
     # In float32, whatever the module returns: what is added up at every step
     # would be rounded at every step.

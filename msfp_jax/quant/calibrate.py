@@ -152,12 +152,13 @@ def _look(model, params, recipe, widths, batches, plan, kernels, key):
   if not recipe.needs_at(*widths) and (batches is None or not recipe.needs):
     check_model(model, params, batches)
     return {name: Seen() for name in kernels}
+  needs = recipe.gathered(widths[1])
   if batches is None or plan is None:
     raise ValueError(
-        f'this recipe looks at {sorted(recipe.needs)} of the inputs: '
+        f'this recipe looks at {sorted(needs)} of the inputs: '
         'calibrate needs batches and a plan, or activations')
   return observe.collect(
-      model, params, plan, batches, needs=recipe.gathered(widths[1]),
+      model, params, plan, batches, needs=needs,
       key=jax.random.key(0) if key is None else key)
 
 
@@ -165,8 +166,10 @@ def _check_seen(recipe, widths, activations):
   """Raises ValueError for differences in place of inputs, or the reverse."""
   needs = recipe.needs_at(*widths)
   wanted = fit_lib.DIFFERENCES in needs
+  # Gram matrices are of inputs either way.
+  looks = set(needs) - {fit_lib.GRAM}
   for name, seen in activations.items():
-    if needs and seen.minimum is not None and seen.differences != wanted:
+    if looks and seen.minimum is not None and seen.differences != wanted:
       found, asked = (('differences between steps', 'inputs')
                       if seen.differences else
                       ('inputs', 'differences between steps'))
@@ -233,8 +236,8 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
   # By the layer's own input: smoothing and rotation would hide SiLU's tail.
   stats = {}
   if seen.minimum is not None:
-    kind = (spec_lib.AAL if is_aal(seen.minimum, seen.maximum, seen.dtype)
-            else spec_lib.NAL)
+    kind = (spec_lib.AAL if not seen.differences and is_aal(
+        seen.minimum, seen.maximum, seen.dtype) else spec_lib.NAL)
     stats |= {'act_min': seen.minimum, 'act_max': seen.maximum}
   given = kernel
   of_input = recipe.aal if (
@@ -324,7 +327,8 @@ def _rounded(kernel, quantizer, gram, given):
   if gram is None:
     raise ValueError(
         f'rounding={recipes.GPTQ!r} needs to see {fit_lib.GRAM!r} of the '
-        'input, which was not gathered: collect with needs=recipe.needs')
+        'input, which was not gathered: collect with '
+        'needs=recipe.gathered(act_bits)')
   tensor = gptq.round_weights(kernel, quantizer, gram)
   nearest = np.asarray(fit_lib.restored(quantizer, kernel, -2))
   found = rounded_lib.Rounded.of(tensor, given)

@@ -66,6 +66,13 @@ class Recipe:
     if self.rounding not in ROUNDINGS:
       raise ValueError(
           f'rounding={self.rounding!r}: must be one of {ROUNDINGS}')
+    if self.differences and self.around is not None and {
+        fit_lib.VALUES, fit_lib.ROWS, fit_lib.CHANNEL_MAXIMA} & set(
+            self.nal.needs):
+      raise ValueError(
+          'its input is searched, which would be on differences between steps, '
+          'and what stands around its product is found by whole inputs: take '
+          'an input whose quantizer needs to see no values')
     if self.differences and self.nal.static:
       raise ValueError(
           'the scales of its inputs are from calibration, and differences '

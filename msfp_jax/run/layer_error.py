@@ -154,7 +154,11 @@ def _squares(module: nn.Module, own: Mapping[str, jax.Array], layer: QLayer,
   else:
     weight = layer.weight.dequantize()
     of_weight = product(weight - kernel, seen)
-    error = (of_weight + product(weight, rounded - seen) if differences
-             else apply_lib.run_layer(module, x, layer, implementation) - y)
+    if differences:
+      error = of_weight + product(weight, rounded - seen)
+      if layer.bias is not None:  # it may be trained
+        error = error + (layer.bias - own['bias'])
+    else:
+      error = apply_lib.run_layer(module, x, layer, implementation) - y
   return jnp.stack([jnp.sum(jnp.square(part.astype(jnp.float32)))
                     for part in (y, error, of_weight, of_input)])

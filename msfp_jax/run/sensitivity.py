@@ -223,14 +223,14 @@ def _visit_differences(
       bias=interception.leaves(model.params, 'bias').get(name, teachers.bias))
   branches = [functools.partial(_complete, module, side) for side in (
       teachers, trained if layer.weight is None else layer)]
-  return jax.lax.switch(code >> WEIGHT, branches, now.astype(x.dtype), x)
+  return jax.lax.switch(code >> WEIGHT, branches, now, x)
 
 
 def _complete(module, layer, now, x):
   """A layer's output for x^."""
-  total = apply_lib.run_layer(
-      module, now, differences.bare(layer).replace(input=Full()))
-  return differences.complete(total, module, x, layer).astype(total.dtype)
+  return differences.complete(
+      differences.whole(layer, module, now), module, x, layer
+  ).astype(apply_lib.dtype_of(module, x))
 
 
 def _own(params, name):

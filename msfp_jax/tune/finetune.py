@@ -120,7 +120,7 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
   make, memory = FinetuneState, student.memory(noise)
   if memory is not None:
     make = functools.partial(RememberingState, memory=memory)
-    _check_parts(memory, settings)
+    _check_parts(student, noise, memory, settings.accumulate)
   return make(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
@@ -128,16 +128,21 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
           plan, settings.driver, settings.steer).start(noise))
 
 
-def _check_parts(memory, settings):
-  """Raises ValueError for what cannot be remembered in parts of a batch."""
-  odd = sorted({'.'.join(path[:-1]) for path, part
-                in traverse_util.flatten_dict(memory).items()
-                if part.shape[0] % settings.batch_size})
-  if odd and settings.accumulate > 1:
-    raise ValueError(
-        f'config.finetune.accumulate={settings.accumulate}: the inputs of '
-        f'layers {odd} have no row for each sample, and what changes in them '
-        'is not remembered in parts; set config.finetune.accumulate=1')
+def _check_parts(student, x, memory, accumulate):
+  """Raises IndivisibleError for what is not remembered in parts of a batch."""
+  if accumulate == 1:
+    return
+  part = jax.eval_shape(student.memory, x[:len(x) // accumulate])
+  part = traverse_util.flatten_dict(part)
+  odd = sorted({
+      '.'.join(path[:-1])
+      for path, of_all in traverse_util.flatten_dict(memory).items()
+      if part[path].shape[0] * accumulate != of_all.shape[0]})
+  if odd:
+    raise parts.IndivisibleError(
+        f'config.finetune.accumulate={accumulate}: the inputs of layers {odd} '
+        'have no row for each sample, and what changes in them is not '
+        'remembered in parts; set config.finetune.accumulate=1')
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
@@ -229,6 +234,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     _, taught = parts.run(teach, (inputs, condition), accumulate, layout)
     target = trajectories.target(step, position, taught, noise_key)
     remembers = isinstance(state, RememberingState)
+    if remembers:
+      _check_parts(ours, inputs[0], state.memory, accumulate)
     ((loss, shares), grads), (eps, memory) = parts.run(
         work, (inputs[0], condition, target,
                state.memory if remembers else None), accumulate, layout)

@@ -12,6 +12,7 @@ import numpy as np
 
 from msfp_jax.base import devices
 from msfp_jax.base import errors
+from msfp_jax.tune import parts
 from msfp_jax.tune import remat
 from msfp_jax.tune import step as step_lib
 
@@ -162,7 +163,7 @@ def _first_that_fits(name, state, there, remedies):
                  remedy.flags)
     try:
       need, _ = _needed(remedy.build(), state)
-    except remat.NoBlocksError:
+    except (remat.NoBlocksError, parts.IndivisibleError):
       continue
     if _fit(need, there):
       return f'It fits with {remedy.flags} ({_gigabytes(need.total)})'

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from msfp_jax.base import devices
 
 
+class IndivisibleError(ValueError):
+  """A step cannot be computed in parts of its batch."""
+
+
 def check(where: str, batch_size: int, accumulate: int) -> None:
   """Raises ValueError unless a batch has that many parts of equal size.
 

@@ -184,7 +184,13 @@ class Student:
 
     Returns:
       eps like x, the chosen banks, int32 `[len(banked)]`, and the memory.
+
+    Raises:
+      ValueError: a memory, and a spec of no differences, or the reverse.
     """
+    if (memory is not None) != self.spec.differences:
+      raise ValueError('a memory is for specs of differences, and these need '
+                       'one: what memory() returns, or the step before did')
     if self.router is None:
       # One bank, always on: plain LoRA.
       gates = jnp.ones((len(self.banked), 1))
