@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 
 from benchmarks import collectives
 from benchmarks import slices
@@ -28,7 +29,7 @@ class Figures:
 
   Attributes:
     kept: bytes that a chip holds from step to step.
-    temporary: beside them while a step runs.
+    temporary: beside them while a step runs; NaN where that is not known.
     flops: of the program, see `slices.Cost`.
     sent: bytes that a chip sends to others.
     counts: {kind of exchange: how often}.
@@ -71,7 +72,8 @@ def _by_blocks(step, chip, count):
   """Likewise, from compilations of some blocks of each kind.
 
   Blocks of a kind compute and hold the same: what one more adds is measured,
-  and added as often as the model has one more.
+  and added as often as the model has one more. What is beside them for a while
+  need not grow so, and is not known where it would shrink.
   """
   some = {field: 2 for field in step.blocks}
   of = lambda fields: figures(dataclasses.replace(
@@ -79,13 +81,15 @@ def _by_blocks(step, chip, count):
   base = of(some)
   if isinstance(base, str):
     return f'with 2 blocks of a kind: {base}'
-  found = base
+  found, most = base, base.temporary
   for field, whole in step.blocks.items():
     more = of(some | {field: 3})
     if isinstance(more, str):
       return f'with 3 blocks of a kind: {more}'
     found = found.plus(more.plus(base, -1), whole - 2)
-  return found
+    most = max(most, more.temporary)
+  return (found if found.temporary >= most else
+          dataclasses.replace(found, temporary=math.nan))
 
 
 def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
@@ -102,5 +106,6 @@ def row(name: str, chip: str, count: int, whole: bool = False) -> list[str]:
   if found.kept + found.temporary > slices.capacity(chip):
     kept += ' (does not fit)'
   return [*head, f'{found.flops / 1e12:.1f}', kept,
+          'not known' if math.isnan(found.temporary) else
           f'{found.temporary / 1e9:.2f}', f'{found.sent / 1e9:.3f}',
           collectives.summary(found.counts)]
