@@ -57,12 +57,12 @@ _RECIPES = (*recipes.RECIPES, 'msfp+gptq', 'msfp_group+gptq',
             'mixup_weights+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
             'int4_minmax_16+gptq', 'quartz+gptq')
 _BEST = ('msfp', 'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq')
-_STILL = ('int4_minmax_image', 'int4_minmax_image+gptq', 'msfp_image+gptq',
-          'nvfp4+gptq', 'int4_minmax_16+gptq')
-_DIFFERENCES = tuple(f'{name}+differences' for name in _STILL)
+_OF_INPUTS = ('int4_minmax_image', 'int4_minmax_image+gptq', 'msfp_image+gptq',
+              'nvfp4+gptq', 'int4_minmax_16+gptq')
+_OF_DIFFERENCES = tuple(f'{name}+differences' for name in _OF_INPUTS)
 _DRIVEN = ('msfp', 'msfp_group+gptq', 'int4_minmax_16+gptq')
 VARIANTS |= {f'recipe={name}': {'quant.recipe': name}
-             for name in (*_RECIPES, *_STILL, *_DIFFERENCES)}
+             for name in (*_RECIPES, *_OF_INPUTS, *_OF_DIFFERENCES)}
 # What the paper leaves open: the full method with one thing changed.
 _CHOICES = {
     'as configured': {},
@@ -131,10 +131,10 @@ STUDIES = {
                     'ssim_to_fp'),
         'groups': {group: {
             **{name: f'{group},recipe={name},untuned'
-               for pair in zip(_STILL, _DIFFERENCES, strict=True)
+               for pair in zip(_OF_INPUTS, _OF_DIFFERENCES, strict=True)
                for name in pair},
-            **{f'{_DIFFERENCES[1]}: {label}':
-               f'{group},recipe={_DIFFERENCES[1]},{words}'
+            **{f'{_OF_DIFFERENCES[1]}: {label}':
+               f'{group},recipe={_OF_DIFFERENCES[1]},{words}'
                for label, words in (
                    ('LoRA', 'lora'), ('LoRA + DFA', 'lora,dfa'),
                    ('LoRA + DFA, student', 'lora,dfa,student'),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from msfp_jax import diffusion
-from msfp_jax.diffusion import sampling
+from msfp_jax.diffusion import plan as plan_lib
 
 SHAPE = (2, 3, 3, 2)
 KEY = jax.random.key(7)
@@ -362,7 +362,7 @@ def test_a_multistep_plan_there_and_back():
     ({'timesteps': [[1, 0]]}, r'\[1, 2\]'),
     ({'timesteps': [float('nan'), 0]}, 'NaN'),
     ({'x_coef': np.ones(3)}, r'2 timesteps, and x_coef \[3\]'),
-    ({'multistep': sampling.Multistep(
+    ({'multistep': plan_lib.Multistep(
         np.ones(2), np.ones(1), np.ones((2, 3)))}, r'and eps_part \[1\]')])
 def test_what_is_no_plan(change, message):
   fields = {'timesteps': [1, 0], 'x_coef': np.ones(2),

@@ -9,9 +9,9 @@ from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddpm import ddpm_plan
 from msfp_jax.diffusion.dpm_solver import dpm_solver_plan
 from msfp_jax.diffusion.flow import flow_plan
+from msfp_jax.diffusion.plan import SamplerPlan
 from msfp_jax.diffusion.plms import plms_plan
 from msfp_jax.diffusion.sampling import sample
-from msfp_jax.diffusion.sampling import SamplerPlan
 from msfp_jax.diffusion.sampling import trajectory
 from msfp_jax.diffusion.schedules import add_noise
 from msfp_jax.diffusion.schedules import FlowSchedule

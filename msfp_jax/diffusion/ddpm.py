@@ -4,8 +4,8 @@ import numpy as np
 
 from msfp_jax.diffusion.ddim import ddim_timesteps
 from msfp_jax.diffusion.ddim import previous_alphas_cumprod
-from msfp_jax.diffusion.sampling import make_clip
-from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.plan import make_clip
+from msfp_jax.diffusion.plan import SamplerPlan
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
 

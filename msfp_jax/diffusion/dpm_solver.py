@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from msfp_jax.diffusion.sampling import Multistep
-from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.plan import Multistep
+from msfp_jax.diffusion.plan import SamplerPlan
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
 

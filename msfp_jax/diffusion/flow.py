@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.plan import SamplerPlan
 from msfp_jax.diffusion.schedules import FlowSchedule
 
 SPACINGS = ('uniform', 'linspace')

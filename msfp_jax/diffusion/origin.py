@@ -13,7 +13,7 @@ from absl import logging
 import numpy as np
 
 from msfp_jax import diffusion
-from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.plan import SamplerPlan
 from msfp_jax.diffusion.schedules import FlowSchedule
 from msfp_jax.diffusion.schedules import make_schedule
 from msfp_jax.diffusion.schedules import NoiseSchedule

@@ -3,8 +3,8 @@
 import numpy as np
 
 from msfp_jax.diffusion.ddim import ddim_plan
-from msfp_jax.diffusion.sampling import Multistep
-from msfp_jax.diffusion.sampling import SamplerPlan
+from msfp_jax.diffusion.plan import Multistep
+from msfp_jax.diffusion.plan import SamplerPlan
 from msfp_jax.diffusion.schedules import NoiseSchedule
 
 # Adams-Bashforth on the present and up to three earlier predictions.

@@ -74,10 +74,8 @@ class PackedModel:
             f'{self.plan.num_steps}: calibrate with this plan')
     if self.differences and (several := [
         name for name, layer in self.layers.items() if layer.num_banks > 1]):
-      raise ValueError(
-          f'layers {several} have several sets of weights, and differences '
-          'between steps add up over products of one: fine-tune with '
-          'num_banks=1')
+      raise ValueError(f'layers {several} have several sets of weights, and '
+                       + spec_lib.ONE_BANK)
 
   @property
   def arrays(self) -> Any:

@@ -24,6 +24,9 @@ _FORMAT, _FIRST_FORMAT = _FAMILY + '2', _FAMILY + '1'
 # take it for one of inputs.
 _OF_DIFFERENCES = _FAMILY + '3'
 AAL, NAL = 'AAL', 'NAL'
+# Why specs of differences go with no more than one bank.
+ONE_BANK = ('differences between steps add up over products of one set of '
+            'weights: set num_banks=1')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -255,10 +255,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   if (recipes.get(quant.recipe).differences and quant.act_bits < FULL_BITS
       and tuning.num_updates and tuning.num_banks > 1):
     raise ValueError(
-        f'config.quant.recipe={quant.recipe!r}: differences between steps add '
-        'up over products of one set of weights, and '
-        f'config.finetune.num_banks={tuning.num_banks} are several: set '
-        'config.finetune.num_banks=1')
+        f'config.quant.recipe={quant.recipe!r} and '
+        f'config.finetune.num_banks={tuning.num_banks}: {spec_lib.ONE_BANK}')
   first_stage.check(config)
   teacher.check_loras(config.loras)
   prompts_lib.check(config)

@@ -5,9 +5,7 @@ import functools
 import json
 from typing import Any
 
-from flax import traverse_util
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,25 +30,10 @@ from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
 from msfp_jax.tune import trajectories as trajectories_lib
 from msfp_jax.tune.finetune_settings import FinetuneSettings
-
-
-@flax.struct.dataclass
-class FinetuneState:
-  step: jax.Array  # int32, updates done
-  trainable: Any  # banks, router, ranges, biases
-  opt_state: Any
-  position: trajectories_lib.Positions  # where the trajectories stand
-
-
-@flax.struct.dataclass
-class RememberingState(FinetuneState):
-  """Of a student that quantizes differences.
-
-  A class of its own: a field that others have no use for would keep their
-  earlier checkpoints from being read.
-  """
-
-  memory: Any
+from msfp_jax.tune.finetune_state import check_parts
+from msfp_jax.tune.finetune_state import FinetuneState
+from msfp_jax.tune.finetune_state import RememberingState
+from msfp_jax.tune.finetune_state import shardings
 
 
 def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
@@ -79,9 +62,7 @@ def make_student(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
   if not bits:
     raise ValueError('nothing to fine-tune: the spec quantizes no weight')
   if spec.differences and settings.num_banks > 1:
-    raise ValueError(
-        f'num_banks={settings.num_banks}: differences between steps add up '
-        'over products of one set of weights; set num_banks=1')
+    raise ValueError(f'num_banks={settings.num_banks}: {spec_lib.ONE_BANK}')
   banked = tuple(n for n, width in bits.items() if width == min(bits.values()))
   router = None
   if settings.num_banks > 1:
@@ -117,32 +98,16 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
       key, settings.num_banks, settings.rank, settings.learn_act_ranges,
       settings.learn_weight_scales, settings.learn_biases)
   noise = jnp.zeros((settings.batch_size, *sample_shape))
-  make, memory = FinetuneState, student.memory(noise)
-  if memory is not None:
-    make = functools.partial(RememberingState, memory=memory)
-    _check_parts(student, noise, memory, settings.accumulate)
-  return make(
+  state = FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
       position=trajectories_lib.Trajectories(
           plan, settings.driver, settings.steer).start(noise))
-
-
-def _check_parts(student, x, memory, accumulate):
-  """Raises IndivisibleError for what is not remembered in parts of a batch."""
-  if accumulate == 1:
-    return
-  part = jax.eval_shape(student.memory, x[:len(x) // accumulate])
-  part = traverse_util.flatten_dict(part)
-  odd = sorted({
-      '.'.join(path[:-1])
-      for path, of_all in traverse_util.flatten_dict(memory).items()
-      if part[path].shape[0] * accumulate != of_all.shape[0]})
-  if odd:
-    raise parts.IndivisibleError(
-        f'config.finetune.accumulate={accumulate}: the inputs of layers {odd} '
-        'have no row for each sample, and what changes in them is not '
-        'remembered in parts; set config.finetune.accumulate=1')
+  memory = student.memory(noise)
+  if memory is None:
+    return state
+  check_parts(student, noise, memory, settings.accumulate)
+  return RememberingState(**vars(state), memory=memory)
 
 
 def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
@@ -233,12 +198,10 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
 
     _, taught = parts.run(teach, (inputs, condition), accumulate, layout)
     target = trajectories.target(step, position, taught, noise_key)
-    remembers = isinstance(state, RememberingState)
-    if remembers:
-      _check_parts(ours, inputs[0], state.memory, accumulate)
+    if state.memory is not None:
+      check_parts(ours, inputs[0], state.memory, accumulate)
     ((loss, shares), grads), (eps, memory) = parts.run(
-        work, (inputs[0], condition, target,
-               state.memory if remembers else None), accumulate, layout)
+        work, (inputs[0], condition, target, state.memory), accumulate, layout)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     scalars = {
         'loss': loss, 'mse': losses.dfa_loss(1.0, taught[0], eps),
@@ -253,8 +216,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
         trainable=optax.apply_updates(state.trainable, updates),
         opt_state=opt_state,
         position=trajectories.advance(
-            step, position, taught, eps, noise_key),
-        **({'memory': memory} if remembers else {}))
+            step, position, taught, eps, noise_key)).remembering(memory)
     return layout.after_step(
         after, scalars, functools.partial(shardings, layout))
 
@@ -262,19 +224,6 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
   draw = layout.put(conditions.as_argument(draw_condition), layout.whole)
   arrays = layout.put(student.arrays)
   return step_lib.Step(update, lambda state: (arrays, draw), (arrays, draw))
-
-
-def shardings(layout: devices.Layout, state: FinetuneState) -> FinetuneState:
-  """Where a state lies: trajectories as batches, the rest as weights."""
-  lie = layout.of_weights(state).replace(
-      position=trajectories_lib.shardings(layout, state.position))
-  if not isinstance(state, RememberingState):
-    return lie
-  rows = trajectories_lib.rows(state.position)
-  # But for inputs that are the same for all samples.
-  return lie.replace(memory=jax.tree.map(
-      lambda part: layout.whole if part.shape[0] % rows else layout.batch,
-      state.memory))
 
 
 def _bank_shares(student, choices) -> dict[str, jax.Array]:
