@@ -36,8 +36,7 @@ from configs import common
 
 _TEACHER = {
     'stage': 'pretrain', 'pretrained': '', 'model.num_res_blocks': 1,
-    'pretrain.num_steps': 200_000, 'pretrain.flip': True,
-    'pretrain.ema_decay': 0.9999,
+    'pretrain.flip': True,
     # Those statistics hold no vectors.
     'eval.features': 'resnet56', 'eval.reference': 'cifar10',
     'eval.vectors': 0}
@@ -45,14 +44,16 @@ VARIANTS = common.ABLATION | {
     'small': _TEACHER | {  # in float32: bfloat16 is no faster on CPUs
         'model.ch': 32, 'model.ch_mult': (1, 2, 4),
         'model.attn_resolutions': (8,), 'model.norm_groups': 8,
-        'model.dropout': 0.0, 'pretrain.learning_rate': 5e-4,
-        'pretrain.warmup': 1000, 'pretrain.batch_size': 64,
+        'model.dropout': 0.0, 'pretrain.num_steps': 8000,
+        'pretrain.learning_rate': 8e-4, 'pretrain.warmup': 500,
+        'pretrain.batch_size': 64, 'pretrain.ema_decay': 0.999,
         'pretrain.save_every': 100, 'pretrain.log_every': 20,
-        'pretrain.sample_every': 5000, 'eval.num_samples': 10_000},
+        'pretrain.sample_every': 2000, 'eval.num_samples': 10_000},
     'ten': _TEACHER | {
         'model.ch': 80, 'model.ch_mult': (1, 2, 2, 2),
-        'model.norm_groups': 16, 'pretrain.learning_rate': 3e-4,
-        'pretrain.warmup': 2000, 'pretrain.batch_size': 128,
+        'model.norm_groups': 16, 'pretrain.num_steps': 200_000,
+        'pretrain.learning_rate': 3e-4, 'pretrain.warmup': 2000,
+        'pretrain.batch_size': 128, 'pretrain.ema_decay': 0.9999,
         'pretrain.dtype': 'bfloat16', 'pretrain.save_every': 2000,
         'pretrain.sample_every': 10_000},
     # A teacher that the command above has trained; no data are needed any more.
