@@ -34,7 +34,9 @@ GRAM = 'gram'
 # differ by from the step before. (Gram matrices are the inputs' all the same,
 # as these are what weights are multiplied with in the end.)
 DIFFERENCES = 'differences'
-NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM, DIFFERENCES)
+# Values once more, those of every step of the sampler apart.
+BY_STEP = 'by_step'
+NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM, DIFFERENCES, BY_STEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Seen:
       weights, float64 `[K, K]`, K = window x I: X^T X / N.
     dtype: in which the model computed the input.
     differences: whether all but `gram` is of differences between steps.
+    by_step: `values` of an input, those of every step in a row, `[S, N / S]`.
   """
 
   values: np.ndarray | None = None
@@ -62,6 +65,7 @@ class Seen:
   gram: np.ndarray | None = None
   dtype: Any = np.dtype(np.float32)
   differences: bool = False
+  by_step: np.ndarray | None = None
 
   @classmethod
   def of_weights(cls, kernel: np.ndarray) -> 'Seen':
@@ -160,6 +164,29 @@ class Searched(Fit):
     best = min(found.values(), key=lambda result: result.mse)
     rank = seen.values.ndim if axis == -2 else 0
     return Fitted(best.quantizer(rank), best.mse,
+                  {c: result.mse for c, result in found.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchedByStep(Searched):
+  """Of an input, with a scale and a zero point for every step of the sampler.
+
+  Steps share the format: products are compiled for one. It is the one of least
+  error over all steps, each with the best scale that it can have in it.
+  (EfficientDM, ICLR 2024, and others have ranges by step, of integers.)
+  """
+
+  needs = (VALUES, BY_STEP)
+
+  def __call__(self, seen, bits, axis):
+    if axis != -1:
+      raise ValueError('a quantizer by step is for inputs: weights are the '
+                       'same at every step')
+    # To a search steps are what channels are: rows with a scale each.
+    found = {c: c.search(seen.by_step, bits, channel_axis=0)
+             for c in self.candidates}
+    best = min(found.values(), key=lambda result: result.mse)
+    return Fitted(best.quantizer(rank=1).replace(by_step=True), best.mse,
                   {c: result.mse for c, result in found.items()})
 
 

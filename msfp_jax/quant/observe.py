@@ -56,6 +56,8 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
     raise ValueError(f'needs {needs!r}: must be a list of {fit_lib.NEEDS}')
   if unknown := set(needs) - set(fit_lib.NEEDS):
     raise ValueError(f'needs {sorted(unknown)}: must be among {fit_lib.NEEDS}')
+  if fit_lib.BY_STEP in needs:
+    needs = {*needs, fit_lib.VALUES}
   batches = batches_lib.check_batches(batches)
   # Every step alike: activations drift along the trajectory, and a quantizer
   # that holds for all steps must have seen all.
@@ -234,6 +236,10 @@ def _join(name, parts, needs, gram):
   seen: dict[str, Any] = {}
   if fit_lib.VALUES in needs:
     seen['values'] = both(fit_lib.VALUES)
+  if fit_lib.BY_STEP in needs:
+    # Of every batch `[S, count]`.
+    seen['by_step'] = np.concatenate(
+        [part[fit_lib.VALUES] for part in parts], axis=1)
   if fit_lib.ROWS in needs:
     rows = [part[fit_lib.ROWS] for part in parts]
     seen['rows'] = np.concatenate(

@@ -3,9 +3,10 @@
     RECIPES['mine'] = Recipe(weight=..., nal=..., aal=...)
 
 makes a recipe that calibrates, trains, evaluates, packs, saves and reports.
-'mine+gptq' is then the same with its weights rounded by GPTQ, and
+'mine+gptq' is then the same with its weights rounded by GPTQ, 'mine+by_step'
+with the ranges of its inputs searched for every step of the sampler, and
 'mine+differences' with its inputs quantized as what they differ by from the
-sampler's step before (`kernels.differences`).
+step before (`kernels.differences`).
 """
 
 from collections.abc import Callable, Collection
@@ -27,6 +28,7 @@ from msfp_jax.quant.fit import Dynamic
 from msfp_jax.quant.fit import Fit
 from msfp_jax.quant.fit import INTEGER
 from msfp_jax.quant.fit import Searched
+from msfp_jax.quant.fit import SearchedByStep
 from msfp_jax.quant.fit import SIGNED
 from msfp_jax.quant.fit import UNSIGNED
 from msfp_jax.quant.fit import UNSIGNED_RANGE
@@ -38,7 +40,7 @@ from msfp_jax.quant.svdquant import SVDQuant
 NEAREST, GPTQ = 'nearest', 'gptq'
 ROUNDINGS = (NEAREST, GPTQ)
 # What may stand behind a recipe's name.
-SUFFIXES = (*ROUNDINGS, fit_lib.DIFFERENCES)
+SUFFIXES = (*ROUNDINGS, fit_lib.BY_STEP, fit_lib.DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,8 @@ def get(name: str) -> Recipe:
   """The recipe of a name: a key of RECIPES, also with SUFFIXES.
 
   'msfp_image+gptq+differences' is 'msfp_image' with weights rounded by GPTQ,
-  and with differences between steps in place of inputs.
+  and with differences between steps in place of inputs; 'msfp+by_step' is
+  'msfp' with ranges of inputs for every step.
 
   Raises:
     ValueError: there is none; those there are are listed. A suffix that the
@@ -214,14 +217,38 @@ def get(name: str) -> Recipe:
     raise ValueError(
         f'recipe {name!r}: must be one of {sorted(RECIPES)}, these also with a '
         f"rounding of weights, of {ROUNDINGS}, as in 'msfp+gptq', and with "
-        f"'+{fit_lib.DIFFERENCES}'")
+        f"'+{fit_lib.BY_STEP}' or '+{fit_lib.DIFFERENCES}'")
   recipe = RECIPES[base]
   try:
+    if fit_lib.BY_STEP in suffixes:
+      recipe = _by_step(recipe)
     return dataclasses.replace(
         recipe, rounding=roundings[0] if roundings else recipe.rounding,
         differences=recipe.differences or fit_lib.DIFFERENCES in suffixes)
   except ValueError as error:
     raise ValueError(f'recipe {name!r}: {error}') from error
+
+
+def _by_step(recipe: Recipe) -> Recipe:
+  """The recipe with ranges of inputs for every step.
+
+  Raises:
+    ValueError: it has other inputs than those that are searched as they are.
+  """
+  if recipe.around is not None:
+    raise ValueError('what stands around its products changes the inputs, of '
+                     'which single values are kept by step: take a recipe '
+                     "without, such as 'msfp'")
+  odd = [part for part in (recipe.nal, recipe.aal)
+         if not isinstance(part, Searched)]
+  if odd:
+    raise ValueError(
+        f'its inputs have {type(odd[0]).__name__}, and what can differ by step '
+        'are scales that calibration searches: scales from the data follow '
+        "every step as they are; take a recipe such as 'msfp' or 'int'")
+  return dataclasses.replace(
+      recipe, nal=SearchedByStep(recipe.nal.candidates),
+      aal=SearchedByStep(recipe.aal.candidates))
 
 
 def parse_bits(text: str) -> tuple[int, int]:

@@ -1,0 +1,178 @@
+"""Ranges of inputs for every step of the sampler: recipes with '+by_step'."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recursion import KEY
+from recursion import MODEL
+from recursion import PARAMS
+from recursion import PLAN
+from recursion import X
+import tiny
+
+from msfp_jax import diffusion
+from msfp_jax.packed import file as file_lib
+from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import fit as fit_lib
+from msfp_jax.quant import numbers
+from msfp_jax.quant import observe
+from msfp_jax.quant import recipes
+from msfp_jax.quant.calibrate import calibrate
+from msfp_jax.quant.fit import Seen
+
+pytestmark = pytest.mark.gpu
+
+RNG = np.random.default_rng(0)
+# Of four steps, whose values grow by turns; after SiLU.
+PARTS = np.stack([width * RNG.normal(size=300) for width in (3, 0.2, 1, 9)])
+SILU = PARTS / (1 + np.exp(-PARTS))
+
+
+def seen(parts):
+  parts = np.float32(parts)
+  return Seen(values=parts.ravel(), minimum=float(parts.min()),
+              maximum=float(parts.max()), by_step=parts)
+
+
+@pytest.mark.parametrize('candidates', [
+    fit_lib.SIGNED, fit_lib.UNSIGNED, fit_lib.INTEGER])
+def test_every_step_has_the_best_of_its_own_values(candidates):
+  """Against a search of each step alone, in each format alone."""
+  found = fit_lib.SearchedByStep((candidates,))(seen(SILU), 4, -1)
+  errors = {}
+  for fmt in ([numbers.int_format(4)] if candidates.integer else
+              numbers.formats_of_width(4, candidates.signed)):
+    zeros = candidates.zero_points
+    zeros = fit_lib.search.SILU_ZERO_POINTS if zeros == 'silu' else zeros
+    alone = [fit_lib.search.search(part, [fmt], zero_points=zeros)
+             for part in np.float32(SILU)]
+    errors[fmt] = np.mean([result.mse for result in alone])
+    if fmt == found.quantizer.fmt:
+      for step, result in enumerate(alone):
+        one, expected = found.quantizer.at(step), result.quantizer()
+        np.testing.assert_allclose(one.scale, expected.scale, rtol=1e-6)
+        if zeros is not None:
+          np.testing.assert_allclose(
+              one.zero_point, expected.zero_point, rtol=1e-6, atol=1e-9)
+  assert found.quantizer.fmt == min(errors, key=errors.get)
+  assert found.mse == pytest.approx(min(errors.values()))
+  # Widths differ 45-fold: one range for all is far worse.
+  together = fit_lib.Searched((candidates,))(seen(SILU), 4, -1)
+  assert found.quantizer.num_steps == len(SILU)
+  assert found.mse < 0.8 * together.mse
+
+
+def test_the_sign_is_that_of_the_least_error_over_all_steps():
+  both = fit_lib.SearchedByStep((fit_lib.SIGNED, fit_lib.UNSIGNED))
+  after, before = both(seen(SILU), 4, -1), both(seen(PARTS), 4, -1)
+  assert not after.quantizer.fmt.signed and before.quantizer.fmt.signed
+  assert set(after.tried) == {fit_lib.SIGNED, fit_lib.UNSIGNED}
+  assert after.mse == min(after.tried.values())
+
+
+def test_values_of_a_step_are_of_that_step():
+  """Two batches, against the inputs that the sampler comes by."""
+  found = observe.collect(
+      MODEL, PARAMS, PLAN, [X, 2 * X], key=KEY, samples_per_layer=20_000,
+      needs=(fit_lib.BY_STEP,))
+  inputs = {'first': [], 'last': []}
+
+  def predict(x, t, index):
+    h = x + t[:, None, None, None] / 1000
+    jax.debug.callback(lambda h: inputs['first'].append(np.asarray(h)), h,
+                       ordered=True)
+    h = jnp.tanh(h @ PARAMS['first']['kernel'] + PARAMS['first']['bias'])
+    jax.debug.callback(lambda h: inputs['last'].append(np.asarray(h)), h,
+                       ordered=True)
+    return h @ PARAMS['last']['kernel']
+
+  for number, x in enumerate((X, 2 * X)):
+    key = jax.random.fold_in(
+        jax.random.fold_in(KEY, number), PLAN.num_steps)
+    diffusion.sample(predict, PLAN, x, key)
+  jax.effects_barrier()
+  for name, batches in inputs.items():
+    kept = found[name].by_step
+    assert kept.shape == (PLAN.num_steps, 4000)
+    np.testing.assert_array_equal(
+        np.sort(kept.ravel()), np.sort(found[name].values))
+    for step, values in enumerate(kept):
+      there = np.concatenate([
+          batches[step].ravel(), batches[PLAN.num_steps + step].ravel()])
+      assert np.abs(values[:, None] - there).min(1).max() < 1e-5
+      assert values.std() == pytest.approx(there.std(), rel=0.1)
+
+
+def calibrated(recipe):
+  return calibrate(MODEL, PARAMS, recipe=recipe, batches=[X], plan=PLAN,
+                   roles={'in': 'first', 'out': 'last'}, key=KEY)
+
+
+def test_a_model_samples_with_the_quantizer_of_the_step(tmp_path):
+  """Against walking the plan with one model a step; the file does the same."""
+  spec = calibrated('msfp+gptq+by_step')
+  inputs = [layer.act for layer in spec.layers.values()]
+  assert all(act.num_steps == PLAN.num_steps for act in inputs)
+  assert any(len(set(np.asarray(act.scale))) > 1 for act in inputs)
+
+  def of_step(step):
+    return packed_lib.simulate(MODEL, PARAMS, dataclasses.replace(spec, layers={
+        name: dataclasses.replace(layer, act=layer.act.at(step))
+        for name, layer in spec.layers.items()}), PLAN)
+
+  models = [of_step(step) for step in range(PLAN.num_steps)]
+  expected = diffusion.sample(
+      lambda x, t, index: jnp.stack(
+          [model.eps_fn(x, t, index) for model in models])[index],
+      PLAN, X, KEY)
+  simulated = packed_lib.simulate(MODEL, PARAMS, spec, PLAN)
+  np.testing.assert_allclose(
+      simulated.sample(X, key=KEY), expected, rtol=1e-5, atol=1e-5)
+  path = tmp_path / 'model.safetensors'
+  file_lib.save(path, simulated.packed())
+  np.testing.assert_array_equal(
+      file_lib.load(path, MODEL).sample(X, key=KEY),
+      simulated.packed().sample(X, key=KEY))
+  with pytest.raises(ValueError, match='each of 5 steps, and the plan has 4'):
+    packed_lib.simulate(MODEL, PARAMS, spec, diffusion.ddim_plan(
+        tiny.SCHEDULE, 4))
+
+
+def test_the_suffix_changes_inputs_alone():
+  plain, found = calibrated('int'), calibrated('int+by_step')
+  for name, layer in found.layers.items():
+    one = plain.layers[name]
+    np.testing.assert_array_equal(layer.weight.scale, one.weight.scale)
+    assert layer.stats['act_mse'] < one.stats['act_mse']
+  assert recipes.get('msfp+by_step+gptq') == recipes.get('msfp+gptq+by_step')
+  assert set(recipes.get('signed_fp+by_step').needs) == {'values', 'by_step'}
+  assert set(recipes.get('msfp+by_step').needs) == {
+      'values', 'by_step', 'extremes'}
+
+
+@pytest.mark.parametrize('name, words', [
+    ('int4_minmax+by_step', 'scales from the data follow'),
+    ('msfp_image+by_step', "'msfp_image.by_step'.*BestOf"),
+    ('dual_scale+by_step', 'FitDualScale'),
+    ('hadamard+by_step', 'stands around its products'),
+    ('msfp+by_step+differences', 'scales of its inputs are from calibration'),
+    ('msfp+by_step+by_step', 'must be one of'),
+])
+def test_what_cannot_differ_by_step_is_refused_by_name(name, words):
+  with pytest.raises(ValueError, match=words):
+    recipes.get(name)
+
+
+def test_weights_have_no_steps():
+  with pytest.raises(ValueError, match='for inputs'):
+    fit_lib.SearchedByStep((fit_lib.SIGNED,))(seen(PARTS), 4, -2)
+
+
+def test_values_that_were_not_kept_by_step_are_refused():
+  found = observe.collect(MODEL, PARAMS, PLAN, [X], key=KEY)
+  with pytest.raises(ValueError, match="needs to see .'by_step'."):
+    calibrate(MODEL, PARAMS, recipe='signed_fp+by_step', activations=found,
+              roles={'in': 'first', 'out': 'last'})
