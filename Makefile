@@ -64,7 +64,7 @@ define create_venv
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo table costs test test-slow test-long \
+.PHONY: help setup environments demo table cifar10 costs test test-slow test-long \
   parity browser aot packed versus inception golden lint clean
 
 help: ## list the targets
@@ -82,6 +82,9 @@ demo: $(RUN_READY) ## quantize, fine-tune and evaluate the embedded default
 
 table: $(RUN_READY) ## README's tables: 3 seeds, hours on a laptop
 	$(PY) -m msfp_jax.run.study --config=configs/digits.py:table --workdir=runs/table
+
+cifar10: $(RUN_READY) ## the ablation on CIFAR-10: 3 seeds, days on a laptop
+	$(PY) -m msfp_jax.run.study --config=configs/cifar10.py:ablation --workdir=runs/cifar10-ablation
 
 costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs

@@ -17,20 +17,28 @@ accelerators:
   python train.py --config=configs/cifar10.py:small --workdir=runs/small \
       --config.data.path=cifar-10-batches-bin
 
-With --config.stage=quantize the same command goes on to quantize it. Both words
+On two cores XLA_FLAGS=--xla_force_host_platform_device_count=2 makes of 57
+images a second 76: a core for each half of a batch. With
+--config.stage=quantize the same command goes on to quantize it. Both words
 evaluate on the features of a ResNet-56 for CIFAR-10, against statistics of its
 50,000 training images; both ship with the package.
 
-What each ingredient brings on that teacher, which the command above leaves as
-runs/small/pretrain/model.safetensors, is a study, with 20 steps, a tenth of the
-updates and 2,048 images, for which a CPU has time (`ablation_100` has all):
+What came of `:small` ships too, as `cifar10_small`
+(msfp_jax/assets/README.md). What each ingredient brings on it is a study, with
+20 steps, a tenth of the updates and 2,048 images, for which a CPU has time
+(`ablation_100` has all); it needs no data. `past` goes on from there:
 
   python -m msfp_jax.run.study --config=configs/cifar10.py:ablation \
       --workdir=runs/cifar10-ablation
 
+--more_features=squeezenet:FILE --more_references=cifar10 measures distances on
+a second network (docs/usage.md).
+
 Not measured by us yet: fine-tuning settings are those of the digits, with
 EfficientDM's length (160 trajectories of 100 steps).
 """
+
+from typing import Any
 
 from configs import common
 
@@ -56,9 +64,9 @@ VARIANTS = common.ABLATION | {
         'pretrain.batch_size': 128, 'pretrain.ema_decay': 0.9999,
         'pretrain.dtype': 'bfloat16', 'pretrain.save_every': 2000,
         'pretrain.sample_every': 10_000},
-    # A teacher that the command above has trained; no data are needed any more.
+    # The teacher that the command above has trained; it needs no data.
     'trained': {'stage': 'quantize', 'data.name': '',
-                'pretrained': 'runs/small/pretrain/model.safetensors'},
+                'pretrained': 'cifar10_small'},
     '20': {'sampler.num_steps': 20, 'finetune.num_updates': 1600,
            'eval.num_samples': 2048},
     'smoke': common.SMOKE | {
@@ -87,26 +95,59 @@ _ROWS = {
     'INT asymmetric': 'int,untuned',
     'signed FP': 'signed,untuned',
     'MSFP': 'msfp,untuned',
+    'MSFP by step': 'recipe=msfp+by_step,untuned',
     'INT asymmetric + LoRA': 'int,lora',
     'signed FP + LoRA': 'signed,lora',
     'MSFP + LoRA': 'msfp,lora',
+    'MSFP by step + LoRA': 'recipe=msfp+by_step,lora',
     'MSFP + TALoRA': 'msfp,talora',
     'MSFP + TALoRA (h = 4)': 'msfp,talora=4',
     'MSFP + LoRA + DFA': 'msfp,lora,dfa',
+    'MSFP by step + LoRA + DFA': 'recipe=msfp+by_step,lora,dfa',
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
     'MSFP + TALoRA + DFA (ddpm)': 'msfp,talora,dfa=ddpm',
     'MSFP + TALoRA + DFA (ddpm_respaced)': 'msfp,talora,dfa=ddpm_respaced',
     'MSFP + LoRA + DFA + steered': 'msfp,lora,dfa,steer',
     'MSFP + TALoRA + DFA + steered': 'msfp,talora,dfa,steer',
 }
+# Untuned and tuned with one LoRA and DFA: weights, then inputs, then both.
+_DIFFERENCES = 'int4_minmax_image+gptq+differences'
+_PAST = (
+    'mixup_weights', 'msfp+gptq', 'mixup_weights+gptq', 'msfp+gptq+by_step',
+    'msfp_image+gptq', 'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
+    'int4_minmax_16+gptq', 'int4_minmax_image+gptq', _DIFFERENCES,
+    'msfp_image+gptq+differences')
+_PAST_TUNED = ('mixup_weights+gptq', 'msfp+gptq+by_step', 'nvfp4+gptq',
+               'int4_minmax_16+gptq', _DIFFERENCES)
+_PAST_ROWS = {
+    **{name: f'recipe={name},untuned' for name in _PAST},
+    **{f'{name} + LoRA + DFA': f'recipe={name},lora,dfa'
+       for name in _PAST_TUNED},
+    **{f'{_DIFFERENCES} + LoRA + DFA + {label}':
+       f'recipe={_DIFFERENCES},lora,dfa,{word}'
+       for label, word in (('student', 'student'), ('steered', 'steer'))},
+}
+VARIANTS |= {f'recipe={name}': {'quant.recipe': name}
+             for name in (*_PAST, 'msfp+by_step')}
+
+
+def _study(rows: dict[str, str], words: str) -> dict[str, Any]:
+  return {
+      'seeds': (0, 1, 2),
+      'metrics': (
+          'bits_per_weight', 'bits_per_act', 'bytes', 'bytes_kept',
+          'fd_resnet56', 'fd_resnet56_to_fp', 'fd_squeezenet_caffe',
+          'fd_squeezenet_caffe_to_fp', 'psnr_to_fp', 'ssim_to_fp',
+          'label_agreement'),
+      'base': f'small,trained{words}',
+      'groups': {bits: {label: f'small,trained{words},{bits},{row}'
+                        for label, row in rows.items()}
+                 for bits in ('w4a4', 'w6a6')},
+  }
+
+
 # python -m msfp_jax.run.study --config=configs/cifar10.py:STUDY
-STUDIES = {name: {
-    'seeds': (0, 1, 2),
-    'metrics': (
-        'bits_per_weight', 'bits_per_act', 'bytes', 'fd_resnet56',
-        'fd_resnet56_to_fp', 'psnr_to_fp', 'ssim_to_fp', 'label_agreement'),
-    'base': f'small,trained{words}',
-    'groups': {bits: {label: f'small,trained{words},{bits},{row}'
-                      for label, row in _ROWS.items()}
-               for bits in ('w4a4', 'w6a6')},
-} for name, words in (('ablation', ',20'), ('ablation_100', ''))}
+STUDIES = {
+    'ablation': _study(_ROWS, ',20'), 'ablation_100': _study(_ROWS, ''),
+    'past': _study(_PAST_ROWS, ',20'), 'past_100': _study(_PAST_ROWS, ''),
+}

@@ -7,11 +7,14 @@ import sys
 import checkpoints
 import families
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import unet_oracle
 
 from msfp_jax import convert
+from msfp_jax.convert import native
+from msfp_jax.models import unet
 
 
 def run(*args):
@@ -53,3 +56,39 @@ def test_what_does_not_load_writes_nothing(tmp_path):
   assert 'Traceback' not in done.stderr
   assert not (tmp_path / 'out').exists()
   assert run(source).returncode == 1
+
+
+@pytest.mark.slow
+def test_half_the_bytes(tmp_path):
+  """Every value is the nearest one that bfloat16 has; the rest is kept."""
+  model = unet.UNet(families.CONFIGS['ddim'])
+  params = model.init(jax.random.key(0), jnp.zeros((1, *model.sample_shape)),
+                      jnp.zeros(1))['params']
+  source, target = tmp_path / 'a.safetensors', tmp_path / 'b.safetensors'
+  native.save_pretrained(source, model, params, seed='7', command='train it')
+  done = run(source, target, '--dtype=bfloat16')
+  assert done.returncode == 0, done.stderr
+  again, found = convert.load_pretrained(str(target))
+  assert again.config == model.config
+  for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(found),
+                           strict=True):
+    before, after = np.asarray(before), np.asarray(after)
+    assert after.dtype == np.float32
+    # 8 significant bits.
+    np.testing.assert_allclose(after, before, rtol=2**-8)
+    assert not (after.view(np.uint32) & 0xffff).any()
+  assert target.stat().st_size < 0.6 * source.stat().st_size
+  assert native.about_of(target) == {
+      'source': str(source), 'seed': '7', 'command': 'train it'}
+
+
+def test_values_that_it_does_not_hold(tmp_path):
+  model = unet.UNet(families.CONFIGS['ddim'])
+  params = {'conv_in': {'bias': np.float32([0, 3.4e38])}}
+  target = tmp_path / 'b.safetensors'
+  with pytest.raises(ValueError, match=r"not hold values of .'conv_in.bias'."):
+    native.save_pretrained(target, model, params, dtype='bfloat16')
+  with pytest.raises(ValueError, match="'float16': must be one of"):
+    native.save_pretrained(target, model, params, dtype='float16')
+  assert not target.exists()
+  native.save_pretrained(target, model, params)

@@ -1,10 +1,12 @@
 """Converts a checkpoint of another code base into ours.
 
   python -m msfp_jax.convert SRC DST.safetensors [--config=FILE] [--noema]
+      [--dtype=bfloat16]
 """
 
 from collections.abc import Sequence
 
+from absl import flags
 from absl import logging
 from clu import parameter_overview
 
@@ -12,6 +14,10 @@ from msfp_jax.convert import load
 from msfp_jax.convert import native
 from msfp_jax.run import cli
 from msfp_jax.run import source_flags
+
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', list(native.DTYPES),
+    'Of the tensors in DST: bfloat16 halves the file, and rounds.')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +32,10 @@ def convert(source: str, target: str) -> None:
   config, ema = source_flags.CONFIG.value, source_flags.EMA.value
   model, params = load.load_pretrained(source, config, ema)
   origin = load.load_origin(source, config, ema)
-  native.save_pretrained(target, model, params, origin, source=source)
+  # What a file of ours tells of itself goes along.
+  native.save_pretrained(
+      target, model, params, origin, dtype=_DTYPE.value,
+      **{'source': source, **native.about_of(source)})
   parameter_overview.log_parameter_overview(params)
   logging.info('wrote %s', target)
 

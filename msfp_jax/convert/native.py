@@ -1,7 +1,8 @@
 """The project's own full-precision checkpoint: one safetensors file.
 
-Tensors are float32 under the parameters' paths joined with dots; the header
-holds the model's configuration and where it came from.
+Tensors are float32, or bfloat16 to halve the file, under the parameters' paths
+joined with dots; the header holds the model's configuration and where it came
+from.
 """
 
 from collections.abc import Mapping
@@ -39,6 +40,9 @@ SHIPPED = {'digits16': _ASSETS / 'digits16.safetensors'}
 # SHA-256 of their files, which are older than digests in their headers.
 _SHIPPED_SHA256 = {'digits16': (
     'abd9b001f2e873c52fb5e460af0d882ee5635f28389ad776da0b18b088c4f03f')}
+# Of the tensors that it writes.
+DTYPES = {'float32': np.dtype(np.float32),
+          'bfloat16': np.dtype(tensors_lib.BFLOAT16)}
 _DTYPES = {np.dtype(dtype): name
            for name, dtype in source_lib.SAFETENSORS_DTYPES.items()}
 
@@ -66,7 +70,9 @@ def write_safetensors(path: str | pathlib.Path,
   with files.atomic_path(path) as temporary, open(temporary, 'wb') as file:
     file.write(head)
     for name in sorted(tensors):
-      file.write(np.ascontiguousarray(tensors[name]).data)
+      # As bytes: bfloat16 has no buffer of its own.
+      array = np.ascontiguousarray(tensors[name])
+      file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def safetensors_head(metadata: Mapping[str, str], tensors: Mapping[str, Any]
@@ -116,7 +122,7 @@ def _header_digest(metadata):
 
 def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
                     params: Any, origin: origin_lib.Origin | None = None,
-                    **about: str) -> None:
+                    *, dtype: str = 'float32', **about: str) -> None:
   """Writes a model; `about` (command, seed, ...) goes into the header.
 
   Args:
@@ -125,10 +131,12 @@ def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
     params: its parameters.
     origin: the schedule that it was trained on, and the sampler that belongs
       to it; None where nobody knows.
+    dtype: of the tensors in the file, of `DTYPES`; loaded they are float32.
     **about: texts.
 
   Raises:
-    ValueError: the model is not of `models.registry`.
+    ValueError: the model is not of `models.registry`; another dtype, or values
+      that it does not hold.
   """
   row = registry.to_dict(model)
   if not row:
@@ -141,8 +149,37 @@ def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
   if origin is not None:
     metadata['origin'] = origin.to_json()
   metadata |= about
-  write_safetensors(path, flatten(params), metadata | {
+  write_safetensors(path, _rounded(flatten(params), dtype), metadata | {
       _HEADER_KEY: _header_digest(metadata)})
+
+
+def _rounded(tensors, dtype):
+  """Tensors in the type of a file."""
+  if dtype not in DTYPES:
+    raise ValueError(f'dtype {dtype!r}: must be one of {list(DTYPES)}')
+  # The largest numbers of float32 are infinite in bfloat16.
+  with np.errstate(over='ignore'):
+    found = {name: np.asarray(value, DTYPES[dtype])
+             for name, value in tensors.items()}
+  if lost := sorted(name for name, value in tensors.items()
+                    if (np.isfinite(value) & ~np.isfinite(found[name])).any()):
+    raise ValueError(f'{dtype} does not hold values of {lost}: write float32')
+  return found
+
+
+def about_of(path: str | pathlib.Path) -> dict[str, str]:
+  """What a file of ours tells of how it was made; {} of others' files.
+
+  Command, seed and the like, which `save_pretrained` was given.
+  """
+  file = SHIPPED.get(str(path), pathlib.Path(path).expanduser())
+  if file.suffix != '.safetensors' or not file.is_file():
+    return {}
+  _, metadata = source_lib.read_safetensors(file)
+  if metadata.get('format') != FORMAT:
+    return {}
+  return {key: text for key, text in metadata.items() if key not in (
+      'format', 'model', 'origin', seal.KEY, _HEADER_KEY)}
 
 
 def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:

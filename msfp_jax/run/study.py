@@ -7,7 +7,8 @@ A study is data, an entry of STUDIES in the config's file: its seeds, its
 groups (tables) and its rows, each a variant of that config; and perhaps its
 `base`, the variant whose other fields all rows share. The same command again
 resumes; --seeds=1,2, --groups=skip-8 and --rows=MSFP do a part, so that parts
-can run side by side.
+can run side by side. With --more_features=squeezenet:FILE distances on another
+network stand beside the study's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,9 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for all runs.')
 _SEEDS = flags.DEFINE_list('seeds', None, 'Only these of the study.')
 _GROUPS = flags.DEFINE_list('groups', None, 'Only these of the study.')
 _ROWS = flags.DEFINE_list('rows', None, 'Only these of every group.')
+_MORE = {name: flags.DEFINE_list(
+    name, None, f'In place of config.eval.{name} of all rows.')
+         for name in ('more_features', 'more_references')}
 
 
 def load_study(text: str) -> tuple[GetConfig, dict[str, Any]]:
@@ -234,8 +238,13 @@ def table(found: dict[str, dict[str, dict[str, list[float]]]],
           metrics: Sequence[str]) -> str:
   """Markdown, a table per group: mean +- standard deviation over seeds.
 
-  Where rows have different numbers of seeds, a column tells how many.
+  Where rows have different numbers of seeds, a column tells how many. A metric
+  that no row has gets no column.
   """
+  # Without columns of networks that nobody asked for.
+  there = {metric for rows in found.values() for values in rows.values()
+           for metric in values}
+  metrics = [metric for metric in metrics if metric in there or not there]
   lines = []
   for group, rows in found.items():
     seeds = {label: max(map(len, values.values()), default=0)
@@ -267,13 +276,28 @@ def _spread(values: Sequence[float]) -> str:
 
 def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
         groups: Sequence[str] | None = None,
-        rows: Sequence[str] | None = None) -> str:
+        rows: Sequence[str] | None = None,
+        measured: Mapping[str, Any] | None = None) -> str:
   """Runs a study, or a part of it; returns the table of all that is done.
+
+  Args:
+    text: 'configs/NAME.py:STUDY'.
+    workdir: of all runs.
+    seeds: only these of the study.
+    groups: likewise.
+    rows: only these of every group.
+    measured: fields of config.eval that differ from the study's.
 
   Raises:
     ValueError: an unknown study, seed, group or row.
   """
-  get_config, study = load_study(text)
+  configured, study = load_study(text)
+
+  def get_config(variant: str) -> ml_collections.ConfigDict:
+    config = configured(variant)
+    config.eval.update(measured or {})
+    return config
+
   labels = dict.fromkeys(label for group in study['groups'].values()
                          for label in group)
   for name, part, known in (('seeds', seeds, study['seeds']),
@@ -294,7 +318,9 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
 def main(unused_argv: Sequence[str]) -> None:
   print(cli.guard(lambda: run(
       _CONFIG.value, _WORKDIR.value, _parse_seeds(_SEEDS.value),
-      _GROUPS.value, _ROWS.value)))
+      _GROUPS.value, _ROWS.value,
+      {name: tuple(flag.value) for name, flag in _MORE.items()
+       if flag.value is not None})))
 
 
 def _parse_seeds(texts: Sequence[str] | None) -> list[int] | None:
