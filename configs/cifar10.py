@@ -113,10 +113,10 @@ _ROWS = {
 # Untuned and tuned with one LoRA and DFA: weights, then inputs, then both.
 _DIFFERENCES = 'int4_minmax_image+gptq+differences'
 _PAST = (
-    'mixup_weights', 'msfp+gptq', 'mixup_weights+gptq', 'msfp+gptq+by_step',
-    'msfp_image+gptq', 'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq',
-    'int4_minmax_16+gptq', 'int4_minmax_image+gptq', _DIFFERENCES,
-    'msfp_image+gptq+differences')
+    'mixup_weights', 'msfp+smooth', 'msfp+weighted', 'msfp+gptq',
+    'mixup_weights+gptq', 'msfp+gptq+by_step', 'msfp_image+gptq',
+    'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq', 'int4_minmax_16+gptq',
+    'int4_minmax_image+gptq', _DIFFERENCES, 'msfp_image+gptq+differences')
 _PAST_TUNED = ('mixup_weights+gptq', 'msfp+gptq+by_step', 'nvfp4+gptq',
                'int4_minmax_16+gptq', _DIFFERENCES)
 _PAST_ROWS = {
@@ -125,7 +125,9 @@ _PAST_ROWS = {
        for name in _PAST_TUNED},
     **{f'{_DIFFERENCES} + LoRA + DFA + {label}':
        f'recipe={_DIFFERENCES},lora,dfa,{word}'
-       for label, word in (('student', 'student'), ('steered', 'steer'))},
+       for label, word in (
+           ('student', 'student'), ('steered', 'steer'), ('windows', 'window'),
+           ('direction', 'direction'), ('whole weights', 'whole'))},
 }
 VARIANTS |= {f'recipe={name}': {'quant.recipe': name}
              for name in (*_PAST, 'msfp+by_step')}

@@ -49,6 +49,10 @@ ABLATION = {
     # Along the student's own trajectories; and led back to the teacher's.
     'student': {'finetune.driver': 'student', 'finetune.steer': 0.0},
     'steer': {'finetune.driver': 'student', 'finetune.steer': 0.3},
+    'window': {'finetune.driver': 'student', 'finetune.window': 4},
+    # What else the loss sees, and offsets of single weights in place of a LoRA.
+    'direction': {'finetune.direction': 1.0},
+    'whole': {'finetune.rank': 0, 'finetune.learning_rate': 1e-4},
 }
 
 
@@ -194,13 +198,16 @@ def get_config() -> ml_collections.ConfigDict:
       'num_updates': 1000,  # 0: calibrate only
       'batch_size': 16,
       'num_banks': 2,  # LoRAs a layer; 1: plain LoRA, no router
-      'rank': 16,
+      'rank': 16,  # 0: an offset of every weight
       'gamma': 'sampler',  # see msfp_jax/tune/losses.py; 'none': plain MSE
+      'direction': 0.0,  # weight of the predictions' angle in the loss
       # Whose predictions move the trajectories that it is trained along:
-      # teacher or student; and how much the student's are led back to the
-      # teacher's, 0.0 to below 1, see msfp_jax/tune/trajectories.py.
+      # teacher or student; how much the student's are led back to the
+      # teacher's, 0.0 to below 1; and after how many steps they begin anew
+      # there, 0: never. See msfp_jax/tune/trajectories.py.
       'driver': 'teacher',
       'steer': 0.0,
+      'window': 0,
       'base_weight': 'full',  # what banks add to; or 'dequantized'
       'learn_act_ranges': True,  # activation scales and zero points
       'learn_weight_scales': True,

@@ -1,4 +1,4 @@
-"""Ranges of inputs for every step of the sampler: recipes with '+by_step'."""
+"""Recipes whose inputs are searched with regard to the sampler's steps."""
 
 import dataclasses
 
@@ -106,6 +106,37 @@ def test_values_of_a_step_are_of_that_step():
       assert values.std() == pytest.approx(there.std(), rel=0.1)
 
 
+def test_weighted_values_are_of_steps_by_the_square_of_their_factor():
+  found = observe.collect(
+      MODEL, PARAMS, PLAN, [X, 2 * X], key=KEY, samples_per_layer=10_000,
+      needs=(fit_lib.BY_STEP, fit_lib.WEIGHTED))
+  factors = PLAN.eps_factor
+  counts = np.maximum(1, np.round(
+      1000 * (factors / np.abs(factors).max())**2))
+  assert counts.max() == 1000 and counts.min() < 900
+  for seen in found.values():
+    assert len(seen.weighted) == 2 * counts.sum()
+    # Of each of both batches the first of every step.
+    expected = np.concatenate([
+        row[start:start + int(count)] for start in (0, 1000)
+        for row, count in zip(seen.by_step, counts, strict=True)])
+    np.testing.assert_array_equal(seen.weighted, expected)
+
+
+def test_a_weighted_search_looks_at_these_values_and_weights_as_they_are():
+  of = fit_lib.SearchedWeighted((fit_lib.SIGNED,))
+  plain = fit_lib.Searched((fit_lib.SIGNED,))
+  mixed = dataclasses.replace(seen(PARTS), weighted=np.float32(PARTS[1]))
+  found = of(mixed, 4, -1)
+  assert found.quantizer == plain(seen(PARTS[1:2]), 4, -1).quantizer
+  assert found.quantizer != plain(mixed, 4, -1).quantizer
+  kernel = Seen.of_weights(np.float32(PARTS))
+  np.testing.assert_array_equal(
+      of(kernel, 4, -2).quantizer.scale, plain(kernel, 4, -2).quantizer.scale)
+  assert recipes.get('msfp+weighted').aal == fit_lib.SearchedWeighted(
+      recipes.RECIPES['msfp'].aal.candidates)
+
+
 def calibrated(recipe):
   return calibrate(MODEL, PARAMS, recipe=recipe, batches=[X], plan=PLAN,
                    roles={'in': 'first', 'out': 'last'}, key=KEY)
@@ -154,14 +185,17 @@ def test_the_suffix_changes_inputs_alone():
 
 
 @pytest.mark.parametrize('name, words', [
-    ('int4_minmax+by_step', 'scales from the data follow'),
+    ('int4_minmax+by_step', 'those from the data follow'),
     ('msfp_image+by_step', "'msfp_image.by_step'.*BestOf"),
     ('dual_scale+by_step', 'FitDualScale'),
     ('hadamard+by_step', 'stands around its products'),
     ('msfp+by_step+differences', 'scales of its inputs are from calibration'),
     ('msfp+by_step+by_step', 'must be one of'),
+    ('msfp+by_step+weighted', 'must be one of'),
+    ('nvfp4+weighted', "'weighted' is for scales that calibration"),
+    ('msfp+by_step+smooth', 'stands around its products'),
 ])
-def test_what_cannot_differ_by_step_is_refused_by_name(name, words):
+def test_what_cannot_be_is_refused_by_name(name, words):
   with pytest.raises(ValueError, match=words):
     recipes.get(name)
 

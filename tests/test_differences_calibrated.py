@@ -115,7 +115,7 @@ def test_with_inputs_in_full_precision_the_suffix_is_nothing(name):
 @pytest.mark.parametrize('name, words', [
     ('msfp+differences', 'scales of its inputs are from calibration'),
     ('dual_scale+gptq+differences', "'dual_scale.gptq.differences'.*'msfp_ima"),
-    ('nvfp4+differences+differences', r"or '\+differences'"),
+    ('nvfp4+differences+differences', r"and '\+differences'"),
     ('nvfp4+gptq+nearest', 'must be one of'),
     ('other+differences', 'must be one of'),
 ])

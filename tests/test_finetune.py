@@ -203,6 +203,34 @@ def test_the_students_own_trajectory_is_led_back_to_the_teachers(steer):
         np.testing.assert_allclose(found.x, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_in_windows_the_student_begins_anew_at_the_teachers():
+  """Of two steps, in a trajectory of an odd number; and in the next one."""
+  settings = dataclasses.replace(
+      SETTINGS, driver='student', window=2, batch_size=4)
+  tx = optax.sgd(0.0)
+  step = finetune.make_step(
+      Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), tx, KEY,
+      driver='student', window=2)
+  student = types.SimpleNamespace(
+      init=lambda *unused: {'a': jnp.float32(0.4)}, memory=lambda x: None)
+  state = finetune.init_state(student, tx, PLAN, (2,), KEY, settings)
+  for trajectory in range(2):
+    own, noises = draws(trajectory)
+    teachers = own
+    for i, z in enumerate(noises):
+      state, _ = step(state)
+      own = by_hand(i, z, own, 0.4 * own + i)
+      teachers = by_hand(i, z, teachers, 0.5 * teachers)
+      assert np.abs(own - teachers).max() > 0.1
+      own = teachers if i % 2 else own
+      np.testing.assert_allclose(
+          state.position.student.x, own, rtol=1e-4, atol=1e-4)
+      np.testing.assert_allclose(
+          state.position.teacher.x, teachers, rtol=1e-4, atol=1e-4)
+  with pytest.raises(ValueError, match="config.finetune.window=2.*'teacher'"):
+    dataclasses.replace(SETTINGS, window=2)
+
+
 @pytest.mark.parametrize('plan', [
     diffusion.ddim_plan(SCHEDULE, 4, clip=0.5),
     diffusion.plms_plan(SCHEDULE, 4)],

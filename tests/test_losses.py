@@ -1,5 +1,6 @@
 """Denoising factors and the DFA loss."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,3 +128,26 @@ def test_dfa_loss_is_the_weighted_mean_square():
       jnp.float32(1.7), jnp.asarray(teacher), jnp.asarray(student))
   assert actual.shape == ()
   assert float(actual) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_direction_term_is_one_minus_the_cosine_of_each_image():
+  rng = np.random.default_rng(1)
+  teacher, student = rng.normal(size=(2, 3, 4, 4, 2))
+  student[0] = 2.5 * teacher[0]  # of the same direction
+  flat = lambda x: x.reshape(len(x), -1)
+  cosines = np.sum(flat(teacher) * flat(student), 1) / (
+      np.linalg.norm(flat(teacher), axis=1)
+      * np.linalg.norm(flat(student), axis=1))
+  assert cosines[0] == pytest.approx(1) and abs(cosines[1]) < 0.5
+  expected = 1.7 * (np.mean((teacher - student)**2)
+                    + 0.3 * np.mean(1 - cosines))
+  found = losses.dfa_loss(jnp.float32(1.7), jnp.float32(teacher),
+                          jnp.float32(student), 0.3)
+  assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_prediction_of_nothing_has_no_direction_and_a_finite_gradient():
+  nothing = jnp.zeros((2, 2, 2, 1))
+  gradient = jax.grad(lambda eps: losses.dfa_loss(
+      1.0, jnp.ones_like(eps), eps, 1.0))(nothing)
+  assert np.isfinite(gradient).all() and np.abs(gradient).max() < 10

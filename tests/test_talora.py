@@ -97,7 +97,23 @@ def test_rank_is_at_most_the_kernels():
               'wide': ((2, 20, 16), (2, 16, 20))}
 
 
-@pytest.mark.parametrize('num_banks, rank', [(0, 4), (-1, 4), (2, 0)])
+def test_offsets_of_single_weights_in_place_of_a_product():
+  """Rank 0: banks have the kernels' shapes, and are added as they are."""
+  banks = talora.init_banks(KEY, KERNELS, 2, 0)
+  for name, kernel in KERNELS.items():
+    assert jax.tree.map(jnp.shape, banks[name]) == {
+        'whole': (2, *kernel.shape)}
+    assert not np.asarray(banks[name]['whole']).any()
+  banks = jax.tree.map(
+      lambda leaf: jax.random.normal(KEY, leaf.shape), banks)
+  gates = {name: jnp.float32([0.0, 1.0]) for name in KERNELS}
+  for name, update in talora.bank_updates(banks, gates).items():
+    np.testing.assert_array_equal(update, banks[name]['whole'][1])
+  for name, update in talora.bank_updates(banks).items():
+    np.testing.assert_array_equal(update, banks[name]['whole'])
+
+
+@pytest.mark.parametrize('num_banks, rank', [(0, 4), (-1, 4), (2, -1)])
 def test_no_banks_or_no_rank_are_refused(num_banks, rank):
   with pytest.raises(ValueError, match=f'num_banks={num_banks}, rank={rank}'):
     talora.init_banks(KEY, KERNELS, num_banks, rank)

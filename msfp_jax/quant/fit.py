@@ -34,9 +34,12 @@ GRAM = 'gram'
 # differ by from the step before. (Gram matrices are the inputs' all the same,
 # as these are what weights are multiplied with in the end.)
 DIFFERENCES = 'differences'
-# Values once more, those of every step of the sampler apart.
+# Values once more: those of every step of the sampler apart; and more of steps
+# whose denoising factor is large.
 BY_STEP = 'by_step'
-NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM, DIFFERENCES, BY_STEP)
+WEIGHTED = 'weighted'
+NEEDS = (EXTREMES, VALUES, ROWS, CHANNEL_MAXIMA, GRAM, DIFFERENCES, BY_STEP,
+         WEIGHTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Seen:
     dtype: in which the model computed the input.
     differences: whether all but `gram` is of differences between steps.
     by_step: `values` of an input, those of every step in a row, `[S, N / S]`.
+    weighted: of `values`, of every step as large a share as the square of its
+      denoising factor is of the largest one's, `[M]`.
   """
 
   values: np.ndarray | None = None
@@ -66,6 +71,7 @@ class Seen:
   dtype: Any = np.dtype(np.float32)
   differences: bool = False
   by_step: np.ndarray | None = None
+  weighted: np.ndarray | None = None
 
   @classmethod
   def of_weights(cls, kernel: np.ndarray) -> 'Seen':
@@ -159,12 +165,30 @@ class Searched(Fit):
     # An input's channels cannot have a scale each: it would not leave the sum
     # over them. (Smoothing does that, see `around`.) A weight's outputs can.
     channel_axis = -1 if axis == -2 else None
-    found = {c: c.search(seen.values, bits, channel_axis)
+    found = {c: c.search(self._values(seen, axis), bits, channel_axis)
              for c in self.candidates}
     best = min(found.values(), key=lambda result: result.mse)
     rank = seen.values.ndim if axis == -2 else 0
     return Fitted(best.quantizer(rank), best.mse,
                   {c: result.mse for c, result in found.items()})
+
+  def _values(self, seen, axis):
+    return seen.values
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchedWeighted(Searched):
+  """The same, where an error counts as much as the step makes of it.
+
+  An error of the model's output moves the sample by the sampler's denoising
+  factor times as much (DFA, arXiv 2505.21591): what layers get at steps of
+  large factors is to be quantized better.
+  """
+
+  needs = (VALUES, WEIGHTED)
+
+  def _values(self, seen, axis):
+    return seen.weighted if axis == -1 else seen.values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
     raise ValueError(f'needs {needs!r}: must be a list of {fit_lib.NEEDS}')
   if unknown := set(needs) - set(fit_lib.NEEDS):
     raise ValueError(f'needs {sorted(unknown)}: must be among {fit_lib.NEEDS}')
-  if fit_lib.BY_STEP in needs:
+  if {fit_lib.BY_STEP, fit_lib.WEIGHTED} & set(needs):
     needs = {*needs, fit_lib.VALUES}
   batches = batches_lib.check_batches(batches)
   # Every step alike: activations drift along the trajectory, and a quantizer
@@ -87,8 +87,9 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
         grams[name] = grams.get(name, 0.0) + np.float64(part.pop(fit_lib.GRAM))
     seen.append(found)
     progress.update(i + 1)
+  shares = (plan.eps_factor / np.abs(plan.eps_factor).max())**2
   return {name: _join(name, [part[name] for part in seen], needs,
-                      grams.get(name)) for name in names}
+                      grams.get(name), shares) for name in names}
 
 
 def watch(model: nn.Module, plan: diffusion.SamplerPlan, count: int,
@@ -225,8 +226,16 @@ def _windows(module, value, choose):
   return x[tuple(places)].reshape(len(image), -1)
 
 
-def _join(name, parts, needs, gram):
-  """A `Seen` of what all batches brought; `gram` is summed over them."""
+def _join(name, parts, needs, gram, shares):
+  """A `Seen` of what all batches brought.
+
+  Args:
+    name: of the layer.
+    parts: of each batch.
+    needs: what was gathered.
+    gram: summed over the batches.
+    shares: of its values that a step has among the weighted ones, `[S]`.
+  """
   both = lambda key: np.concatenate([part[key].ravel() for part in parts])
   # NaN reaches a minimum and infinity one of both: no further look at the data.
   low, high = float(both('minimum').min()), float(both('maximum').max())
@@ -240,6 +249,11 @@ def _join(name, parts, needs, gram):
     # Of every batch `[S, count]`.
     seen['by_step'] = np.concatenate(
         [part[fit_lib.VALUES] for part in parts], axis=1)
+  if fit_lib.WEIGHTED in needs:
+    # Each step's are of random places: the first of them are as good as any.
+    seen['weighted'] = np.concatenate([
+        values[:max(1, round(share * len(values)))] for part in parts
+        for values, share in zip(part[fit_lib.VALUES], shares, strict=True)])
   if fit_lib.ROWS in needs:
     rows = [part[fit_lib.ROWS] for part in parts]
     seen['rows'] = np.concatenate(

@@ -4,7 +4,9 @@
 
 makes a recipe that calibrates, trains, evaluates, packs, saves and reports.
 'mine+gptq' is then the same with its weights rounded by GPTQ, 'mine+by_step'
-with the ranges of its inputs searched for every step of the sampler, and
+with the ranges of its inputs searched for every step of the sampler,
+'mine+weighted' with one for all steps that minds their denoising factors,
+'mine+smooth' with a power of two for every channel of its inputs, and
 'mine+differences' with its inputs quantized as what they differ by from the
 step before (`kernels.differences`).
 """
@@ -29,18 +31,23 @@ from msfp_jax.quant.fit import Fit
 from msfp_jax.quant.fit import INTEGER
 from msfp_jax.quant.fit import Searched
 from msfp_jax.quant.fit import SearchedByStep
+from msfp_jax.quant.fit import SearchedWeighted
 from msfp_jax.quant.fit import SIGNED
 from msfp_jax.quant.fit import UNSIGNED
 from msfp_jax.quant.fit import UNSIGNED_RANGE
 from msfp_jax.quant.quantizers import FULL_BITS
+from msfp_jax.quant.smoothing import Smoothing
 from msfp_jax.quant.svdquant import IntegersBySign
 from msfp_jax.quant.svdquant import SVDQuant
 
 # How weights get to levels: each to its nearest, or so that outputs err least.
 NEAREST, GPTQ = 'nearest', 'gptq'
 ROUNDINGS = (NEAREST, GPTQ)
+# How the scales of inputs are searched otherwise.
+SEARCHES = {fit_lib.BY_STEP: SearchedByStep, fit_lib.WEIGHTED: SearchedWeighted}
 # What may stand behind a recipe's name.
-SUFFIXES = (*ROUNDINGS, fit_lib.BY_STEP, fit_lib.DIFFERENCES)
+SMOOTH = 'smooth'
+SUFFIXES = (*ROUNDINGS, *SEARCHES, SMOOTH, fit_lib.DIFFERENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,16 +219,21 @@ def get(name: str) -> Recipe:
     base, _, suffix = base.rpartition('+')
     suffixes.append(suffix)
   roundings = [suffix for suffix in suffixes if suffix in ROUNDINGS]
+  searches = [suffix for suffix in suffixes if suffix in SEARCHES]
   if (base not in RECIPES or not set(suffixes) <= set(SUFFIXES)
-      or len(set(suffixes)) < len(suffixes) or len(roundings) > 1):
+      or len(set(suffixes)) < len(suffixes) or len(roundings) > 1
+      or len(searches) > 1):
     raise ValueError(
         f'recipe {name!r}: must be one of {sorted(RECIPES)}, these also with a '
-        f"rounding of weights, of {ROUNDINGS}, as in 'msfp+gptq', and with "
-        f"'+{fit_lib.BY_STEP}' or '+{fit_lib.DIFFERENCES}'")
+        f"rounding of weights, of {ROUNDINGS}, as in 'msfp+gptq', with a "
+        f"search of inputs, of {tuple(SEARCHES)}, and with '+{SMOOTH}' and "
+        f"'+{fit_lib.DIFFERENCES}'")
   recipe = RECIPES[base]
   try:
-    if fit_lib.BY_STEP in suffixes:
-      recipe = _by_step(recipe)
+    if SMOOTH in suffixes:
+      recipe = _smoothed(recipe)
+    if searches:
+      recipe = _searched_as(recipe, searches[0])
     return dataclasses.replace(
         recipe, rounding=roundings[0] if roundings else recipe.rounding,
         differences=recipe.differences or fit_lib.DIFFERENCES in suffixes)
@@ -229,26 +241,38 @@ def get(name: str) -> Recipe:
     raise ValueError(f'recipe {name!r}: {error}') from error
 
 
-def _by_step(recipe: Recipe) -> Recipe:
-  """The recipe with ranges of inputs for every step.
+def _smoothed(recipe: Recipe) -> Recipe:
+  """The recipe with smoothing; ValueError where its place is taken."""
+  if recipe.around is not None:
+    raise ValueError(f'{type(recipe.around).__name__} stands around its '
+                     f'products already, where {SMOOTH!r} would')
+  return dataclasses.replace(recipe, around=Smoothing())
+
+
+def _searched_as(recipe: Recipe, name: str) -> Recipe:
+  """The recipe with the scales of inputs searched otherwise.
+
+  Args:
+    recipe: whose inputs are searched.
+    name: of SEARCHES.
 
   Raises:
     ValueError: it has other inputs than those that are searched as they are.
   """
   if recipe.around is not None:
     raise ValueError('what stands around its products changes the inputs, of '
-                     'which single values are kept by step: take a recipe '
-                     "without, such as 'msfp'")
+                     f'which {name!r} needs single values as they are: take a '
+                     "recipe without, such as 'msfp'")
   odd = [part for part in (recipe.nal, recipe.aal)
          if not isinstance(part, Searched)]
   if odd:
     raise ValueError(
-        f'its inputs have {type(odd[0]).__name__}, and what can differ by step '
-        'are scales that calibration searches: scales from the data follow '
-        "every step as they are; take a recipe such as 'msfp' or 'int'")
-  return dataclasses.replace(
-      recipe, nal=SearchedByStep(recipe.nal.candidates),
-      aal=SearchedByStep(recipe.aal.candidates))
+        f'its inputs have {type(odd[0]).__name__}, and {name!r} is for scales '
+        'that calibration searches: those from the data follow every step as '
+        "they are; take a recipe such as 'msfp' or 'int'")
+  of = SEARCHES[name]
+  return dataclasses.replace(recipe, nal=of(recipe.nal.candidates),
+                             aal=of(recipe.aal.candidates))
 
 
 def parse_bits(text: str) -> tuple[int, int]:

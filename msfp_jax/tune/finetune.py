@@ -102,7 +102,7 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
       position=trajectories_lib.Trajectories(
-          plan, settings.driver, settings.steer).start(noise))
+          plan, settings.driver, settings.steer, settings.window).start(noise))
   memory = student.memory(noise)
   if memory is None:
     return state
@@ -115,8 +115,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
               key: jax.Array, draw_condition: conditions.Draw = conditions.none,
               layout: devices.Layout | None = None, *, accumulate: int = 1,
               how_remat: str = remat.NONE,
-              driver: str = trajectories_lib.TEACHER, steer: float = 0.0
-              ) -> step_lib.Step:
+              driver: str = trajectories_lib.TEACHER, steer: float = 0.0,
+              window: int = 0, direction: float = 0.0) -> step_lib.Step:
   """The update: state -> (state, scalars).
 
   One update per denoising step, along trajectories that begin with fresh noise
@@ -139,9 +139,11 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     how_remat: which activations are computed twice, one of `remat.WAYS`.
     driver: who moves the trajectories, see `trajectories`.
     steer: likewise.
+    window: likewise.
+    direction: of `losses.dfa_loss`.
   """
   layout = layout or devices.layout()
-  trajectories = trajectories_lib.Trajectories(plan, driver, steer)
+  trajectories = trajectories_lib.Trajectories(plan, driver, steer, window)
   # The trajectory, of S steps, and the updates n that go along it:
   #
   #   n            0      1      ..  S - 1    S      ..
@@ -159,7 +161,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
       eps, choices, memory = student.predict_next(
           trainable, x, step['t'], *condition, step=step['index'],
           memory=memory, fresh=step['index'] == 0)
-    loss = losses.dfa_loss(step['gamma'], target, eps)
+    loss = losses.dfa_loss(step['gamma'], target, eps, direction)
     return loss, (_bank_shares(student, choices), (eps, memory))
 
   # The teacher's parameters, and weights that calibration rounded, are an
@@ -277,7 +279,8 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
   step_of = lambda settings: make_step(
       student, plan, gamma, tx, trajectory_key, draw_condition, layout,
       accumulate=settings.accumulate, how_remat=settings.remat,
-      driver=settings.driver, steer=settings.steer)
+      driver=settings.driver, steer=settings.steer, window=settings.window,
+      direction=settings.direction)
   step = step_of(settings)
   with writer_lib.MetricWriter(workdir) as writer:
     state = loop.run(

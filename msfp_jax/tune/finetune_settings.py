@@ -11,14 +11,16 @@ from msfp_jax.tune import trajectories as trajectories_lib
 
 MOST_BANKS = 256  # of a layer, as many as a packed file can name
 _RULES = {
-    'num_updates': arguments.COUNT_OR_NONE,
-    **dict.fromkeys(('batch_size', 'rank', 'save_every', 'log_every',
-                     'accumulate'), arguments.COUNT),
+    **dict.fromkeys(('num_updates', 'rank', 'window'),
+                    arguments.COUNT_OR_NONE),
+    **dict.fromkeys(('batch_size', 'save_every', 'log_every', 'accumulate'),
+                    arguments.COUNT),
     'num_banks': (lambda value: (
         arguments.COUNT[0](value) and value <= MOST_BANKS),
                   f'a whole number from 1 to {MOST_BANKS}'),
     'gamma': arguments.one_of(losses.GAMMAS),
     'driver': arguments.one_of(trajectories_lib.DRIVERS),
+    'direction': arguments.RATE,
     'steer': arguments.SHARE,
     'base_weight': arguments.one_of(student_lib.BASES),
     **dict.fromkeys(('learning_rate', 'router_learning_rate',
@@ -39,12 +41,15 @@ class FinetuneSettings:
     num_updates: of all trajectories together, one for each denoising step.
     batch_size: trajectories at once.
     num_banks: LoRAs of each layer; 1 is plain LoRA, without a router.
-    rank: of each LoRA.
+    rank: of each LoRA; 0: an offset of every weight in place of A B.
     gamma: the denoising factor that weights the loss, see
       `losses.denoising_factors`.
+    direction: weight of the angle between the predictions in the loss, see
+      `losses.dfa_loss`.
     driver: whose predictions move the trajectories that it is trained along,
       see `trajectories`.
     steer: how much the student's own are led back to the teacher's, likewise.
+    window: steps after which these begin anew at the teacher's, likewise.
     base_weight: what a LoRA is added to, see `student.Student`.
     learn_act_ranges: whether scales and zero points of inputs move.
     learn_weight_scales: the same of the weights that have banks.
@@ -76,8 +81,10 @@ class FinetuneSettings:
   num_banks: int
   rank: int
   gamma: str
+  direction: float
   driver: str
   steer: float
+  window: int
   base_weight: str
   learn_act_ranges: bool
   learn_weight_scales: bool
@@ -99,4 +106,5 @@ class FinetuneSettings:
   def __post_init__(self):
     arguments.check_fields('config.finetune', self, _RULES)
     parts.check('config.finetune', self.batch_size, self.accumulate)
-    trajectories_lib.check('config.finetune.', self.driver, self.steer)
+    trajectories_lib.check(
+        'config.finetune.', self.driver, self.steer, self.window)

@@ -20,7 +20,8 @@ from msfp_jax.models import timestep
 
 # Timesteps that the embedding was made for (Ho et al. 2020).
 _EMBEDDED_STEPS = 1000
-# {layer: {'a': [h, ..., rank], 'b': [h, rank, out]}}
+# {layer: {'a': [h, ..., rank], 'b': [h, rank, out]}}; of rank 0
+# {layer: {'whole': [h, ..., out]}}
 Banks = dict[str, dict[str, jax.Array]]
 
 
@@ -32,13 +33,19 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
     key: of a.
     kernels: {layer: `[..., in, out]`} of the layers that get banks.
     num_banks: h >= 1, of every layer.
-    rank: of the updates; at most as much of a layer as its kernel has.
+    rank: of the updates; at most as much of a layer as its kernel has. 0: an
+      offset of every weight, by which training decides on each where it is
+      rounded to.
   """
-  if num_banks < 1 or rank < 1:
-    raise ValueError(f'num_banks={num_banks}, rank={rank}: must be >= 1')
+  if num_banks < 1 or rank < 0:
+    raise ValueError(f'num_banks={num_banks}, rank={rank}: must be >= 1, or 0 '
+                     'of rank')
   banks = {}
   for i, (name, kernel) in enumerate(kernels.items()):
     *axes, out = kernel.shape
+    if not rank:
+      banks[name] = {'whole': jnp.zeros((num_banks, *kernel.shape))}
+      continue
     # A convolution's kernel [kh, kw, I, O] counts as a matrix [kh kw I, O]: a
     # has its window, b is 1x1. Few channels bound the rank of any matrix.
     fan_in = math.prod(axes)
@@ -64,6 +71,11 @@ def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
   """
   out = {}
   for name, bank in banks.items():
+    if 'whole' in bank:
+      whole = bank['whole']
+      out[name] = (whole if gates is None else
+                   jnp.einsum('h...o,h->...o', whole, gates[name]))
+      continue
     a, b = bank['a'], bank['b']
     if gates is None:
       out[name] = jnp.einsum('h...r,hro->h...o', a, b)

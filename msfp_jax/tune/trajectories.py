@@ -45,21 +45,23 @@ class Both:
 Positions = sampling.Position | Both
 
 
-def check(where: str, driver: str, steer: float) -> None:
+def check(where: str, driver: str, steer: float, window: int = 0) -> None:
   """Raises ValueError for a driver that there is not, or nothing to steer by.
 
   Args:
     where: what stands before the fields' names, such as 'config.finetune.'.
     driver: of `Trajectories`.
     steer: likewise.
+    window: likewise.
   """
   if driver not in DRIVERS:
     raise ValueError(f'{where}driver={driver!r}: must be one of {DRIVERS}')
-  if steer and driver == TEACHER:
-    raise ValueError(
-        f'{where}steer={steer}: with {where}driver={driver!r} the teacher '
-        'drives, and there is no other trajectory to lead back to it; take '
-        f'{where}driver={STUDENT!r}, or {where}steer=0.0')
+  for name, value in (('steer', steer), ('window', window)):
+    if value and driver == TEACHER:
+      raise ValueError(
+          f'{where}{name}={value}: with {where}driver={driver!r} the teacher '
+          'drives, and there is no other trajectory to lead back to it; take '
+          f'{where}driver={STUDENT!r}, or {where}{name}={type(value)()}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Trajectories:
     steer: share of the distance to the teacher's trajectory that a step of
       average denoising factor is to make good, from 0 to below 1; steps of
       smaller factors, which can do less, a smaller one. Of STUDENT alone.
+    window: steps after which the student's trajectory is set to the teacher's;
+      0: when both begin anew. Of STUDENT alone.
 
   Raises:
     ValueError: another driver, or one that has nothing to steer by.
@@ -80,9 +84,10 @@ class Trajectories:
   plan: diffusion.SamplerPlan
   driver: str = TEACHER
   steer: float = 0.0
+  window: int = 0
 
   def __post_init__(self):
-    check('', self.driver, self.steer)
+    check('', self.driver, self.steer, self.window)
 
   def start(self, noise: jax.Array) -> Positions:
     """The positions before the first step."""
@@ -134,7 +139,13 @@ class Trajectories:
         self.plan, step, position, eps, key)
     if isinstance(positions, Both):
       # Both add the same noise, where the sampler adds some.
-      return Both(go(positions.teacher, taught[1]), go(positions.student, eps))
+      teacher, student = (go(positions.teacher, taught[1]),
+                          go(positions.student, eps))
+      if self.window:
+        ends = (step['index'] + 1) % self.window == 0
+        student = jax.tree.map(
+            lambda ours, own: jnp.where(ends, ours, own), teacher, student)
+      return Both(teacher, student)
     return go(positions, taught[0])
 
 
