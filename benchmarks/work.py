@@ -132,7 +132,8 @@ def tuning(task: Task, layout: Shapes) -> tuple[Any, Any]:
       student, experiment.plan, losses.denoising_factors(
           experiment.schedule, experiment.plan, settings.gamma), tx, key,
       experiment.draw, layout, accumulate=settings.accumulate,
-      how_remat=settings.remat, driver=settings.driver, steer=settings.steer)
+      how_remat=settings.remat, direction=settings.direction,
+      trajectories=finetune.trajectories_of(experiment.plan, settings))
   state = jax.eval_shape(lambda: finetune.init_state(
       student, tx, experiment.plan, experiment.model.sample_shape, key,
       settings))

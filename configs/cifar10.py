@@ -17,11 +17,11 @@ accelerators:
   python train.py --config=configs/cifar10.py:small --workdir=runs/small \
       --config.data.path=cifar-10-batches-bin
 
-On two cores XLA_FLAGS=--xla_force_host_platform_device_count=2 makes of 57
-images a second 76: a core for each half of a batch. With
---config.stage=quantize the same command goes on to quantize it. Both words
-evaluate on the features of a ResNet-56 for CIFAR-10, against statistics of its
-50,000 training images; both ship with the package.
+XLA_FLAGS=--xla_force_host_platform_device_count=2 gives each of two cores half
+of a batch: 76 images a second in place of 57 (AMD EPYC; the command's own
+lines). With --config.stage=quantize the same command goes on to quantize it.
+Both words evaluate on the features of a ResNet-56 for CIFAR-10, against
+statistics of its 50,000 training images; both ship with the package.
 
 What came of `:small` ships too, as `cifar10_small`
 (msfp_jax/assets/README.md). What each ingredient brings on it is a study, with
@@ -32,7 +32,7 @@ What came of `:small` ships too, as `cifar10_small`
       --workdir=runs/cifar10-ablation
 
 --more_features=squeezenet:FILE --more_references=cifar10 measures distances on
-a second network (docs/usage.md).
+a second network (docs/evaluation.md), of the weights of its authors.
 
 Not measured by us yet: fine-tuning settings are those of the digits, with
 EfficientDM's length (160 trajectories of 100 steps).
@@ -126,8 +126,9 @@ _PAST_ROWS = {
     **{f'{_DIFFERENCES} + LoRA + DFA + {label}':
        f'recipe={_DIFFERENCES},lora,dfa,{word}'
        for label, word in (
-           ('student', 'student'), ('steered', 'steer'), ('windows', 'window'),
-           ('direction', 'direction'), ('whole weights', 'whole'))},
+           ('student', 'student'), ('steered', 'steer'),
+           ('windows', 'window=4'), ('direction', 'direction'),
+           ('offsets', 'rank=0'))},
 }
 VARIANTS |= {f'recipe={name}': {'quant.recipe': name}
              for name in (*_PAST, 'msfp+by_step')}

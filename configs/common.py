@@ -49,10 +49,10 @@ ABLATION = {
     # Along the student's own trajectories; and led back to the teacher's.
     'student': {'finetune.driver': 'student', 'finetune.steer': 0.0},
     'steer': {'finetune.driver': 'student', 'finetune.steer': 0.3},
-    'window': {'finetune.driver': 'student', 'finetune.window': 4},
+    'window=4': {'finetune.driver': 'student', 'finetune.window_steps': 4},
     # What else the loss sees, and offsets of single weights in place of a LoRA.
     'direction': {'finetune.direction': 1.0},
-    'whole': {'finetune.rank': 0, 'finetune.learning_rate': 1e-4},
+    'rank=0': {'finetune.rank': 0, 'finetune.learning_rate': 1e-4},
 }
 
 
@@ -207,7 +207,7 @@ def get_config() -> ml_collections.ConfigDict:
       # there, 0: never. See msfp_jax/tune/trajectories.py.
       'driver': 'teacher',
       'steer': 0.0,
-      'window': 0,
+      'window_steps': 0,
       'base_weight': 'full',  # what banks add to; or 'dequantized'
       'learn_act_ranges': True,  # activation scales and zero points
       'learn_weight_scales': True,

@@ -13,15 +13,18 @@ from recursion import PLAN
 from recursion import X
 import tiny
 
+from configs import common
 from msfp_jax import diffusion
 from msfp_jax.packed import file as file_lib
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.quant import around
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import numbers
 from msfp_jax.quant import observe
 from msfp_jax.quant import recipes
 from msfp_jax.quant.calibrate import calibrate
 from msfp_jax.quant.fit import Seen
+from msfp_jax.tune import finetune
 
 pytestmark = pytest.mark.gpu
 
@@ -110,17 +113,15 @@ def test_weighted_values_are_of_steps_by_the_square_of_their_factor():
   found = observe.collect(
       MODEL, PARAMS, PLAN, [X, 2 * X], key=KEY, samples_per_layer=10_000,
       needs=(fit_lib.BY_STEP, fit_lib.WEIGHTED))
-  factors = PLAN.eps_factor
-  counts = np.maximum(1, np.round(
-      1000 * (factors / np.abs(factors).max())**2))
-  assert counts.max() == 1000 and counts.min() < 900
-  for seen in found.values():
-    assert len(seen.weighted) == 2 * counts.sum()
-    # Of each of both batches the first of every step.
-    expected = np.concatenate([
-        row[start:start + int(count)] for start in (0, 1000)
-        for row, count in zip(seen.by_step, counts, strict=True)])
-    np.testing.assert_array_equal(seen.weighted, expected)
+  weights = PLAN.eps_factor**2 / np.sum(PLAN.eps_factor**2)
+  for kept in found.values():
+    # The mean of any function is that of the steps' means, so weighted.
+    for function in (np.abs, np.square):
+      means = function(np.float64(kept.by_step)).mean(axis=1)
+      mean = function(np.float64(kept.weighted)).mean()
+      assert mean == pytest.approx(np.sum(weights * means), rel=0.05)
+    plain = np.square(np.float64(kept.values)).mean()
+    assert abs(plain - mean) > 0.2 * mean
 
 
 def test_a_weighted_search_looks_at_these_values_and_weights_as_they_are():
@@ -172,6 +173,18 @@ def test_a_model_samples_with_the_quantizer_of_the_step(tmp_path):
         tiny.SCHEDULE, 4))
 
 
+def test_the_report_compares_with_the_best_signed_by_the_same_values():
+  """Its gain is that of the sign alone, and not that of other scales."""
+  for words, values in (('by_step', 'by_step'), ('weighted', 'weighted')):
+    for name, layer in calibrated(f'int+{words}').layers.items():
+      kept = observe.collect(
+          MODEL, PARAMS, PLAN, [X], key=KEY, needs=(values,))[name]
+      of = recipes.SEARCHES[words]((fit_lib.SIGNED,))
+      bits = layer.act.bits
+      assert layer.stats['act_signed_mse'] == pytest.approx(
+          of(kept, bits, -1).mse)
+
+
 def test_the_suffix_changes_inputs_alone():
   plain, found = calibrated('int'), calibrated('int+by_step')
   for name, layer in found.layers.items():
@@ -185,19 +198,46 @@ def test_the_suffix_changes_inputs_alone():
 
 
 @pytest.mark.parametrize('name, words', [
-    ('int4_minmax+by_step', 'those from the data follow'),
+    ('int4_minmax+by_step', 'these have Dynamic'),
     ('msfp_image+by_step', "'msfp_image.by_step'.*BestOf"),
     ('dual_scale+by_step', 'FitDualScale'),
     ('hadamard+by_step', 'stands around its products'),
     ('msfp+by_step+differences', 'scales of its inputs are from calibration'),
     ('msfp+by_step+by_step', 'must be one of'),
     ('msfp+by_step+weighted', 'must be one of'),
-    ('nvfp4+weighted', "'weighted' is for scales that calibration"),
+    ('nvfp4+weighted', "'weighted' is for inputs"),
     ('msfp+by_step+smooth', 'stands around its products'),
 ])
 def test_what_cannot_be_is_refused_by_name(name, words):
   with pytest.raises(ValueError, match=words):
     recipes.get(name)
+
+
+def test_recipes_of_ones_own_are_refused_likewise():
+  """Before anything is collected."""
+  of, plain = fit_lib.SearchedByStep((fit_lib.SIGNED,)), fit_lib.Searched(
+      (fit_lib.SIGNED,))
+  with pytest.raises(ValueError, match='weights are searched by step'):
+    recipes.Recipe(of, plain, plain)
+  with pytest.raises(ValueError, match='stands around its products changes'):
+    recipes.Recipe(plain, of, of, around.Rotation())
+  # And what stands around a layer takes the values of steps along.
+  moved = around.Around(smooth=jnp.float32([2, 2])).seen(Seen(
+      rows=np.ones((5, 2), np.float32), by_step=PARTS, weighted=PARTS))
+  assert moved.by_step is None and moved.weighted is None
+
+
+def test_a_training_with_another_plan_is_refused_before_it(tmp_path):
+  spec = calibrated('int+by_step')
+  settings = finetune.FinetuneSettings(**dict(
+      common.get_config().finetune, num_banks=1))
+  student = finetune.make_student(MODEL, PARAMS, spec, 1000, settings)
+  with pytest.raises(ValueError, match='each of 5 steps, and the plan has 4'):
+    finetune.train(
+        student, tiny.SCHEDULE, diffusion.ddim_plan(tiny.SCHEDULE, 4),
+        settings, str(tmp_path), sample_shape=MODEL.sample_shape, bank_key=KEY,
+        trajectory_key=KEY)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_weights_have_no_steps():

@@ -66,6 +66,10 @@ def test_half_the_bytes(tmp_path):
                       jnp.zeros(1))['params']
   source, target = tmp_path / 'a.safetensors', tmp_path / 'b.safetensors'
   native.save_pretrained(source, model, params, seed='7', command='train it')
+  # Which whoever writes the next file gives anew.
+  metadata = {'format': native.FORMAT, 'path': 'a', 'dtype': 'b', 'seed': '7'}
+  native.write_safetensors(tmp_path / 'odd.safetensors', {}, metadata)
+  assert native.about_of(tmp_path / 'odd.safetensors') == {'seed': '7'}
   done = run(source, target, '--dtype=bfloat16')
   assert done.returncode == 0, done.stderr
   again, found = convert.load_pretrained(str(target))
@@ -88,7 +92,9 @@ def test_values_that_it_does_not_hold(tmp_path):
   target = tmp_path / 'b.safetensors'
   with pytest.raises(ValueError, match=r"not hold values of .'conv_in.bias'."):
     native.save_pretrained(target, model, params, dtype='bfloat16')
-  with pytest.raises(ValueError, match="'float16': must be one of"):
+  with pytest.raises(ValueError, match="'float64': must be one of"):
+    native.save_pretrained(target, model, params, dtype='float64')
+  with pytest.raises(ValueError, match='float16 does not hold'):
     native.save_pretrained(target, model, params, dtype='float16')
   assert not target.exists()
   native.save_pretrained(target, model, params)

@@ -32,6 +32,7 @@ from msfp_jax.quant.qlayer import Latent
 from msfp_jax.quant.qlayer import QLayer
 from msfp_jax.tune import finetune
 from msfp_jax.tune import student as student_lib
+from msfp_jax.tune import trajectories as trajectories_lib
 
 pytestmark = pytest.mark.gpu
 
@@ -164,6 +165,36 @@ def test_updates_follow_the_trajectory_and_carry_the_memory():
     jax.tree.map(functools.partial(
         np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.memory, memory)
   assert np.abs(memory['body']['input']).max() > 0.1
+
+
+def test_at_a_windows_end_the_memory_begins_anew():
+  """There the student stands where its own path did not lead."""
+  setup = students.Setup(tiny.NET, **ONE, learning_rate=0.0)
+  trajectories = trajectories_lib.Trajectories(
+      tiny.PLAN, 'student', window_steps=2)
+  settings = students.settings_of(
+      **{key: value for key, value in ONE.items() if key != 'recipe'},
+      driver='student', window_steps=2)
+  tx = finetune.optimizer(settings)
+  step = finetune.make_step(
+      setup.student, tiny.PLAN, np.array(students.GAMMA), tx,
+      jax.random.key(4), trajectories=trajectories)
+  state = finetune.init_state(
+      setup.student, tx, tiny.PLAN, tiny.IMAGE, KEY, settings)
+  predict = jax.jit(setup.student.predict_next)
+  memory, trainable = jax.tree.map(jnp.copy, (state.memory, state.trainable))
+  for n in range(6):
+    i = n % 4
+    x = state.position.student.x
+    if i == 0:
+      x = jax.random.normal(jax.random.fold_in(jax.random.fold_in(
+          jax.random.key(4), n // 4), 0), x.shape)
+    _, _, memory = predict(
+        trainable, x, jnp.float32(tiny.PLAN.timesteps[i]), step=i,
+        memory=memory, fresh=jnp.bool_(i in (0, 2)))
+    state, _ = step(state)
+    jax.tree.map(functools.partial(
+        np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.memory, memory)
 
 
 def test_no_gradient_passes_the_memory():

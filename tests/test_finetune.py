@@ -175,7 +175,7 @@ def test_the_students_own_trajectory_is_led_back_to_the_teachers(steer):
   tx = optax.sgd(0.0)
   step = finetune.make_step(
       Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), tx, KEY,
-      driver='student', steer=steer)
+      trajectories=trajectories_lib.Trajectories(PLAN, 'student', steer))
   student = types.SimpleNamespace(
       init=lambda *unused: {'a': jnp.float32(0.4)}, memory=lambda x: None)
   state = finetune.init_state(student, tx, PLAN, (2,), KEY, settings)
@@ -206,11 +206,12 @@ def test_the_students_own_trajectory_is_led_back_to_the_teachers(steer):
 def test_in_windows_the_student_begins_anew_at_the_teachers():
   """Of two steps, in a trajectory of an odd number; and in the next one."""
   settings = dataclasses.replace(
-      SETTINGS, driver='student', window=2, batch_size=4)
+      SETTINGS, driver='student', window_steps=2, batch_size=4)
   tx = optax.sgd(0.0)
   step = finetune.make_step(
       Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS), tx, KEY,
-      driver='student', window=2)
+      trajectories=trajectories_lib.Trajectories(
+          PLAN, 'student', window_steps=2))
   student = types.SimpleNamespace(
       init=lambda *unused: {'a': jnp.float32(0.4)}, memory=lambda x: None)
   state = finetune.init_state(student, tx, PLAN, (2,), KEY, settings)
@@ -227,8 +228,14 @@ def test_in_windows_the_student_begins_anew_at_the_teachers():
           state.position.student.x, own, rtol=1e-4, atol=1e-4)
       np.testing.assert_allclose(
           state.position.teacher.x, teachers, rtol=1e-4, atol=1e-4)
-  with pytest.raises(ValueError, match="config.finetune.window=2.*'teacher'"):
-    dataclasses.replace(SETTINGS, window=2)
+  with pytest.raises(ValueError, match="finetune.window_steps=2.*'teacher'"):
+    dataclasses.replace(SETTINGS, window_steps=2)
+
+
+@pytest.mark.parametrize('number', [1, STEPS, STEPS + 1])
+def test_windows_that_change_nothing_are_refused(number):
+  with pytest.raises(ValueError, match=f'window_steps={number}: must be'):
+    trajectories_lib.Trajectories(PLAN, 'student', window_steps=number)
 
 
 @pytest.mark.parametrize('plan', [
@@ -267,7 +274,9 @@ def test_what_cannot_be_steered():
     dataclasses.replace(SETTINGS, driver='student', steer=1.0)
   with pytest.raises(ValueError, match='the teacher drives'):
     finetune.make_step(Linear(jnp.float32(0.5)), PLAN, np.ones(STEPS),
-                       optax.sgd(0.0), KEY, steer=0.5)
+                       optax.sgd(0.0), KEY,
+                       trajectories=trajectories_lib.Trajectories(
+                           PLAN, steer=0.5))
 
 
 def test_tables_of_conditions_are_no_constants_of_the_step():

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msfp_jax.quant import around as around_lib
 from msfp_jax.quant import calibrate as calibrate_lib
+from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import recipes
+from msfp_jax.quant import smoothing
 from msfp_jax.quant.fit import Seen
 
 RNG = np.random.default_rng(0)
@@ -55,12 +58,45 @@ def test_small_channels_that_count_are_not_lost(name):
   assert loss_of(smooth) < 0.2 * loss_of(plain)
 
 
-def test_where_nothing_is_gained_nothing_is_smoothed():
+def test_where_it_would_lose_the_layer_stays_as_it_is():
+  """A channel of one large value: for its sake all weights would be coarser."""
   rows = np.float32(RNG.normal(size=(4000, 8)))
-  kernel = np.float32(RNG.choice([-1, 1], size=(8, 6)))
-  layer = fitted('msfp+smooth', rows, kernel)
-  assert layer.around.smooth is None or loss_of(layer, rows, kernel) <= loss_of(
-      fitted('msfp', rows, kernel), rows, kernel)
+  rows[:, 0] *= 1e-3
+  rows[7, 0] = 100
+  kernel = np.float32(RNG.normal(size=(8, 6)))
+  tried = []
+
+  def error(around):
+    tried.append(around)
+    return real_error(around)
+
+  trial = around_lib.Trial(
+      seen(rows), kernel, lambda w: np.asarray(fit_lib.restored(
+          recipes.get('int').weight(Seen.of_weights(w), 4, -2).quantizer, w,
+          -2)), lambda moved: moved.rows)
+  real_error, found = trial.error, smoothing.Smoothing()
+  object.__setattr__(trial, 'error', error)
+  chosen = found(trial)
+  # Inputs stay exact, so that all there is to gain is the weights'.
+  assert len(tried) > 2 and chosen.smooth is None
+
+
+def test_an_input_after_silu_keeps_its_zero_point():
+  """Its tail ends elsewhere once channels are scaled, and not at SiLU's."""
+  x = RNG.normal(size=(4000, 8)) * np.array([4, 1, 4, 1, 4, 4, 1, 1])
+  rows = np.float32(x / (1 + np.exp(-x)) * np.array(
+      [1, 0.05, 1, 0.05, 1, 1, 0.05, 1]))
+  kernel = np.float32(RNG.normal(size=(8, 6))) / rows.std(0)[:, None]
+  found = calibrate_lib.fit_layer(
+      recipes.get('msfp+smooth'), 'r', seen(rows), kernel, 4, 4)
+  assert found.kind == 'AAL' and found.around.smooth is not None
+  moved = np.asarray(found.around.input(rows))
+  assert not found.act.fmt.signed
+  # Lower than any zero point that is searched for SiLU itself.
+  assert moved.min() < -0.4 and found.act.zero_point < -0.3
+  plain = calibrate_lib.fit_layer(
+      recipes.get('msfp'), 'r', seen(rows), kernel, 4, 4)
+  assert loss_of(found, rows, kernel) < 0.5 * loss_of(plain, rows, kernel)
 
 
 @pytest.mark.parametrize('name', ['svdquant+smooth', 'hadamard+smooth'])

@@ -22,8 +22,10 @@ pytestmark = pytest.mark.gpu
 
 variants = pytest.mark.parametrize(
     'options', [{}, pytest.param(students.PLAIN_LORA, marks=pytest.mark.slow),
-                pytest.param(students.DEQUANTIZED, marks=pytest.mark.slow)],
-    ids=['two banks', 'plain LoRA', 'three banks on dequantized weights'])
+                pytest.param(students.DEQUANTIZED, marks=pytest.mark.slow),
+                pytest.param({'rank': 0}, marks=pytest.mark.slow)],
+    ids=['two banks', 'plain LoRA', 'three banks on dequantized weights',
+         'offsets of weights'])
 
 
 @functools.cache

@@ -102,15 +102,15 @@ def test_offsets_of_single_weights_in_place_of_a_product():
   banks = talora.init_banks(KEY, KERNELS, 2, 0)
   for name, kernel in KERNELS.items():
     assert jax.tree.map(jnp.shape, banks[name]) == {
-        'whole': (2, *kernel.shape)}
-    assert not np.asarray(banks[name]['whole']).any()
+        'offset': (2, *kernel.shape)}
+    assert not np.asarray(banks[name]['offset']).any()
   banks = jax.tree.map(
       lambda leaf: jax.random.normal(KEY, leaf.shape), banks)
   gates = {name: jnp.float32([0.0, 1.0]) for name in KERNELS}
   for name, update in talora.bank_updates(banks, gates).items():
-    np.testing.assert_array_equal(update, banks[name]['whole'][1])
+    np.testing.assert_array_equal(update, banks[name]['offset'][1])
   for name, update in talora.bank_updates(banks).items():
-    np.testing.assert_array_equal(update, banks[name]['whole'])
+    np.testing.assert_array_equal(update, banks[name]['offset'])
 
 
 @pytest.mark.parametrize('num_banks, rank', [(0, 4), (-1, 4), (2, -1)])

@@ -14,7 +14,6 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 
 from msfp_jax import convert
@@ -63,9 +62,8 @@ def export(checkpoints: pathlib.Path, config: ml_collections.ConfigDict,
     shutil.copytree(checkpoints / str(step), f'{folder}/{step}')
     with checkpoint.Checkpointer(folder) as copied:
       state = copied.restore(jax.eval_shape(lambda: begin(model, config)))
-  halves = jax.tree.map(
-      lambda a: np.asarray(a).astype(np.float16), state.ema_params)
-  convert.save_pretrained(path, model, halves, step=str(step))
+  convert.save_pretrained(
+      path, model, state.ema_params, dtype='float16', step=str(step))
   return step
 
 

@@ -17,7 +17,7 @@ from msfp_jax.run import source_flags
 
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'float32', list(native.DTYPES),
-    'Of the tensors in DST: bfloat16 halves the file, and rounds.')
+    'Of the tensors in DST: bfloat16 and float16 halve the file, and round.')
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,13 +1,13 @@
 """The project's own full-precision checkpoint: one safetensors file.
 
-Tensors are float32, or bfloat16 to halve the file, under the parameters' paths
-joined with dots; the header holds the model's configuration and where it came
-from.
+Tensors are float32, or of half its bytes, under the parameters' paths joined
+with dots; the header holds the model's configuration and where it came from.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import pathlib
@@ -41,7 +41,7 @@ SHIPPED = {'digits16': _ASSETS / 'digits16.safetensors'}
 _SHIPPED_SHA256 = {'digits16': (
     'abd9b001f2e873c52fb5e460af0d882ee5635f28389ad776da0b18b088c4f03f')}
 # Of the tensors that it writes.
-DTYPES = {'float32': np.dtype(np.float32),
+DTYPES = {'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16),
           'bfloat16': np.dtype(tensors_lib.BFLOAT16)}
 _DTYPES = {np.dtype(dtype): name
            for name, dtype in source_lib.SAFETENSORS_DTYPES.items()}
@@ -157,7 +157,7 @@ def _rounded(tensors, dtype):
   """Tensors in the type of a file."""
   if dtype not in DTYPES:
     raise ValueError(f'dtype {dtype!r}: must be one of {list(DTYPES)}')
-  # The largest numbers of float32 are infinite in bfloat16.
+  # The largest numbers of float32 are infinite in these.
   with np.errstate(over='ignore'):
     found = {name: np.asarray(value, DTYPES[dtype])
              for name, value in tensors.items()}
@@ -170,7 +170,8 @@ def _rounded(tensors, dtype):
 def about_of(path: str | pathlib.Path) -> dict[str, str]:
   """What a file of ours tells of how it was made; {} of others' files.
 
-  Command, seed and the like, which `save_pretrained` was given.
+  Command, seed and the like, which `save_pretrained` was given, and can be
+  given again.
   """
   file = SHIPPED.get(str(path), pathlib.Path(path).expanduser())
   if file.suffix != '.safetensors' or not file.is_file():
@@ -178,8 +179,9 @@ def about_of(path: str | pathlib.Path) -> dict[str, str]:
   _, metadata = source_lib.read_safetensors(file)
   if metadata.get('format') != FORMAT:
     return {}
-  return {key: text for key, text in metadata.items() if key not in (
-      'format', 'model', 'origin', seal.KEY, _HEADER_KEY)}
+  others = {'format', seal.KEY, _HEADER_KEY,
+            *inspect.signature(save_pretrained).parameters}
+  return {key: text for key, text in metadata.items() if key not in others}
 
 
 def load_pretrained(path: str) -> tuple[denoiser.Denoiser, Any]:

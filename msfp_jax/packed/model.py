@@ -65,13 +65,8 @@ class PackedModel:
   differences: bool = False
 
   def __post_init__(self):
-    # JAX takes the last entry for an index beyond it, and says nothing.
-    for name, layer in self.layers.items():
-      if layer.input.num_steps not in (None, self.plan.num_steps):
-        raise ValueError(
-            f'layer {name}: its input has a quantizer for each of '
-            f'{layer.input.num_steps} steps, and the plan has '
-            f'{self.plan.num_steps}: calibrate with this plan')
+    spec_lib.check_steps({name: layer.input for name, layer
+                          in self.layers.items()}, self.plan.num_steps)
     if self.differences and (several := [
         name for name, layer in self.layers.items() if layer.num_banks > 1]):
       raise ValueError(f'layers {several} have several sets of weights, and '

@@ -125,7 +125,7 @@ class Around:
     return dataclasses.replace(
         seen, values=rows.ravel(), rows=rows, minimum=minimum,
         maximum=float(rows.max()), channel_maxima=np.abs(rows).max(0),
-        gram=gram)
+        gram=gram, by_step=None, weighted=None)
 
   def _gram(self, gram: np.ndarray) -> np.ndarray:
     """The Gram matrix `[K, K]` of x' from that of x, float64."""

@@ -256,7 +256,7 @@ def fit_layer(recipe: recipes.Recipe, role: str, seen: Seen,
                      'range from calibration, and differences between steps '
                      'have no such range: take one with scales from the data')
   if act_bits < FULL_BITS and act.mse is not None:
-    stats |= _input_errors(act, seen, act_bits)
+    stats |= _input_errors(of_input, act, seen, act_bits)
   weight = fit_lib.fit(
       recipe.weight, Seen.of_weights(kernel), bits, axis=-2, measured=measured)
   if around is not None and weight.quantizer.is_full:
@@ -292,14 +292,25 @@ def _find_around(recipe, of_input, seen, kernel, bits, act_bits):
   return around
 
 
-def _input_errors(act, seen, bits):
-  """What is known of an input's error, for `stats`."""
+def _input_errors(of_input, act, seen, bits):
+  """What is known of an input's error, for `stats`.
+
+  Args:
+    of_input: its fit.
+    act: what that found.
+    seen: of the input.
+    bits: of an element.
+  """
   errors = {'act_mse': act.mse}
   # For the report, which tells what the class of a layer gained: the best
   # signed quantizer, searched already or not.
   signed = fit_lib.SIGNED
   if signed in act.tried:
     errors['act_signed_mse'] = act.tried[signed]
+  elif isinstance(of_input, fit_lib.Searched):
+    # By the same values, and with as many scales.
+    errors['act_signed_mse'] = dataclasses.replace(
+        of_input, candidates=(signed,))(seen, bits, -1).mse
   elif seen.values is not None:
     errors['act_signed_mse'] = signed.search(seen.values, bits).mse
   return errors

@@ -75,6 +75,14 @@ class Recipe:
     if self.rounding not in ROUNDINGS:
       raise ValueError(
           f'rounding={self.rounding!r}: must be one of {ROUNDINGS}')
+    if fit_lib.BY_STEP in self.weight.needs:
+      raise ValueError('its weights are searched by step, and they are the '
+                       'same at every step')
+    if self.around is not None and {fit_lib.BY_STEP, fit_lib.WEIGHTED} & {
+        *self.nal.needs, *self.aal.needs}:
+      raise ValueError(
+          'its inputs are searched with regard to steps, by single values as '
+          'layers get them, which what stands around its products changes')
     if self.differences and self.around is not None and {
         fit_lib.VALUES, fit_lib.ROWS, fit_lib.CHANNEL_MAXIMA} & set(
             self.nal.needs):
@@ -246,7 +254,12 @@ def _smoothed(recipe: Recipe) -> Recipe:
   if recipe.around is not None:
     raise ValueError(f'{type(recipe.around).__name__} stands around its '
                      f'products already, where {SMOOTH!r} would')
-  return dataclasses.replace(recipe, around=Smoothing())
+  # Where channels are scaled SiLU's tail no longer ends at its minimum.
+  anywhere = lambda of: dataclasses.replace(of, candidates=tuple(
+      UNSIGNED_RANGE if one == UNSIGNED else one for one in of.candidates)
+                                            ) if type(of) is Searched else of
+  return dataclasses.replace(recipe, nal=anywhere(recipe.nal),
+                             aal=anywhere(recipe.aal), around=Smoothing())
 
 
 def _searched_as(recipe: Recipe, name: str) -> Recipe:
@@ -259,17 +272,12 @@ def _searched_as(recipe: Recipe, name: str) -> Recipe:
   Raises:
     ValueError: it has other inputs than those that are searched as they are.
   """
-  if recipe.around is not None:
-    raise ValueError('what stands around its products changes the inputs, of '
-                     f'which {name!r} needs single values as they are: take a '
-                     "recipe without, such as 'msfp'")
   odd = [part for part in (recipe.nal, recipe.aal)
-         if not isinstance(part, Searched)]
+         if type(part) is not Searched]
   if odd:
     raise ValueError(
-        f'its inputs have {type(odd[0]).__name__}, and {name!r} is for scales '
-        'that calibration searches: those from the data follow every step as '
-        "they are; take a recipe such as 'msfp' or 'int'")
+        f'{name!r} is for inputs whose quantizers {Searched.__name__} finds, '
+        f"as of 'msfp' or 'int', and these have {type(odd[0]).__name__}")
   of = SEARCHES[name]
   return dataclasses.replace(recipe, nal=of(recipe.nal.candidates),
                              aal=of(recipe.aal.candidates))

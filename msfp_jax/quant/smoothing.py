@@ -14,8 +14,6 @@ from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import FindAround
 
-_LEAST, _MOST = -24, 24  # exponents: no product leaves float32
-
 
 @dataclasses.dataclass(frozen=True)
 class Smoothing(FindAround):
@@ -32,21 +30,38 @@ class Smoothing(FindAround):
   needs = (fit_lib.ROWS, fit_lib.CHANNEL_MAXIMA)
 
   def __call__(self, trial):
-    kernel = trial.kernel
-    weights = np.abs(kernel).max((*range(kernel.ndim - 2), -1))
-    found = {exponents.tobytes(): Around(smooth=np.exp2(exponents))
-             for alpha in self.alphas for beta in {0.0, 1 - alpha}
-             if (exponents := _exponents(
-                 trial.seen.channel_maxima, weights, alpha, beta)).any()}
+    found = {}
+    for alpha in self.alphas:
+      for beta in {0.0, 1 - alpha}:
+        logs = exponents(
+            trial.seen.channel_maxima, trial.kernel, alpha, beta)
+        # A factor that all channels have in common changes nothing but scales.
+        logs = np.round(logs - np.median(logs)).astype(np.float32)
+        if logs.any():
+          found[logs.tobytes()] = Around(smooth=np.exp2(logs))
     return min([Around(), *found.values()], key=trial.error)
 
 
-def _exponents(inputs, weights, alpha, beta):
-  """log2 of the scales `[I]`, whole numbers in float32, 0 in the middle."""
-  # Channels of zeros, in which nothing is to be smoothed, go with the others.
-  logs = lambda maxima: np.log2(np.where(
-      maxima > 0, maxima, np.median(maxima[maxima > 0]) if maxima.any() else 1))
-  exponents = alpha * logs(inputs) - beta * logs(weights)
-  # A factor that all channels have in common changes nothing but the scales.
-  return np.clip(np.round(exponents - np.median(exponents)), _LEAST, _MOST
-                 ).astype(np.float32)
+def exponents(channel_maxima: np.ndarray, kernel: np.ndarray, alpha: float,
+              beta: float) -> np.ndarray:
+  """log2(max |x_c|^alpha / max |W_c|^beta) of every channel, float64 `[I]`.
+
+  From -100 to 100: no power of an extreme channel overflows. Channels of zeros
+  count as the least of the others: theirs would be infinite, and the least
+  keeps a channel that carries nothing from widening its neighbours' range.
+
+  Args:
+    channel_maxima: largest magnitudes of the input's channels `[I]`.
+    kernel: `[*window, I, O]`.
+    alpha: the exponent of the input's.
+    beta: that of the weights'.
+  """
+  weights = np.abs(kernel).max((*range(kernel.ndim - 2), -1))
+  return np.clip(alpha * np.log2(_live(channel_maxima))
+                 - beta * np.log2(_live(weights)), -100, 100)
+
+
+def _live(maxima):
+  maxima = np.float64(maxima)
+  return np.where(maxima > 0, maxima,
+                  min(maxima[maxima > 0], default=1.0))

@@ -131,6 +131,26 @@ class QuantSpec:
       raise ValueError(f'{path}: {error}') from error
 
 
+def check_steps(inputs: Mapping[str, Quantizer], num_steps: int) -> None:
+  """Looks whether inputs that differ by step do so for a sampler's steps.
+
+  JAX takes the last entry for an index beyond it, and says nothing.
+
+  Args:
+    inputs: {layer: the quantizer of its input}.
+    num_steps: of the sampler.
+
+  Raises:
+    ValueError: names the layer.
+  """
+  for name, quantizer in inputs.items():
+    if quantizer.num_steps not in (None, num_steps):
+      raise ValueError(
+          f'layer {name}: its input has a quantizer for each of '
+          f'{quantizer.num_steps} steps, and the plan has {num_steps}: '
+          'calibrate with this plan')
+
+
 def _checked(layer: LayerSpec) -> LayerSpec:
   """A layer of a file; raises ValueError for what is no text or statistics."""
   if not (isinstance(layer.role, str) and isinstance(layer.kind, str)

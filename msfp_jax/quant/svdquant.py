@@ -23,6 +23,7 @@ from msfp_jax.quant import block_formats
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import low_rank
 from msfp_jax.quant import numbers
+from msfp_jax.quant import smoothing
 from msfp_jax.quant.around import Around
 from msfp_jax.quant.around import FindAround
 from msfp_jax.quant.around import Trial
@@ -162,28 +163,16 @@ def factors(channel_maxima: np.ndarray, kernel: np.ndarray
     channel_maxima: largest magnitudes of the input's channels `[I]`.
     kernel: `[*window, I, O]`.
   """
-  inputs = _live(channel_maxima)
-  weights = _live(np.abs(kernel).max((*range(kernel.ndim - 2), -1)))
   yield None
   for step in range(1, round(1 / _STEP)):
     alpha = step * _STEP
     for beta in (0.0, 1 - alpha):
-      # Logarithms: no power of an extreme channel overflows.
-      exponents = alpha * np.log2(inputs) - beta * np.log2(weights)
-      yield np.exp2(np.clip(exponents, -100, 100)).astype(np.float32)
+      yield np.exp2(smoothing.exponents(
+          channel_maxima, kernel, alpha, beta)).astype(np.float32)
 
 
 def _smoothed(smooth):
   return Around(smooth=smooth)
-
-
-def _live(maxima: np.ndarray) -> np.ndarray:
-  """Largest magnitudes, float64; channels of zeros have the least of others."""
-  # Theirs would be a factor of 0 or infinity. The least keeps a channel that
-  # carries nothing from widening the range of its neighbours.
-  maxima = np.float64(maxima)
-  return np.where(maxima > 0, maxima,
-                  min(maxima[maxima > 0], default=1.0))
 
 
 @dataclasses.dataclass(frozen=True)

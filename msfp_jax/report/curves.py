@@ -22,7 +22,7 @@ _DRAWINGS = {
 _HIDDEN = 't'
 # What the names in the log mean.
 _MEANINGS = {
-    'finetune/loss': 'loss weighted with gamma_t',
+    'finetune/loss': 'loss weighted with gamma_t, with what `direction` adds',
     'finetune/mse': "MSE of the noise to the teacher's, not weighted"}
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]

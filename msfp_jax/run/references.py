@@ -91,8 +91,10 @@ def reference_of(images: data.Images | None, network: features.FeatureNetwork,
   if images is None and not needed:
     return stats_file.NOTHING
   if images is None:
-    raise ValueError('nothing to compare with: set config.eval.reference to a '
-                     'file of statistics, or config.data.name to a data set')
+    raise ValueError(
+        f'nothing to compare with on {network.name}: set config.eval.reference '
+        '(of more_features: more_references) to a file of statistics, or '
+        'config.data.name to a data set')
   # Only `sample_store.claim` puts this file at risk: it deletes it where
   # network or data changed, so what is found fits.
   if path is not None and devices.agreed(path.is_file()):

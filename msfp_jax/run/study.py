@@ -41,6 +41,7 @@ from msfp_jax.run import train
 from msfp_jax.run import workdir as workdir_lib
 from msfp_jax.tune import finetune
 
+_DISTANCE = 'fd_'  # what their metrics begin with, before the network's name
 GetConfig = Callable[[str], ml_collections.ConfigDict]
 
 _CONFIG = flags.DEFINE_string(
@@ -238,13 +239,18 @@ def table(found: dict[str, dict[str, dict[str, list[float]]]],
           metrics: Sequence[str]) -> str:
   """Markdown, a table per group: mean +- standard deviation over seeds.
 
-  Where rows have different numbers of seeds, a column tells how many. A metric
-  that no row has gets no column.
+  Where rows have different numbers of seeds, a column tells how many. Distances
+  have columns where they were measured, listed or not.
   """
-  # Without columns of networks that nobody asked for.
-  there = {metric for rows in found.values() for values in rows.values()
-           for metric in values}
-  metrics = [metric for metric in metrics if metric in there or not there]
+  there = dict.fromkeys(metric for rows in found.values()
+                        for values in rows.values() for metric in values)
+  # Distances on other networks than the study lists, and without those on
+  # networks that nobody asked for.
+  metrics = [
+      *(metric for metric in metrics
+        if metric in there or not there or not metric.startswith(_DISTANCE)),
+      *(metric for metric in there
+        if metric.startswith(_DISTANCE) and metric not in metrics)]
   lines = []
   for group, rows in found.items():
     seeds = {label: max(map(len, values.values()), default=0)

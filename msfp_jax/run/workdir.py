@@ -25,7 +25,7 @@ _MAY_CHANGE = ('mesh', 'pretrain.accumulate', 'pretrain.remat',
                'finetune.accumulate', 'finetune.remat')
 # Fields that the config.json of older workdirs lacks, and the value they had.
 _ONCE = {'finetune.dtype': 'float32', 'finetune.driver': 'teacher',
-         'finetune.steer': 0.0, 'finetune.window': 0,
+         'finetune.steer': 0.0, 'finetune.window_steps': 0,
          'finetune.direction': 0.0, 'finetune.ema_decay': 0.0,
          'eval.more_features': [], 'eval.more_references': [],
          'eval.sensitivity_images': 0}

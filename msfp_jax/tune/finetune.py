@@ -90,6 +90,13 @@ def optimizer(settings: FinetuneSettings) -> optax.GradientTransformation:
                     for name, part in tree.items()}), settings.ema_decay)
 
 
+def trajectories_of(plan: diffusion.SamplerPlan, settings: FinetuneSettings
+                    ) -> trajectories_lib.Trajectories:
+  """The trajectories that the settings ask for."""
+  return trajectories_lib.Trajectories(
+      plan, settings.driver, settings.steer, settings.window_steps)
+
+
 def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
                plan: diffusion.SamplerPlan, sample_shape: tuple[int, ...],
                key: jax.Array, settings: FinetuneSettings) -> FinetuneState:
@@ -101,8 +108,7 @@ def init_state(student: student_lib.Student, tx: optax.GradientTransformation,
   state = FinetuneState(
       step=jnp.zeros((), jnp.int32), trainable=trainable,
       opt_state=tx.init(trainable),
-      position=trajectories_lib.Trajectories(
-          plan, settings.driver, settings.steer, settings.window).start(noise))
+      position=trajectories_of(plan, settings).start(noise))
   memory = student.memory(noise)
   if memory is None:
     return state
@@ -115,8 +121,8 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
               key: jax.Array, draw_condition: conditions.Draw = conditions.none,
               layout: devices.Layout | None = None, *, accumulate: int = 1,
               how_remat: str = remat.NONE,
-              driver: str = trajectories_lib.TEACHER, steer: float = 0.0,
-              window: int = 0, direction: float = 0.0) -> step_lib.Step:
+              trajectories: trajectories_lib.Trajectories | None = None,
+              direction: float = 0.0) -> step_lib.Step:
   """The update: state -> (state, scalars).
 
   One update per denoising step, along trajectories that begin with fresh noise
@@ -137,13 +143,11 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     accumulate: parts of the batch, see `parts.run`; scales that a quantizer
       takes from all of its input are then those of a part.
     how_remat: which activations are computed twice, one of `remat.WAYS`.
-    driver: who moves the trajectories, see `trajectories`.
-    steer: likewise.
-    window: likewise.
+    trajectories: how they go on; by default the teacher drives.
     direction: of `losses.dfa_loss`.
   """
   layout = layout or devices.layout()
-  trajectories = trajectories_lib.Trajectories(plan, driver, steer, window)
+  trajectories = trajectories or trajectories_lib.Trajectories(plan)
   # The trajectory, of S steps, and the updates n that go along it:
   #
   #   n            0      1      ..  S - 1    S      ..
@@ -160,7 +164,7 @@ def make_step(student: student_lib.Student, plan: diffusion.SamplerPlan,
     with remat.blocks(how_remat):
       eps, choices, memory = student.predict_next(
           trainable, x, step['t'], *condition, step=step['index'],
-          memory=memory, fresh=step['index'] == 0)
+          memory=memory, fresh=trajectories.begins(step))
     loss = losses.dfa_loss(step['gamma'], target, eps, direction)
     return loss, (_bank_shares(student, choices), (eps, memory))
 
@@ -264,6 +268,8 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
     What `Student.init` returned, trained.
 
   Raises:
+    ValueError: quantizers of other steps than the plan's; windows of steps that
+      it has not.
     errors.MemoryLackError: a step needs more; looked at before it begins.
     errors.DivergedError: names the step and the timestep.
     checkpoint.Preempted: the run was asked to stop, and has saved.
@@ -272,6 +278,8 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
       'config.finetune.batch_size', settings.batch_size, settings.accumulate)
   # Once, for all steps that are tried.
   student = student.with_arrays(layout.put(student.arrays))
+  spec_lib.check_steps({name: layer.act for name, layer
+                        in student.spec.layers.items()}, plan.num_steps)
   tx = optimizer(settings)
   init = functools.partial(
       init_state, student, tx, plan, sample_shape, bank_key, settings)
@@ -279,7 +287,7 @@ def train(student: student_lib.Student, schedule: diffusion.Schedule,
   step_of = lambda settings: make_step(
       student, plan, gamma, tx, trajectory_key, draw_condition, layout,
       accumulate=settings.accumulate, how_remat=settings.remat,
-      driver=settings.driver, steer=settings.steer, window=settings.window,
+      trajectories=trajectories_of(plan, settings),
       direction=settings.direction)
   step = step_of(settings)
   with writer_lib.MetricWriter(workdir) as writer:

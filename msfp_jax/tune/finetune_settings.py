@@ -11,7 +11,7 @@ from msfp_jax.tune import trajectories as trajectories_lib
 
 MOST_BANKS = 256  # of a layer, as many as a packed file can name
 _RULES = {
-    **dict.fromkeys(('num_updates', 'rank', 'window'),
+    **dict.fromkeys(('num_updates', 'rank', 'window_steps'),
                     arguments.COUNT_OR_NONE),
     **dict.fromkeys(('batch_size', 'save_every', 'log_every', 'accumulate'),
                     arguments.COUNT),
@@ -49,7 +49,7 @@ class FinetuneSettings:
     driver: whose predictions move the trajectories that it is trained along,
       see `trajectories`.
     steer: how much the student's own are led back to the teacher's, likewise.
-    window: steps after which these begin anew at the teacher's, likewise.
+    window_steps: steps after which these are set to the teacher's, likewise.
     base_weight: what a LoRA is added to, see `student.Student`.
     learn_act_ranges: whether scales and zero points of inputs move.
     learn_weight_scales: the same of the weights that have banks.
@@ -84,7 +84,7 @@ class FinetuneSettings:
   direction: float
   driver: str
   steer: float
-  window: int
+  window_steps: int
   base_weight: str
   learn_act_ranges: bool
   learn_weight_scales: bool
@@ -107,4 +107,4 @@ class FinetuneSettings:
     arguments.check_fields('config.finetune', self, _RULES)
     parts.check('config.finetune', self.batch_size, self.accumulate)
     trajectories_lib.check(
-        'config.finetune.', self.driver, self.steer, self.window)
+        'config.finetune.', self.driver, self.steer, self.window_steps)

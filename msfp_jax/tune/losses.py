@@ -57,13 +57,15 @@ def dfa_loss(gamma: jax.Array, eps_teacher: jax.Array,
              eps_student: jax.Array, direction: float = 0.0) -> jax.Array:
   """gamma_t * ||eps_teacher - eps_student||^2, as a mean over elements.
 
+  With `direction` the angle between the two is added to the mean square.
+
   Args:
     gamma: the denoising factor of the batch's timestep, scalar.
     eps_teacher: full-precision prediction `[B, H, W, C]`.
     eps_student: quantized prediction, likewise.
-    direction: weight of 1 - cos of the angle between the two, which is added to
-      the mean square, as a mean over images. Of predictions of variance 1 it is
-      half of what the mean square has across the teacher's.
+    direction: weight of 1 - cos of the angle, as a mean over images. For
+      predictions of variance 1 an error at right angles to the teacher's adds
+      half as much there as to the mean square.
   """
   loss = jnp.mean((eps_teacher - eps_student)**2)
   if direction:

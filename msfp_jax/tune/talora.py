@@ -1,4 +1,4 @@
-"""TALoRA: banks of low-rank updates, and a router that picks by timestep.
+"""TALoRA: banks of updates, of low rank, and a router that picks by timestep.
 
 A layer's weight at timestep t is Q_w(W + sum_i r_i A_i B_i), with r the
 router's choice among the layer's h banks: banks are merged before
@@ -21,13 +21,15 @@ from msfp_jax.models import timestep
 # Timesteps that the embedding was made for (Ho et al. 2020).
 _EMBEDDED_STEPS = 1000
 # {layer: {'a': [h, ..., rank], 'b': [h, rank, out]}}; of rank 0
-# {layer: {'whole': [h, ..., out]}}
+# {layer: {'offset': [h, ..., out]}}
 Banks = dict[str, dict[str, jax.Array]]
 
 
 def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
                num_banks: int, rank: int) -> Banks:
-  """Banks of zero effect: a is uniform as LoRA's (Kaiming, a = sqrt 5), b 0.
+  """Banks of zero effect.
+
+  Of LoRA's products a is uniform (Kaiming, a = sqrt 5) and b 0; offsets are 0.
 
   Args:
     key: of a.
@@ -44,7 +46,7 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
   for i, (name, kernel) in enumerate(kernels.items()):
     *axes, out = kernel.shape
     if not rank:
-      banks[name] = {'whole': jnp.zeros((num_banks, *kernel.shape))}
+      banks[name] = {'offset': jnp.zeros((num_banks, *kernel.shape))}
       continue
     # A convolution's kernel [kh, kw, I, O] counts as a matrix [kh kw I, O]: a
     # has its window, b is 1x1. Few channels bound the rank of any matrix.
@@ -60,7 +62,7 @@ def init_banks(key: jax.Array, kernels: Mapping[str, jax.Array],
 
 def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
                  ) -> dict[str, jax.Array]:
-  """Multiplies the banks out to the low-rank updates of the kernels.
+  """Multiplies the banks out to the updates of the kernels.
 
   Args:
     banks: of every layer.
@@ -71,10 +73,10 @@ def bank_updates(banks: Banks, gates: Mapping[str, jax.Array] | None = None
   """
   out = {}
   for name, bank in banks.items():
-    if 'whole' in bank:
-      whole = bank['whole']
-      out[name] = (whole if gates is None else
-                   jnp.einsum('h...o,h->...o', whole, gates[name]))
+    if 'offset' in bank:
+      offset = bank['offset']
+      out[name] = (offset if gates is None else
+                   jnp.einsum('h...o,h->...o', offset, gates[name]))
       continue
     a, b = bank['a'], bank['b']
     if gates is None:

@@ -14,9 +14,10 @@ It then sees samples that its own errors made, as it will when it is deployed.
 What it is to predict there is the teacher's eps'; or, steered, that and a part
 of what leads back to the teacher's own trajectory. A small error that every
 step makes alike costs each of them next to nothing, and adds up over all of
-them: only by the distance of the two trajectories it is seen. (TCAQ-DM, AAAI
-2025, calibrates along the quantized model's own trajectories; to steer is our
-own.)
+them: only by the distance of the two trajectories it is seen. In windows of a
+few steps the student's is set to the teacher's after each of them, so that it
+meets errors of a few steps alone. (TCAQ-DM, AAAI 2025, calibrates along the
+quantized model's own trajectories; to steer, and windows, are ours.)
 """
 
 from collections.abc import Sequence
@@ -45,18 +46,18 @@ class Both:
 Positions = sampling.Position | Both
 
 
-def check(where: str, driver: str, steer: float, window: int = 0) -> None:
+def check(where: str, driver: str, steer: float, window_steps: int) -> None:
   """Raises ValueError for a driver that there is not, or nothing to steer by.
 
   Args:
     where: what stands before the fields' names, such as 'config.finetune.'.
     driver: of `Trajectories`.
     steer: likewise.
-    window: likewise.
+    window_steps: likewise.
   """
   if driver not in DRIVERS:
     raise ValueError(f'{where}driver={driver!r}: must be one of {DRIVERS}')
-  for name, value in (('steer', steer), ('window', window)):
+  for name, value in (('steer', steer), ('window_steps', window_steps)):
     if value and driver == TEACHER:
       raise ValueError(
           f'{where}{name}={value}: with {where}driver={driver!r} the teacher '
@@ -74,20 +75,34 @@ class Trajectories:
     steer: share of the distance to the teacher's trajectory that a step of
       average denoising factor is to make good, from 0 to below 1; steps of
       smaller factors, which can do less, a smaller one. Of STUDENT alone.
-    window: steps after which the student's trajectory is set to the teacher's;
-      0: when both begin anew. Of STUDENT alone.
+    window_steps: steps after which the student's trajectory is set to the
+      teacher's, fewer than the plan has; 0: not before both begin anew. Of
+      STUDENT alone.
 
   Raises:
-    ValueError: another driver, or one that has nothing to steer by.
+    ValueError: another driver, or one that has nothing to steer by; windows
+      that change nothing.
   """
 
   plan: diffusion.SamplerPlan
   driver: str = TEACHER
   steer: float = 0.0
-  window: int = 0
+  window_steps: int = 0
 
   def __post_init__(self):
-    check('', self.driver, self.steer, self.window)
+    check('', self.driver, self.steer, self.window_steps)
+    if self.window_steps == 1 or self.window_steps >= self.plan.num_steps:
+      raise ValueError(
+          f'window_steps={self.window_steps}: must be from 2 to below the '
+          f"sampler's {self.plan.num_steps} steps, or 0; with 1 the student "
+          f'would see the teacher\'s trajectory, as with driver={TEACHER!r}')
+
+  def begins(self, step: dict[str, jax.Array]) -> jax.Array:
+    """Whether the student stands at the teacher's position, bool `[]`.
+
+    What it remembers of its inputs is then of another path.
+    """
+    return step['index'] % (self.window_steps or self.plan.num_steps) == 0
 
   def start(self, noise: jax.Array) -> Positions:
     """The positions before the first step."""
@@ -141,8 +156,8 @@ class Trajectories:
       # Both add the same noise, where the sampler adds some.
       teacher, student = (go(positions.teacher, taught[1]),
                           go(positions.student, eps))
-      if self.window:
-        ends = (step['index'] + 1) % self.window == 0
+      if self.window_steps:
+        ends = (step['index'] + 1) % self.window_steps == 0
         student = jax.tree.map(
             lambda ours, own: jnp.where(ends, ours, own), teacher, student)
       return Both(teacher, student)

@@ -28,7 +28,7 @@ def refused(monkeypatch):
 
 
 COUNTS = [f'{part}.{field}' for part, fields in {
-    'finetune': ('batch_size', 'num_banks', 'rank', 'accumulate', 'save_every',
+    'finetune': ('batch_size', 'num_banks', 'accumulate', 'save_every',
                  'log_every'),
     'pretrain': ('num_steps', 'batch_size', 'accumulate', 'save_every',
                  'log_every', 'sample_every'),
@@ -42,7 +42,8 @@ def test_every_count_of_the_config_is_among_them():
   found = {f'{part}.{field}' for part in ('finetune', 'pretrain', 'calibrate')
            for field, value in config[part].items()
            if isinstance(value, int) and not isinstance(value, bool)}
-  assert found == {*COUNTS, 'finetune.num_updates', 'pretrain.warmup'}
+  assert found == {*COUNTS, 'finetune.num_updates', 'finetune.rank',
+                   'finetune.window_steps', 'pretrain.warmup'}
 
 
 @pytest.mark.parametrize('value', [0, -1])
@@ -68,7 +69,8 @@ def test_counts(tmp_path, npz, refused, field, value):
     ({'finetune.learning_rate': -1e-3}, ('learning_rate=-0.001',)),
     ({'finetune.adam_b2': 1.0}, ('adam_b2=1.0',)),
     ({'finetune.router_temperature': 0.0}, ('router_temperature=0.0',)),
-    ({'finetune.rank': 0, 'finetune.save_every': 0}, ('rank=0', 'every=0')),
+    ({'finetune.rank': -1, 'finetune.save_every': 0}, ('rank=-1', 'every=0')),
+    ({'finetune.window_steps': -1}, ('window_steps=-1',)),
     ({'pretrain.dtype': 'float16'}, ('config.pretrain.dtype', 'bfloat16')),
     ({'pretrain.ema_decay': 1.5}, ('ema_decay=1.5',)),
     ({'pretrain.clip_norm': 0.0}, ('clip_norm=0.0',)),
