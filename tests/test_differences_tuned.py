@@ -174,7 +174,7 @@ def test_at_a_windows_end_the_memory_begins_anew():
       tiny.PLAN, 'student', window_steps=2)
   settings = students.settings_of(
       **{key: value for key, value in ONE.items() if key != 'recipe'},
-      driver='student', window_steps=2)
+      driver='student', window_steps=2, learning_rate=0.0)
   tx = finetune.optimizer(settings)
   step = finetune.make_step(
       setup.student, tiny.PLAN, np.array(students.GAMMA), tx,
