@@ -289,16 +289,20 @@ def test_images_take_size_and_channels_from_the_data():
   assert (model.image_size, model.in_channels, model.out_channels) == (0, 0, 0)
 
 
-def test_the_shipped_checkpoint():
-  file = native.SHIPPED['digits16']
-  assert file.stat().st_size <= 3_000_000
-  model, params = convert.load_pretrained('digits16')
-  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 649_329
-  fields = dict(digits.get_config().model)
-  assert model.config == unet.UNetConfig(**fields)
+@pytest.mark.parametrize('name, module, variant, count, most', [
+    ('digits16', digits, 'pretrain', 649_329, 3_000_000),
+    ('cifar10_small', cifar10, 'small', 2_736_099, 6_000_000)])
+def test_the_shipped_checkpoints(name, module, variant, count, most):
+  file = native.SHIPPED[name]
+  assert file.stat().st_size <= most
+  model, params = convert.load_pretrained(name)
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+  config = module.get_config(variant)
+  assert model.config == unet.UNetConfig(**config.model)
   with safetensors.safe_open(file, 'np') as opened:
     header = opened.metadata()
-  assert 'train.py --config=configs/digits.py:pretrain' in header['command']
+  config_file = module.__name__.rpartition('.')[2]
+  assert (f'train.py --config=configs/{config_file}.py:{variant} '
+          in header['command'])
   assert header['seed'] == '0'
-  assert int(header['steps']) == digits.get_config(
-      'pretrain').pretrain.num_steps
+  assert int(header['steps']) == config.pretrain.num_steps

@@ -36,10 +36,14 @@ _HEADER_KEY = 'header_digest'
 _WAY_OUT = 'restore it, or make it again'
 _ASSETS = pathlib.Path(__file__).parent.parent / 'assets'
 # Checkpoints that ship with the package, by the name users type.
-SHIPPED = {'digits16': _ASSETS / 'digits16.safetensors'}
-# SHA-256 of their files, which are older than digests in their headers.
-_SHIPPED_SHA256 = {'digits16': (
-    'abd9b001f2e873c52fb5e460af0d882ee5635f28389ad776da0b18b088c4f03f')}
+SHIPPED = {name: _ASSETS / f'{name}.safetensors'
+           for name in ('digits16', 'cifar10_small')}
+# SHA-256 of their files.
+_SHIPPED_SHA256 = {
+    'digits16': (
+        'abd9b001f2e873c52fb5e460af0d882ee5635f28389ad776da0b18b088c4f03f'),
+    'cifar10_small': (
+        'b98db04a07337b73d74a420f06aa90ac2801474547aa2731d549f227722fc953')}
 # Of the tensors that it writes.
 DTYPES = {'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16),
           'bfloat16': np.dtype(tensors_lib.BFLOAT16)}
