@@ -250,15 +250,15 @@ def test_a_base_sets_what_all_rows_share(tmp_path, text, draws, monkeypatch):
 
 @pytest.mark.slow
 def test_what_is_measured_can_differ_from_the_study(tmp_path, text, draws):
-  """Of every row; and no column stands for what was not measured."""
+  """Of every row; distances have columns where they were measured."""
   path = pathlib.Path(text.removesuffix(':small'))
   path.write_text(path.read_text().replace(
-      "'bytes')", "'bytes', 'fd_squeezenet', 'kd_random')"))
+      "('fd_random', ", "('fd_squeezenet', 'kd_random', "))
   work = tmp_path / 'work'
-  plain = study.run(text, str(tmp_path / 'plain'), [0])
   table = study.run(text, str(work), [0], measured={'vectors': 60})
-  assert '| kd_random |' in table and '| kd_random |' not in plain
-  assert 'fd_squeezenet' not in table
+  # Listed or not; and a column of another kind stays, empty or not.
+  assert '| fd_random |' in table and 'fd_squeezenet' not in table
+  assert '| kd_random |' in table
   for name in ('MSFP', 'INT 4'):
     row = json.loads((work / f'0/one/{name}/config.json').read_text())
     assert row['eval']['vectors'] == 60
