@@ -34,8 +34,9 @@ What came of `:small` ships too, as `cifar10_small`
 --more_features=squeezenet:FILE --more_references=cifar10 measures distances on
 a second network (docs/evaluation.md), of the weights of its authors.
 
-Not measured by us yet: fine-tuning settings are those of the digits, with
-EfficientDM's length (160 trajectories of 100 steps).
+Measured so far: untuned rows (docs/results_cifar10.md). Settings of fine-tuning
+are those of the digits, with EfficientDM's length (160 trajectories of 100
+steps), and not measured by us yet.
 """
 
 from typing import Any

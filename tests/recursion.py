@@ -94,3 +94,25 @@ def by_hand(predict, visit=lambda i, x, eps: None):
     x = (PLAN.x_coef[i] * x - PLAN.eps_factor[i] * eps
          + PLAN.noise_std[i] * z)
   return x
+
+
+def inputs_of(*batches):
+  """{layer: its input at every step of every batch}, of `observe.collect`.
+
+  The model is written out, and the noise of its steps is that of KEY.
+  """
+  inputs = {'first': [], 'last': []}
+  note = lambda name: lambda h: inputs[name].append(np.asarray(h))
+
+  def predict(x, t, index):
+    h = x + t[:, None, None, None] / 1000
+    jax.debug.callback(note('first'), h, ordered=True)
+    h = jnp.tanh(h @ PARAMS['first']['kernel'] + PARAMS['first']['bias'])
+    jax.debug.callback(note('last'), h, ordered=True)
+    return h @ PARAMS['last']['kernel']
+
+  for number, x in enumerate(batches):
+    diffusion.sample(predict, PLAN, x, jax.random.fold_in(
+        jax.random.fold_in(KEY, number), PLAN.num_steps))
+  jax.effects_barrier()
+  return inputs

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recursion import inputs_of
 from recursion import KEY
 from recursion import MODEL
 from recursion import PARAMS
@@ -81,23 +81,7 @@ def test_values_of_a_step_are_of_that_step():
   found = observe.collect(
       MODEL, PARAMS, PLAN, [X, 2 * X], key=KEY, samples_per_layer=20_000,
       needs=(fit_lib.BY_STEP,))
-  inputs = {'first': [], 'last': []}
-
-  def predict(x, t, index):
-    h = x + t[:, None, None, None] / 1000
-    jax.debug.callback(lambda h: inputs['first'].append(np.asarray(h)), h,
-                       ordered=True)
-    h = jnp.tanh(h @ PARAMS['first']['kernel'] + PARAMS['first']['bias'])
-    jax.debug.callback(lambda h: inputs['last'].append(np.asarray(h)), h,
-                       ordered=True)
-    return h @ PARAMS['last']['kernel']
-
-  for number, x in enumerate((X, 2 * X)):
-    key = jax.random.fold_in(
-        jax.random.fold_in(KEY, number), PLAN.num_steps)
-    diffusion.sample(predict, PLAN, x, key)
-  jax.effects_barrier()
-  for name, batches in inputs.items():
+  for name, batches in inputs_of(X, 2 * X).items():
     kept = found[name].by_step
     assert kept.shape == (PLAN.num_steps, 4000)
     np.testing.assert_array_equal(
@@ -195,22 +179,6 @@ def test_the_suffix_changes_inputs_alone():
   assert set(recipes.get('signed_fp+by_step').needs) == {'values', 'by_step'}
   assert set(recipes.get('msfp+by_step').needs) == {
       'values', 'by_step', 'extremes'}
-
-
-@pytest.mark.parametrize('name, words', [
-    ('int4_minmax+by_step', 'these have Dynamic'),
-    ('msfp_image+by_step', "'msfp_image.by_step'.*BestOf"),
-    ('dual_scale+by_step', 'FitDualScale'),
-    ('hadamard+by_step', 'stands around its products'),
-    ('msfp+by_step+differences', 'scales of its inputs are from calibration'),
-    ('msfp+by_step+by_step', 'must be one of'),
-    ('msfp+by_step+weighted', 'must be one of'),
-    ('nvfp4+weighted', "'weighted' is for inputs"),
-    ('msfp+by_step+smooth', 'stands around its products'),
-])
-def test_what_cannot_be_is_refused_by_name(name, words):
-  with pytest.raises(ValueError, match=words):
-    recipes.get(name)
 
 
 def test_recipes_of_ones_own_are_refused_likewise():

@@ -141,3 +141,24 @@ def test_ranges_of_16_channels_are_for_inputs_alone():
     assert (find(fit).group, find(fit).bits) == (group, 4)
     assert not find(fit).fmt.signed
   assert not recipe.needs
+
+
+@pytest.mark.parametrize('name, words', [
+    ('msfp+differences', 'scales of its inputs are from calibration'),
+    ('dual_scale+gptq+differences', "'dual_scale.gptq.differences'.*'msfp_ima"),
+    ('nvfp4+differences+differences', r"and '\+differences'"),
+    ('nvfp4+gptq+nearest', 'must be one of'),
+    ('other+differences', 'must be one of'),
+    ('int4_minmax+by_step', 'these have Dynamic'),
+    ('msfp_image+by_step', "'msfp_image.by_step'.*BestOf"),
+    ('dual_scale+by_step', 'FitDualScale'),
+    ('hadamard+by_step', 'stands around its products'),
+    ('msfp+by_step+differences', 'scales of its inputs are from calibration'),
+    ('msfp+by_step+by_step', 'must be one of'),
+    ('msfp+by_step+weighted', 'must be one of'),
+    ('nvfp4+weighted', "'weighted' is for inputs"),
+    ('msfp+by_step+smooth', 'stands around its products'),
+])
+def test_words_behind_a_name_that_it_cannot_have(name, words):
+  with pytest.raises(ValueError, match=words):
+    recipes.get(name)

@@ -164,16 +164,17 @@ class Searched(Fit):
   def __call__(self, seen, bits, axis):
     # An input's channels cannot have a scale each: it would not leave the sum
     # over them. (Smoothing does that, see `around`.) A weight's outputs can.
-    channel_axis = -1 if axis == -2 else None
-    found = {c: c.search(self._values(seen, axis), bits, channel_axis)
-             for c in self.candidates}
+    values, channel_axis, rank = self._searched(seen, axis)
+    found = {c: c.search(values, bits, channel_axis) for c in self.candidates}
     best = min(found.values(), key=lambda result: result.mse)
-    rank = seen.values.ndim if axis == -2 else 0
     return Fitted(best.quantizer(rank), best.mse,
                   {c: result.mse for c, result in found.items()})
 
-  def _values(self, seen, axis):
-    return seen.values
+  def _searched(self, seen, axis):
+    """Values, the axis of those with a scale each, and axes of the scales."""
+    if axis == -2:
+      return seen.values, -1, seen.values.ndim
+    return seen.values, None, 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +188,10 @@ class SearchedWeighted(Searched):
 
   needs = (VALUES, WEIGHTED)
 
-  def _values(self, seen, axis):
-    return seen.weighted if axis == -1 else seen.values
+  def _searched(self, seen, axis):
+    if axis == -1:
+      return seen.weighted, None, 0
+    return super()._searched(seen, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +209,12 @@ class SearchedByStep(Searched):
     if axis != -1:
       raise ValueError('a quantizer by step is for inputs: weights are the '
                        'same at every step')
+    found = super().__call__(seen, bits, axis)
+    return found._replace(quantizer=found.quantizer.replace(by_step=True))
+
+  def _searched(self, seen, axis):
     # To a search steps are what channels are: rows with a scale each.
-    found = {c: c.search(seen.by_step, bits, channel_axis=0)
-             for c in self.candidates}
-    best = min(found.values(), key=lambda result: result.mse)
-    return Fitted(best.quantizer(rank=1).replace(by_step=True), best.mse,
-                  {c: result.mse for c, result in found.items()})
+    return seen.by_step, 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
