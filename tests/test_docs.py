@@ -214,7 +214,7 @@ def unknown_modules(text):
 
 @functools.cache
 def targets():
-  return set(re.findall(r'^([a-z-]+):.*##', read('Makefile'), flags=re.M))
+  return set(re.findall(r'^([a-z0-9-]+):.*##', read('Makefile'), flags=re.M))
 
 
 def unknown_targets(text):
