@@ -220,7 +220,7 @@ def targets():
 def unknown_targets(text):
   commands = re.sub('#.*', '', code(text))
   named = re.findall(
-      r'(?<![\w-])make (?:[A-Z_]+=\S+ )*([a-z][a-z-]*)', commands)
+      r'(?<![\w-])make (?:[A-Z_]+=\S+ )*([a-z][a-z0-9-]*)', commands)
   return set(named) - targets()
 
 
