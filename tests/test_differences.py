@@ -35,10 +35,11 @@ def test_samples_are_those_of_the_recursion():
       model.sample(X, key=KEY), by_hand(ByHand(model)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    RECIPE, 'svdquant+differences', 'nvfp4+differences',
-    'quartz+differences'])
+    pytest.param(RECIPE, marks=pytest.mark.slow),
+    pytest.param('quartz+differences', marks=pytest.mark.slow),
+    pytest.param('svdquant+differences', marks=pytest.mark.long),
+    pytest.param('nvfp4+differences', marks=pytest.mark.long)])
 def test_errors_of_inputs_all_but_vanish(name):
   """With branches and block formats too: what is left is the weights' error."""
   deployed = functools.partial(

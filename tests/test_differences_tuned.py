@@ -209,10 +209,10 @@ def test_no_gradient_passes_the_memory():
   assert any(np.any(part) for part in jax.tree.leaves(gradient['banks']))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('options', [
-    {'accumulate': 2}, {'how_remat': 'blocks'}, {'how_remat': 'products'}],
-                         ids=str)
+    pytest.param({'how_remat': 'blocks'}, marks=pytest.mark.slow),
+    pytest.param({'how_remat': 'products'}, marks=pytest.mark.long),
+    pytest.param({'accumulate': 2}, marks=pytest.mark.long)], ids=str)
 def test_updates_in_less_memory_remember_the_same(options):
   settings = {key: value for key, value in ONE.items() if key != 'recipe'}
   setup = students.Setup(tiny.UNET, recipe=RECIPE, **settings)

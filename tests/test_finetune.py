@@ -265,6 +265,26 @@ def test_two_trajectories_of_any_sampler(plan):
                  trajectories_lib.Both(teachers, own))
 
 
+def test_windows_of_a_sampler_of_several_steps():
+  """At a window's end the student takes over what the sampler remembers too."""
+  plan = diffusion.plms_plan(SCHEDULE, 4)
+  trajectories = trajectories_lib.Trajectories(plan, 'student', window_steps=2)
+  own = teachers = sampling.start(plan, jax.random.normal(KEY, (4, 2)))
+  positions = trajectories.start(own.x)
+  for i in range(plan.num_steps):
+    step = jax.tree.map(lambda a, i=i: a[i], plan.steps())
+    assert bool(trajectories.begins(step)) == (i % 2 == 0)
+    taught, eps = (0.5 * own.x, 0.5 * teachers.x), 0.4 * own.x + 1
+    go = functools.partial(sampling.advance, plan, step)
+    positions = trajectories.advance(step, positions, taught, eps, KEY)
+    own, teachers = go(own, eps, KEY), go(teachers, taught[1], KEY)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), own, teachers)
+    assert min(jax.tree.leaves(apart)) > 1e-3  # x, and what is remembered
+    own = teachers if i % 2 else own
+    jax.tree.map(np.testing.assert_array_equal, positions,
+                 trajectories_lib.Both(teachers, own))
+
+
 def test_what_cannot_be_steered():
   with pytest.raises(ValueError, match="config.finetune.steer=0.5.*'teacher'"):
     dataclasses.replace(SETTINGS, steer=0.5)

@@ -72,7 +72,7 @@ def last_step(folder):
   return int(source_lib.read_safetensors(path)[1]['step'])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_teacher_is_kept_and_goes_on(tmp_path):
   """Each life is on a machine of its own, which has the pieces alone."""
   draw, back = random.Random(1), tmp_path / 'back'

@@ -193,7 +193,7 @@ def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
   assert_evaluated_alike(tmp_path, one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_remembered_goes_on_with_other_devices(tmp_path, npz):
   """Differences between steps: stopped within a trajectory, resumed on 8."""
   changes = {'quant.recipe': 'int4_minmax_image+differences',
