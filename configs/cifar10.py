@@ -116,8 +116,9 @@ _DIFFERENCES = 'int4_minmax_image+gptq+differences'
 _PAST = (
     'mixup_weights', 'msfp+smooth', 'msfp+weighted', 'msfp+gptq',
     'mixup_weights+gptq', 'msfp+gptq+by_step', 'msfp_image+gptq',
-    'msfp_group+gptq', 'nvfp4+gptq', 'int4_minmax+gptq', 'int4_minmax_16+gptq',
-    'int4_minmax_image+gptq', _DIFFERENCES, 'msfp_image+gptq+differences')
+    'msfp_group+gptq', 'msfp_hadamard+gptq', 'nvfp4+gptq',
+    'int4_minmax+gptq', 'int4_minmax_16+gptq', 'int4_minmax_image+gptq',
+    _DIFFERENCES, 'msfp_image+gptq+differences')
 _PAST_TUNED = ('mixup_weights+gptq', 'msfp+gptq+by_step', 'nvfp4+gptq',
                'int4_minmax_16+gptq', _DIFFERENCES)
 _PAST_ROWS = {
