@@ -34,9 +34,9 @@ What came of `:small` ships too, as `cifar10_small`
 --more_features=squeezenet:FILE --more_references=cifar10 measures distances on
 a second network (docs/evaluation.md), of the weights of its authors.
 
-Measured so far: untuned rows (docs/results_cifar10.md). Settings of fine-tuning
-are those of the digits, with EfficientDM's length (160 trajectories of 100
-steps), and not measured by us yet.
+Measured so far: rows of one seed, with 20 steps (docs/results_cifar10.md).
+Settings of fine-tuning are those of the digits, and EfficientDM's length (160
+trajectories of 100 steps) is not measured by us yet.
 """
 
 from typing import Any

@@ -193,7 +193,7 @@ def unknown_variants(text):
   """configs/NAME.py:WORDS that the file does not take; STUDIES count too."""
   found = set()
   for path, words in re.findall(
-      r'(configs/[a-z_0-9]+\.py):([a-z0-9_,-]+)', text):
+      r'(configs/[a-z_0-9]+\.py):([a-z0-9_,=+-]+)', text):
     module = runpy.run_path(str(ROOT / path))
     if words in module.get('STUDIES', {}):
       continue
