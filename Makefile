@@ -25,10 +25,9 @@ JAX_EXTRA ?=
 # In the order of their names: by the number of tests, as else, dear files with
 # few of them come last, and one process waits for the other.
 WORKERS ?= -n auto --dist loadscope --no-loadscope-reorder
-# Most of the time of tests XLA compiles, which takes a quarter less with a part
-# of LLVM's optimizations. With the same flags all of them share what they have
-# compiled (tests/conftest.py).
-QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1"
+# Most of the time of long tests XLA compiles, which takes a third less without
+# LLVM's optimizations. (Those of `test` run as users' programs do.)
+QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
@@ -91,7 +90,7 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(QUICKLY) $(PY) -m pytest $(WORKERS) -m 'not slow and not long and not parity and not browser and not aot'
+	$(PY) -m pytest $(WORKERS) -m 'not slow and not long and not parity and not browser and not aot'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity'

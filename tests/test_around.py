@@ -106,6 +106,7 @@ def test_the_input_is_smoothed_before_it_is_rotated():
       down=np.ones((2, 1)), up=np.ones((1, 2))).moves_input
 
 
+@pytest.mark.slow
 def test_quantizers_are_fitted_to_what_the_product_sees():
   around = Around(smooth=np.exp(draw(1, WIDTH)), rotation=8)
   rows = draw(4, 50, WIDTH)

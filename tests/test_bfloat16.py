@@ -85,6 +85,7 @@ def equations(jaxpr):
       yield from equations(inner)
 
 
+@pytest.mark.slow
 def test_every_product_of_a_step_is_in_bfloat16():
   """Teacher and student, forward and backward; not the banks' own."""
   setup = students.net(dtype='bfloat16')
@@ -117,6 +118,7 @@ def test_every_product_of_a_transformer_is_in_bfloat16():
   assert out.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_float32_and_moves_by_less_than_bfloat16_holds():
   setup = students.net(dtype='bfloat16', learning_rate=1e-5)
   state, scalars = setup.run(1)

@@ -127,6 +127,7 @@ def calibrated(recipe):
                    roles={'in': 'first', 'out': 'last'}, key=KEY)
 
 
+@pytest.mark.slow
 def test_a_model_samples_with_the_quantizer_of_the_step(tmp_path):
   """Against walking the plan with one model a step; the file does the same."""
   spec = calibrated('msfp+gptq+by_step')
@@ -157,6 +158,7 @@ def test_a_model_samples_with_the_quantizer_of_the_step(tmp_path):
         tiny.SCHEDULE, 4))
 
 
+@pytest.mark.slow
 def test_the_report_compares_with_the_best_signed_by_the_same_values():
   """Its gain is that of the sign alone, and not that of other scales."""
   for words, values in (('by_step', 'by_step'), ('weighted', 'weighted')):

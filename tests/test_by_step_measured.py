@@ -66,6 +66,7 @@ def test_sqnr_is_by_the_scales_of_each_step():
         10 * np.log10(total[0] / total[i]), abs=0.01)
 
 
+@pytest.mark.slow
 def test_what_parts_cost_is_what_models_of_a_scale_each_show():
   """Steps, a layer and inputs alone, by models that know of one step each."""
   model = simulated()

@@ -114,6 +114,7 @@ def test_kernels_take_what_they_are_made_for(implementation, kind):
         implementation, layer, case.x.shape, case.resolved) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, act, act_zero', [
     ('dense', 'UE3M1', 0.2), ('conv', 'UE2M2', -0.3),
     pytest.param('conv', 'UE4M0', 0.1, marks=pytest.mark.slow),

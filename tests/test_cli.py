@@ -45,6 +45,7 @@ def test_a_misspelt_field_suggests_the_right_one(tmp_path):
   assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant, parts', [
     ('tabel', ("'tabel'", 'w4a4', 'skip-8', 'untuned')),
     pytest.param('w4a9', ("'w4a9'", '3 to 8'), marks=pytest.mark.slow),
@@ -67,6 +68,7 @@ def test_a_config_that_is_not_there(tmp_path):
       'error:', '--help']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('program', marks.quick(
     ['eval.py'], ['train.py', 'eval.py']))
 def test_no_workdir(program):
@@ -84,6 +86,7 @@ def test_statistics_of_images_are_written(tmp_path):
     assert arrays['mu'].shape == (64,) and arrays['vectors'].shape == (5, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, part', [
     (['--make_stats=digits'], '--output'),
     pytest.param(['--make_stats=nowhere', '--output=x.npz'],
@@ -100,6 +103,7 @@ def test_statistics_need_weights_that_are_there(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_workdir_below_a_file(tmp_path):
   (tmp_path / 'file').write_text('here')
   assert_refused(run('train.py', '--config=configs/digits.py',
@@ -130,6 +134,7 @@ def test_eval_before_train(tmp_path):
                  f'{tmp_path}/w', 'run train.py')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, parts', [
     (['--config=configs/digits.py:tabel'], ("'tabel'", 'table')),
     pytest.param(['--config=configs/digits.py:table', '--seeds=1,x'],

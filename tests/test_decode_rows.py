@@ -22,6 +22,7 @@ CONFIGS = {
         'vq', **SMALL, ch_mult=(1, 1), attn_levels=(1,), codebook_size=8)}
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize('name, rows', [
     ('two blocks', 4), pytest.param('vq', 2, marks=pytest.mark.slow)])

@@ -37,6 +37,7 @@ def bound(case, layer):
   return rounding * case.span
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weight', SIGNED, ids=str)
 def test_every_pair_of_formats(weight):
   for act in ALL:

@@ -65,6 +65,7 @@ def test_errors_of_inputs_all_but_vanish(name):
   assert error(other) < error(spec) / 2
 
 
+@pytest.mark.slow
 def test_packed_models_and_their_files_remember(tmp_path):
   """Bit for bit what the simulation samples; an older reader refuses them."""
   spec = calibrate(tiny.NET, tiny.params(tiny.NET), recipe=RECIPE,

@@ -121,6 +121,7 @@ def test_inputs_without_a_row_a_sample_are_not_cut_in_parts():
   assert lie.memory['out']['input'] == layout.batch
 
 
+@pytest.mark.slow
 def test_a_student_sees_what_the_deployed_model_sees():
   """Along one trajectory: each step's prediction, and what is remembered."""
   setup = students.Setup(tiny.NET, **ONE)
@@ -167,6 +168,7 @@ def test_updates_follow_the_trajectory_and_carry_the_memory():
   assert np.abs(memory['body']['input']).max() > 0.1
 
 
+@pytest.mark.slow
 def test_at_a_windows_end_the_memory_begins_anew():
   """There the student stands where its own path did not lead."""
   setup = students.Setup(tiny.NET, **ONE, learning_rate=0.0)

@@ -26,6 +26,7 @@ WEIGHTS = numbers_lib.formats_of_width(4, signed=True)
 ACTS = WEIGHTS + numbers_lib.formats_of_width(4, signed=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weight', [
     pytest.param(fmt, id=str(fmt),
                  marks=[pytest.mark.slow] * (str(fmt) != 'E2M1'))

@@ -30,6 +30,7 @@ def test_distances_are_torch_fidelity_s(name):
   np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_over_images_of_any_number(monkeypatch):
   """In chunks of two; equal images are at 0, grey ones as coloured ones."""
   monkeypatch.setattr(lpips, '_PIXELS', 2 * 40 * 48 + 1)

@@ -62,6 +62,7 @@ def test_matrices_wait_and_vectors_do_not():
     tiny.assert_trees_equal(back, layer)
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_bit_for_bit():
   """With two banks, one of which each step picks, and a layer as it was."""
   packed = toy.deployed().packed()

@@ -85,6 +85,7 @@ def by_structure():
                      maximum=3.0) for name in layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe, options', [
     ('quartz', {}), pytest.param('nvfp4', {}, marks=pytest.mark.slow),
     pytest.param('int4_group', {'bits': 32, 'act_bits': 4},

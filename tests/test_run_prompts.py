@@ -60,6 +60,7 @@ def save(path, **widths):
   return config
 
 
+@pytest.mark.slow
 def test_a_text_guides_by_two_predictions():
   rng = np.random.default_rng(0)
   x, text, negative = (rng.standard_normal(shape).astype(np.float32) for shape
@@ -150,6 +151,7 @@ def test_a_context_with_guidance_and_negative_prompts(file):
   np.testing.assert_array_equal(found.tables[0], context)
 
 
+@pytest.mark.slow
 def test_flux_takes_two_texts_and_the_number_of_guidance(file):
   config = config_of(file, text_length=20)
   model, found = prompts_lib.load(SCHNELL, config)

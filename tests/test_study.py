@@ -228,6 +228,7 @@ def test_layers_stay_out_of_the_table(tmp_path):
   assert study.collect(rows, (0,), str(tmp_path))['g']['a'] == {'fd': [1.0]}
 
 
+@pytest.mark.slow
 def test_a_base_sets_what_all_rows_share(tmp_path, text, draws, monkeypatch):
   """And seconds are measured on the first seed alone."""
   path = pathlib.Path(text.removesuffix(':small'))
