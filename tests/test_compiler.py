@@ -121,6 +121,7 @@ def test_only_cpus_have_any(monkeypatch):
   assert compiler.options() is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('is_packed', [False, True])
 def test_xla_leaves_layers_apart(is_packed):

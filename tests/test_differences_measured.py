@@ -24,6 +24,7 @@ from msfp_jax.run import sensitivity
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.slow
 def test_gaps_are_of_a_student_that_remembers():
   """Along the teacher's trajectory, whose x the recursion sees."""
   model, expected = simulated(), []
@@ -46,6 +47,7 @@ def test_the_first_step_counts_twice():
       bits.per_activation(plain, shapes) * 6 / 5)
 
 
+@pytest.mark.slow
 def test_sqnr_is_by_the_step_before():
   """At five of five steps, full precision's input before each is known."""
   model, layer = simulated(), 'first'

@@ -196,6 +196,7 @@ def test_at_a_windows_end_the_memory_begins_anew():
       assert close(state.memory, anew) and not close(state.memory, on)
 
 
+@pytest.mark.slow
 def test_no_gradient_passes_the_memory():
   setup = students.Setup(tiny.NET, **ONE)
   state = setup.start()

@@ -63,6 +63,7 @@ def test_flux(flux):
   assert found.cut == text.cut.sum() == 6  # twice in three rounds
 
 
+@pytest.mark.slow
 def test_more_prompts_than_go_through_at_once(flux):
   """In batches, of which the last is not full, each row is its own prompt's."""
   folder, oracles = flux

@@ -231,6 +231,7 @@ def test_a_first_stage_described_by_a_config(tmp_path, naming):
     convert.load_first_stage(path)
 
 
+@pytest.mark.slow
 def test_an_experiment_decodes_by_the_scale_of_its_config(tmp_path):
   path, _ = written(tmp_path, 'kl, shift', 'compvis')
 

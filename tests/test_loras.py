@@ -152,6 +152,7 @@ def test_beside_full_precision_they_are_as_if_merged():
   assert np.abs(actual - predict(model)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_beside_codes_they_are_what_they_are_beside_the_simulation():
   """And neither is packed anew."""
   packed = deployed().packed()
@@ -214,6 +215,7 @@ class Counted(nn.Module):
     return nn.Conv(x.shape[-1], (3, 3), name='conv_out')(nn.silu(h))
 
 
+@pytest.mark.slow
 def test_another_strength_compiles_nothing():
   """Nor does another LoRA of the same rank; strength 0 is what was before."""
   packed = deployed().packed()

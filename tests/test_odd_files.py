@@ -122,6 +122,7 @@ def test_a_tensor_with_attributes_is_a_tensor(tmp_path):
     loaded[kinds[1]].read()
 
 
+@pytest.mark.slow
 def test_a_model_that_needs_an_odd_tensor_names_it(tmp_path):
   state = dict(checkpoints.state_of('ddim'))
   bias, weight = 'mid.block_1.conv1.bias', 'conv_out.weight'

@@ -138,6 +138,7 @@ def test_a_type_that_no_file_can_hold_is_refused_when_written():
     serialize.array_to_json(np.zeros(3))
 
 
+@pytest.mark.slow
 def test_banks_of_one_scale_each():
   """Each by itself: a scale for the tensor is no scale for all banks."""
   kernels_of = np.stack([KERNEL, 3 * KERNEL])

@@ -38,6 +38,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', marks.quick(('NVFP4',), BLOCKS))
 def test_what_is_packed_is_what_quantize_made(block):
   """No second pass: every weight is bit for bit that of `quantize`."""

@@ -120,6 +120,7 @@ def test_samples_are_those_of_the_simulation_bit_for_bit():
   np.testing.assert_allclose(expected, by_sampler, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_images_are_generated_from_either():
   images = [generate.generate(
       generate.Drawer(model, toy.plan(), 2, toy.SHAPE), 3, jax.random.key(2))

@@ -58,6 +58,7 @@ def test_without_a_gram_matrix_it_says_what_to_gather():
     fit_layer(recipes.get('int4_group+gptq'), 'conv', Seen(), KERNEL, 4, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe, bits', [
     ('int4_minmax+gptq', 4), ('nvfp4+gptq', 4), ('mxfp4+gptq', 4),
     ('int+gptq', 4), ('quartz_weights+gptq', 4), ('quartz_weights+gptq', 3)])
@@ -152,6 +153,7 @@ def student_of(spec, base='full'):
   return student, student.init(jax.random.key(0), 1, 2, True, True, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe', [
     'nvfp4+gptq', pytest.param('int+gptq', marks=pytest.mark.slow),
     pytest.param('int4_minmax+gptq', marks=pytest.mark.slow)])

@@ -112,6 +112,7 @@ def drawn(prompts, count, batch):
   return np.concatenate(found)[:count]
 
 
+@pytest.mark.slow
 def test_an_image_is_its_prompts_whatever_the_batch():
   prompts = prompts_lib.Prompts(
       (), np.array([3, 2**32 - 1, 3], np.uint32),
@@ -133,6 +134,7 @@ def test_an_image_is_its_prompts_whatever_the_batch():
     np.testing.assert_allclose(images[i], x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_context_with_guidance_and_negative_prompts(file):
   config = config_of(file, **{'guidance.scale': 2.0})
   model, found = prompts_lib.load(DIFFUSES, config)

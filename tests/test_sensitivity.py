@@ -113,6 +113,7 @@ def test_packed_weights_cost_the_same(deployed, found):
       assert other[kind][part] == pytest.approx(cost, abs=0.02)
 
 
+@pytest.mark.slow
 def test_biases_that_were_trained_count(deployed):
   """Of a layer in full precision too, which then has a row."""
   moved = toy.params()
@@ -163,6 +164,7 @@ def test_what_stands_around_a_product_stays_with_either_side():
       rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_that_run_away_are_left_out_and_not_black(deployed):
   """Bytes would make 0 of NaN, which compares like any image."""
   broken = dataclasses.replace(deployed, layers=deployed.layers | {

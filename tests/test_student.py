@@ -49,6 +49,7 @@ def assert_starts_as_plain(setup, recipe='msfp'):
     yield index, x, tiny.t_of(t), expected
 
 
+@pytest.mark.slow
 @variants
 def test_step_0_is_plain_msfp_bit_for_bit(options):
   """Before training, predictions are the calibrated model's, bit for bit."""

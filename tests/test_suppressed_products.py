@@ -130,6 +130,7 @@ def test_a_dense_layer_is_one_product_of_int8(weights, pointwise):
   np.testing.assert_array_equal(run(x, layer), jit(papers)(x, layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe, part', [
     ('quartz', 'aal'),
     pytest.param('quartz_weights', 'nal', marks=pytest.mark.slow),

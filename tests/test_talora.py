@@ -97,6 +97,7 @@ def test_rank_is_at_most_the_kernels():
               'wide': ((2, 20, 16), (2, 16, 20))}
 
 
+@pytest.mark.slow
 def test_offsets_of_single_weights_in_place_of_a_product():
   """Rank 0: banks have the kernels' shapes, and are added as they are."""
   banks = talora.init_banks(KEY, KERNELS, 2, 0)
