@@ -80,7 +80,6 @@ def test_a_file_of_version_1_saved_again_is_of_version_2(tmp_path):
   assert_equal(packed_file.load(tmp_path / 'again', model=toy.Toy()), packed)
 
 
-@pytest.mark.slow
 def test_a_spec_of_version_1_packs_to_what_version_1_packed():
   """Codes, scales and all; and it simulates as it did."""
   params = unet_oracle.from_state_dict(SMALL, unet_oracle.random_state_dict(
