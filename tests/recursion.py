@@ -12,6 +12,7 @@ from msfp_jax.quant import block_formats
 from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import int_format
+from msfp_jax.run import layer_error
 
 RECIPE = 'int4_minmax_image+differences'
 PLAN = diffusion.ddim_plan(tiny.SCHEDULE, 5, eta=0.5)
@@ -116,3 +117,26 @@ def inputs_of(*batches):
         jax.random.fold_in(KEY, number), PLAN.num_steps))
   jax.effects_barrier()
   return inputs
+
+
+def assert_sqnr(model, rounded):
+  """SQNR of the first layer at five of five steps, against float64.
+
+  Args:
+    model: a simulated one.
+    rounded: given the inputs of all steps, `[S, ...]`, what the layer takes
+      for them.
+  """
+  errors = layer_error.LayerErrors(MODEL, PARAMS, PLAN, X, key=KEY)
+  kernel = np.float64(PARAMS['first']['kernel'])
+  weight = np.float64(model.layers['first'].weight.dequantize()[0])
+  t = PLAN.timesteps[:, None, None, None, None]
+  h = np.float64(errors._seen) + t / 1000
+  seen = rounded(h)
+  powers = [np.sum(part**2) for part in (
+      h @ kernel + np.float64(PARAMS['first']['bias']),
+      seen @ weight - h @ kernel, h @ (weight - kernel), (seen - h) @ kernel)]
+  found = errors.sqnr(model)
+  for i, part in enumerate(layer_error.PARTS, 1):
+    np.testing.assert_allclose(
+        found[part]['first'], 10 * np.log10(powers[0] / powers[i]), atol=0.01)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recursion import assert_sqnr
 from recursion import KEY
 from recursion import MODEL
 from recursion import PARAMS
@@ -20,7 +21,6 @@ from msfp_jax.quant import spec as spec_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Static
 from msfp_jax.run import bits
-from msfp_jax.run import layer_error
 from msfp_jax.run import sensitivity
 
 pytestmark = pytest.mark.gpu
@@ -45,25 +45,8 @@ def nearest(x, step):
 
 
 def test_sqnr_is_by_the_scales_of_each_step():
-  """At five of five steps."""
-  model, layer = simulated(), 'first'
-  errors = layer_error.LayerErrors(MODEL, PARAMS, PLAN, X, key=KEY)
-  kernel = np.float64(PARAMS[layer]['kernel'])
-  weight = np.float64(model.layers[layer].weight.dequantize()[0])
-  bias = np.float64(PARAMS[layer]['bias'])
-  total = np.zeros(4)
-  for step, (x, t) in enumerate(
-      zip(errors._seen, PLAN.timesteps, strict=True)):
-    h = np.float64(x) + t / 1000
-    rounded = nearest(h, step)
-    y = h @ kernel + bias
-    total += [np.sum(part**2) for part in (
-        y, rounded @ weight + bias - y, h @ (weight - kernel),
-        (rounded - h) @ kernel)]
-  found = errors.sqnr(model)
-  for i, part in enumerate(layer_error.PARTS, 1):
-    assert found[part][layer] == pytest.approx(
-        10 * np.log10(total[0] / total[i]), abs=0.01)
+  assert_sqnr(simulated(), lambda inputs: np.stack([
+      nearest(h, step) for step, h in enumerate(inputs)]))
 
 
 @pytest.mark.slow

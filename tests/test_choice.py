@@ -117,8 +117,7 @@ def test_kernels_take_what_they_are_made_for(implementation, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, act, act_zero', [
     ('dense', 'UE3M1', 0.2), ('conv', 'UE2M2', -0.3),
-    pytest.param('conv', 'UE4M0', 0.1, marks=pytest.mark.slow),
-    pytest.param('dense', 'E2M1', None, marks=pytest.mark.slow)])
+    ('conv', 'UE4M0', 0.1), ('dense', 'E2M1', None)])
 def test_kernels_get_scales_and_shifts_of_their_own(
     monkeypatch, kind, act, act_zero):
   """The door hands a kernel what makes its sums the layer's result.

@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 
-import marks
 import numpy as np
 import pytest
 
@@ -48,7 +47,7 @@ def test_a_misspelt_field_suggests_the_right_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('variant, parts', [
     ('tabel', ("'tabel'", 'w4a4', 'skip-8', 'untuned')),
-    pytest.param('w4a9', ("'w4a9'", '3 to 8'), marks=pytest.mark.slow),
+    ('w4a9', ("'w4a9'", '3 to 8')),
 ])
 def test_an_unknown_variant(tmp_path, variant, parts):
   assert_refused(run('train.py', f'--config=configs/digits.py:{variant}',
@@ -69,8 +68,7 @@ def test_a_config_that_is_not_there(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('program', marks.quick(
-    ['eval.py'], ['train.py', 'eval.py']))
+@pytest.mark.parametrize('program', ['train.py', 'eval.py'])
 def test_no_workdir(program):
   assert_refused(run(program, '--config=configs/digits.py'), '--workdir')
 
@@ -89,8 +87,7 @@ def test_statistics_of_images_are_written(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments, part', [
     (['--make_stats=digits'], '--output'),
-    pytest.param(['--make_stats=nowhere', '--output=x.npz'],
-                 'no images at nowhere', marks=pytest.mark.slow),
+    (['--make_stats=nowhere', '--output=x.npz'], 'no images at nowhere'),
 ])
 def test_statistics_that_cannot_be_made(arguments, part):
   assert_refused(run('eval.py', *arguments), part)
@@ -137,8 +134,7 @@ def test_eval_before_train(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments, parts', [
     (['--config=configs/digits.py:tabel'], ("'tabel'", 'table')),
-    pytest.param(['--config=configs/digits.py:table', '--seeds=1,x'],
-                 ('seeds', "'x'"), marks=pytest.mark.slow),
+    (['--config=configs/digits.py:table', '--seeds=1,x'], ('seeds', "'x'")),
 ])
 def test_a_study_that_is_not_there(tmp_path, arguments, parts):
   assert_refused(run('-m', 'msfp_jax.run.study', *arguments,

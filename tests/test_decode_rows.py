@@ -24,8 +24,7 @@ CONFIGS = {
 
 @pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.parametrize('name, rows', [
-    ('two blocks', 4), pytest.param('vq', 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name, rows', [('two blocks', 4), ('vq', 2)])
 def test_images_are_those_of_the_undivided_decoder(name, rows):
   config = CONFIGS[name]
   model = Autoencoder(config)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recursion import assert_sqnr
 from recursion import by_hand
 from recursion import ByHand
 from recursion import KEY
@@ -18,7 +19,6 @@ from recursion import X
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.report import gap
 from msfp_jax.run import bits
-from msfp_jax.run import layer_error
 from msfp_jax.run import sensitivity
 
 pytestmark = pytest.mark.gpu
@@ -49,27 +49,13 @@ def test_the_first_step_counts_twice():
 
 @pytest.mark.slow
 def test_sqnr_is_by_the_step_before():
-  """At five of five steps, full precision's input before each is known."""
-  model, layer = simulated(), 'first'
-  errors = layer_error.LayerErrors(MODEL, PARAMS, PLAN, X, key=KEY)
-  kernel = np.float64(PARAMS[layer]['kernel'])
-  weight = np.float64(model.layers[layer].weight.dequantize()[0])
-  bias = np.float64(PARAMS[layer]['bias'])
-  total = np.zeros(4)
-  before = None
-  for x, t in zip(errors._seen, PLAN.timesteps, strict=True):
-    h = np.float64(x) + t / 1000
-    known = nearest(h) if before is None else before
-    rounded = known + nearest(h - known)
-    y = h @ kernel + bias
-    total += [np.sum(part**2) for part in (
-        y, rounded @ weight + bias - y, h @ (weight - kernel),
-        (rounded - h) @ kernel)]
-    before = h
-  found = errors.sqnr(model)
-  for i, part in enumerate(layer_error.PARTS, 1):
-    assert found[part][layer] == pytest.approx(
-        10 * np.log10(total[0] / total[i]), abs=0.01)
+  """Whose input in full precision is known; at the first one, nothing is."""
+  def rounded(inputs):
+    known = [nearest(inputs[0]), *inputs[:-1]]
+    return np.stack([before + nearest(h - before)
+                     for before, h in zip(known, inputs, strict=True)])
+
+  assert_sqnr(simulated(), rounded)
 
 
 @pytest.mark.slow

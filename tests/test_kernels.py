@@ -27,10 +27,7 @@ ACTS = WEIGHTS + numbers_lib.formats_of_width(4, signed=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('weight', [
-    pytest.param(fmt, id=str(fmt),
-                 marks=[pytest.mark.slow] * (str(fmt) != 'E2M1'))
-    for fmt in WEIGHTS])
+@pytest.mark.parametrize('weight', WEIGHTS, ids=str)
 def test_every_pair_of_4_bits(weight):
   """All pairs of 4-bit formats agree; not jitted, to share compilations."""
   eager = lambda function: function

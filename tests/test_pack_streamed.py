@@ -87,12 +87,9 @@ def by_structure():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe, options', [
-    ('quartz', {}), pytest.param('nvfp4', {}, marks=pytest.mark.slow),
-    pytest.param('int4_group', {'bits': 32, 'act_bits': 4},
-                 marks=pytest.mark.slow),
-    pytest.param(
-        'mxfp4', {'bits': 6, 'act_bits': 3, 'exceptions': 'skip-8'},
-        marks=pytest.mark.slow)])
+    ('quartz', {}), ('nvfp4', {}),
+    ('int4_group', {'bits': 32, 'act_bits': 4}),
+    ('mxfp4', {'bits': 6, 'act_bits': 3, 'exceptions': 'skip-8'})])
 def test_flux_in_shards_as_by_the_ordinary_path(
     tmp_path, target, recipe, options):
   state = {name: value.astype(ml_dtypes.bfloat16)

@@ -5,7 +5,6 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import marks
 import numpy as np
 from packed_cases import conv
 from packed_cases import Deep
@@ -39,7 +38,7 @@ BLOCKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('block', marks.quick(('NVFP4',), BLOCKS))
+@pytest.mark.parametrize('block', BLOCKS)
 def test_what_is_packed_is_what_quantize_made(block):
   """No second pass: every weight is bit for bit that of `quantize`."""
   weight = BLOCKS[block]

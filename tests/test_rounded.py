@@ -155,10 +155,8 @@ def student_of(spec, base='full'):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe', [
-    'nvfp4+gptq', pytest.param('int+gptq', marks=pytest.mark.slow),
-    pytest.param('int4_minmax+gptq', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('base', [
-    'full', pytest.param('dequantized', marks=pytest.mark.slow)])
+    'nvfp4+gptq', 'int+gptq', 'int4_minmax+gptq'])
+@pytest.mark.parametrize('base', ['full', 'dequantized'])
 def test_training_starts_from_the_rounded_weights(seen, recipe, base):
   """Banks of zero, for block formats too: theirs are the scales of before."""
   spec = spec_of(seen, recipe)

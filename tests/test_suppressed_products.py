@@ -132,10 +132,8 @@ def test_a_dense_layer_is_one_product_of_int8(weights, pointwise):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe, part', [
-    ('quartz', 'aal'),
-    pytest.param('quartz_weights', 'nal', marks=pytest.mark.slow),
-    pytest.param('quartz', 'nal', marks=pytest.mark.slow),
-    pytest.param('quartz_weights', 'aal', marks=pytest.mark.slow)])
+    ('quartz', 'aal'), ('quartz_weights', 'nal'), ('quartz', 'nal'),
+    ('quartz_weights', 'aal')])
 def test_recipes_run_packed_as_simulated(recipe, part):
   """3x3 and dense, by the door's own choice and in int8, against float64."""
   of = recipes.get(recipe)
