@@ -37,6 +37,8 @@ ABLATION = {
     'msfp': {'quant.recipe': 'msfp'},
     'signed': {'quant.recipe': 'signed_fp'},
     'int': {'quant.recipe': 'int'},
+    # What is subtracted from predictions, tuned or not.
+    'corrected': {'quant.drift_images': 64},
     # Ingredients of the fine-tuning.
     'untuned': {'finetune.num_updates': 0,
                 'eval.rows': ('fp', 'int', 'signed_fp', 'msfp')},
@@ -193,6 +195,10 @@ def get_config() -> ml_collections.ConfigDict:
       'act_bits': 4,
       # Roles with other bits: a name in EXCEPTIONS there.
       'exceptions': 'ends-8',
+      # Images by which it is measured how far the quantized model's predictions
+      # are off on average, at every step and in every channel, which is then
+      # subtracted (msfp_jax/packed/drift.py); 0: it is not.
+      'drift_images': 0,
   })
   config.finetune = ml_collections.ConfigDict({
       'num_updates': 1000,  # 0: calibrate only

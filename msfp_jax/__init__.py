@@ -14,6 +14,7 @@ from msfp_jax.diffusion import make_plan
 from msfp_jax.diffusion import make_schedule
 from msfp_jax.diffusion import sample
 from msfp_jax.kernels.apply import QuantizedModel
+from msfp_jax.packed.drift import correct_drift
 from msfp_jax.packed.file import load
 from msfp_jax.packed.file import save
 from msfp_jax.packed.model import pack
@@ -29,8 +30,9 @@ from msfp_jax.quant.spec import QuantSpec
 
 __all__ = [
     'FPFormat', 'PackedModel', 'QuantSpec', 'QuantizedModel', 'RECIPES',
-    'Recipe', 'calibrate', 'fake_quant', 'load', 'load_first_stage',
-    'load_lora', 'load_plan', 'load_pretrained', 'make_plan', 'make_schedule',
-    'merge_loras', 'pack', 'pack_streamed', 'quantize', 'sample', 'save',
+    'Recipe', 'calibrate', 'correct_drift', 'fake_quant', 'load',
+    'load_first_stage', 'load_lora', 'load_plan', 'load_pretrained',
+    'make_plan', 'make_schedule', 'merge_loras', 'pack', 'pack_streamed',
+    'quantize', 'sample', 'save',
 ]
 __version__ = version.VERSION

@@ -272,7 +272,7 @@ def test_the_study_of_recipes_has_all_of_them():
       config = digits.get_config(variant)
       assert config.quant.to_dict() == {
           'recipe': label, 'weight_bits': 4, 'act_bits': 4,
-          'exceptions': group}
+          'exceptions': group, 'drift_images': 0}
       assert config.finetune.num_updates == 0
       assert config.eval == digits.get_config('recipes').eval
 

@@ -254,7 +254,7 @@ CHANGES = {
         ['describes no packed model']),
     'another version': (
         None, lambda header: header.update(format='msfp-jax/packed/99'),
-        ['is of version 99', 'reads versions up to 3', 'pack the model again']),
+        ['is of version 99', 'reads versions up to 5', 'pack the model again']),
     'another kind of file': (
         None, lambda header: header.update(format='msfp-jax/model/1'),
         ["'msfp-jax/model/1', expected 'msfp-jax/packed/2'"]),

@@ -14,15 +14,16 @@ The tensors:
     PARAMETER       others that stay, under their paths joined with '/'
     choices         uint8 `[L, S]`: the bank of every layer with h > 1, in the
                     header's order, at every step
+    drift           float32 `[S, C]`: what is subtracted from the predictions
 
 The header's metadata holds, in JSON, `model` (what to build), `plan` (the
 sampler), `others` (inputs of layers that are not packed), `vectors` (paths and
 sizes of the parameters in `channels`) and `layers` (see `header.layer_to_row`).
 `format` is the version; files of version 1 load too, and models that quantize
-differences between steps are of version 3. `digest` is of all the
-others and of the tensors, and is checked at loading. Nothing is pickled, and
-PyTorch is not needed to read it. Small models are the reason for the brevity:
-their header counts.
+differences between steps or correct their drift are of a higher one. `digest`
+is of all the others and of the tensors, and is checked at loading. Nothing is
+pickled, and PyTorch is not needed to read it. Small models are the reason for
+the brevity: their header counts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 from msfp_jax.kernels import offload as offload_lib
 from msfp_jax.models import registry
+from msfp_jax.packed import by_step
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as stored
 from msfp_jax.packed import model as packed_lib
@@ -65,10 +67,12 @@ from msfp_jax.quant.qlayer import QLayer
 # has hundreds of short ones (scales, biases, normalizations): hence `channels`.
 _FAMILY = 'msfp-jax/packed/'
 FORMAT, _FIRST = _FAMILY + '2', _FAMILY + '1'
-# In all else like FORMAT; but a reader that does not know of differences must
-# not sample without them.
-_OF_DIFFERENCES = _FAMILY + '3'
-_CHOICES, CHANNELS = 'choices', 'channels'
+# {version: whether it quantizes differences, whether it corrects its drift}: in
+# all else alike; but a reader that does not know of them must not sample
+# without them.
+_VERSIONS = {FORMAT: (False, False), _FAMILY + '3': (True, False),
+             _FAMILY + '4': (False, True), _FAMILY + '5': (True, True)}
+CHANNELS = 'channels'
 
 
 def save(path: str | os.PathLike, model: packed_lib.PackedModel,
@@ -105,26 +109,20 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   vectors, rest = _flatten(model.params)
   channels += vectors.values()
   tensors[CHANNELS] = np.concatenate(channels)
-  if model.choices:
-    # In the order of the layers, so that the table needs no names.
-    choices = np.stack([model.choices[name] for name in own
-                        if name in model.choices])
-    if choices.max() > 255:
-      raise ValueError(f'{choices.max() + 1} banks: a file holds up to 256')
-    tensors[_CHOICES] = np.uint8(choices)
+  tensors |= by_step.tensors_of(model, own)
   # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
   metadata = metadata_of(model.model, layers, {
       name: len(vector) for name, vector in vectors.items()}, model.plan,
-                         model.differences)
+                         model.differences, model.drift is not None)
   tensors |= rest
   native.write_safetensors(path, tensors, metadata | about)
 
 
 def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
                 vectors: Mapping[str, int], plan: diffusion.SamplerPlan,
-                differences: bool) -> dict[str, str]:
+                differences: bool, drifts: bool = False) -> dict[str, str]:
   """The header's metadata, but for the digest.
 
   Args:
@@ -133,6 +131,7 @@ def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
     vectors: {path: size} of the parameters in `channels`.
     plan: the sampler.
     differences: of `PackedModel`.
+    drifts: whether a drift is corrected.
   """
   own = {name: layer for name, layer in layers.items()
          if layer.weight is not None}
@@ -145,7 +144,9 @@ def metadata_of(model: nn.Module, layers: Mapping[str, QLayer],
       'vectors': dict(vectors),
       'plan': plan.to_dict(),
   }
-  return {'format': _OF_DIFFERENCES if differences else FORMAT} | {
+  version, = (version for version, has in _VERSIONS.items()
+              if has == (differences, drifts))
+  return {'format': version} | {
       key: header_lib.dumps(value) for key, value in header.items()}
 
 
@@ -221,7 +222,9 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
       found[row[0]] = reader_lib.Found.of(layer)
     # Of a file that will be refused nothing need be moved.
     layers[row[0]] = layer if reader.problems else settle(layer)
-  choices = _read_choices(layers, plan, reader)
+  choices = by_step.read_choices(layers, plan, reader)
+  differences, drifts = _VERSIONS.get(metadata['format'], (False, False))
+  drift = by_step.read_drift(built, plan, reader) if drifts else None
   # After the layers took theirs: what is left is a parameter, or unexpected.
   params = reader.rest(vectors)
   problems = list(reader.problems)
@@ -235,7 +238,7 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
                      + '\n  '.join(sorted(problems)))
   return packed_lib.PackedModel(
       built, jax.device_put(params), layers | others, choices, plan,
-      implementation, metadata['format'] == _OF_DIFFERENCES)
+      implementation, differences, drift)
 
 
 @contextlib.contextmanager
@@ -252,31 +255,17 @@ def _blaming_header(file: pathlib.Path) -> Iterator[None]:
 
 
 def _check_format(file: pathlib.Path, found: str | None) -> bool:
-  """Whether it is of version 1; raises ValueError for others than 1 to 3."""
-  if found in (FORMAT, _FIRST, _OF_DIFFERENCES):
+  """Whether it is of version 1; raises ValueError for unknown ones."""
+  if found in (_FIRST, *_VERSIONS):
     return found == _FIRST
   if found and found.startswith(_FAMILY):
     raise ValueError(
         f'{file} is of version {found.removeprefix(_FAMILY)} of packed models, '
         'this msfp-jax reads versions up to '
-        f'{_OF_DIFFERENCES.removeprefix(_FAMILY)}: pack the model again, or '
+        f'{max(_VERSIONS).removeprefix(_FAMILY)}: pack the model again, or '
         'use the msfp-jax that wrote it')
   raise ValueError(f'{file} has format {found!r}, expected {FORMAT!r}: it was '
                    'not written by msfp_jax.save')
-
-
-def _read_choices(layers: Mapping[str, QLayer], plan: diffusion.SamplerPlan,
-                  reader: reader_lib.Reader) -> dict[str, np.ndarray]:
-  """{layer: int32 `[S]`} of the layers with several banks."""
-  banked = [name for name, layer in layers.items() if layer.num_banks > 1]
-  if not banked:
-    return {}
-  table = reader.take(_CHOICES, np.uint8, (len(banked), plan.num_steps))
-  for name, banks in zip(banked, table, strict=True):
-    if banks.max() >= (count := layers[name].num_banks):
-      reader.problems.append(f'{_CHOICES}: bank {banks.max()} of layer {name}, '
-                             f'which has {count}')
-  return dict(zip(banked, np.int32(table), strict=True))
 
 
 def _flatten(params: Any) -> tuple[dict[str, np.ndarray],

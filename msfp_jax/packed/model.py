@@ -47,6 +47,8 @@ class PackedModel:
     implementation: of `kernels.run`; None picks for every layer.
     differences: whether inputs are quantized as what they differ by from the
       step before, see `kernels.differences`.
+    drift: float32 `[S, C]`, subtracted from the prediction of every step, see
+      `packed.drift`; or None.
   """
 
   # Why a simulation is no class of its own: all that it differs in is how
@@ -63,8 +65,12 @@ class PackedModel:
   plan: diffusion.SamplerPlan
   implementation: str | None = None
   differences: bool = False
+  drift: np.ndarray | None = None
 
   def __post_init__(self):
+    if self.drift is not None and len(self.drift) != self.plan.num_steps:
+      raise ValueError(f'a drift of {len(self.drift)} steps, and the plan has '
+                       f'{self.plan.num_steps}: measure it with this plan')
     spec_lib.check_steps({name: layer.input for name, layer
                           in self.layers.items()}, self.plan.num_steps)
     if self.differences and (several := [
@@ -180,19 +186,30 @@ class PackedModel:
     #
     # All banks are on the device, and a step picks by index: S steps, one
     # program.
-    return apply(self.model, self.params, self.layers, x, t, *condition,
-                 implementation=self.implementation,
-                 at=lambda name, layer: self._at(name, layer, index))
+    return self._corrected(
+        apply(self.model, self.params, self.layers, x, t, *condition,
+              implementation=self.implementation,
+              at=lambda name, layer: self._at(name, layer, index)), index)
+
+  def _corrected(self, eps, index):
+    if self.drift is None:
+      return eps
+    return (eps - jnp.asarray(self.drift)[index]).astype(eps.dtype)
 
   def eps_fn_of(self, *condition: jax.Array
                 ) -> sampling.NoiseFn | sampling.RememberingFn:
     """What `diffusion.sample` takes, with `memory`, for one condition."""
     if not self.differences:
       return lambda x, t, index: self.eps_fn(x, t, index, *condition)
-    return lambda x, t, index, memory: differences.apply(
-        self.model, self.params, self.layers, memory, x, t, *condition,
-        implementation=self.implementation,
-        at=lambda name, layer: self._at(name, layer, index))
+
+    def predict(x, t, index, memory):
+      eps, memory = differences.apply(
+          self.model, self.params, self.layers, memory, x, t, *condition,
+          implementation=self.implementation,
+          at=lambda name, layer: self._at(name, layer, index))
+      return self._corrected(eps, index), memory
+
+    return predict
 
   def memory(self, noise: jax.Array, *condition: jax.Array) -> Any:
     """What `eps_fn_of` remembers before the first step: zeros.
@@ -251,7 +268,7 @@ class PackedModel:
     # Whole bytes once for all layers, not one by one.
     bits = sum(layer.nbits for layer in self.layers.values())
     return math.ceil(bits / 8) + sum(
-        leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        leaf.nbytes for leaf in jax.tree.leaves((self.params, self.drift)))
 
 
 def as_codes(name: str, layer: QLayer) -> QLayer:

@@ -35,7 +35,7 @@ from msfp_jax.tune import finetune as finetune_lib
 
 # Uses of the seed; each folds its own number into the key.
 # From 10 on, as pre-training folds 0 to 3 into the same seed's key.
-CALIBRATION, BANKS, TRAJECTORIES, SAMPLES, LAYERS = range(10, 15)
+CALIBRATION, BANKS, TRAJECTORIES, SAMPLES, LAYERS, DRIFT = range(10, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ class QuantSettings:
     weight_bits: of the layers that are no exception.
     act_bits: likewise, of their inputs.
     exceptions: a key of `roles.EXCEPTIONS`.
+    drift_images: by which the drift of predictions is measured, see
+      `packed.drift`; 0: it is not, and stays.
 
   Raises:
     ValueError: an unknown name, or bits that there are not.
@@ -78,8 +80,11 @@ class QuantSettings:
   weight_bits: int
   act_bits: int
   exceptions: str
+  drift_images: int = 0
 
   def __post_init__(self):
+    arguments.check_fields('config.quant', self, {
+        'drift_images': arguments.COUNT_OR_NONE})
     for field, check in (('recipe', recipes.get),
                          ('weight_bits', recipes.check_bits),
                          ('act_bits', recipes.check_bits),

@@ -74,8 +74,8 @@ def make_row(experiment: experiment_lib.Experiment, name: str,
   weight_bits, act_bits = (recipes.parse_bits(bits) if bits
                            else (cfg.weight_bits, cfg.act_bits))
   spec = experiment.calibrate(recipe, weight_bits, act_bits)
-  return Row(name, weight_bits, act_bits, packed_lib.simulate(
-      experiment.model, experiment.params, spec, experiment.plan), spec)
+  return Row(name, weight_bits, act_bits, train.simulated(experiment, spec),
+             spec)
 
 
 def expand(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,8 @@
 
 Both are PSNR to full precision's images from the same noise. Parts are layers,
 steps of the sampler, and groups: roles of layers, and of these and of all
-layers the weights (with biases that were trained) and the inputs. Unlike
+layers the weights (with biases that were trained) and the inputs. Nothing is
+corrected here of the drift of the whole (`packed.drift`). Unlike
 `layer_error`, which looks at a layer's output, this is what arrives in the end:
 errors that later layers and steps forgive cost nothing, and those that they
 amplify cost more.

@@ -28,7 +28,6 @@ from msfp_jax.base import files
 from msfp_jax.base import markdown
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.metrics import results as results_lib
-from msfp_jax.packed import model as packed_lib
 from msfp_jax.run import cli
 from msfp_jax.run import config_files
 from msfp_jax.run import draws
@@ -155,9 +154,11 @@ def _run_rows(study: dict[str, Any], base: ml_collections.ConfigDict,
     logging.info('seed %d, %s, %s', seed, folder.parent.name, folder.name)
     # A variant keeps what calibration saw, so the sampler runs once a seed for
     # it.
-    deployed = _quantized(experiment.variant(
+    variant = experiment.variant(
         experiment_lib.QuantSettings(**config.quant),
-        finetune.FinetuneSettings(**config.finetune)), str(folder))
+        finetune.FinetuneSettings(**config.finetune))
+    deployed = train.quantized(
+        variant, train.calibrated_spec(variant, str(folder)), str(folder))
     files.write_json(_result(folder), evaluated(
         deployed, folder.name, config.quant.weight_bits,
         config.quant.act_bits))
@@ -206,15 +207,6 @@ def _check_shared(config: ml_collections.ConfigDict,
 def _result(folder: pathlib.Path) -> pathlib.Path:
   """Where the metrics of the row with this workdir go."""
   return folder.with_name(f'{folder.name}.json')
-
-
-def _quantized(experiment: experiment_lib.Experiment,
-               workdir: str) -> packed_lib.PackedModel:
-  spec = train.calibrated_spec(experiment, workdir)
-  if not experiment.finetune.num_updates:
-    return packed_lib.simulate(
-        experiment.model, experiment.params, spec, experiment.plan)
-  return train.fit(experiment, spec, workdir)[0]
 
 
 def collect(study: dict[str, Any], seeds: Sequence[int], workdir: str

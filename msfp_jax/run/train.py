@@ -3,12 +3,14 @@
 import pathlib
 
 from absl import logging
+import jax
 import ml_collections
 
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.base import devices
 from msfp_jax.diffusion import origin as origin_lib
+from msfp_jax.packed import drift as drift_lib
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import interception
@@ -68,11 +70,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str,
   # Its numbers survive as text, bit for bit: a run that resumes from the file
   # works with the same ones.
   spec = calibrated_spec(experiment, workdir)
-  if experiment.finetune.num_updates:
-    deployed, _ = fit(experiment, spec, workdir)
-  else:
-    deployed = packed_lib.simulate(
-        experiment.model, experiment.params, spec, experiment.plan)
+  deployed = quantized(experiment, spec, workdir)
   path = f'{workdir}/{workdir_lib.PACKED_FILE}'
   devices.by_first(
       lambda: packed_file.save(path, deployed.packed(), command=command),
@@ -135,6 +133,21 @@ def calibrated_spec(experiment: experiment_lib.Experiment,
   return spec
 
 
+def quantized(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
+              workdir: str) -> packed_lib.PackedModel:
+  """A calibrated model, fine-tuned where the config asks for it."""
+  if experiment.finetune.num_updates:
+    return fit(experiment, spec, workdir)[0]
+  return simulated(experiment, spec)
+
+
+def simulated(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec
+              ) -> packed_lib.PackedModel:
+  """A calibrated model without fine-tuning."""
+  return _corrected(experiment, packed_lib.simulate(
+      experiment.model, experiment.params, spec, experiment.plan))
+
+
 def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
         workdir: str) -> tuple[packed_lib.PackedModel, spec_lib.QuantSpec]:
   """Fine-tunes a calibrated model; see `finetune.train`.
@@ -155,5 +168,22 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
       trajectory_key=experiment.key(experiment_lib.TRAJECTORIES),
       draw_condition=experiment.draw_condition, layout=experiment.layout,
       memory=experiment.memory)
-  return (packed_lib.deploy(student, trainable, experiment.plan),
+  deployed = packed_lib.deploy(student, trainable, experiment.plan)
+  return (_corrected(experiment, deployed),
           student_lib.with_ranges(spec, trainable['ranges']))
+
+
+def _corrected(experiment: experiment_lib.Experiment,
+               deployed: packed_lib.PackedModel) -> packed_lib.PackedModel:
+  """The model with its drift corrected, where the config asks for it."""
+  count = experiment.quant.drift_images
+  if not count:
+    return deployed
+  key = experiment.key(experiment_lib.DRIFT)
+  noise = jax.random.normal(
+      jax.random.fold_in(key, 0), (count, *experiment.sample_shape))
+  condition = experiment.draw_condition(jax.random.fold_in(key, 1), count)
+  return drift_lib.correct_drift(
+      deployed, experiment.params, noise, *condition,
+      key=jax.random.fold_in(key, 2), layout=experiment.layout.for_batch(
+          'config.quant.drift_images', count))

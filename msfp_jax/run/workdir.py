@@ -28,7 +28,7 @@ _ONCE = {'finetune.dtype': 'float32', 'finetune.driver': 'teacher',
          'finetune.steer': 0.0, 'finetune.window_steps': 0,
          'finetune.direction': 0.0, 'finetune.ema_decay': 0.0,
          'eval.more_features': [], 'eval.more_references': [],
-         'eval.sensitivity_images': 0}
+         'eval.sensitivity_images': 0, 'quant.drift_images': 0}
 
 
 @contextlib.contextmanager
