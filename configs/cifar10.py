@@ -97,7 +97,7 @@ _ROWS = {
     'signed FP': 'signed,untuned',
     'MSFP': 'msfp,untuned',
     'MSFP by step': 'recipe=msfp+by_step,untuned',
-    'MSFP, corrected': 'msfp,untuned,corrected',
+    'MSFP (corrected)': 'msfp,untuned,corrected',
     'INT asymmetric + LoRA': 'int,lora',
     'signed FP + LoRA': 'signed,lora',
     'MSFP + LoRA': 'msfp,lora',
@@ -105,10 +105,10 @@ _ROWS = {
     'MSFP + TALoRA': 'msfp,talora',
     'MSFP + TALoRA (h = 4)': 'msfp,talora=4',
     'MSFP + LoRA + DFA': 'msfp,lora,dfa',
-    'MSFP + LoRA + DFA, corrected': 'msfp,lora,dfa,corrected',
+    'MSFP + LoRA + DFA (corrected)': 'msfp,lora,dfa,corrected',
     'MSFP by step + LoRA + DFA': 'recipe=msfp+by_step,lora,dfa',
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
-    'MSFP + TALoRA + DFA, corrected': 'msfp,talora,dfa,corrected',
+    'MSFP + TALoRA + DFA (corrected)': 'msfp,talora,dfa,corrected',
     'MSFP + TALoRA + DFA (ddpm)': 'msfp,talora,dfa=ddpm',
     'MSFP + TALoRA + DFA (ddpm_respaced)': 'msfp,talora,dfa=ddpm_respaced',
     'MSFP + LoRA + DFA + steered': 'msfp,lora,dfa,steer',
@@ -126,7 +126,7 @@ _PAST_TUNED = ('mixup_weights+gptq', 'msfp+gptq+by_step', 'nvfp4+gptq',
                'int4_minmax_16+gptq', _DIFFERENCES)
 _PAST_ROWS = {
     **{name: f'recipe={name},untuned' for name in _PAST},
-    **{f'{name}, corrected': f'recipe={name},untuned,corrected'
+    **{f'{name} (corrected)': f'recipe={name},untuned,corrected'
        for name in ('int4_minmax_image+gptq', _DIFFERENCES)},
     **{f'{name} + LoRA + DFA': f'recipe={name},lora,dfa'
        for name in _PAST_TUNED},
