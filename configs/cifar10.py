@@ -108,7 +108,6 @@ _ROWS = {
     'MSFP + LoRA + DFA (corrected)': 'msfp,lora,dfa,corrected',
     'MSFP by step + LoRA + DFA': 'recipe=msfp+by_step,lora,dfa',
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
-    'MSFP + TALoRA + DFA (corrected)': 'msfp,talora,dfa,corrected',
     'MSFP + TALoRA + DFA (ddpm)': 'msfp,talora,dfa=ddpm',
     'MSFP + TALoRA + DFA (ddpm_respaced)': 'msfp,talora,dfa=ddpm_respaced',
     'MSFP + LoRA + DFA + steered': 'msfp,lora,dfa,steer',

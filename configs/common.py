@@ -37,7 +37,7 @@ ABLATION = {
     'msfp': {'quant.recipe': 'msfp'},
     'signed': {'quant.recipe': 'signed_fp'},
     'int': {'quant.recipe': 'int'},
-    # What is subtracted from predictions, tuned or not.
+    # The drift of predictions is subtracted, tuned or not.
     'corrected': {'quant.drift_images': 64},
     # Ingredients of the fine-tuning.
     'untuned': {'finetune.num_updates': 0,
@@ -197,7 +197,7 @@ def get_config() -> ml_collections.ConfigDict:
       'exceptions': 'ends-8',
       # Images by which it is measured how far the quantized model's predictions
       # are off on average, at every step and in every channel, which is then
-      # subtracted (msfp_jax/packed/drift.py); 0: it is not.
+      # subtracted (msfp_jax/packed/drift.py); all at once. 0: it is not.
       'drift_images': 0,
   })
   config.finetune = ml_collections.ConfigDict({

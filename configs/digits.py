@@ -137,8 +137,8 @@ STUDIES = {
                f'{group},recipe={_OF_DIFFERENCES[1]},{words}'
                for label, words in (
                    ('LoRA', 'lora'), ('LoRA + DFA', 'lora,dfa'),
-                   ('LoRA + DFA, student', 'lora,dfa,student'),
-                   ('LoRA + DFA, steered', 'lora,dfa,steer'))}}
+                   ('LoRA + DFA + student', 'lora,dfa,student'),
+                   ('LoRA + DFA + steered', 'lora,dfa,steer'))}}
                    for group in ('ends-8', 'skip-8')},
     },
     # Who drives the trajectories that a student is tuned along.

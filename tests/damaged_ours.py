@@ -1,5 +1,6 @@
 """Small files of our own, and their readers."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -47,13 +48,16 @@ def write_embeddings(folder):
 
 
 def write_packed(folder):
-  packed_file.save(folder / 'p.safetensors', toy.deployed().packed())
+  model = dataclasses.replace(
+      toy.deployed(), drift=np.full((2, 1), 0.25, np.float32))
+  packed_file.save(folder / 'p.safetensors', model.packed())
   return folder / 'p.safetensors'
 
 
 def packed(path, model=None):
   found = packed_file.load(path, model=model)
   return {'params': found.params, 'choices': found.choices,
+          'drift': found.drift,
           'arrays': found.arrays, 'plan': found.plan.to_dict(),
           'layers': {name: str(layer.input.fmt if hasattr(
               layer.input, 'fmt') else '') for name, layer

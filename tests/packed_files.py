@@ -10,7 +10,7 @@ import tiny
 
 def assert_equal(actual, expected):
   """Checks that two packed models are equal in everything."""
-  for field in ('arrays', 'choices'):
+  for field in ('arrays', 'choices', 'drift'):
     tiny.assert_trees_equal(getattr(actual, field), getattr(expected, field))
   assert actual.model == expected.model
   own = lambda model: [name for name, layer in model.layers.items()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,9 +33,11 @@ def noise(seed, batch=5):
 class Linear(nn.Module):
   """Predicts noise pixel by pixel."""
 
+  dtype: Any = None
+
   @nn.compact
   def __call__(self, x, t):
-    return nn.Dense(x.shape[-1], name='only')(x)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name='only')(x)
 
 
 PARAMS = {'only': {'kernel': np.float32([[0.9, 0.2], [-0.1, 0.8]]),
@@ -76,6 +79,16 @@ def test_what_all_images_share_is_found_and_goes(plan):
   # Measured anew, and not added to what it has.
   again = msfp.correct_drift(model, PARAMS, noise(1), key=jax.random.key(4))
   np.testing.assert_array_equal(again.drift, model.drift)
+
+
+def test_predictions_in_half_precision_are_corrected_in_float32():
+  """1 less a thousandth is 1 in bfloat16."""
+  model = packed_lib.full_precision(
+      Linear(jnp.bfloat16), {'only': {
+          'kernel': jnp.zeros((2, 2)), 'bias': jnp.ones(2)}}, NOISY)
+  model = dataclasses.replace(model, drift=np.full((4, 2), 1e-3, np.float32))
+  np.testing.assert_allclose(
+      model.eps_fn(noise(0), jnp.zeros(5), 1), 0.999, rtol=1e-6)
 
 
 def by_hand(x, y=None, drift=None):
@@ -153,8 +166,9 @@ def test_of_differences_between_steps():
 
 @pytest.mark.parametrize('differences, version', [(False, 4), (True, 5)])
 def test_files_keep_it(tmp_path, differences, version):
+  """Bit for bit, and what does not fit is refused."""
   model = dataclasses.replace(recursion.simulated(), differences=differences)
-  drift = np.arange(20, dtype=np.float32).reshape(5, 4)
+  drift = np.arange(20, dtype=np.float32).reshape(5, 4) / 20
   model = dataclasses.replace(model, drift=drift)
   path = tmp_path / 'model'
   packed_file.save(path, model.packed())
@@ -162,6 +176,9 @@ def test_files_keep_it(tmp_path, differences, version):
   loaded = packed_file.load(path, recursion.MODEL)
   assert loaded.differences == differences
   np.testing.assert_array_equal(loaded.drift, drift)
+  np.testing.assert_array_equal(
+      loaded.sample(recursion.X, key=recursion.KEY),
+      model.sample(recursion.X, key=recursion.KEY))
   plain = dataclasses.replace(model, drift=None)
   assert model.stored_bytes - plain.stored_bytes == drift.nbytes
   for odd, part in ((drift[1:], 'drift is float32 (4, 4), expected'),
@@ -186,5 +203,6 @@ def test_what_it_cannot_be_measured_of():
   with pytest.raises(ValueError, match='NaN or infinite'):
     msfp.correct_drift(
         model, tiny.params(MODEL), jnp.full((1, 8, 8, 1), jnp.nan))
-  with pytest.raises(ValueError, match='a drift of 3 steps, and the plan has'):
-    dataclasses.replace(model, drift=np.zeros((3, 1), np.float32))
+  for shape in ((3, 1), (4,)):
+    with pytest.raises(ValueError, match=re.escape(f'drift of shape {shape}')):
+      dataclasses.replace(model, drift=np.zeros(shape, np.float32))

@@ -1,5 +1,6 @@
 """LoRAs beside quantized products: what they add, and what they leave alone."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -273,3 +274,15 @@ def test_no_file_of_a_model_loses_its_loras_in_silence(tmp_path):
   with pytest.raises(ValueError, match=r'save model.with_loras\(\[\]\)'):
     msfp.save(tmp_path / 'a.safetensors', packed)
   assert not list(tmp_path.iterdir())
+
+
+def test_their_effect_is_not_taken_for_drift():
+  """And a drift that is corrected stays so where LoRAs are added."""
+  loras = [(lora(), 0.5)]
+  with pytest.raises(ValueError, match=r'correct model.with_loras\(\[\]\)'):
+    msfp.correct_drift(deployed().with_loras(loras), toy.params(), X)
+  corrected = dataclasses.replace(
+      deployed(), drift=np.full((2, 1), 0.5, np.float32))
+  np.testing.assert_allclose(
+      predict(corrected.with_loras(loras)),
+      predict(deployed().with_loras(loras)) - 0.5, atol=1e-6)

@@ -25,7 +25,8 @@ TESTS = pathlib.Path(__file__).parent
 STARTED = []
 # All batches can be split over 8 devices.
 CHANGES = {'calibrate.batch_size': 8, 'finetune.batch_size': 8,
-           'pretrain.batch_size': 8, 'eval.rows': ('fp', 'msfp', 'tuned'),
+           'pretrain.batch_size': 8, 'quant.drift_images': 8,
+           'eval.rows': ('fp', 'msfp', 'tuned'),
            'eval.report': True, 'eval.keep': 'npz'}
 
 

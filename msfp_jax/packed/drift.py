@@ -11,7 +11,8 @@ beforehand, and can be subtracted, which costs nothing (PTQD, He et al., NeurIPS
 Means are over images and pixels; y is full precision's trajectory from some
 noise, and x the quantized model's from the same noise, its predictions
 corrected at the steps before. So means of the two trajectories stay together,
-where those of x would else drift apart. (PTQD has both predictions at one x.)
+where those of x would else drift apart. (PTQD has both predictions at one x,
+and before the mean takes away what goes with the prediction, by a factor.)
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from msfp_jax.base import arguments
 from msfp_jax.base import devices
 from msfp_jax.diffusion import sampling
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.packed import placing
 from msfp_jax.quant import batches as batches_lib
 from msfp_jax.quant import interception
 
@@ -40,8 +42,9 @@ def correct_drift(packed: packed_lib.PackedModel, params: Any,
                   ) -> packed_lib.PackedModel:
   """The model with its drift measured, which it then subtracts.
 
-  Samples once in full precision and once from the model. Files keep the
-  correction.
+  Samples once in full precision and once from the model, all images at once.
+  Files keep the correction. It is of this plan, and, where there are
+  conditions, a mean over those given.
 
   Args:
     packed: what `pack` or `load` returned; a correction that it has is
@@ -53,11 +56,14 @@ def correct_drift(packed: packed_lib.PackedModel, params: Any,
     layout: where weights and images lie; None: where they do.
 
   Raises:
-    ValueError: parameters of another model, or noise that it does not take;
-      predictions that are NaN or infinite.
+    ValueError: parameters of another model, or noise that it does not take; a
+      model with LoRAs; predictions that are NaN or infinite.
   """
   arguments.check_type('packed', packed, packed_lib.PackedModel,
                        'msfp.pack(...) or msfp.load(...)')
+  if any(layer.adapter is not None for layer in packed.layers.values()):
+    raise ValueError('the model has LoRAs, whose effect would be taken for an '
+                     'error: correct model.with_loras([]), and add them then')
   noise = batches_lib.check_noise(noise)
   batches_lib.check_inputs(packed.model, noise, condition)
   params = interception.parameters(params)
@@ -68,6 +74,7 @@ def correct_drift(packed: packed_lib.PackedModel, params: Any,
   bare = dataclasses.replace(packed, drift=None)
   arrays, given = (teacher.arrays, bare.arrays), (noise, condition)
   if layout is not None:
+    bare = placing.on_devices(bare, layout)
     arrays, given = layout.put(arrays), layout.put(given, layout.batch)
   logging.info('measuring the drift of predictions on %d images', len(noise))
   run = jax.jit(functools.partial(_measure, teacher, bare),

@@ -19,9 +19,9 @@ The tensors:
 The header's metadata holds, in JSON, `model` (what to build), `plan` (the
 sampler), `others` (inputs of layers that are not packed), `vectors` (paths and
 sizes of the parameters in `channels`) and `layers` (see `header.layer_to_row`).
-`format` is the version; files of version 1 load too, and models that quantize
-differences between steps or correct their drift are of a higher one. `digest`
-is of all the others and of the tensors, and is checked at loading. Nothing is
+`format` is the version: 2; of models that quantize differences between steps 3,
+of those with a drift 4, with both 5. Files of version 1 load too. `digest` is
+of all the others and of the tensors, and is checked at loading. Nothing is
 pickled, and PyTorch is not needed to read it. Small models are the reason for
 the brevity: their header counts.
 """
@@ -46,12 +46,12 @@ from msfp_jax.convert import native
 from msfp_jax.convert import source as source_lib
 from msfp_jax.kernels import offload as offload_lib
 from msfp_jax.models import registry
-from msfp_jax.packed import by_step
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as stored
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.packed import placing
 from msfp_jax.packed import reader as reader_lib
+from msfp_jax.packed import tables
 from msfp_jax.quant import layout as layout_lib
 from msfp_jax.quant.qlayer import QLayer
 
@@ -72,6 +72,7 @@ FORMAT, _FIRST = _FAMILY + '2', _FAMILY + '1'
 # without them.
 _VERSIONS = {FORMAT: (False, False), _FAMILY + '3': (True, False),
              _FAMILY + '4': (False, True), _FAMILY + '5': (True, True)}
+_LAST = [*_VERSIONS][-1].removeprefix(_FAMILY)
 CHANNELS = 'channels'
 
 
@@ -109,7 +110,7 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   vectors, rest = _flatten(model.params)
   channels += vectors.values()
   tensors[CHANNELS] = np.concatenate(channels)
-  tensors |= by_step.tensors_of(model, own)
+  tensors |= tables.tensors_of(model, own)
   # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
@@ -222,9 +223,10 @@ def load(path: str | os.PathLike, model: nn.Module | None = None,
       found[row[0]] = reader_lib.Found.of(layer)
     # Of a file that will be refused nothing need be moved.
     layers[row[0]] = layer if reader.problems else settle(layer)
-  choices = by_step.read_choices(layers, plan, reader)
+  choices = tables.read_choices(layers, plan, reader)
   differences, drifts = _VERSIONS.get(metadata['format'], (False, False))
-  drift = by_step.read_drift(built, plan, reader) if drifts else None
+  with _blaming_header(file):
+    drift = tables.read_drift(built, plan, reader) if drifts else None
   # After the layers took theirs: what is left is a parameter, or unexpected.
   params = reader.rest(vectors)
   problems = list(reader.problems)
@@ -261,8 +263,7 @@ def _check_format(file: pathlib.Path, found: str | None) -> bool:
   if found and found.startswith(_FAMILY):
     raise ValueError(
         f'{file} is of version {found.removeprefix(_FAMILY)} of packed models, '
-        'this msfp-jax reads versions up to '
-        f'{max(_VERSIONS).removeprefix(_FAMILY)}: pack the model again, or '
+        f'this msfp-jax reads versions up to {_LAST}: pack the model again, or '
         'use the msfp-jax that wrote it')
   raise ValueError(f'{file} has format {found!r}, expected {FORMAT!r}: it was '
                    'not written by msfp_jax.save')

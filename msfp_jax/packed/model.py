@@ -68,9 +68,12 @@ class PackedModel:
   drift: np.ndarray | None = None
 
   def __post_init__(self):
-    if self.drift is not None and len(self.drift) != self.plan.num_steps:
-      raise ValueError(f'a drift of {len(self.drift)} steps, and the plan has '
-                       f'{self.plan.num_steps}: measure it with this plan')
+    if self.drift is not None and (
+        np.ndim(self.drift) != 2 or len(self.drift) != self.plan.num_steps):
+      raise ValueError(
+          f'a drift of shape {np.shape(self.drift)}: it must be [S, C], and '
+          f'the plan has {self.plan.num_steps} steps; measure it with this plan'
+      )
     spec_lib.check_steps({name: layer.input for name, layer
                           in self.layers.items()}, self.plan.num_steps)
     if self.differences and (several := [
@@ -194,7 +197,8 @@ class PackedModel:
   def _corrected(self, eps, index):
     if self.drift is None:
       return eps
-    return (eps - jnp.asarray(self.drift)[index]).astype(eps.dtype)
+    # In float32, as it is measured: half precision would lose a small one.
+    return eps - jnp.asarray(self.drift)[index]
 
   def eps_fn_of(self, *condition: jax.Array
                 ) -> sampling.NoiseFn | sampling.RememberingFn:
@@ -257,7 +261,8 @@ class PackedModel:
   @property
   def memory_bytes(self) -> int:
     """Bytes of all arrays that the model holds."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
+    return sum(leaf.nbytes
+               for leaf in jax.tree.leaves((self.arrays, self.drift)))
 
   @property
   def stored_bytes(self) -> int:

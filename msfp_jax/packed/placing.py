@@ -1,10 +1,13 @@
 """Where the layers of a packed model run, and by what."""
 
 from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import jax
 
 from msfp_jax import kernels
+from msfp_jax.base import devices
 from msfp_jax.kernels import offload
 from msfp_jax.quant.qlayer import QLayer
 
@@ -16,6 +19,17 @@ def check_implementation(implementation: str | None) -> None:
   if implementation not in known:
     raise ValueError(
         f'implementation {implementation!r}: must be one of {known}')
+
+
+def on_devices(model: Any, layout: devices.Layout) -> Any:
+  """A `PackedModel` as the devices of a layout can run it."""
+  if (layout.is_single or not kernels.are_there()
+      or model.implementation is not None or not any(
+          layer.weight is not None and layer.weight.is_packed
+          for layer in model.layers.values())):
+    return model
+  # A kernel is a program of one device, which XLA does not split.
+  return dataclasses.replace(model, implementation='xla')
 
 
 def settler(implementation: str | None, on_host: bool

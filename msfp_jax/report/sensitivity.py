@@ -58,8 +58,9 @@ def _text(name: str, found: Mapping[str, Any]) -> str:
       f'{found["groups"][side]["alone"]:.1f} dB with its {side} alone'
       for side in ('weights', 'inputs') if 'alone' in found['groups'][side])
   text = (f'PSNR of {name} to full precision, over {found["images"]} images '
-          f'from the same noise: {found["quantized"]:.1f} dB with all of it '
-          f'quantized{f", {sides}" if sides else ""}. ')
+          'from the same noise, without a correction of drift: '
+          f'{found["quantized"]:.1f} dB with all of it quantized'
+          f'{f", {sides}" if sides else ""}. ')
   gains = {layer: gain for layer, cost in found['layers'].items()
            if (gain := _gain(cost, found)) is not None}
   order = sorted(gains, key=gains.get, reverse=True)

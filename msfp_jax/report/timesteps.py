@@ -1,5 +1,6 @@
 """The section that compares losses with the quality gap by step (figure 3)."""
 
+import dataclasses
 
 import jax
 import numpy as np
@@ -28,7 +29,8 @@ def measure(experiment: section_lib.Experiment,
   # Weights are arguments: constants would be folded at compile time.
   @jax.jit
   def run(params, arrays, key, draw):
-    model = deployed.with_arrays(arrays)
+    # Its drift is of its own trajectories, and not of the teacher's.
+    model = dataclasses.replace(deployed.with_arrays(arrays), drift=None)
     noise = jax.random.normal(
         jax.random.fold_in(key, 0), (count, *experiment.model.sample_shape))
     condition = draw(jax.random.fold_in(key, 2), count)

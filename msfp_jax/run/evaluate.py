@@ -52,6 +52,8 @@ def results_head(config: ml_collections.ConfigDict,
     more['shift'] = sampler['shift']
   if more.get('shift_by_tokens'):
     more['shift_type'] = sampler['shift_type']
+  if config.quant.drift_images:
+    more['drift_images'] = config.quant.drift_images
   return {
       'dataset': config.data.path or config.data.name or config.prompts,
       'num_samples': config.eval.num_samples,

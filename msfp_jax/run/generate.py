@@ -1,7 +1,6 @@
 """Images from a model, batch by batch, on all devices."""
 
 from collections.abc import Callable, Iterable, Iterator
-import dataclasses
 import functools
 import statistics
 import time
@@ -16,6 +15,7 @@ from msfp_jax.base import devices
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.diffusion import conditions
 from msfp_jax.packed import model as packed_lib
+from msfp_jax.packed import placing
 from msfp_jax.run import prompts as prompts_lib
 
 _TIMED = 3  # batches, at least, by which a model is timed
@@ -52,11 +52,8 @@ class Drawer:
     """
     layout = layout or devices.layout()
     layout.check_batch('batch_size', batch_size)
-    if (not layout.is_single and kernels.are_there()
-        and model.implementation is None and _is_packed(model)):
-      # A kernel is a program of one device, which XLA does not split.
-      model = dataclasses.replace(model, implementation='xla')
-    self.model, self.batch_size = model, batch_size
+    self.model = placing.on_devices(model, layout)
+    self.batch_size = batch_size
     self._more = plan, batch_size, shape, draw_condition, prompts, layout
     self._layout = layout
     self._prompts = prompts
@@ -190,8 +187,3 @@ def _check_finite(x: jax.Array, name: str, number: int) -> None:
   if bad := np.count_nonzero(~np.isfinite(x)):
     raise ValueError(f'{name}: {bad} of {x.size} values of batch {number} are '
                      'NaN or infinite; the model is damaged')
-
-
-def _is_packed(model: packed_lib.PackedModel) -> bool:
-  return any(layer.weight is not None and layer.weight.is_packed
-             for layer in model.layers.values())

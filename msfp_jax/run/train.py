@@ -1,14 +1,17 @@
 """The whole of train.py: teacher, calibration, fine-tuning, packing."""
 
+import dataclasses
 import pathlib
 
 from absl import logging
 import jax
 import ml_collections
+import numpy as np
 
 from msfp_jax import data
 from msfp_jax import diffusion
 from msfp_jax.base import devices
+from msfp_jax.base import files
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.packed import drift as drift_lib
 from msfp_jax.packed import file as packed_file
@@ -33,7 +36,8 @@ def run(config: ml_collections.ConfigDict, workdir: str,
 
   Running it again resumes. Leaves config.json, quant_spec.json (as
   calibrated), checkpoints/, metrics.jsonl, tensorboard/, router.json where
-  there are banks to choose from, packed.safetensors (see `packed.file`) and,
+  there are banks to choose from, drift.json where it is corrected,
+  packed.safetensors (see `packed.file`) and,
   of a teacher trained here, pretrain/ in the workdir; `evaluate.run` goes on
   from there.
 
@@ -138,14 +142,20 @@ def quantized(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
   """A calibrated model, fine-tuned where the config asks for it."""
   if experiment.finetune.num_updates:
     return fit(experiment, spec, workdir)[0]
-  return simulated(experiment, spec)
+  return simulated(experiment, spec, workdir)
 
 
-def simulated(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec
-              ) -> packed_lib.PackedModel:
-  """A calibrated model without fine-tuning."""
+def simulated(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
+              workdir: str | None = None) -> packed_lib.PackedModel:
+  """A calibrated model without fine-tuning.
+
+  Args:
+    experiment: which tells whether its drift is corrected.
+    spec: how it is quantized.
+    workdir: which keeps the drift of what it keeps; None of other models.
+  """
   return _corrected(experiment, packed_lib.simulate(
-      experiment.model, experiment.params, spec, experiment.plan))
+      experiment.model, experiment.params, spec, experiment.plan), workdir)
 
 
 def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
@@ -169,21 +179,44 @@ def fit(experiment: experiment_lib.Experiment, spec: spec_lib.QuantSpec,
       draw_condition=experiment.draw_condition, layout=experiment.layout,
       memory=experiment.memory)
   deployed = packed_lib.deploy(student, trainable, experiment.plan)
-  return (_corrected(experiment, deployed),
+  return (_corrected(experiment, deployed, workdir),
           student_lib.with_ranges(spec, trainable['ranges']))
 
 
 def _corrected(experiment: experiment_lib.Experiment,
-               deployed: packed_lib.PackedModel) -> packed_lib.PackedModel:
+               deployed: packed_lib.PackedModel, workdir: str | None
+               ) -> packed_lib.PackedModel:
   """The model with its drift corrected, where the config asks for it."""
   count = experiment.quant.drift_images
   if not count:
     return deployed
+  path = None if workdir is None else pathlib.Path(workdir) / 'drift.json'
+  if path is not None and devices.agreed(path.is_file()):
+    return _with_kept(deployed, experiment.sample_shape[-1], path)
   key = experiment.key(experiment_lib.DRIFT)
   noise = jax.random.normal(
       jax.random.fold_in(key, 0), (count, *experiment.sample_shape))
   condition = experiment.draw_condition(jax.random.fold_in(key, 1), count)
-  return drift_lib.correct_drift(
+  found = drift_lib.correct_drift(
       deployed, experiment.params, noise, *condition,
       key=jax.random.fold_in(key, 2), layout=experiment.layout.for_batch(
           'config.quant.drift_images', count))
+  if path is not None:
+    devices.by_first(
+        lambda: files.write_json(path, {'drift': found.drift.tolist()}),
+        'the drift is written')
+  return found
+
+
+def _with_kept(deployed: packed_lib.PackedModel, channels: int,
+               path: pathlib.Path) -> packed_lib.PackedModel:
+  """The model with the drift that a workdir keeps, bit for bit as measured."""
+  again = 'delete it, and it is measured again, the same'
+  content = files.read_json(path, again)
+  try:
+    drift = np.asarray(content['drift'], np.float32)
+    if drift.shape[1:] != (channels,) or not np.isfinite(drift).all():
+      raise ValueError(f'numbers of shape {drift.shape}')
+    return dataclasses.replace(deployed, drift=drift)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f'{path} is damaged ({error!r}); {again}') from error

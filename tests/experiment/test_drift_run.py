@@ -1,12 +1,15 @@
 """The correction of drift in train.py and eval.py."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 import runs
 import safetensors.numpy
+import toy
 
+from msfp_jax.packed import drift as drift_lib
 from msfp_jax.run import evaluate
 from msfp_jax.run import train
 
@@ -28,7 +31,11 @@ def test_every_row_is_corrected_and_the_file_is_what_is_measured(
         'eval.rows': ('fp', row, 'packed')})
     workdir = tmp_path / str(images)
     train.run(config, str(workdir))
-    evaluate.run(config, str(workdir))
+    # By train.py alone: 'tuned' is what it left.
+    with mock.patch.object(drift_lib, 'correct_drift', wraps=(
+        drift_lib.correct_drift)) as measured:
+      evaluate.run(config, str(workdir))
+    assert measured.call_count == (1 if images and row == 'msfp' else 0)
     rows = {row['name']: row for row in json.loads(
         (workdir / 'results.json').read_text())['rows']}
     tensors = safetensors.numpy.load_file(workdir / 'packed.safetensors')
@@ -41,6 +48,15 @@ def test_every_row_is_corrected_and_the_file_is_what_is_measured(
   assert made[3][row]['bytes'] == made[0][row]['bytes'] + drift.nbytes
   assert made[3][row]['psnr_to_fp'] != made[0][row]['psnr_to_fp']
   assert made[3]['fp'] == made[0]['fp']
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"drift": [[0.0]]}',
+                                     '{"drift": [[0.0], [NaN]]}',
+                                     '{"drift": [[0.0, 0.0], [0.0, 0.0]]}'])
+def test_a_damaged_drift_is_named(tmp_path, content):
+  (tmp_path / 'drift.json').write_text(content)
+  with pytest.raises(ValueError, match=r'drift.json is damaged .*; delete it'):
+    train._with_kept(toy.deployed(), 1, tmp_path / 'drift.json')
 
 
 def test_a_number_that_is_none(tmp_path, npz):

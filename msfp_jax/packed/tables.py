@@ -1,4 +1,4 @@
-"""What a packed model's file has for every step of the sampler."""
+"""Tables of a packed model's file that have an entry for every step."""
 
 from collections.abc import Iterable, Mapping
 
@@ -52,11 +52,16 @@ def read_choices(layers: Mapping[str, QLayer], plan: diffusion.SamplerPlan,
 
 
 def read_drift(model: nn.Module, plan: diffusion.SamplerPlan,
-               reader: reader_lib.Reader) -> np.ndarray:
-  """The drift `[S, C]`, float32."""
+               reader: reader_lib.Reader) -> np.ndarray | None:
+  """The drift `[S, C]`, float32; None where it is not in the file."""
   # Of another model than ours it is not known how many channels it has.
   channels = getattr(model, 'sample_shape', (None,))[-1]
+  known = len(reader.problems)
   drift = reader.take(_DRIFT, np.float32, (plan.num_steps, channels))
+  # What stands for a missing one is as large as the header says, which may be
+  # beyond all memory.
+  if len(reader.problems) > known:
+    return None
   if not np.isfinite(drift).all():
     reader.problems.append(f'{_DRIFT} holds values that are not finite')
   return drift
