@@ -164,7 +164,8 @@ def test_of_differences_between_steps():
                              expected, atol=1e-3)
 
 
-@pytest.mark.parametrize('differences, version', [(False, 4), (True, 5)])
+@pytest.mark.parametrize('differences, version', [
+    (False, 4), pytest.param(True, 5, marks=pytest.mark.slow)])
 def test_files_keep_it(tmp_path, differences, version):
   """Bit for bit, and what does not fit is refused."""
   model = dataclasses.replace(recursion.simulated(), differences=differences)
