@@ -88,8 +88,15 @@ def together(count, workdir, npz, devices=1, changes=None, stop=None,
 def one(tmp_path_factory, npz):
   """The workdir of a run on one device."""
   workdir = tmp_path_factory.mktemp('one')
-  end(begin(workdir, npz, eval=True))
+  end(begin(workdir, npz))
   return workdir
+
+
+@pytest.fixture(scope='module')
+def evaluated(one, npz):
+  """The same workdir after its evaluation."""
+  end(begin(one, npz, eval=True))
+  return one
 
 
 def newest(workdir):
@@ -154,7 +161,7 @@ def assert_evaluated_alike(workdir, one):
 
 @pytest.mark.long
 @pytest.mark.parametrize('model', [1, 2])
-def test_devices_share_the_work(tmp_path, npz, one, model):
+def test_devices_share_the_work(tmp_path, npz, evaluated, model):
   """Batches alone, and weights from 64 numbers on as well."""
   said = end(begin(
       tmp_path, npz, 8, {'mesh.model': model}, large=64, eval=True))
@@ -162,13 +169,13 @@ def test_devices_share_the_work(tmp_path, npz, one, model):
   # Weights, averages, moments of Adam; or nothing but a trajectory.
   least, most = map(int, re.findall(r'split (\d+) to (\d+)', said)[0])
   assert least > 20 and most > 50 if model > 1 else (least, most) == (0, 1)
-  assert_like(tmp_path, one)
-  assert_evaluated_alike(tmp_path, one)
+  assert_like(tmp_path, evaluated)
+  assert_evaluated_alike(tmp_path, evaluated)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(('count', 'model'), [(2, 1), (4, 1), (2, 8)])
-def test_processes_share_the_work(tmp_path, npz, one, count, model):
+def test_processes_share_the_work(tmp_path, npz, evaluated, count, model):
   """Batches alone, and weights that no process has whole."""
   started = together(count, tmp_path, npz, 8 // count, {'mesh.model': model},
                      large=64, eval=True)
@@ -177,8 +184,8 @@ def test_processes_share_the_work(tmp_path, npz, one, count, model):
     assert f'devices 8 of {count} processes' in said
     _, most = map(int, re.findall(r'split (\d+) to (\d+)', said)[0])
     assert most > 50 if model > 1 else most == 1
-  assert_like(tmp_path, one)
-  assert_evaluated_alike(tmp_path, one)
+  assert_like(tmp_path, evaluated)
+  assert_evaluated_alike(tmp_path, evaluated)
 
 
 @pytest.mark.slow
@@ -189,9 +196,8 @@ def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
   assert newest(tmp_path / 'pretrain') == 3  # of 6
   end(begin(tmp_path, npz, stop={'finetune': 3}), 128 + signal.SIGTERM)
   assert (tmp_path / 'checkpoints/3').is_dir()
-  end(begin(tmp_path, npz, 8, eval=True))
+  end(begin(tmp_path, npz, 8))
   assert_like(tmp_path, one)
-  assert_evaluated_alike(tmp_path, one)
 
 
 @pytest.mark.long
