@@ -48,8 +48,7 @@ SQNR = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rows', [
-    768, pytest.param(2048, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('rows', [768, 2048])
 def test_formats_have_the_known_signal_to_noise(rows):
   found = {name: [float(text) for text in values]
            for name, _, *values in formats.table(rows)}

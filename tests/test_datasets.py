@@ -34,9 +34,8 @@ def test_the_hand_made_pickle_is_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('write', [
-    cifar_files.write_binary,
-    pytest.param(cifar_files.write_python2, marks=pytest.mark.slow),
-    pytest.param(cifar_files.write_python3, marks=pytest.mark.slow)])
+    cifar_files.write_binary, cifar_files.write_python2,
+    cifar_files.write_python3])
 def test_cifar10(tmp_path, planes, write):
   write(tmp_path, planes)
   loaded = data.load('cifar10', str(tmp_path))

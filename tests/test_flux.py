@@ -44,8 +44,8 @@ def test_a_token_is_channels_of_two_by_two_places():
 # As published: tensors of diffusers' files and of BFL's, and parameters.
 @pytest.mark.parametrize('config, tensors, fused, parameters', [
     (FluxConfig(), 1156, 776, 11_891_178_560),
-    pytest.param(FluxConfig(guidance_embeds=True), 1160, 780, 11_901_408_320,
-                 marks=pytest.mark.slow)], ids=['schnell', 'dev'])
+    (FluxConfig(guidance_embeds=True), 1160, 780, 11_901_408_320)],
+                         ids=['schnell', 'dev'])
 def test_the_published_models(config, tensors, fused, parameters):
   """Names and shapes, without weights, are diffusers' but for proj_out."""
   published = flux_oracle.shapes(config)

@@ -192,8 +192,7 @@ class Silu(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', [
-    jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_a_half_precision_model_has_aals(dtype):
   noise = jax.random.normal(jax.random.key(0), (4, 32, 32, 2))
   model = Silu(dtype)

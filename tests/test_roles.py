@@ -41,7 +41,7 @@ FLUX_ROLES = {
 @pytest.mark.slow
 @pytest.mark.parametrize('config, expected', [
     (tiny.CIFAR10, CIFAR10_ROLES), (tiny.CELEBA64, CELEBA64_ROLES),
-    pytest.param(tiny.CIN256, CIN256_ROLES, marks=pytest.mark.slow)],
+    (tiny.CIN256, CIN256_ROLES)],
     ids=['cifar10', 'celeba64', 'cin256'])
 def test_roles_of_the_real_unets(config, expected):
   found = [roles.role_of(name) for name in tiny.layers(config)]
