@@ -51,7 +51,7 @@ def main():
   if given.get('eval'):
     cli.guard(lambda: evaluate.run(config, given['workdir']))
   print('devices', jax.device_count(), 'of', jax.process_count(), 'processes,',
-        'arrays split', min(split), 'to', max(split))
+        'arrays split', min(split, default=0), 'to', max(split, default=0))
 
 
 if __name__ == '__main__':
