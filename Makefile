@@ -25,9 +25,12 @@ JAX_EXTRA ?=
 # In the order of their names: by the number of tests, as else, dear files with
 # few of them come last, and one process waits for the other.
 WORKERS ?= -n auto --dist loadscope --no-loadscope-reorder
-# Most of the time of long tests XLA compiles, which takes a third less without
-# LLVM's optimizations. (Those of `test` run as users' programs do.)
-QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
+# Tests mostly wait for XLA, which compiles in a third of the time without LLVM's
+# optimizations and without its emitters by MLIR. Those of the mark `optimized`
+# run as users' programs do.
+QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 \
+  --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+QUICK := not slow and not long and not parity and not browser and not aot
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
@@ -90,10 +93,12 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(PY) -m pytest $(WORKERS) -m 'not slow and not long and not parity and not browser and not aot'
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) -m 'not optimized and $(QUICK)'
+	$(PY) -m pytest $(WORKERS) -m 'optimized and $(QUICK)'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
-	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity'
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity and not optimized'
+	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and slow and not parity'
 
 test-long: $(TEST_READY) ## the tests that CI has no time for
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m long

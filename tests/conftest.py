@@ -48,7 +48,7 @@ def pytest_ignore_collect(collection_path, config):
   All of them together take longer to import than some of these tests to run.
   """
   mark = config.option.markexpr.partition(' ')[0]
-  if (mark in ('aot', 'browser', 'long', 'parity', 'slow')
+  if (mark in ('aot', 'browser', 'long', 'optimized', 'parity', 'slow')
       and collection_path.match('test_*.py')
       and not re.search(rf'mark\.{mark}\b|\bmarks\.quick\(',
                         collection_path.read_text())):

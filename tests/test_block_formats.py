@@ -12,6 +12,8 @@ from msfp_jax.quant import quantizers
 from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 
+pytestmark = pytest.mark.optimized
+
 E2M1 = FPFormat.parse('E2M1')
 F4, E4M3, E8M0 = (ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn,
                   ml_dtypes.float8_e8m0fnu)

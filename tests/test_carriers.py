@@ -15,6 +15,8 @@ from msfp_jax.quant import numbers as numbers_lib
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.qtensor import QTensor
 
+pytestmark = pytest.mark.optimized
+
 FORMATS = [fmt for bits in range(3, 9) for signed in (False, True)
            for fmt in numbers_lib.formats_of_width(bits, signed)]
 FOUR_BITS = (*numbers_lib.formats_of_width(4, True),

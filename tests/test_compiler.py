@@ -11,6 +11,8 @@ import toy
 from msfp_jax.kernels import compiler
 from msfp_jax.kernels import cpu
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(autouse=True)
 def forgotten():

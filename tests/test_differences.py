@@ -37,7 +37,7 @@ def test_samples_are_those_of_the_recursion():
 
 @pytest.mark.parametrize('name', [
     pytest.param(RECIPE, marks=pytest.mark.slow),
-    pytest.param('quartz+differences', marks=pytest.mark.slow),
+    pytest.param('quartz+differences', marks=pytest.mark.long),
     pytest.param('svdquant+differences', marks=pytest.mark.long),
     pytest.param('nvfp4+differences', marks=pytest.mark.long)])
 def test_errors_of_inputs_all_but_vanish(name):

@@ -266,7 +266,7 @@ def test_a_convolution_errs_less_at_its_own_output(groups, stride):
           before, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_of_digits16_err_less_in_every_format():
   """By the true inputs of its calibration, whatever the recipe's weights.
 

@@ -27,6 +27,8 @@ from msfp_jax.quant.observe import collect
 from msfp_jax.quant.quantizers import Static
 from msfp_jax.quant.suppress import Suppressed
 
+pytestmark = pytest.mark.optimized
+
 TINY = np.finfo(np.float32).tiny
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 RNG = np.random.default_rng(0)

@@ -47,7 +47,7 @@ def test_peaks_are_below_the_result_and_a_layer(folder):
   assert result < loading < result + 1.2 * layer + 100e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(tmp_path):
   """The command, three times, and once more to its end."""
   seed = time.time_ns()

@@ -21,7 +21,7 @@ from msfp_jax.run import generate
 from msfp_jax.tune import student as student_lib
 from msfp_jax.tune import talora
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.optimized]
 
 # Compiling takes longer than running.
 _jit = functools.partial(

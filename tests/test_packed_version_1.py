@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from packed_files import assert_equal
+import pytest
 import safetensors
 import safetensors.numpy
 import tiny
@@ -19,6 +20,8 @@ from msfp_jax.models.unet import UNetConfig
 from msfp_jax.packed import file as packed_file
 from msfp_jax.packed import model as packed_lib
 from msfp_jax.quant import spec as spec_lib
+
+pytestmark = pytest.mark.optimized
 
 # Files that version 1 wrote, as of commit efd5608, and what it computed.
 GOLDEN = pathlib.Path(__file__).parent / 'golden'

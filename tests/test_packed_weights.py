@@ -26,6 +26,8 @@ from msfp_jax.quant.quantizers import Full
 from msfp_jax.quant.quantizers import Static
 from msfp_jax.quant.suppress import Suppressed
 
+pytestmark = pytest.mark.optimized
+
 
 def layer_of(weight, act=None, around=None):
   return spec_lib.LayerSpec('', '', weight, act or Full(), around)

@@ -16,7 +16,7 @@ from msfp_jax.quant.block import Block
 from msfp_jax.quant.numbers import FPFormat
 from msfp_jax.quant.quantizers import Static
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.optimized]
 
 SIGNED, UNSIGNED = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')
 INT = FPFormat.parse('UE1M3')

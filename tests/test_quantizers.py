@@ -17,7 +17,7 @@ from msfp_jax.quant.quantizers import Quantizer
 from msfp_jax.quant.quantizers import Static
 from msfp_jax.quant.suppress import Suppressed
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.optimized]
 
 E2M1, UE2M2 = FPFormat.parse('E2M1'), FPFormat.parse('UE2M2')
 NVFP4 = Block(E2M1, group=16, scale_type='e4m3', two_level=True)

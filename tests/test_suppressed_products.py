@@ -23,6 +23,8 @@ from msfp_jax.quant.quantizers import quantize
 from msfp_jax.quant.suppress import first_stage
 from msfp_jax.quant.suppress import quartz
 
+pytestmark = pytest.mark.optimized
+
 INT8, UINT8 = FPFormat.parse('E1M6'), FPFormat.parse('UE1M7')
 INT4 = FPFormat.parse('E1M2')
 RNG = np.random.default_rng(0)

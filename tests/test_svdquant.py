@@ -303,7 +303,7 @@ def digits_spec(digits):
   return msfp.calibrate(model, params, recipe='svdquant', activations=seen)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_layer_of_digits_loses_less_than_by_blocks_alone(
     digits, digits_spec):
   """On the inputs that it was fitted to, and on those of other noise."""

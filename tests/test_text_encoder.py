@@ -19,6 +19,8 @@ from msfp_jax.models import t5 as t5_lib
 from msfp_jax.models.clip_text import ClipText
 from msfp_jax.models.clip_text import ClipTextConfig
 
+pytestmark = pytest.mark.optimized
+
 KINDS = {'clip': (text_oracle.CLIP, text_oracle.clip_shapes),
          't5': (text_oracle.T5, text_oracle.t5_shapes)}
 

@@ -14,6 +14,8 @@ from msfp_jax.kernels import carriers
 from msfp_jax.kernels import winograd
 from msfp_jax.quant.numbers import FPFormat
 
+pytestmark = pytest.mark.optimized
+
 PAIRS = [('E1M2', 'UE1M3'), ('E2M1', 'UE2M2'), ('E2M1', 'UE3M1'),
          ('E3M0', 'E2M1')]
 

@@ -214,7 +214,7 @@ def test_what_is_refused_deletes_no_samples(
   assert runs.contents(stopped / 'eval') == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_while_it_cleans_up(copy, npz):
   before = runs.contents(copy)
 
@@ -313,7 +313,7 @@ def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   assert output['conv_in'] > packed['sqnr_mean'] > packed['sqnr_min'] > 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings('ignore::msfp_jax.metrics.frechet.FewSamplesWarning')
 def test_distances_on_two_networks_stand_in_one_row(copy, npz, squeezenet):
   """Each is what an evaluation on that network alone finds."""
