@@ -104,7 +104,8 @@ test-long: $(TEST_READY) ## the tests that CI has no time for
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m long
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
-	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m parity
+	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m 'parity and not optimized'
+	$(PARITY_PY) -m pytest -m 'optimized and parity'
 
 browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 	$(BROWSER_PY) -m pytest -m browser

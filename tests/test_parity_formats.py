@@ -29,6 +29,7 @@ def by_qwix(x, name):
           np.asarray(found.scale.astype(jnp.float32)))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('name, ours', [
     # qwix has no second level, and powers of two that cut nothing off.
     ('nvfp4', Block(block_formats.nvfp4(4).fmt, 'group', 16, 'e4m3')),
