@@ -101,7 +101,8 @@ test-slow: $(TEST_READY) ## the tests that take minutes
 	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and slow and not parity'
 
 test-long: $(TEST_READY) ## the tests that CI has no time for
-	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m long
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'long and not optimized'
+	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and long'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m 'parity and not optimized'

@@ -164,6 +164,7 @@ def test_of_differences_between_steps():
                              expected, atol=1e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('differences, version', [
     (False, 4), pytest.param(True, 5, marks=pytest.mark.slow)])
 def test_files_keep_it(tmp_path, differences, version):

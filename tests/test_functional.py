@@ -148,6 +148,7 @@ def test_fake_quant_is_its_formula(fmt):
     np.testing.assert_allclose(y, scale * q + shift, rtol=3e-7, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_division_is_exact_so_that_ties_stay_ties():
   ties = np.array([.25, .75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)[:, None]
   scale = rng().uniform(.01, 3, 4000).astype(np.float32)
@@ -218,6 +219,7 @@ def test_encode_gives_the_code_of_the_level(fmt):
   assert_same_bits(decode(codes, fmt, 1.0), values)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('fmt', MOST)
 def test_decode_of_encode_is_fake_quant_bit_for_bit(fmt):
   x, scale, zero_point = affine_case(fmt)
@@ -233,6 +235,7 @@ def test_decode_of_encode_is_fake_quant_bit_for_bit(fmt):
       assert_same_bits(eager, expected)
 
 
+@pytest.mark.optimized
 def test_snapped_scale_makes_the_products_exact():
   scale = np.exp(rng().uniform(-9, 9, 200)).astype(np.float32)
   snapped = np.asarray(functional.snap_scale(scale))
@@ -246,6 +249,7 @@ def test_snapped_scale_makes_the_products_exact():
     np.testing.assert_array_equal(product, exact)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('fmt', FOUR_BITS, ids=str)
 def test_snapped_scale_leaves_no_choice_to_the_compiler(fmt):
   x, scale, _ = affine_case(fmt)

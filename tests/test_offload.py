@@ -63,6 +63,7 @@ def test_matrices_wait_and_vectors_do_not():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_samples_are_the_same_bit_for_bit():
   """With two banks, one of which each step picks, and a layer as it was."""
   packed = toy.deployed().packed()
@@ -77,6 +78,7 @@ def test_samples_are_the_same_bit_for_bit():
       waiting.eps_fn(noise, t, 1), packed.eps_fn(noise, t, 1), atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_loras_beside_weights_that_wait():
   rng = np.random.default_rng(2)
   part = lambda *shape: rng.normal(size=shape).astype(np.float32)

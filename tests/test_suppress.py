@@ -128,6 +128,7 @@ FROM_DATA = {
         4, first_stage(False, 'group', 32), group=32)}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('name', marks.quick(
     ('a token', 'zero points'), FROM_DATA))
 def test_both_stages_from_the_data(name):

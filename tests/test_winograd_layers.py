@@ -50,6 +50,7 @@ def calls(monkeypatch):
   return found
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures('on_cpu')
 @pytest.mark.parametrize('fastest', marks.quick(['int8'], ['f32', 'int8']))
 @pytest.mark.parametrize('weight, act, zero_point, expected', [
