@@ -30,7 +30,7 @@ WORKERS ?= -n auto --dist loadscope --no-loadscope-reorder
 # run as users' programs do.
 QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 \
   --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-QUICK := not slow and not long and not parity and not browser and not aot
+NO_OTHER_STAGE := not slow and not long and not parity and not browser and not aot
 JAX := $(if $(JAX_EXTRA),'jax[$(JAX_EXTRA)]')
 # Stamps are written last, so that a broken install is done again.
 RUN_READY := $(VENV)/ready$(JAX_EXTRA:%=-%)
@@ -93,8 +93,8 @@ costs: $(RUN_READY) ## what quantization costs in time
 	$(PY) -m benchmarks.costs
 
 test: $(TEST_READY) ## the test suite
-	$(QUICKLY) $(PY) -m pytest $(WORKERS) -m 'not optimized and $(QUICK)'
-	$(PY) -m pytest $(WORKERS) -m 'optimized and $(QUICK)'
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) -m 'not optimized and $(NO_OTHER_STAGE)'
+	$(PY) -m pytest $(WORKERS) -m 'optimized and $(NO_OTHER_STAGE)'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity and not optimized'

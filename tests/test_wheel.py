@@ -113,7 +113,7 @@ def test_the_shipped_configs_are_the_repositorys(run, tmp_path):
 
 @pytest.mark.slow
 def test_readmes_lines(run, tmp_path):
-  """Compiled as users' programs are, which other slow tests are not."""
+  """Compiled as users' programs are, without any flag of the tests."""
   readme = (ROOT / 'README.md').read_text()
   code, = re.findall(r'^```python\n(.*?)^```$', readme, flags=re.M | re.S)
   (tmp_path / 'lines.py').write_text(code)
