@@ -100,9 +100,10 @@ test-slow: $(TEST_READY) ## the tests that take minutes
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity and not optimized'
 	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and slow and not parity'
 
-test-long: $(TEST_READY) ## the tests that CI has no time for
-	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'long and not optimized'
+test-long: $(TEST_READY) $(AOT_READY) ## the tests that CI has no time for
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'long and not optimized and not aot'
 	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and long'
+	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) -m 'aot and long'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m 'parity and not optimized'
@@ -113,7 +114,7 @@ browser: $(BROWSER_READY) ## the report in Chromium, which must be installed
 
 # On the CPU alone, JAX's plugins do not look for drivers and cuDNN.
 aot: $(AOT_READY) ## compile the kernels for TPUs and Hopper, without either
-	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) -m aot
+	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) -m 'aot and not long'
 
 packed: $(RUN_READY) ## speed and memory of packed models
 	$(PY) -m benchmarks.packed

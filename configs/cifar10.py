@@ -34,8 +34,8 @@ What came of `:small` ships too, as `cifar10_small`
 --more_features=squeezenet:FILE --more_references=cifar10 measures distances on
 a second network (docs/evaluation.md), of the weights of its authors.
 
-Measured so far, with 20 steps: three seeds of the most important rows without
-tuning, one of others (docs/results_cifar10.md).
+Measured so far, with 20 steps: the most important rows on two or three seeds,
+others on one (docs/results_cifar10.md).
 Settings of fine-tuning are those of the digits, and EfficientDM's length (160
 trajectories of 100 steps) is not measured by us yet.
 """

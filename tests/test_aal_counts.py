@@ -13,7 +13,7 @@ from msfp_jax.quant import roles as roles_lib
 from msfp_jax.quant.calibrate import is_aal
 from msfp_jax.quant.observe import collect
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_the_counts_of_a_real_model():

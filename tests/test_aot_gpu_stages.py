@@ -69,7 +69,8 @@ def test_sampling(build, subject, name):
   assert ('mosaic_gpu' in text) == (name == 'packed')
 
 
-@pytest.mark.parametrize('quantized', [True, False])
+@pytest.mark.parametrize('quantized', [
+    True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_fine_tuning_step(build, subject, quantized):
   settings = finetune.FinetuneSettings(
       **cifar10.get_config('smoke').finetune)

@@ -18,8 +18,9 @@ MODEL = Flux(FluxConfig(
 
 
 @pytest.fixture(scope='module', params=[
-    ('libtpu', offloaded.on_tpu), ('jax_cuda12_plugin', offloaded.on_gpu)],
-                ids=['tpu', 'gpu'])
+    pytest.param(('libtpu', offloaded.on_tpu), id='tpu'),
+    pytest.param(('jax_cuda12_plugin', offloaded.on_gpu), id='gpu',
+                 marks=pytest.mark.long)])
 def compiled(request):
   """(XLA's account where weights wait, and where not; bytes by layer)."""
   compiler, device = request.param

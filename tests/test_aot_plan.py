@@ -25,6 +25,7 @@ def libtpu():
   pytest.importorskip('libtpu', reason='it compiles for such chips')
 
 
+@pytest.mark.long
 def test_what_fine_tuning_sums_are_gradients_of_kernels():
   """On 8 chips the weights are on each, and each has 2 of 16 images.
 

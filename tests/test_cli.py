@@ -73,7 +73,7 @@ def test_no_workdir(program):
   assert_refused(run(program, '--config=configs/digits.py'), '--workdir')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_statistics_of_images_are_written(tmp_path):
   path = tmp_path / 'digits.npz'
   finished = run('eval.py', '--make_stats=digits', f'--output={path}',
@@ -84,7 +84,7 @@ def test_statistics_of_images_are_written(tmp_path):
     assert arrays['mu'].shape == (64,) and arrays['vectors'].shape == (5, 64)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('arguments, part', [
     (['--make_stats=digits'], '--output'),
     (['--make_stats=nowhere', '--output=x.npz'], 'no images at nowhere'),
@@ -100,7 +100,7 @@ def test_statistics_need_weights_that_are_there(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_workdir_below_a_file(tmp_path):
   (tmp_path / 'file').write_text('here')
   assert_refused(run('train.py', '--config=configs/digits.py',
@@ -109,7 +109,7 @@ def test_a_workdir_below_a_file(tmp_path):
   assert (tmp_path / 'file').read_text() == 'here'
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_workdir_of_another_config(tmp_path):
   config = digits.get_config()
   config.seed = 5
@@ -131,7 +131,7 @@ def test_eval_before_train(tmp_path):
                  f'{tmp_path}/w', 'run train.py')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('arguments, parts', [
     (['--config=configs/digits.py:tabel'], ("'tabel'", 'table')),
     (['--config=configs/digits.py:table', '--seeds=1,x'], ('seeds', "'x'")),

@@ -44,7 +44,7 @@ def test_ours_from_another_family(tmp_path):
                    config, {n: v + 1 for n, v in state.items()}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_does_not_load_writes_nothing(tmp_path):
   state = checkpoints.state_of('ddim')
   del state['conv_in.bias'], state['mid.attn_1.q.weight']

@@ -213,7 +213,7 @@ def test_no_gradient_passes_the_memory():
 
 
 @pytest.mark.parametrize('options', [
-    pytest.param({'how_remat': 'blocks'}, marks=pytest.mark.slow),
+    pytest.param({'how_remat': 'blocks'}, marks=pytest.mark.long),
     pytest.param({'how_remat': 'products'}, marks=pytest.mark.long),
     pytest.param({'accumulate': 2}, marks=pytest.mark.long)], ids=str)
 def test_updates_in_less_memory_remember_the_same(options):

@@ -63,7 +63,7 @@ def test_without_data_to_a_file(model, params, tmp_path):
 
 
 @pytest.mark.parametrize('recipe', [
-    pytest.param('msfp', marks=pytest.mark.slow),
+    pytest.param('msfp', marks=pytest.mark.long),
     pytest.param('svdquant', marks=pytest.mark.long)])
 def test_a_file_samples_what_the_simulation_does(
     model, params, tmp_path, recipe):

@@ -188,7 +188,7 @@ def test_processes_share_the_work(tmp_path, npz, evaluated, count, model):
   assert_evaluated_alike(tmp_path, evaluated)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_run_goes_on_with_other_devices(tmp_path, npz, one):
   """SIGTERM to one of two processes, then on one device, the rest on eight."""
   for process in together(2, tmp_path, npz, stop={'pretrain': 3}):

@@ -104,7 +104,7 @@ def test_flux_in_shards_as_by_the_ordinary_path(
 
 
 @pytest.mark.parametrize('recipe, bits', [
-    ('signed_fp', 3), pytest.param('msfp', 5, marks=pytest.mark.slow)])
+    ('signed_fp', 3), pytest.param('msfp', 5, marks=pytest.mark.long)])
 def test_weights_alone_are_searched(source, target, tmp_path, recipe, bits):
   expected, _ = ordinary(source, tmp_path / 'a.safetensors', recipe=recipe,
                          bits=bits, act_bits=32)
@@ -147,7 +147,7 @@ def test_a_spec_by_hand(source, target, tmp_path):
              dataclasses.replace(spec, layers=layers), tiny.PLAN)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('recipe', ['msfp', 'msfp+gptq', 'svdquant_nvfp4'])
 def test_a_spec_that_saw_inputs(source, target, tmp_path, recipe):
   """Scales of inputs, weights that were rounded, branches beside products."""
@@ -184,7 +184,7 @@ def die_at(monkeypatch, count):
 @pytest.mark.usefixtures('untraced')
 @pytest.mark.parametrize('options', [
     {'recipe': 'int4_group'},
-    pytest.param({'recipe': 'int', 'act_bits': 32}, marks=pytest.mark.slow)],
+    pytest.param({'recipe': 'int', 'act_bits': 32}, marks=pytest.mark.long)],
                          ids=['data-free', 'searched'])
 def test_killed_anywhere_and_resumed(source, target, monkeypatch, options):
   expected = pack(source, target, **options)

@@ -182,8 +182,9 @@ def tuned(model):
   return student, trainable
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('model', [tiny.NET, tiny.UNET], ids=['net', 'unet'])
+@pytest.mark.parametrize('model', [
+    pytest.param(tiny.NET, marks=pytest.mark.slow),
+    pytest.param(tiny.UNET, marks=pytest.mark.long)], ids=['net', 'unet'])
 def test_models_of_two_banks(model):
   student, trainable = tuned(model)
   deployed = packed_lib.deploy(student, trainable, tiny.PLAN)

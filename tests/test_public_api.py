@@ -50,7 +50,7 @@ def test_calibrate_pack_save_load_sample(setting, tmp_path):
   assert (tmp_path / 'model.safetensors').stat().st_size < full / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_alone_is_a_list_of_one(setting):
   params, plan, noise, spec = setting
   listed = msfp.calibrate(

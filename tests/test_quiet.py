@@ -62,7 +62,7 @@ jax.jit(lambda: jax.lax.reduce_window(
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('environment, alarms', [
     ({}, False), ({'MSFP_TRACEBACK': '1'}, True)], ids=str)
 def test_alarms_of_slow_compilation_are_hidden(environment, alarms):

@@ -17,8 +17,6 @@ from msfp_jax.run import train
 
 # Those that stand for more: lsun_church's config is made of lsun_bedroom's.
 FAMILIES = ('cifar10', 'celeba64', 'lsun_church', 'imagenet256')
-# In CI; celeba64's config is made of cifar10's.
-QUICKER = ('cifar10', 'imagenet256')
 # Those that are sampled from their packed file as well.
 PACKED = ('cifar10', 'imagenet256')
 
@@ -32,7 +30,7 @@ def rows_of(config, workdir):
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow if name in QUICKER
+    pytest.param(name, marks=pytest.mark.slow if name == 'cifar10'
                  else pytest.mark.long) for name in FAMILIES])
 def test_train_then_eval(tmp_path, name):
   config = importlib.import_module(f'configs.{name}').get_config('smoke')
@@ -89,7 +87,7 @@ class Oblong(nn.Module):
     return nn.Conv(1, (3, 3), name='conv_out')(nn.silu(h))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_family_is_an_entry_of_the_registry(tmp_path, monkeypatch):
   monkeypatch.setitem(registry.REGISTRY, 'oblong', Oblong)
   config = cifar10.get_config('smoke')

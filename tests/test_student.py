@@ -205,6 +205,6 @@ def unet():
   return students.Setup(tiny.UNET, num_updates=40)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_unet_starts_as_plain_msfp_bit_for_bit():
   assert len(list(assert_starts_as_plain(unet()))) == 2

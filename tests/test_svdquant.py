@@ -320,7 +320,7 @@ def test_every_layer_of_digits_loses_less_than_by_blocks_alone(
       assert trial.error(layer.around) < trial.error(Around()), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_digits_from_calibration_to_a_file_that_samples(
     digits, digits_spec, tmp_path):
   model, params, plan, _, _ = digits

@@ -111,7 +111,7 @@ def test_the_shipped_configs_are_the_repositorys(run, tmp_path):
           'w6a6').to_json_best_effort() for name in NAMES}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_readmes_lines(run, tmp_path):
   """Compiled as users' programs are, without any flag of the tests."""
   readme = (ROOT / 'README.md').read_text()
@@ -145,7 +145,7 @@ def test_train_and_eval(run, tmp_path):
       'python -m msfp_jax.train --config=digits.py:demo --workdir=runs/demo')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_other_commands(run, tmp_path):
   assert '| `ssim_to_fp` | high |' in run(tmp_path, '-m', 'msfp_jax.metrics')
   assert 'ends-8' in run(tmp_path, '-c', (

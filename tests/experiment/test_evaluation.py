@@ -66,7 +66,7 @@ def evaluate_in_pieces(config, workdir, each):
         stops += 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_is_uninterrupted(copy, npz, drawn):
   """No batch is drawn twice, and none is lost."""
   before = runs.contents(copy)
@@ -103,7 +103,7 @@ def stopped(copy, npz, drawn):
   return copy
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_batch_size_starts_anew(stopped, npz, drawn):
   evaluate.run(runs.config_of(npz, {
       'eval.rows': ('fp',), 'eval.batch_size': 80}), str(stopped))
@@ -111,7 +111,7 @@ def test_another_batch_size_starts_anew(stopped, npz, drawn):
   assert not (stopped / 'eval').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_measurements_keep_the_samples(stopped, npz, drawn):
   """Only what the finished row no longer needed is drawn again."""
   changes = {'eval.pictures': 100, 'eval.keep': 'npz', 'eval.vectors': 50,
@@ -288,7 +288,7 @@ def test_neither_data_nor_reference(copy, npz):
     evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   found = evaluate.run(runs.config_of(npz, {
       'eval.rows': ('fp', 'packed'), 'eval.layer_images': 2,

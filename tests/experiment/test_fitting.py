@@ -13,7 +13,7 @@ CHANGES = {'stage': 'pretrain', 'pretrain.num_steps': 3, 'pretrain.warmup': 0,
            'pretrain.remat': 'blocks'}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_refused_before_it_begins_and_told_how_it_fits(tmp_path, npz):
   begin = lambda changes: train.run(
       runs.config_of(npz, CHANGES | changes), str(tmp_path / 'w'))

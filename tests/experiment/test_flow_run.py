@@ -13,7 +13,7 @@ from msfp_jax.run import evaluate
 from msfp_jax.run import train
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_flow_from_end_to_end(tmp_path, npz):
   config = runs.config_of(npz, {
       'schedule.name': 'flow', 'sampler.shift': 2.0,

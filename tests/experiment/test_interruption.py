@@ -43,7 +43,7 @@ def test_interrupted_is_uninterrupted(tmp_path, trained, npz, monkeypatch):
   runs.assert_same_run(config, tmp_path, trained)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_trajectories_and_the_average_go_on_too(
     tmp_path, npz, monkeypatch):
   """Stopped in the middle of a trajectory that the student drives."""

@@ -85,7 +85,7 @@ def test_without_asking_there_is_none(trained):
   assert not (trained / 'report.html').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_command_writes_the_same_page(copy, npz, html):
   evaluate.run(runs.config_of(npz, {'eval.report': True}), str(copy),
                'python eval.py --workdir=<run> & more')

@@ -38,7 +38,7 @@ def no_reader():
               if thread.name.startswith('read_ahead')]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_is_uninterrupted(
     tmp_path, folder, reference, monkeypatch):
   config = runs.config_of(folder, ONLY_TEACHER)
