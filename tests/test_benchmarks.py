@@ -47,8 +47,9 @@ SQNR = {
     'NVFP4': (20.44, 20.66, 20.88, 20.23, 21.71)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('rows', [768, 2048])
+@pytest.mark.parametrize('rows', [
+    pytest.param(768, marks=pytest.mark.slow),
+    pytest.param(2048, marks=pytest.mark.long)])
 def test_formats_have_the_known_signal_to_noise(rows):
   found = {name: [float(text) for text in values]
            for name, _, *values in formats.table(rows)}

@@ -11,8 +11,6 @@ import tiny
 import torch_writer
 import unet_oracle
 
-pytestmark = pytest.mark.slow
-
 SCRIPT = '''
 import jax
 from msfp_jax import convert
@@ -28,7 +26,9 @@ print((read('VmHWM') - before) / {size}, held / {size})
 '''
 
 
-@pytest.mark.parametrize('kind', ['torch', 'safetensors'])
+@pytest.mark.parametrize('kind', [
+    pytest.param('torch', marks=pytest.mark.long),
+    pytest.param('safetensors', marks=pytest.mark.slow)])
 def test_peak_is_below_one_and_a_half_files(tmp_path, kind):
   """CelebA's full-size UNet, 315 MB; measured in a process of its own."""
   config = tiny.CELEBA64

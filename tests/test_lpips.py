@@ -103,6 +103,7 @@ def test_another_text_says_what_to_write(text):
   assert lpips.check('') == ''
 
 
+@pytest.mark.optimized
 def test_scores_have_it_where_its_weights_are():
   images = runs.smooth(140, 40, 40, 3)
   random = features.get('random', (40, 40, 3))

@@ -94,8 +94,9 @@ def parts_in(path):
                  for name, tensor in header.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('recipe', EVERY)
+@pytest.mark.parametrize('recipe', [
+    pytest.param(name, marks=pytest.mark.long if name in SEARCHED
+                 else pytest.mark.slow) for name in EVERY])
 def test_a_file_has_the_bytes_that_shapes_say(packed, recipe):
   """To the byte, header included, and each part; and the spec is foreseen."""
   spec, path = packed

@@ -77,7 +77,7 @@ def test_interrupted_is_uninterrupted(copy, npz, drawn):
   assert len(drawn) == NUM_BATCHES and set(drawn.values()) == {1}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_batch_that_was_cut_is_drawn_again(copy, npz, drawn):
   before = runs.contents(copy)
   with pytest.MonkeyPatch.context() as patch:

@@ -94,8 +94,9 @@ def flip_a_bit(folder):
 @pytest.mark.filterwarnings(
     'ignore::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
-@pytest.mark.slow
-@pytest.mark.parametrize('damage', [truncate, flip_a_bit])
+@pytest.mark.parametrize('damage', [
+    pytest.param(truncate, marks=pytest.mark.slow),
+    pytest.param(flip_a_bit, marks=pytest.mark.long)])
 def test_a_damaged_checkpoint_costs_only_its_steps(
     copy, trained, npz, caplog, damage):
   damage(copy / 'checkpoints/6')
