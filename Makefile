@@ -26,8 +26,8 @@ JAX_EXTRA ?=
 # few of them come last, and one process waits for the other.
 WORKERS ?= -n auto --dist loadscope --no-loadscope-reorder
 # Tests mostly wait for XLA, which compiles in a third of the time without LLVM's
-# optimizations and without its emitters by MLIR. Those of the mark `optimized`
-# run as users' programs do.
+# optimizations and without its emitters by MLIR. Those of the mark `optimized`,
+# of bits or of much to compute, run as users' programs do.
 QUICKLY := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 \
   --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 NO_OTHER_STAGE := not slow and not long and not parity and not browser and not aot
