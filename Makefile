@@ -97,13 +97,14 @@ test: $(TEST_READY) ## the test suite
 	$(PY) -m pytest $(WORKERS) -m 'optimized and $(NO_OTHER_STAGE)'
 
 test-slow: $(TEST_READY) ## the tests that take minutes
-	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not parity and not optimized'
-	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and slow and not parity'
+	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'slow and not optimized and not parity and not aot'
+	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and slow and not parity and not aot'
 
-test-long: $(TEST_READY) $(AOT_READY) ## the tests that CI has no time for
+test-long: $(TEST_READY) ## the tests that CI has no time for
 	$(QUICKLY) $(PY) -m pytest $(WORKERS) --durations=30 -m 'long and not optimized and not aot'
 	$(PY) -m pytest $(WORKERS) --durations=30 -m 'optimized and long'
-	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) -m 'aot and long'
+	$(MAKE) $(AOT_READY)
+	JAX_PLATFORMS=cpu $(AOT_PY) -m pytest $(WORKERS) --durations=30 -m 'aot and long'
 
 parity: $(PARITY_READY) ## live comparisons with PyTorch (its own environment)
 	$(QUICKLY) $(PARITY_PY) -m pytest $(WORKERS) -m 'parity and not optimized'

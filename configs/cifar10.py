@@ -130,6 +130,8 @@ _PAST_ROWS = {
        for name in ('int4_minmax_image+gptq', _DIFFERENCES)},
     **{f'{name} + LoRA + DFA': f'recipe={name},lora,dfa'
        for name in _PAST_TUNED},
+    f'{_DIFFERENCES} + LoRA + DFA (corrected)':
+        f'recipe={_DIFFERENCES},lora,dfa,corrected',
     **{f'{_DIFFERENCES} + LoRA + DFA + {label}':
        f'recipe={_DIFFERENCES},lora,dfa,{word}'
        for label, word in (

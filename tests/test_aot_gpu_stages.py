@@ -1,7 +1,8 @@
 """What benchmarks.gpu runs beside products, compiled for an H200 without one.
 
 Smaller models of the same parts: widths that the kernels take, attention, both
-ends, up and down. Needs JAX's plugin for CUDA and nvcc; run by `make aot`.
+ends, up and down. Needs JAX's plugin for CUDA and nvcc; run by `make aot`, the
+step without quantization by `make test-long`.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """A transformer whose weights wait on the host, compiled for a TPU and an H200.
 
 What the programs need of either memory is XLA's own account of them. Needs
-libtpu, JAX's plugin for CUDA and nvcc; run by `make aot`.
+libtpu; run by `make aot`. The H200 needs JAX's plugin for CUDA and nvcc; run by
+`make test-long`.
 """
 
 import pytest

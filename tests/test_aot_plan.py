@@ -1,6 +1,6 @@
 """Steps of many chips, compiled for TPUs that are not there.
 
-Needs libtpu; run by `make aot`.
+Needs libtpu; run by `make aot`, the dearest by `make test-long`.
 """
 
 import dataclasses

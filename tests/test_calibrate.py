@@ -53,7 +53,6 @@ class Clock(nn.Module):
     return 0 * x + nn.Dense(1, name='clock')(t[:, None])[:, None, None]
 
 
-@pytest.mark.long
 def test_aals_of_the_unet_are_the_structural_ones():
   found = tiny.activations(tiny.UNET)
   assert list(found) == list(tiny.layers(tiny.CONFIG))

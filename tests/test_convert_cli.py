@@ -58,7 +58,7 @@ def test_what_does_not_load_writes_nothing(tmp_path):
   assert run(source).returncode == 1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_half_the_bytes(tmp_path):
   """Every value is the nearest one that bfloat16 has; the rest is kept."""
   model = unet.UNet(families.CONFIGS['ddim'])

@@ -141,7 +141,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_batches_are_split_over_all_devices(tmp_path):
   path = tmp_path / 'found.npz'
   tests = pathlib.Path(__file__).parent

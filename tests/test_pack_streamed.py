@@ -147,8 +147,10 @@ def test_a_spec_by_hand(source, target, tmp_path):
              dataclasses.replace(spec, layers=layers), tiny.PLAN)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('recipe', ['msfp', 'msfp+gptq', 'svdquant_nvfp4'])
+@pytest.mark.parametrize('recipe', [
+    pytest.param('msfp', marks=pytest.mark.long),
+    pytest.param('msfp+gptq', marks=pytest.mark.long),
+    pytest.param('svdquant_nvfp4', marks=pytest.mark.slow)])
 def test_a_spec_that_saw_inputs(source, target, tmp_path, recipe):
   """Scales of inputs, weights that were rounded, branches beside products."""
   plan = msfp.make_plan(tiny.SCHEDULE, 'ddim', num_steps=2)

@@ -79,7 +79,7 @@ def pretrained(how='none', accumulate=1, updates=2):
 
 
 @pytest.mark.parametrize('options', [
-    pytest.param({'how': 'blocks', 'accumulate': 2}, marks=pytest.mark.long),
+    pytest.param({'how': 'blocks', 'accumulate': 2}, marks=pytest.mark.slow),
     # Each compiles for half a minute.
     *[pytest.param(case, marks=pytest.mark.long) for case in (
         {'how': 'products'}, {'how': 'blocks'}, {'accumulate': 4})]], ids=str)

@@ -39,6 +39,7 @@ def test_train_then_eval(tmp_path, name):
     save_file(lpips_oracle.random_state('alex'), weights)
     config.eval.lpips = f'alex:{weights}'
     config.model.image_size, config.data.path = 32, '3x32x32'  # as it needs
+    config.quant.drift_images = 2
   if name in PACKED:
     config.eval.rows = (*config.eval.rows, 'packed')
   rows = rows_of(config, tmp_path / 'run')
@@ -49,6 +50,7 @@ def test_train_then_eval(tmp_path, name):
   assert {'psnr_to_fp', 'ssim_to_fp'} < metrics['tuned'].keys()
   if name in PACKED:
     assert metrics['packed'] == metrics['tuned']  # to the last digit
+  assert (tmp_path / 'run/drift.json').is_file() == (name == 'cifar10')
   if config.eval.lpips:
     assert 0 < metrics['tuned']['lpips_alex_to_fp'] < 1
     results = json.loads((tmp_path / 'run/results.json').read_text())

@@ -16,9 +16,8 @@ from msfp_jax.run import evaluate
 from msfp_jax.run import train
 
 
-@pytest.mark.parametrize('updates', [
-    pytest.param(0, marks=pytest.mark.long),
-    pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('updates', [0, 2])
 def test_rows_are_corrected_and_the_file_is_what_is_measured(
     tmp_path, npz, updates):
   """By train.py alone: 'tuned' and 'packed' are what it left."""

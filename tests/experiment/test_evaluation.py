@@ -77,7 +77,7 @@ def test_interrupted_is_uninterrupted(copy, npz, drawn):
   assert len(drawn) == NUM_BATCHES and set(drawn.values()) == {1}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_batch_that_was_cut_is_drawn_again(copy, npz, drawn):
   before = runs.contents(copy)
   with pytest.MonkeyPatch.context() as patch:
@@ -288,7 +288,7 @@ def test_neither_data_nor_reference(copy, npz):
     evaluate.run(runs.config_of('', {'data.name': ''}), str(copy))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_layers_and_seconds_where_they_are_asked_for(copy, npz):
   found = evaluate.run(runs.config_of(npz, {
       'eval.rows': ('fp', 'packed'), 'eval.layer_images': 2,

@@ -28,10 +28,9 @@ LINES = [{'prompt': 'a <cat>', 'seed': 3}, {'prompt': 'a dog'},
          {'prompt': 'a <cat>', 'seed': 3, 'negative_prompt': ''}]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::msfp_jax.metrics.frechet.FewSamplesWarning')
-@pytest.mark.parametrize('name', [
-    pytest.param('flux_schnell', marks=pytest.mark.slow),
-    pytest.param('stable_diffusion', marks=pytest.mark.long)])
+@pytest.mark.parametrize('name', RUNS)
 def test_a_run_from_end_to_end(tmp_path, name):
   file = tmp_path / 'p.jsonl'
   file.write_text('\n'.join(map(json.dumps, LINES)))
