@@ -50,7 +50,7 @@ def pytest_ignore_collect(collection_path, config):
   mark = config.option.markexpr.partition(' ')[0]
   if (mark in ('aot', 'browser', 'long', 'optimized', 'parity', 'slow')
       and collection_path.match('test_*.py')
-      and not re.search(rf'mark\.{mark}\b|\bmarks\.quick\(',
+      and not re.search(rf'mark\.{mark}\b|\bmarks\.(quick|slow)\(',
                         collection_path.read_text())):
     return True
   return None  # as pytest decides

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax.numpy as jnp
+import marks
 import numpy as np
 import pytest
 import toy
@@ -47,9 +48,7 @@ SQNR = {
     'NVFP4': (20.44, 20.66, 20.88, 20.23, 21.71)}
 
 
-@pytest.mark.parametrize('rows', [
-    pytest.param(768, marks=pytest.mark.slow),
-    pytest.param(2048, marks=pytest.mark.long)])
+@pytest.mark.parametrize('rows', marks.slow([768], [768, 2048]))
 def test_formats_have_the_known_signal_to_noise(rows):
   found = {name: [float(text) for text in values]
            for name, _, *values in formats.table(rows)}

@@ -212,10 +212,10 @@ def test_no_gradient_passes_the_memory():
   assert any(np.any(part) for part in jax.tree.leaves(gradient['banks']))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('options', [
-    pytest.param({'how_remat': 'blocks'}, marks=pytest.mark.long),
-    pytest.param({'how_remat': 'products'}, marks=pytest.mark.long),
-    pytest.param({'accumulate': 2}, marks=pytest.mark.long)], ids=str)
+    {'how_remat': 'blocks'}, {'how_remat': 'products'}, {'accumulate': 2}],
+                         ids=str)
 def test_updates_in_less_memory_remember_the_same(options):
   settings = {key: value for key, value in ONE.items() if key != 'recipe'}
   setup = students.Setup(tiny.UNET, recipe=RECIPE, **settings)

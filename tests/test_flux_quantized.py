@@ -62,9 +62,8 @@ def test_without_data_to_a_file(model, params, tmp_path):
   packed_files.assert_equal(loaded, packed)
 
 
-@pytest.mark.parametrize('recipe', [
-    pytest.param('msfp', marks=pytest.mark.long),
-    pytest.param('svdquant', marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('recipe', ['msfp', 'svdquant'])
 def test_a_file_samples_what_the_simulation_does(
     model, params, tmp_path, recipe):
   """And AALs are those of the structure: what follows SiLU or GELU."""

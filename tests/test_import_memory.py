@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import marks
 import pytest
 import safetensors.numpy
 import tiny
@@ -26,9 +27,8 @@ print((read('VmHWM') - before) / {size}, held / {size})
 '''
 
 
-@pytest.mark.parametrize('kind', [
-    pytest.param('torch', marks=pytest.mark.long),
-    pytest.param('safetensors', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', marks.slow(
+    ['safetensors'], ['torch', 'safetensors']))
 def test_peak_is_below_one_and_a_half_files(tmp_path, kind):
   """CelebA's full-size UNet, 315 MB; measured in a process of its own."""
   config = tiny.CELEBA64

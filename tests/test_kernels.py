@@ -44,9 +44,7 @@ def test_every_pair_of_4_bits(weight):
 _SILU, _RANGE = -0.278, -1.25
 
 
-@pytest.mark.parametrize('bits', [
-    *[pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 4, 5)],
-    *[pytest.param(bits, marks=pytest.mark.long) for bits in (6, 7, 8)]])
+@pytest.mark.parametrize('bits', marks.slow([3, 4, 5], range(3, 9)))
 def test_every_pair_of_a_width_is_as_good_as_float32(bits):
   """Layers are within 1e-6 of float64, zero points on both sides.
 

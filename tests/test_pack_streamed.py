@@ -13,6 +13,7 @@ import flux_oracle
 import jax
 import jax.numpy as jnp
 import lora_files
+import marks
 import ml_dtypes
 import numpy as np
 import pytest
@@ -147,10 +148,8 @@ def test_a_spec_by_hand(source, target, tmp_path):
              dataclasses.replace(spec, layers=layers), tiny.PLAN)
 
 
-@pytest.mark.parametrize('recipe', [
-    pytest.param('msfp', marks=pytest.mark.long),
-    pytest.param('msfp+gptq', marks=pytest.mark.long),
-    pytest.param('svdquant_nvfp4', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('recipe', marks.slow(
+    ['svdquant_nvfp4'], ['msfp', 'msfp+gptq', 'svdquant_nvfp4']))
 def test_a_spec_that_saw_inputs(source, target, tmp_path, recipe):
   """Scales of inputs, weights that were rounded, branches beside products."""
   plan = msfp.make_plan(tiny.SCHEDULE, 'ddim', num_steps=2)

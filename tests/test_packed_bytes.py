@@ -6,6 +6,7 @@ import json
 import math
 
 import flux_oracle
+import marks
 import numpy as np
 import pytest
 
@@ -26,7 +27,8 @@ SMALL = dataclasses.replace(
 MODEL, PLAN = Flux(SMALL), diffusion.flow_plan(2)
 SEARCHED = 'int', 'unsigned_weights', 'mixup_weights'
 # One of those whose weights are stored alike.
-EVERY = ('quartz_weights', 'nvfp4', 'int4_group', 'svdquant', *SEARCHED)
+DIRECT = 'quartz_weights', 'nvfp4', 'int4_group', 'svdquant'
+EVERY = (*DIRECT, *SEARCHED)
 
 
 @functools.cache
@@ -94,9 +96,7 @@ def parts_in(path):
                  for name, tensor in header.items()}
 
 
-@pytest.mark.parametrize('recipe', [
-    pytest.param(name, marks=pytest.mark.long if name in SEARCHED
-                 else pytest.mark.slow) for name in EVERY])
+@pytest.mark.parametrize('recipe', marks.slow(DIRECT, EVERY))
 def test_a_file_has_the_bytes_that_shapes_say(packed, recipe):
   """To the byte, header included, and each part; and the spec is foreseen."""
   spec, path = packed

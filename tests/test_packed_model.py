@@ -6,6 +6,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import marks
 import numpy as np
 from packed_cases import conv
 from packed_cases import Deep
@@ -182,9 +183,8 @@ def tuned(model):
   return student, trainable
 
 
-@pytest.mark.parametrize('model', [
-    pytest.param(tiny.NET, marks=pytest.mark.slow),
-    pytest.param(tiny.UNET, marks=pytest.mark.long)], ids=['net', 'unet'])
+@pytest.mark.parametrize(
+    'model', marks.slow([tiny.NET], [tiny.NET, tiny.UNET]), ids=['net', 'unet'])
 def test_models_of_two_banks(model):
   student, trainable = tuned(model)
   deployed = packed_lib.deploy(student, trainable, tiny.PLAN)

@@ -6,6 +6,7 @@ import json
 import flax.linen as nn
 import jax.numpy as jnp
 import lpips_oracle
+import marks
 import pytest
 from safetensors.numpy import save_file
 
@@ -29,9 +30,7 @@ def rows_of(config, workdir):
   return {row['name']: row for row in results['rows']}
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow if name == 'cifar10'
-                 else pytest.mark.long) for name in FAMILIES])
+@pytest.mark.parametrize('name', marks.slow(['cifar10'], FAMILIES))
 def test_train_then_eval(tmp_path, name):
   config = importlib.import_module(f'configs.{name}').get_config('smoke')
   if name == 'cifar10':

@@ -10,6 +10,7 @@ import sys
 import time
 
 import children
+import marks
 import pytest
 import runs
 
@@ -94,9 +95,8 @@ def flip_a_bit(folder):
 @pytest.mark.filterwarnings(
     'ignore::pytest.PytestUnhandledThreadExceptionWarning')
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
-@pytest.mark.parametrize('damage', [
-    pytest.param(truncate, marks=pytest.mark.slow),
-    pytest.param(flip_a_bit, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    'damage', marks.slow([truncate], [truncate, flip_a_bit]))
 def test_a_damaged_checkpoint_costs_only_its_steps(
     copy, trained, npz, caplog, damage):
   damage(copy / 'checkpoints/6')

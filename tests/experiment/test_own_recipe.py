@@ -93,8 +93,7 @@ OWN = {
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param('half_steps', marks=pytest.mark.long),
-    pytest.param('rank_2', marks=pytest.mark.long)])
+    pytest.param(name, marks=pytest.mark.long) for name in OWN])
 def run(request, tmp_path_factory, npz):
   """(name, config, workdir) of ten updates and an evaluation."""
   name = request.param
