@@ -44,12 +44,12 @@ from typing import Any
 
 from configs import common
 
+_DISTANCE = {
+    'eval.features': 'resnet56', 'eval.reference': 'cifar10',
+    'eval.vectors': 0}  # those statistics hold none
 _TEACHER = {
     'stage': 'pretrain', 'pretrained': '', 'model.num_res_blocks': 1,
-    'pretrain.flip': True,
-    # Those statistics hold no vectors.
-    'eval.features': 'resnet56', 'eval.reference': 'cifar10',
-    'eval.vectors': 0}
+    'pretrain.flip': True, **_DISTANCE}
 VARIANTS = common.ABLATION | {
     'small': _TEACHER | {  # in float32: bfloat16 is no faster on CPUs
         'model.ch': 32, 'model.ch_mult': (1, 2, 4),
@@ -68,7 +68,7 @@ VARIANTS = common.ABLATION | {
         'pretrain.sample_every': 10_000},
     # The teacher that the command above has trained; it needs no data.
     'trained': {'stage': 'quantize', 'data.name': '',
-                'pretrained': 'cifar10_small'},
+                'pretrained': 'cifar10_small', **_DISTANCE},
     '20': {'sampler.num_steps': 20, 'finetune.num_updates': 1600,
            'eval.num_samples': 2048},
     'smoke': common.SMOKE | {
@@ -109,6 +109,7 @@ _ROWS = {
     'MSFP + LoRA + DFA (corrected)': 'msfp,lora,dfa,corrected',
     'MSFP by step + LoRA + DFA': 'recipe=msfp+by_step,lora,dfa',
     'MSFP + TALoRA + DFA': 'msfp,talora,dfa',
+    'MSFP + TALoRA + DFA (corrected)': 'msfp,talora,dfa,corrected',
     'MSFP + TALoRA + DFA (ddpm)': 'msfp,talora,dfa=ddpm',
     'MSFP + TALoRA + DFA (ddpm_respaced)': 'msfp,talora,dfa=ddpm_respaced',
     'MSFP + LoRA + DFA + steered': 'msfp,lora,dfa,steer',

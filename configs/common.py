@@ -69,8 +69,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.pretrained = ''
   # Of checkpoints that do not tell their own configuration: a CompVis yaml.
   config.pretrained_config = ''
-  # Take the moving average where the checkpoint has one.
-  config.ema = True
+  # Take the moving average where the checkpoint has one. None: so it is, unless
+  # its yaml says otherwise.
+  config.ema = ml_collections.config_dict.placeholder(bool)
   # LoRAs that are merged into it before anything else: ((file, strength), ...)
   config.loras = ()
   # Latent diffusion: checkpoint of the first stage, which decodes.

@@ -16,7 +16,8 @@ of 256 rows. Calibration draws its conditions from the prompts; image i is made
 from prompt i and from that prompt's seed, and all rows are compared with the
 images of full precision. Other sizes: --config.image_size=(512,768). Words
 `quartz`, `svdquant`, `nvfp4` and `msfp` choose the recipe, data-free nvfp4
-being the quickest. `:smoke` runs the whole path in under a minute on a small
+being the quickest. `:dev` is FLUX.1-dev, whose folder is named likewise: 50
+steps, its own shift, guidance of 3.5, texts of 512 tokens. `:smoke` runs the whole path in under a minute on a small
 random transformer, random encoders and a random autoencoder.
 
 Not measured by us yet: the published weights were not at hand. No fine-tuning.
@@ -47,6 +48,13 @@ VARIANTS = {
         'autoencoder.embed_dim': 4},
     **{recipe: {'quant.recipe': recipe}
        for recipe in ('quartz', 'svdquant', 'nvfp4', 'msfp')},
+    # Its model card's protocol; its scheduler's file has the shift.
+    'dev': {
+        **dict.fromkeys(('pretrained', 'first_stage', 'text_encoder'),
+                        'FLUX.1-dev'),
+        'text_length': 512, 'guidance.scale': 3.5,
+        'model.guidance_embeds': True,
+        'sampler.num_steps': 50},
 }
 
 
@@ -68,7 +76,7 @@ def get_config(variant: str = ''):
       'z_channels': 16, 'embed_dim': 16, 'quant_conv': False})
   config.schedule.name = 'flow'
   config.schedule.num_train_steps = 1
-  config.sampler.update(name='flow', num_steps=4, shift=1.0)
+  config.sampler.update(name='flow', num_steps=4)
   config.calibrate.update(batch_size=1, num_batches=16)
   config.quant.recipe = 'quartz'
   config.finetune.num_updates = 0

@@ -4,8 +4,11 @@ import pathlib
 import runpy
 import sys
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
+from configs import digits
 from msfp_jax.run import config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,3 +112,30 @@ def test_a_config_anywhere_imports_the_shipped(elsewhere):
   found = load('mine.py')
   assert found['images'].neighbour
   assert found['digits'].__file__ == f'{ROOT}/configs/digits.py'
+
+
+@pytest.mark.parametrize('given, meant', [
+    ('fp,msfp:w6a6,tuned', ('fp', 'msfp:w6a6', 'tuned')),
+    ('all:w6a6', ('all:w6a6',)), ('fp, msfp+gptq', ('fp', 'msfp+gptq')),
+    ('fp', ('fp',)), ("('fp', 'int')", ('fp', 'int')), ('()', ()),
+    ("'fp,int'", ('fp,int',))])
+@pytest.mark.parametrize('field', ['eval.rows', 'eval.more_features'])
+@pytest.mark.parametrize('between', ['=', None])
+def test_lists_of_names_need_no_quotes(given, meant, field, between, monkeypatch):
+  """As ml_collections reads what is left of them."""
+  value = [f'--config.{field}={given}'] if between else [
+      f'--config.{field}', given]
+  argv = config_files.quote_lists(
+      ['eval.py', *value, '--config.seed=3'])
+  monkeypatch.setattr(sys, 'argv', argv)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+      'config', digits.get_config(), flag_values=values)
+  values(argv)
+  assert values.config.eval[field.removeprefix('eval.')] == meant
+  assert values.config.seed == 3
+
+
+def test_other_flags_stay_as_they_were_typed():
+  argv = ['x', '--config.eval.reference=a,b', "--config.eval.rows=('fp'", 'fp,a:b']
+  assert config_files.quote_lists(argv) == argv

@@ -11,13 +11,16 @@ import ml_collections
 import numpy as np
 import pytest
 import safetensors
+import test_flow_scheduler
 
 from configs import cifar10
 from configs import common
 from configs import digits
+from configs import flux_schnell
 from configs import images
 from msfp_jax import convert
 from msfp_jax import diffusion
+from msfp_jax.convert import flow_scheduler
 from msfp_jax.convert import native
 from msfp_jax.diffusion import origin
 from msfp_jax.metrics import features
@@ -70,7 +73,8 @@ def test_fields_and_types_are_those_of_common(module, variant):
   assert known.keys() <= found.keys()
   assert found.keys() - known.keys() <= models
   for name, value in known.items():
-    assert type(found[name]) is type(value), name
+    # None: of a placeholder, which a config may fill in.
+    assert value is None or type(found[name]) is type(value), name
   for name in models:
     assert isinstance(found[name], int | float | tuple | str | None), name
 
@@ -102,6 +106,27 @@ def test_what_a_config_names_exists(module, variant):
         side, side, fields['in_channels'] or 1))
   for name in methods.recipes_of(methods.expand(config.eval.rows)):
     recipes.get(name)
+
+
+def test_the_shipped_teacher_of_cifar10_needs_nothing_else_typed():
+  alone, whole = map(cifar10.get_config, ('trained', 'small,trained'))
+  for field in ('pretrained', 'stage', 'data', 'eval.features', 'eval.reference',
+                'eval.vectors'):
+    part, _, name = field.partition('.')
+    of = lambda config: config[part][name] if name else config[part]
+    assert of(alone) == of(whole), field
+
+
+def test_dev_has_its_own_shift_and_guidance():
+  """Of the scheduler's file; typed, it would go before that."""
+  config = flux_schnell.get_config('dev')
+  model = teacher.new_model(dict(config.model))
+  assert 'guidance' in [part.name for part in model.conditions]
+  said = flow_scheduler.of_model(
+      flow_scheduler.read(test_flow_scheduler.DEV, 'file'),
+      flow_scheduler.FlowModel(1, 4096, True), 'file')
+  chosen = origin.choose(said, config.schedule, config.sampler)
+  assert chosen.sampler_fields['shift_by_tokens'] == [0.5, 1.15, 256, 4096]
 
 
 @pytest.mark.slow

@@ -13,9 +13,11 @@ import pytest
 import unet_oracle
 import yaml
 
+from configs import common
 from msfp_jax import convert
 from msfp_jax.convert import load
 from msfp_jax.convert.tensors import LazyTensor
+from msfp_jax.run import teacher
 
 
 def test_a_yaml_tells_what_shapes_do_not(tmp_path):
@@ -190,9 +192,13 @@ def test_the_yaml_says_whether_to_average(tmp_path, stated, expected):
   content = foreign.compvis_yaml(config)
   content['model']['params'] |= stated
   (tmp_path / 'config.yaml').write_text(yaml.safe_dump(content))
-  _, params = convert.load_pretrained(str(tmp_path / 'm.ckpt'))
-  np.testing.assert_array_equal(
-      params['conv_in']['bias'], state['conv_in.bias'] + expected)
+  path, run = str(tmp_path / 'm.ckpt'), common.get_config()
+  # From Python, and in a run whose config says nothing.
+  for _, params in (convert.load_pretrained(path), teacher.load(
+      path, '', described_by='', ema=run.ema, fields=run.model, seed=0,
+      loras=run.loras)):
+    np.testing.assert_array_equal(
+        params['conv_in']['bias'], state['conv_in.bias'] + expected)
 
 
 @pytest.mark.parametrize('field, value', [

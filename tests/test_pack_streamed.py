@@ -333,20 +333,23 @@ def test_the_command_names_missing_shards(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_takes_loras(source, target, tmp_path):
-  """With a strength, or without one: 1."""
+def test_the_command_takes_loras_and_a_sampler(source, target, tmp_path):
+  """LoRAs with a strength, or without one: 1."""
   down, up = np.ones((2, 8), np.float32), np.ones((8, 2), np.float32)
   files = [lora_files.write(tmp_path / f'{name}.safetensors', lora_files.kohya(
       {f'mid_block_attentions_0_to_{name}': (down, up)})) for name in 'qk']
   done = subprocess.run(
       [sys.executable, '-m', 'msfp_jax.packed', str(source), str(target),
-       f'--lora={files[0]}=0.5', f'--lora={files[1]}'],
+       f'--lora={files[0]}=0.5', f'--lora={files[1]}',
+       '--sampler=dpm_solver', '--num_steps=5'],
       cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True,
       check=False)
   assert done.returncode == 0, done.stderr
   actual = target.read_bytes()
   target.unlink()
-  msfp.pack_streamed(source, target, loras=[(files[0], 0.5), (files[1], 1)])
+  msfp.pack_streamed(
+      source, target, loras=[(files[0], 0.5), (files[1], 1)],
+      plan=msfp.load_plan(str(source), num_steps=5, name='dpm_solver'))
   assert target.read_bytes() == actual
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import flux_oracle
 import jax
@@ -240,10 +241,26 @@ def test_more_that_is_refused_at_once(tmp_path, file):
   config.prompts = str(file.with_suffix('.txt'))
   with pytest.raises(ValueError, match='blank lines.*2'):
     experiment_lib.check(config)
-  config = save(tmp_path / 'a.npz', context=6)
-  config.text_encoder = 'random'
-  with pytest.raises(ValueError, match='are embeddings, and'):
+  config = config_of(file, text_encoder='hf:nobody')
+  with pytest.raises(ValueError, match='hf:OWNER/NAME'):
     experiment_lib.check(config)
+
+
+def test_encoders_of_the_hub_are_looked_for_later(file):
+  experiment_lib.check(config_of(file, text_encoder='hf:owner/name'))
+
+
+def test_embeddings_need_no_encoder_whatever_the_config_names(tmp_path, caplog):
+  """As configs of prompts name one; whoever has an .npz typed none."""
+  config = save(tmp_path / 'a.npz', context=6)
+  experiment_lib.check(config)
+  assert 'of no account' not in caplog.text
+  config.text_encoder, config.text_length = 'sd15', 77
+  with caplog.at_level(logging.INFO):
+    experiment_lib.check(config)
+  assert 'config.text_encoder' in caplog.text
+  _, found = prompts_lib.load(DIFFUSES, config)
+  assert len(found.seeds) == 2
 
 
 def test_a_workdir_of_other_prompts_is_refused(tmp_path, file):

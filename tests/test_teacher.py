@@ -78,12 +78,14 @@ def test_sizes_of_0_are_the_images():
   assert made.config == dataclasses.replace(
       CONFIG, image_size=12, in_channels=3, out_channels=3)
   assert teacher.untrained(FIELDS, images(8, 8, 1)) == UNLABELLED
+  made = teacher.untrained(FIELDS | zeros, images(8, 12, 3))
+  assert made.sample_shape == (8, 12, 3)
 
 
 def test_a_training_that_no_evaluation_could_follow_is_refused():
-  """Before it begins: sides that differ from each other, or the config's."""
+  """Before it begins: sides that differ from the config's."""
   with pytest.raises(ValueError, match='8 x 10 .* 8 x 8'):
-    teacher.untrained(FIELDS | {'image_size': 0}, images(8, 10, 1))
+    teacher.untrained(FIELDS, images(8, 10, 1))
   with pytest.raises(ValueError, match='16 x 16 .* 8 x 8'):
     teacher.untrained(FIELDS, images(16, 16, 1))
 

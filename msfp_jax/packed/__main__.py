@@ -2,6 +2,7 @@
 
   python -m msfp_jax.packed SRC DST.safetensors [--recipe=nvfp4] [--bits=w4a4]
       [--exceptions=ends-8] [--spec=FILE] [--config=FILE] [--noema]
+      [--sampler=NAME] [--num_steps=20]
       [--lora=FILE=0.8 ...]
 
 SRC is what `msfp_jax.convert` takes: a file, a folder of diffusers, its shards.
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from msfp_jax import convert
 from msfp_jax.packed import streamed
 from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
@@ -27,6 +29,8 @@ _EXCEPTIONS = flags.DEFINE_string(
     'exceptions', 'ends-8', 'Which layers have other bits.')
 _SPEC = flags.DEFINE_string(
     'spec', None, 'A spec.json, in place of recipe, bits and exceptions.')
+_SAMPLER = flags.DEFINE_string(
+    'sampler', None, 'Such as ddim or dpm_solver; by default the checkpoint\'s.')
 _STEPS = flags.DEFINE_integer('num_steps', 20, 'Of the sampler.')
 _LORAS = flags.DEFINE_multi_string(
     'lora', [], 'A LoRA that is merged into the weights: FILE, or '
@@ -49,8 +53,12 @@ def _pack(source, target):
     bits, act_bits = recipes.parse_bits(_BITS.value)
     how = {'recipe': _RECIPE.value, 'bits': bits, 'act_bits': act_bits,
            'exceptions': _EXCEPTIONS.value}
+  plan = None
+  if _SAMPLER.value is not None:
+    plan = convert.load_plan(source, source_flags.CONFIG.value, _STEPS.value,
+                             name=_SAMPLER.value)
   streamed.pack_streamed(
-      source, target, **how, num_steps=_STEPS.value,
+      source, target, **how, plan=plan, num_steps=_STEPS.value,
       config=source_flags.CONFIG.value, ema=source_flags.EMA.value,
       loras=[_file_and_strength(text) for text in _LORAS.value])
 

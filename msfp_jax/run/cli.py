@@ -15,6 +15,7 @@ import jax
 from msfp_jax.base import errors
 from msfp_jax.base import quiet
 from msfp_jax.run import cluster
+from msfp_jax.run import config_files
 
 _T = TypeVar('_T')
 
@@ -81,7 +82,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags as absl does; a bad one ends with a message, no traceback."""
   try:
-    return flags.FLAGS(argv)
+    return flags.FLAGS(config_files.quote_lists(argv))
   except flags.Error as error:
     # A config file's own error stands last, below its traceback.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

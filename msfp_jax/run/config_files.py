@@ -6,9 +6,11 @@ as in the documentation, `configs/digits.py`, or shorter, and import each other
 by `from configs import common`, as configs of the user's may.
 """
 
+import ast
 from collections.abc import Sequence
 import importlib.machinery
 import pathlib
+import re
 import sys
 import types
 from typing import Any
@@ -28,6 +30,8 @@ FOLDER = next((folder for folder in (_PACKAGE / 'configs',
                if folder.is_dir()), _PACKAGE / 'configs')
 # What experiments share; none itself.
 _SHARED = ('__init__', 'common')
+# Fields that are lists of names, none of which has a comma.
+_LISTS = ('eval.rows', 'eval.more_features', 'eval.more_references')
 
 
 def names() -> list[str]:
@@ -77,6 +81,38 @@ def define() -> flags.FlagHolder:
   flag = flags.FLAGS[holder.name]
   flag.parser = _Parser(flag.parser)
   return holder
+
+
+def quote_lists(argv: Sequence[str]) -> list[str]:
+  """A command line whose lists of names are Python's, as flags want them.
+
+  So `--config.eval.rows=fp,msfp:w6a6` means ('fp', 'msfp:w6a6'); without, names
+  with a colon between commas are no tuple and no single name either.
+
+  Args:
+    argv: as it was typed; what is Python already stays as it is.
+  """
+  field = '|'.join(map(re.escape, _LISTS))
+  found = list(argv)
+  for i, text in enumerate(found):
+    given = re.fullmatch(rf'(--?config\.(?:{field}))(?:=(.*))?', text, re.DOTALL)
+    if given is None:
+      continue
+    if given[2] is not None:
+      found[i] = f'{given[1]}={_quoted(given[2])}'
+    elif i + 1 < len(found):  # the value is the next word
+      found[i + 1] = _quoted(found[i + 1])
+  return found
+
+
+def _quoted(text):
+  """'a,b' as "('a', 'b')"."""
+  try:
+    ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    if not text.lstrip().startswith(('(', '[')):  # whose mistake is named
+      return repr(tuple(filter(None, map(str.strip, text.split(',')))))
+  return text
 
 
 class _Parser(flags.ArgumentParser):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from msfp_jax.convert import hub
 from msfp_jax.diffusion import conditions
 from msfp_jax.models import denoiser
 from msfp_jax.models import guided
@@ -92,7 +93,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
   Raises:
     ValueError, FileNotFoundError: see `read_prompts`, `load_embeddings`; or
-      nothing encodes them.
+      nothing encodes them, as a reference to the hub that is none.
   """
   if not config.prompts:
     if config.text_encoder:
@@ -110,10 +111,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   held = _read(config)
   if isinstance(held, embeddings_lib.Embeddings):
     if config.text_encoder or config.text_length:
-      raise ValueError(
-          f'config.prompts={config.prompts} are embeddings, and '
-          f'config.text_encoder={config.text_encoder!r}, text_length='
-          f'{config.text_length} are of texts: leave these out')
+      # A config of prompts names them, and whoever gives embeddings need not.
+      logging.info(
+          '%s holds embeddings: config.text_encoder and config.text_length, '
+          'which are of texts, are of no account', config.prompts)
     return
   if not config.text_encoder:
     raise ValueError(
@@ -121,7 +122,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         'to the folder with tokenizer and text_encoder (of FLUX tokenizer_2 '
         'and text_encoder_2 as well), or config.prompts to an .npz of '
         'embeddings')
-  if config.text_encoder != teacher.RANDOM and not pathlib.Path(
+  if hub.is_reference(config.text_encoder):
+    hub.parse(config.text_encoder)
+  elif config.text_encoder != teacher.RANDOM and not pathlib.Path(
       config.text_encoder).expanduser().is_dir():
     raise FileNotFoundError(
         f'no folder at {config.text_encoder}, which config.text_encoder names')

@@ -26,7 +26,7 @@ from msfp_jax.models import unet
 RANDOM = 'random'
 
 
-def load(path: str, workdir: str, *, described_by: str, ema: bool,
+def load(path: str, workdir: str, *, described_by: str, ema: bool | None,
          fields: Mapping[str, Any], seed: int,
          loras: Sequence[tuple[str, float]] = ()
          ) -> tuple[denoiser.Denoiser, Any]:
@@ -74,7 +74,7 @@ def check_loras(loras: Any) -> None:
           "such as (('style.safetensors', 0.8),)")
 
 
-def load_origin(path: str, workdir: str, *, described_by: str, ema: bool
+def load_origin(path: str, workdir: str, *, described_by: str, ema: bool | None
                 ) -> origin_lib.Origin:
   """The schedule and the sampler that the teacher of `load` was made for."""
   if path == RANDOM:
@@ -109,13 +109,15 @@ def untrained(fields: Mapping[str, Any], images: data.Images) -> unet.UNet:
   Raises:
     ValueError: the images do not fit it, or it is none that is trained here.
   """
-  height, _, channels = images.shape[1:]
+  height, width, channels = images.shape[1:]
   # Of 0, so that one config serves data sets of several sizes.
   sizes = {'image_size': height, 'in_channels': channels,
            'out_channels': channels}
-  model = new_model(
-      {name: value if value != 0 else sizes.get(name, value)
-       for name, value in fields.items()})
+  given = {name: value if value != 0 else sizes.get(name, value)
+           for name, value in fields.items()}
+  if fields.get('image_size') == 0 and width != height:
+    given.setdefault('image_width', width)
+  model = new_model(given)
   if not isinstance(model, unet.UNet) or model.conditions:
     raise ValueError(
         f'config.model is {registry.to_dict(model)}: only UNets that take no '
