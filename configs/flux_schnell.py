@@ -17,8 +17,9 @@ from prompt i and from that prompt's seed, and all rows are compared with the
 images of full precision. Other sizes: --config.image_size=(512,768). Words
 `quartz`, `svdquant`, `nvfp4` and `msfp` choose the recipe, data-free nvfp4
 being the quickest. `:dev` is FLUX.1-dev, whose folder is named likewise: 50
-steps, its own shift, guidance of 3.5, texts of 512 tokens. `:smoke` runs the whole path in under a minute on a small
-random transformer, random encoders and a random autoencoder.
+steps, its own shift, guidance of 3.5, texts of 512 tokens. `:smoke` runs the
+whole path in under a minute on a small random transformer, random encoders and
+a random autoencoder.
 
 Not measured by us yet: the published weights were not at hand. No fine-tuning.
 """

@@ -121,7 +121,8 @@ def test_a_config_anywhere_imports_the_shipped(elsewhere):
     ("'fp,int'", ('fp,int',))])
 @pytest.mark.parametrize('field', ['eval.rows', 'eval.more_features'])
 @pytest.mark.parametrize('between', ['=', None])
-def test_lists_of_names_need_no_quotes(given, meant, field, between, monkeypatch):
+def test_lists_of_names_need_no_quotes(
+    given, meant, field, between, monkeypatch):
   """As ml_collections reads what is left of them."""
   value = [f'--config.{field}={given}'] if between else [
       f'--config.{field}', given]
@@ -137,5 +138,6 @@ def test_lists_of_names_need_no_quotes(given, meant, field, between, monkeypatch
 
 
 def test_other_flags_stay_as_they_were_typed():
-  argv = ['x', '--config.eval.reference=a,b', "--config.eval.rows=('fp'", 'fp,a:b']
+  argv = ['x', '--config.eval.reference=a,b', "--config.eval.rows=('fp'",
+          'fp,a:b']
   assert config_files.quote_lists(argv) == argv

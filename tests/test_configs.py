@@ -110,11 +110,10 @@ def test_what_a_config_names_exists(module, variant):
 
 def test_the_shipped_teacher_of_cifar10_needs_nothing_else_typed():
   alone, whole = map(cifar10.get_config, ('trained', 'small,trained'))
-  for field in ('pretrained', 'stage', 'data', 'eval.features', 'eval.reference',
-                'eval.vectors'):
-    part, _, name = field.partition('.')
-    of = lambda config: config[part][name] if name else config[part]
-    assert of(alone) == of(whole), field
+  known, found = flat(whole), flat(alone)
+  for name in ('pretrained', 'stage', 'data.name', 'data.path', 'eval.features',
+               'eval.reference', 'eval.vectors'):
+    assert found[name] == known[name], name
 
 
 def test_dev_has_its_own_shift_and_guidance():

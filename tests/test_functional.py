@@ -355,6 +355,7 @@ def test_pieces_are_parts_of_the_whole(monkeypatch, name, size):
     ((np.ones(3), 'E2M1', np.array([1, -1, 1.])), ValueError, 'positive'),
     ((np.ones(3), 'E2M1', np.nan), ValueError, 'positive, got nan'),
     ((np.ones(3), 'E2M1', 1e-40), ValueError, 'got 1e-40, and no subnormal'),
+    ((np.ones(3), 'E2M1', np.inf), ValueError, 'got inf.* finite'),
     ((np.ones((4, 3)), 'E2M1', np.ones(4)), ValueError,
      r'scale of shape \(4,\) does not broadcast to the shape \(4, 3\)'),
     ((np.ones(3), 'E2M1', 1., np.ones((2, 3))), ValueError,

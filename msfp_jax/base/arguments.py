@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 import math
 from typing import Any
 
+import numpy as np
+
 
 def check_type(name: str, value: Any, kind: type | tuple[type, ...], way: str
                ) -> None:
@@ -27,21 +29,26 @@ def describe(value: Any) -> str:
   return f'a {type(value).__name__}'
 
 
-def _whole(value: Any, least: int) -> bool:
-  return (isinstance(value, int) and not isinstance(value, bool)
+def _whole(value: Any, least: float = -math.inf) -> bool:
+  return (isinstance(value, int | np.integer) and not isinstance(value, bool)
           and value >= least)
 
 
 def _number(value: Any) -> bool:
-  return (isinstance(value, int | float) and not isinstance(value, bool)
-          and math.isfinite(value))
+  return (isinstance(value, int | float | np.integer | np.floating)
+          and not isinstance(value, bool) and math.isfinite(value))
 
 
 # What a field may be: its check, and the words for it.
+WHOLE = (_whole, 'a whole number')
 COUNT = (lambda value: _whole(value, 1), 'a whole number, at least 1')
 COUNT_OR_NONE = (lambda value: _whole(value, 0), 'a whole number, at least 0')
 NUMBER = (_number, 'a number')
 RATE = (lambda value: _number(value) and value >= 0, 'a number of 0 or more')
+FLAG = (lambda value: isinstance(value, bool), 'True or False')
+# jax.random.key takes others too, and folds them into these without a word.
+SEED = (lambda value: _whole(value, 0) and value < 2**32,
+        'a whole number from 0 to 2**32 - 1')
 POSITIVE = (lambda value: _number(value) and value > 0, 'a number above 0')
 SHARE = (lambda value: _number(value) and 0 <= value < 1,
          'a number from 0 to below 1')

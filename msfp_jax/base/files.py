@@ -19,13 +19,33 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     raise
 
 
+def check_target(path: str | os.PathLike) -> None:
+  """Refuses, before work, a file's name that is none.
+
+  Raises:
+    ValueError: a folder has the name, or a file stands where a folder should.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir() or not path.name:
+    raise ValueError(f'{path} is a folder: name a file')
+  for folder in path.parents:
+    if folder.exists():
+      if not folder.is_dir():
+        raise ValueError(f'{path}: {folder} is a file, and no folder')
+      break
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields a temporary path that becomes `path` if the block succeeds.
 
   Makes the folder where missing. If the block raises, `path` is as before.
+
+  Raises:
+    ValueError: see `check_target`.
   """
   path = pathlib.Path(path)
+  check_target(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # In the same folder, so on the same disk: os.replace is then one step, and
   # readers see the old file or the new one. By process, as two may write it.

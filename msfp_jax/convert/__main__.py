@@ -10,6 +10,7 @@ from absl import flags
 from absl import logging
 from clu import parameter_overview
 
+from msfp_jax.base import files
 from msfp_jax.convert import load
 from msfp_jax.convert import native
 from msfp_jax.run import cli
@@ -29,6 +30,7 @@ def convert(source: str, target: str) -> None:
   """Loads SRC, strictly, and writes DST, whole or not at all."""
   if not target.endswith('.safetensors'):
     raise ValueError(f'DST is {target}: it must end in .safetensors')
+  files.check_target(target)
   config, ema = source_flags.CONFIG.value, source_flags.EMA.value
   model, params = load.load_pretrained(source, config, ema)
   origin = load.load_origin(source, config, ema)

@@ -81,10 +81,12 @@ def open_pretrained(path: str, config: str | None = None,
     As `load_pretrained`; what is wrong with tensors, when these are asked for.
   """
   if str(path) in native.SHIPPED:
+    _check_describes_itself(path, config)
     return native.open_pretrained(path)
   opened = _opened(path, config, ema)
   source, family, found = opened.source, opened.family, opened.config
   if family is None:
+    _check_describes_itself(source.path, config)
     return native.open_pretrained(source.path)
   logging.info('%s: %s, %s', source.path, opened.name, found)
   if why := opened.origin.refused.get(opened.origin.sampler):
@@ -116,6 +118,7 @@ def load_origin(path: str, config: str | None = None,
     As `load_pretrained`.
   """
   if str(path) in native.SHIPPED:
+    _check_describes_itself(path, config)
     return native.load_origin(path)
   opened = _opened(path, config, ema)
   if opened.family is None:
@@ -140,6 +143,12 @@ def load_plan(path: str, config: str | None = None, num_steps: int = 20,
   """
   return origin_lib.choose(load_origin(path, config), {}, {
       'num_steps': num_steps} | typed).plan
+
+
+def _check_describes_itself(path, config):
+  if config is not None:
+    raise ValueError(f'{path} describes itself: leave out {config}, which '
+                     'would describe it otherwise')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ Tensors are float32, or of half its bytes, under the parameters' paths joined
 with dots; the header holds the model's configuration and where it came from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import inspect
@@ -140,7 +140,7 @@ def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
 
   Raises:
     ValueError: the model is not of `models.registry`; another dtype, or values
-      that it does not hold.
+      that it does not hold; values that are not finite; see `check_about`.
   """
   row = registry.to_dict(model)
   if not row:
@@ -149,12 +149,30 @@ def save_pretrained(path: str | pathlib.Path, model: denoiser.Denoiser,
                      'models.registry.REGISTRY')
   if row.keys() == {'unet'}:
     row = row['unet']  # without the name, as in the first files
+  check_about(about, ('format', 'model', 'origin'))
   metadata = {'format': FORMAT, 'model': json.dumps(row)}
   if origin is not None:
     metadata['origin'] = origin.to_json()
   metadata |= about
   write_safetensors(path, _rounded(flatten(params), dtype), metadata | {
       _HEADER_KEY: _header_digest(metadata)})
+
+
+def check_about(about: Mapping[str, Any], own: Sequence[str]) -> None:
+  """Refuses what a caller adds to a header, where no reader would take it.
+
+  Args:
+    about: {name: text}.
+    own: names that the file keeps for itself, beside those of its digests.
+
+  Raises:
+    ValueError: a value that is no text, or a name of the file's own.
+  """
+  if odd := [name for name, text in about.items() if not isinstance(text, str)]:
+    raise ValueError(f'{odd} go into the header, which holds texts: pass '
+                     f'{odd[0]}=str(...)')
+  if taken := sorted(about.keys() & {*own, seal.KEY, _HEADER_KEY}):
+    raise ValueError(f'the header has {taken} of its own: choose other names')
 
 
 def _rounded(tensors, dtype):
@@ -165,10 +183,19 @@ def _rounded(tensors, dtype):
   with np.errstate(over='ignore'):
     found = {name: np.asarray(value, DTYPES[dtype])
              for name, value in tensors.items()}
+  check_finite(tensors)
   if lost := sorted(name for name, value in tensors.items()
                     if (np.isfinite(value) & ~np.isfinite(found[name])).any()):
     raise ValueError(f'{dtype} does not hold values of {lost}: write float32')
   return found
+
+
+def check_finite(tensors: Mapping[str, Any]) -> None:
+  """Raises ValueError for values that no reader of these files takes."""
+  if odd := sorted(name for name, value in tensors.items()
+                   if not np.isfinite(np.asarray(value)).all()):
+    raise ValueError(f'{odd} hold values that are NaN or infinite: check the '
+                     'model')
 
 
 def about_of(path: str | pathlib.Path) -> dict[str, str]:

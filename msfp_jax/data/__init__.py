@@ -24,21 +24,26 @@ def synthetic(path: str) -> np.ndarray:
   try:
     channels, height, width = map(int, path.split('x'))
   except ValueError:
-    raise ValueError(f'synthetic images of size {path!r}: must be CxHxW'
-                     ) from None
+    channels = height = width = 0
+  if min(channels, height, width) < 1:
+    raise ValueError(f'synthetic images of size {path!r}: must be CxHxW')
   rng = np.random.default_rng(0)
   return rng.integers(0, 256, (256, height, width, channels), np.uint8)
 
 
 # Name -> reader of a path; a new data set is one entry.
 DATASETS: dict[str, Callable[[str], Images]] = {
-    'digits': lambda path: digits()[0],
+    'digits': lambda path: digits()[0],  # scikit-learn's
     'images': files.read,
     'celeba': files.read_celeba,
     'cifar10': cifar10.read,
     'parquet': parquet.read,
     'synthetic': synthetic,
 }
+
+
+# Those that no path belongs to.
+_NO_PATH = frozenset({'digits'})
 
 
 def to_float(images: np.ndarray | jax.Array) -> jax.Array:
@@ -65,10 +70,15 @@ def load(name: str, path: str = '') -> Images:
     path: where its files are; 'digits' needs none.
 
   Raises:
-    ValueError: an unknown name, or files that do not hold images.
+    ValueError: an unknown name, files that do not hold images, or a path of
+      what has none.
     FileNotFoundError: no path, or nothing there; what to get is said.
   """
   if name not in DATASETS:
     raise ValueError(f'data set {name!r}: must be one of {sorted(DATASETS)}')
+  if path and name in _NO_PATH:
+    raise ValueError(f'config.data.path={path}: the data set {name!r} has no '
+                     'files; set config.data.name to whose they are, of '
+                     f'{sorted({*DATASETS} - _NO_PATH)}')
   # So that every reader says in its own words what to get.
   return DATASETS[name](path or '(no --config.data.path was given)')

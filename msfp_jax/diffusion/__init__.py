@@ -35,6 +35,10 @@ _NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim',
             'offset': 0, 'clip': 0.0, 'variance': 'small', 'shift': 1.0,
             'shift_by_tokens': (), 'image_tokens': 0,
             'shift_type': 'exponential', 'shift_terminal': 0.0}
+# Other options are words, or checked by those that take them.
+_RULES = {'num_steps': arguments.WHOLE, 'offset': arguments.WHOLE,
+          'image_tokens': arguments.WHOLE} | dict.fromkeys(
+              ('eta', 'clip', 'shift', 'shift_terminal'), arguments.NUMBER)
 
 
 def check_plan(plan: SamplerPlan) -> None:
@@ -59,10 +63,18 @@ def make_plan(schedule: Schedule, name: str, **options) -> SamplerPlan:
 
   Raises:
     ValueError: an unknown sampler, one of another kind of schedule, or an
-      option that it does not have.
+      option that it does not have, or not of this type.
+    TypeError: no schedule.
   """
-  if name not in _PLANS:
+  arguments.check_type('schedule', schedule, Schedule,
+                       "msfp.make_schedule('linear', ...)")
+  if not isinstance(name, str) or name not in _PLANS:
     raise ValueError(f'sampler {name!r}: must be one of {sorted(_PLANS)}')
+  if odd := [f'{option}={value!r}: must be {_RULES[option][1]}'
+             for option, value in options.items()
+             if option in _RULES and value is not None
+             and not _RULES[option][0](value)]:
+    raise ValueError('; '.join(odd))
   if isinstance(schedule, FlowSchedule) != (name in _FLOWS):
     fits = _FLOWS if name not in _FLOWS else sorted({*_PLANS} - {*_FLOWS})
     kind = ('flow matching' if name not in _FLOWS

@@ -112,15 +112,16 @@ def ddim_plan(schedule: NoiseSchedule, num_steps: int,
     schedule: the training schedule.
     num_steps: number of steps asked for (see `ddim_timesteps`).
     spacing: of `ddim_timesteps`.
-    eta: 0 is deterministic, 1 has DDPM's variance.
+    eta: 0 is deterministic, 1 has DDPM's variance, the most there is.
     convention: 'ddim' (ermongroup) lands on x_0; 'compvis' (latent diffusion)
       visits the timesteps plus one and ends at alphabar_0.
     offset: added to the timesteps in place of the convention's.
     clip: x_0 as predicted is kept within this distance of 0, and the noise as
       predicted, as diffusers does it by default; 0 for neither.
   """
-  if not eta >= 0:
-    raise ValueError(f'eta={eta}: must be >= 0')
+  # Beyond 1 more noise is added than a step has room for.
+  if not 0 <= eta <= 1:
+    raise ValueError(f'eta={eta}: must be in [0, 1]')
   total = schedule.num_train_steps
   timesteps = ddim_timesteps(total, num_steps, spacing, convention, offset)
   bar = schedule.alphas_cumprod[timesteps]

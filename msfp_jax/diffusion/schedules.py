@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msfp_jax.base import arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
@@ -107,6 +109,11 @@ _SCHEDULES = {
 WITHOUT_BETAS = ('cosine', 'flow')
 
 
+_RULES = {'num_train_steps': arguments.COUNT} | dict.fromkeys(
+    ('beta_start', 'beta_end'), arguments.NUMBER) | {
+        'offset': arguments.RATE, 'max_beta': arguments.POSITIVE}
+
+
 def make_schedule(name: str, **options) -> Schedule:
   """The schedule `name`: 'linear', 'scaled_linear', 'cosine' or 'flow'.
 
@@ -116,6 +123,11 @@ def make_schedule(name: str, **options) -> Schedule:
   if name not in _SCHEDULES:
     raise ValueError(
         f'schedule {name!r}: must be one of {sorted(_SCHEDULES)}')
+  if odd := [f'{option}={options[option]!r}: must be {words}'
+             for option, (allowed, words) in _RULES.items()
+             if options.get(option) is not None
+             and not allowed(options[option])]:
+    raise ValueError('; '.join(odd))
   return _SCHEDULES[name](**options)
 
 

@@ -81,6 +81,28 @@ class AsNoise(nn.Module):
     return (x - signal * predicted) / sigma
 
 
+def check_plan(model: nn.Module, plan: Any) -> None:
+  """Refuses a plan that leaves the schedule of a model of v or x_0.
+
+  Args:
+    model: of this package or not; wrappers have what they wrap as `inner`.
+    plan: with `timesteps`.
+
+  Raises:
+    ValueError: it visits steps that the model's schedule does not have, of
+      which all it would predict is NaN.
+  """
+  while model is not None:
+    if isinstance(model, AsNoise):
+      last, visited = len(model.alphas_cumprod) - 1, np.asarray(plan.timesteps)
+      if visited.min() < 0 or visited.max() > last:
+        raise ValueError(
+            f'the plan visits t = {visited.min():g} to {visited.max():g}, and '
+            f'this model of {model.predicts} has a schedule of 0 to {last}: '
+            'make the plan on its own schedule')
+    model = getattr(model, 'inner', None)
+
+
 def _between(table: np.ndarray, t: jax.Array) -> jax.Array:
   """The table `[T]` at real positions `[B]`, float32; NaN outside of it."""
   found = jnp.interp(t.astype(jnp.float32), np.arange(len(table)), table)

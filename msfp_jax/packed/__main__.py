@@ -30,7 +30,8 @@ _EXCEPTIONS = flags.DEFINE_string(
 _SPEC = flags.DEFINE_string(
     'spec', None, 'A spec.json, in place of recipe, bits and exceptions.')
 _SAMPLER = flags.DEFINE_string(
-    'sampler', None, 'Such as ddim or dpm_solver; by default the checkpoint\'s.')
+    'sampler', None, 'Such as ddim or dpm_solver; by default the checkpoint\'s '
+    'own.')
 _STEPS = flags.DEFINE_integer('num_steps', 20, 'Of the sampler.')
 _LORAS = flags.DEFINE_multi_string(
     'lora', [], 'A LoRA that is merged into the weights: FILE, or '
@@ -53,12 +54,13 @@ def _pack(source, target):
     bits, act_bits = recipes.parse_bits(_BITS.value)
     how = {'recipe': _RECIPE.value, 'bits': bits, 'act_bits': act_bits,
            'exceptions': _EXCEPTIONS.value}
-  plan = None
-  if _SAMPLER.value is not None:
-    plan = convert.load_plan(source, source_flags.CONFIG.value, _STEPS.value,
-                             name=_SAMPLER.value)
+  if _SAMPLER.value is None:
+    how['num_steps'] = _STEPS.value
+  else:
+    how['plan'] = convert.load_plan(source, source_flags.CONFIG.value,
+                                    _STEPS.value, name=_SAMPLER.value)
   streamed.pack_streamed(
-      source, target, **how, plan=plan, num_steps=_STEPS.value,
+      source, target, **how,
       config=source_flags.CONFIG.value, ema=source_flags.EMA.value,
       loras=[_file_and_strength(text) for text in _LORAS.value])
 

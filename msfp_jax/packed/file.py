@@ -74,6 +74,8 @@ _VERSIONS = {FORMAT: (False, False), _FAMILY + '3': (True, False),
              _FAMILY + '4': (False, True), _FAMILY + '5': (True, True)}
 _LAST = [*_VERSIONS][-1].removeprefix(_FAMILY)
 CHANNELS = 'channels'
+# Of the header's metadata.
+OWN = ('format', 'model', 'layers', 'others', 'vectors', 'plan')
 
 
 def save(path: str | os.PathLike, model: packed_lib.PackedModel,
@@ -87,10 +89,12 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
 
   Raises:
     ValueError: a model that is not packed, one with LoRAs, layers laid out for
-      a kernel, names that cannot be told apart in the file, or too many banks.
+      a kernel, names that cannot be told apart in the file, too many banks,
+      or values that are not finite; see `native.check_about`.
   """
   arguments.check_type('model', model, packed_lib.PackedModel,
                        'msfp.pack(...) or msfp.load(...)')
+  native.check_about(about, OWN)
   if any(layer.adapter is not None for layer in model.layers.values()):
     raise ValueError('the model has LoRAs, which keep their own files: save '
                      'model.with_loras([]), and give them to what is loaded; '
@@ -114,6 +118,7 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
+  native.check_finite({CHANNELS: tensors[CHANNELS]} | rest)
   metadata = metadata_of(model.model, layers, {
       name: len(vector) for name, vector in vectors.items()}, model.plan,
                          model.differences, model.drift is not None)

@@ -20,6 +20,7 @@ from msfp_jax.diffusion import sampling
 from msfp_jax.kernels import differences
 from msfp_jax.kernels import offload
 from msfp_jax.kernels.apply import apply
+from msfp_jax.models import prediction
 from msfp_jax.packed import loras as loras_lib
 from msfp_jax.packed import placing
 from msfp_jax.quant import batches
@@ -301,7 +302,8 @@ def pack(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
     plan: the sampler.
 
   Raises:
-    ValueError: a spec of another model, or weights that are NaN.
+    ValueError: a spec of another model, parameters that are NaN, or a plan
+      beyond the schedule of a model that predicts v or x_0.
   """
   return simulate(model, params, spec, plan).packed()
 
@@ -313,6 +315,8 @@ def simulate(model: nn.Module, params: Any, spec: spec_lib.QuantSpec,
   diffusion.check_plan(plan)
   params = interception.parameters(params)
   interception.check_finite(interception.leaves(params, 'kernel'))
+  interception.check_others(params)
+  prediction.check_plan(model, plan)
   return deploy(*student_lib.untrained(model, params, spec), plan)
 
 

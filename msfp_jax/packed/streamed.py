@@ -20,12 +20,15 @@ import numpy as np
 
 from msfp_jax import convert
 from msfp_jax import diffusion
+from msfp_jax.base import files
 from msfp_jax.base import lock
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.base import version
 from msfp_jax.convert import lora as lora_lib
+from msfp_jax.convert import native
 from msfp_jax.convert import piecewise
 from msfp_jax.convert import source as source_lib
+from msfp_jax.models import prediction
 from msfp_jax.packed import file as file_lib
 from msfp_jax.packed import header as header_lib
 from msfp_jax.packed import layers as stored
@@ -51,7 +54,7 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
                   roles: Mapping[str, str] | None = None,
                   spec: QuantSpec | None = None,
                   plan: diffusion.SamplerPlan | None = None,
-                  num_steps: int = 20,
+                  num_steps: int | None = None,
                   config: str | None = None, ema: bool | None = None,
                   loras: Iterable[tuple[str | os.PathLike, float]] = (),
                   about: Mapping[str, str] | None = None) -> pathlib.Path:
@@ -74,7 +77,7 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
     spec: of `calibrate` or `QuantSpec.load`, in place of all from recipe to
       roles.
     plan: the sampler; None for the checkpoint's own, see `load_plan`.
-    num_steps: of that one.
+    num_steps: of that one; None for 20.
     config: as of `load_pretrained`.
     ema: likewise.
     loras: (file, as of `load_lora`, strength) of those that are merged into
@@ -95,16 +98,23 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   if target.suffix != '.safetensors':
     raise ValueError(f'{target}: the file of a packed model must end in '
                      '.safetensors')
+  files.check_target(target)
+  native.check_about(about or {}, file_lib.OWN)
   asked = {'recipe': recipe, 'bits': bits, 'act_bits': act_bits,
            'exceptions': exceptions, 'roles': roles}
   if spec is not None and (beside := [
       name for name, value in asked.items() if value is not None]):
     raise ValueError(f'{", ".join(beside)} beside a spec, which says how every '
                      'layer is quantized: pass one or the other')
+  if plan is not None and num_steps is not None:
+    raise ValueError(f'num_steps={num_steps} beside a plan, which has its own: '
+                     'pass one or the other')
   opened = convert.open_pretrained(os.fspath(source), config, ema)
   if plan is None:
-    plan = convert.load_plan(os.fspath(source), config, num_steps)
+    plan = convert.load_plan(os.fspath(source), config,
+                             20 if num_steps is None else num_steps)
   diffusion.check_plan(plan)
+  prediction.check_plan(opened.model, plan)
   read = [(convert.load_lora(file, opened.model), strength)
           for file, strength in loras]
   job = streamed_fits.Job(

@@ -84,7 +84,8 @@ def check_inputs(model: Any, noise: jax.Array, condition: Sequence[Any]
     condition: what else is given to the model.
 
   Raises:
-    ValueError: other axes or channels, or other conditions than the model's.
+    ValueError: other axes or channels, or other conditions than the model's:
+      their number, shapes, types, or labels that it does not have.
   """
   shape = getattr(model, 'sample_shape', None)
   if shape is None:
@@ -101,6 +102,32 @@ def check_inputs(model: Any, noise: jax.Array, condition: Sequence[Any]
   if len(condition) != len(names):
     raise ValueError(f'{len(condition)} conditions beside the noise: this '
                      f'model takes {names or "none"}')
+  for part, value in zip(model.conditions, condition, strict=True):
+    _check_condition(part, value, noise.shape[0])
+
+
+def _check_condition(part, value, batch):
+  """Raises ValueError for what a condition of a model is not."""
+  want = part.abstract(batch)
+  words = (f'{part.name}: the model takes {want.dtype} [{batch}'
+           + ''.join(f', {size}' if size > 1 else ', any'
+                     for size in want.shape[1:]) + ']')
+  if not _is_array(value):
+    raise ValueError(f'{words}, not {_kind(value)}')
+  whole = jnp.issubdtype(value.dtype, jnp.integer)
+  if whole == (part.classes is None) or value.dtype == bool or (
+      value.ndim != len(want.shape)) or any(
+          size not in (1, found) for size, found in zip(
+              (0, *want.shape[1:]), (0, *value.shape[1:]), strict=True)) or (
+                  value.shape[0] != batch):
+    raise ValueError(f'{words}, not {value.dtype} {list(value.shape)}')
+  if part.classes is None or isinstance(value, jax.core.Tracer):
+    return
+  found = np.asarray(value)
+  if len(found) and not (found.min() >= 0 and found.max() < part.classes):
+    raise ValueError(f'{part.name}: labels from {found.min()} to '
+                     f'{found.max()}, of which the model has 0 to '
+                     f'{part.classes - 1}')
 
 
 def _is_array(value: Any) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import threadpoolctl
 
 from msfp_jax import diffusion
+from msfp_jax.base import arguments
 from msfp_jax.base import progress as progress_lib
 from msfp_jax.quant import around as around_lib
 from msfp_jax.quant import batches as batches_lib
@@ -104,12 +105,19 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
   of = recipes.get(recipe)
   act_bits = bits if act_bits is None else act_bits
   widths_of = widths_lib.layer_widths(bits, act_bits, exceptions, roles)
+  arguments.check_type('model', model, nn.Module, 'a linen module class')
+  if activations is not None and (beside := [
+      name for name, value in (('batches', batches), ('plan', plan),
+                               ('key', key)) if value is not None]):
+    raise ValueError(f'{" and ".join(beside)} beside activations, which are '
+                     'what was seen already: pass one or the other')
   if plan is not None:
     diffusion.check_plan(plan)
   params = interception.parameters(params)
   # On the host once, where the searches read them from several threads.
   kernels = jax.device_get(interception.leaves(params, 'kernel'))
   interception.check_finite(kernels)
+  interception.check_others(params)
   if activations is None:
     activations = _look(
         model, params, of, (bits, act_bits), batches, plan, kernels, key)

@@ -327,8 +327,23 @@ def check_finite(kernels: Mapping[str, jax.Array]) -> None:
       raise ValueError(f'the weights of layer {name} are quantized already, '
                        'and a second time would move them: pass the '
                        "model's own parameters")
+    if np.issubdtype(kernel.dtype, np.complexfloating):
+      raise ValueError(f'layer {name} has complex weights, which no format '
+                       'here holds')
     if not isinstance(kernel, jax.core.Tracer):
       if bad := np.count_nonzero(~(np.abs(kernel) <= most)):
         raise ValueError(f'layer {name}: {bad} of {np.size(kernel)} values '
                          f'are NaN or infinite, or beyond {most:.3g}; check '
                          'the checkpoint')
+
+
+def check_others(params: Any) -> None:
+  """Raises ValueError if a parameter that is no kernel holds NaN or infinity.
+
+  Biases and normalizations; those that are being traced are not looked at.
+  """
+  for path, value in traverse_util.flatten_dict(params).items():
+    if path[-1] != 'kernel' and not isinstance(
+        value, jax.core.Tracer) and not np.isfinite(value).all():
+      raise ValueError(f'{".".join(path)} holds values that are NaN or '
+                       'infinite; check the checkpoint')

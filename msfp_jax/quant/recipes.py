@@ -17,6 +17,7 @@ import functools
 import re
 from typing import Any
 
+from msfp_jax.base import arguments
 from msfp_jax.quant import block_formats
 from msfp_jax.quant import fit as fit_lib
 from msfp_jax.quant import numbers
@@ -220,7 +221,12 @@ def get(name: str) -> Recipe:
   Raises:
     ValueError: there is none; those there are are listed. A suffix that the
       recipe cannot have.
+    TypeError: no name.
   """
+  if not isinstance(name, str):
+    raise TypeError(f'recipe is {arguments.describe(name)}: it must be a name; '
+                    "your own gets one by msfp.RECIPES['mine'] = "
+                    'msfp.Recipe(...)')
   # From the right: a key of one's own may have a + in it.
   base, suffixes = name, []
   while base not in RECIPES and '+' in base:

@@ -95,7 +95,8 @@ def quote_lists(argv: Sequence[str]) -> list[str]:
   field = '|'.join(map(re.escape, _LISTS))
   found = list(argv)
   for i, text in enumerate(found):
-    given = re.fullmatch(rf'(--?config\.(?:{field}))(?:=(.*))?', text, re.DOTALL)
+    given = re.fullmatch(
+        rf'(--?config\.(?:{field}))(?:=(.*))?', text, re.DOTALL)
     if given is None:
       continue
     if given[2] is not None:

@@ -24,6 +24,7 @@ _RULES = {
     'vectors': (lambda value: arguments.COUNT_OR_NONE[0](value) and (
         value == 0 or value >= registry.LEAST_VECTORS),
                 f'0 or at least {registry.LEAST_VECTORS}'),
+    **dict.fromkeys(('report', 'timing'), arguments.FLAG),
     'keep': arguments.one_of(('', *sample_store.FORMS)),
     'preprocessing': arguments.one_of(preprocess.CONVENTIONS),
 }

@@ -262,6 +262,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.quant.recipe={quant.recipe!r} and '
         f'config.finetune.num_banks={tuning.num_banks}: {spec_lib.ONE_BANK}')
+  allowed, words = arguments.SEED
+  if not allowed(config.seed):
+    raise ValueError(f'config.seed={config.seed!r}: must be {words}')
+  if config.ema is not None and not arguments.FLAG[0](config.ema):
+    raise ValueError(f'config.ema={config.ema!r}: must be None, True or False')
+  if config.pretrained_config and not config.pretrained:
+    raise ValueError(
+        f'config.pretrained_config={config.pretrained_config!r} without '
+        'config.pretrained, which it would describe')
   first_stage.check(config)
   teacher.check_loras(config.loras)
   prompts_lib.check(config)

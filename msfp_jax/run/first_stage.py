@@ -25,6 +25,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.first_stage={config.first_stage!r} without config.pretrained: '
         'a teacher that is trained here works on pixels')
+  if config.first_stage_config and not config.first_stage:
+    raise ValueError(
+        f'config.first_stage_config={config.first_stage_config!r} without '
+        'config.first_stage, which it would describe')
   if config.first_stage_rows < 0 or (
       config.first_stage_rows and not config.first_stage):
     raise ValueError(

@@ -96,10 +96,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       nothing encodes them, as a reference to the hub that is none.
   """
   if not config.prompts:
-    if config.text_encoder:
+    if config.text_encoder or config.text_length:
       raise ValueError(
-          f'config.text_encoder={config.text_encoder!r} without '
-          'config.prompts: there is nothing to encode')
+          f'config.text_encoder={config.text_encoder!r}, text_length='
+          f'{config.text_length} without config.prompts: there is nothing to '
+          'encode')
     return
   if not config.pretrained:
     raise ValueError(

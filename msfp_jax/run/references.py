@@ -9,6 +9,7 @@ from absl import logging
 
 from msfp_jax import data
 from msfp_jax.base import devices
+from msfp_jax.base import files
 from msfp_jax.metrics import classifier_files
 from msfp_jax.metrics import collect
 from msfp_jax.metrics import features
@@ -52,11 +53,12 @@ def run(source: str, path: str, feature_name: str, *, weights: str = '',
     A line that says what was written.
 
   Raises:
-    ValueError: no images, or another network than there is.
+    ValueError: no images, another network than there is, or a path of a folder.
     OSError: files that are not there or cannot be written.
   """
   if num_vectors < 0:
     raise ValueError(f'vectors={num_vectors}: must be at least 0')
+  files.check_target(path)
   images = load(source)
   network = features.get(feature_name, tuple(images.shape[1:]),
                          weights=weights, preprocessing=preprocessing)

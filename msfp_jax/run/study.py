@@ -301,6 +301,8 @@ def run(text: str, workdir: str, seeds: Sequence[int] | None = None,
   for name, part, known in (('seeds', seeds, study['seeds']),
                             ('groups', groups, study['groups']),
                             ('rows', rows, labels)):
+    if part is not None and not part:
+      raise ValueError(f'{name}: none is named; leave it out for all')
     if unknown := set(part or ()) - set(known):
       raise ValueError(f'{name} {sorted(unknown)} are not in the study, which '
                        f'has {list(known)}')

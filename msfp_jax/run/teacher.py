@@ -13,6 +13,7 @@ from msfp_jax import convert
 from msfp_jax import data
 from msfp_jax.base import arguments
 from msfp_jax.base import errors
+from msfp_jax.convert import hub
 from msfp_jax.diffusion import conditions
 from msfp_jax.diffusion import origin as origin_lib
 from msfp_jax.models import autoencoder
@@ -64,7 +65,12 @@ def load(path: str, workdir: str, *, described_by: str, ema: bool | None,
 
 
 def check_loras(loras: Any) -> None:
-  """Raises ValueError unless config.loras is pairs of a file and a strength."""
+  """Looks at config.loras, before anything is loaded.
+
+  Raises:
+    ValueError: it is not pairs of a file and a strength.
+    FileNotFoundError: a file is not there.
+  """
   for entry in loras:
     if not (isinstance(entry, tuple | list) and len(entry) == 2
             and isinstance(entry[0], str) and entry[0]
@@ -72,6 +78,10 @@ def check_loras(loras: Any) -> None:
       raise ValueError(
           f'config.loras={loras!r}: must be pairs of a file and a strength, '
           "such as (('style.safetensors', 0.8),)")
+    if not hub.is_reference(entry[0]) and not pathlib.Path(
+        entry[0]).expanduser().exists():
+      raise FileNotFoundError(
+          f'no file at {entry[0]}, which config.loras names')
 
 
 def load_origin(path: str, workdir: str, *, described_by: str, ema: bool | None

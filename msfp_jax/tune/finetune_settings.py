@@ -28,6 +28,8 @@ _RULES = {
                     arguments.RATE),
     'router_temperature': arguments.POSITIVE,
     **dict.fromkeys(('adam_b2', 'ema_decay'), arguments.SHARE),
+    **dict.fromkeys(('learn_act_ranges', 'learn_weight_scales',
+                     'learn_biases'), arguments.FLAG),
     'dtype': arguments.one_of(('float32', 'bfloat16')),
     'remat': arguments.one_of(remat.WAYS),
 }

@@ -87,17 +87,36 @@ def test_counts(tmp_path, npz, refused, field, value):
     ({'pretrain.times_std': 0.0}, ('config.pretrain.times_std=0.0',)),
     ({'stage': 'tune'}, ("'tune'",)),
     ({'model.norm_groups': 3}, ()),
+    # Fields that a config file may set to anything, and that nothing would use.
+    ({'finetune.learn_biases': 'no'}, ("learn_biases='no'", 'True or False')),
+    ({'ema': 'no'}, ("config.ema='no'",)),
+    ({'seed': 2**32}, ('config.seed=4294967296', '2**32 - 1')),
+    ({'seed': 1.5}, ('config.seed=1.5',)),
+    ({'text_length': 5}, ('text_length=5', 'nothing to encode')),
+    ({'first_stage_config': 'a.yaml'}, ('a.yaml', 'config.first_stage,')),
+    ({'pretrained_config': 'a.yaml'}, ('a.yaml', 'config.pretrained,')),
     # Of the evaluation after it.
     ({'eval.batch_size': -1}, ('config.eval.batch_size=-1',)),
     ({'eval.num_samples': 0}, ('config.eval.num_samples=0',)),
     ({'eval.keep': 'jpg'}, ('config.eval.keep', 'png')),
 ])
 def test_before_a_teacher_trains(tmp_path, npz, refused, changes, parts):
+  config = runs.config_of(npz)
+  with config.ignore_type():
+    config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError) as error:
-    train.run(runs.config_of(npz, changes), str(tmp_path / 'w'))
+    train.run(config, str(tmp_path / 'w'))
   for part in parts:
     assert part in str(error.value)
   assert '\n' not in str(error.value)
+  assert not [*tmp_path.iterdir()]
+
+
+def test_a_lora_that_is_not_there_is_missed_before_a_teacher_trains(
+    tmp_path, npz, refused):
+  config = runs.config_of(npz, {'loras': (('no.safetensors', 1.0),)})
+  with pytest.raises(FileNotFoundError, match='no.safetensors.*config.loras'):
+    train.run(config, str(tmp_path / 'w'))
   assert not [*tmp_path.iterdir()]
 
 
