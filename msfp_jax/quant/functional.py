@@ -317,8 +317,8 @@ def _affine(shape, scale, zero_point):
       (np.asarray(scale) >= TINY) & np.isfinite(scale)):
     raise ValueError(
         f'scale must be positive, got {scale}, and no subnormal number, from '
-        f'{TINY:.3g} up, and finite; a tensor of zeros is exact at any scale, so '
-        'give it 1')
+        f'{TINY:.3g} up, and finite; a tensor of zeros is exact at any scale, '
+        'so give it 1')
   if isinstance(zero_point, int | float) and zero_point == 0:
     zero_point = None
   return (_operand('scale', scale, shape),
