@@ -299,11 +299,13 @@ def test_a_full_disk_is_told_before_work(source, target, monkeypatch, options):
   assert not target.parent.exists()
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path, target):
+def test_weights_that_are_not_finite_are_named(tmp_path, target, monkeypatch):
   params = jax.tree.map(np.array, small_params())
   params['conv_out']['kernel'][0, 0, 0, 0] = np.nan
   source = tmp_path / 'in' / 'bad.safetensors'
-  native.save_pretrained(source, UNET, params)
+  with monkeypatch.context() as patch:  # as of a tool that does not look
+    patch.setattr(native, 'check_finite', lambda tensors: None)
+    native.save_pretrained(source, UNET, params)
   with pytest.raises(ValueError, match='conv_out.kernel holds 1 values'):
     pack(source, target)
   assert not target.exists()
