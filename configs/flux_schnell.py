@@ -16,7 +16,7 @@ of 256 rows. Calibration draws its conditions from the prompts; image i is made
 from prompt i and from that prompt's seed, and all rows are compared with the
 images of full precision. Other sizes: --config.image_size=(512,768). Words
 `quartz`, `svdquant`, `nvfp4` and `msfp` choose the recipe, data-free nvfp4
-being the quickest. `:dev` is FLUX.1-dev, whose folder is named likewise: 50
+being the quickest. `:dev` is FLUX.1-dev, from the folder of that name: 50
 steps, its own shift, guidance of 3.5, texts of 512 tokens. `:smoke` runs the
 whole path in under a minute on a small random transformer, random encoders and
 a random autoencoder.

@@ -67,3 +67,14 @@ def test_workdirs_from_before_a_field_go_on_with_the_value_it_then_had(
   config.finetune.steer = 0.5
   with pytest.raises(errors.WorkdirError, match='finetune.steer'):
     workdir.check(config, str(tmp_path), free=())
+
+
+def test_workdirs_from_before_the_average_was_left_to_the_yaml(tmp_path):
+  config = common.get_config()
+  config.ema = True
+  workdir.prepare(config, str(tmp_path))
+  (tmp_path / 'quant_spec.json').write_text('{}')
+  workdir.check(common.get_config(), str(tmp_path))
+  config.ema = False
+  with pytest.raises(errors.WorkdirError, match='ema: True there, False now'):
+    workdir.check(config, str(tmp_path))

@@ -60,6 +60,31 @@ def one_of(names: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
   return lambda value: value in names, f'one of {sorted(names)}'
 
 
+def check_options(options: Mapping[str, Any],
+                  rules: Mapping[str, tuple[Callable[[Any], bool], str]],
+                  where: str = '') -> None:
+  """Raises ValueError for the options that break their rules.
+
+  Args:
+    options: {name: value}; those without a rule are not looked at.
+    rules: {name: (whether a value is allowed, what it must be)}.
+    where: the options belong to, such as 'config.'.
+  """
+  # All of them: who runs for hours wants to be told once.
+  wrong = [f'{where}{name}={options[name]!r}: must be {words}'
+           for name, (allowed, words) in rules.items()
+           if name in options and not allowed(options[name])]
+  if wrong:
+    raise ValueError('; '.join(wrong))
+
+
+def or_none(rule: tuple[Callable[[Any], bool], str]
+            ) -> tuple[Callable[[Any], bool], str]:
+  """A rule that None keeps too."""
+  allowed, words = rule
+  return lambda value: value is None or allowed(value), f'{words}, or None'
+
+
 def check_fields(where: str, settings: Any,
                  rules: Mapping[str, tuple[Callable[[Any], bool], str]]
                  ) -> None:
@@ -70,9 +95,5 @@ def check_fields(where: str, settings: Any,
     settings: has them as attributes.
     rules: {field: (whether a value is allowed, what it must be)}.
   """
-  # All of them: who runs for hours wants to be told once.
-  wrong = [f'{where}.{name}={value!r}: must be {words}'
-           for name, (allowed, words) in rules.items()
-           if not allowed(value := getattr(settings, name))]
-  if wrong:
-    raise ValueError('; '.join(wrong))
+  check_options({name: getattr(settings, name) for name in rules}, rules,
+                f'{where}.')

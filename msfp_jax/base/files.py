@@ -26,7 +26,7 @@ def check_target(path: str | os.PathLike) -> None:
     ValueError: a folder has the name, or a file stands where a folder should.
   """
   path = pathlib.Path(path)
-  if path.is_dir() or not path.name:
+  if path.is_dir():
     raise ValueError(f'{path} is a folder: name a file')
   for folder in path.parents:
     if folder.exists():

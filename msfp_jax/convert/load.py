@@ -122,18 +122,20 @@ def load_origin(path: str, config: str | None = None,
     return native.load_origin(path)
   opened = _opened(path, config, ema)
   if opened.family is None:
+    _check_describes_itself(opened.source.path, config)
     return native.load_origin(opened.source.path)
   return opened.origin
 
 
-def load_plan(path: str, config: str | None = None, num_steps: int = 20,
-              **typed: Any) -> diffusion.SamplerPlan:
+def load_plan(path: str, config: str | None = None, num_steps: int = 20, *,
+              ema: bool | None = None, **typed: Any) -> diffusion.SamplerPlan:
   """The sampler that a checkpoint was made for, on its own schedule.
 
   Args:
     path: as of `load_pretrained`.
     config: likewise.
     num_steps: of the sampler.
+    ema: as of `load_origin`.
     **typed: options of `diffusion.make_plan` that go before the checkpoint's,
       also `name`.
 
@@ -141,7 +143,7 @@ def load_plan(path: str, config: str | None = None, num_steps: int = 20,
     As `load_pretrained`; ValueError for a sampler that is none of ours where
     no name is given, and for options that it does not have.
   """
-  return origin_lib.choose(load_origin(path, config), {}, {
+  return origin_lib.choose(load_origin(path, config, ema), {}, {
       'num_steps': num_steps} | typed).plan
 
 

@@ -36,7 +36,8 @@ _NEUTRAL = {'eta': 0.0, 'spacing': 'uniform', 'convention': 'ddim',
             'shift_by_tokens': (), 'image_tokens': 0,
             'shift_type': 'exponential', 'shift_terminal': 0.0}
 # Other options are words, or checked by those that take them.
-_RULES = {'num_steps': arguments.WHOLE, 'offset': arguments.WHOLE,
+_RULES = {'num_steps': arguments.WHOLE,
+          'offset': arguments.or_none(arguments.WHOLE),
           'image_tokens': arguments.WHOLE} | dict.fromkeys(
               ('eta', 'clip', 'shift', 'shift_terminal'), arguments.NUMBER)
 
@@ -70,11 +71,10 @@ def make_plan(schedule: Schedule, name: str, **options) -> SamplerPlan:
                        "msfp.make_schedule('linear', ...)")
   if not isinstance(name, str) or name not in _PLANS:
     raise ValueError(f'sampler {name!r}: must be one of {sorted(_PLANS)}')
-  if odd := [f'{option}={value!r}: must be {_RULES[option][1]}'
-             for option, value in options.items()
-             if option in _RULES and value is not None
-             and not _RULES[option][0](value)]:
-    raise ValueError('; '.join(odd))
+  rules = dict(_RULES)
+  if sampler_defaults(name).get('num_steps', 0) is None:  # all there are
+    rules['num_steps'] = arguments.or_none(arguments.WHOLE)
+  arguments.check_options(options, rules)
   if isinstance(schedule, FlowSchedule) != (name in _FLOWS):
     fits = _FLOWS if name not in _FLOWS else sorted({*_PLANS} - {*_FLOWS})
     kind = ('flow matching' if name not in _FLOWS

@@ -65,10 +65,10 @@ class FlowSchedule:
   num_train_steps: int = 1
 
   def __post_init__(self):
-    steps = self.num_train_steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-      raise ValueError(f'num_train_steps={steps!r}: must be a whole number of '
-                       'at least 1, the t of pure noise')
+    allowed, words = arguments.COUNT
+    if not allowed(self.num_train_steps):
+      raise ValueError(f'num_train_steps={self.num_train_steps!r}: must be '
+                       f'{words}, the t of pure noise')
 
 
 # What a model may have been trained on.
@@ -110,7 +110,7 @@ WITHOUT_BETAS = ('cosine', 'flow')
 
 
 _RULES = {'num_train_steps': arguments.COUNT} | dict.fromkeys(
-    ('beta_start', 'beta_end'), arguments.NUMBER) | {
+    ('beta_start', 'beta_end'), arguments.or_none(arguments.NUMBER)) | {
         'offset': arguments.RATE, 'max_beta': arguments.POSITIVE}
 
 
@@ -123,11 +123,7 @@ def make_schedule(name: str, **options) -> Schedule:
   if name not in _SCHEDULES:
     raise ValueError(
         f'schedule {name!r}: must be one of {sorted(_SCHEDULES)}')
-  if odd := [f'{option}={options[option]!r}: must be {words}'
-             for option, (allowed, words) in _RULES.items()
-             if options.get(option) is not None
-             and not allowed(options[option])]:
-    raise ValueError('; '.join(odd))
+  arguments.check_options(options, _RULES)
   return _SCHEDULES[name](**options)
 
 

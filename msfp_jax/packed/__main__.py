@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from msfp_jax import convert
+from msfp_jax.base import files
 from msfp_jax.packed import streamed
 from msfp_jax.quant import recipes
 from msfp_jax.quant import spec as spec_lib
@@ -57,8 +58,10 @@ def _pack(source, target):
   if _SAMPLER.value is None:
     how['num_steps'] = _STEPS.value
   else:
-    how['plan'] = convert.load_plan(source, source_flags.CONFIG.value,
-                                    _STEPS.value, name=_SAMPLER.value)
+    files.check_target(target)  # before a source is looked for, or downloaded
+    how['plan'] = convert.load_plan(
+        source, source_flags.CONFIG.value, _STEPS.value,
+        ema=source_flags.EMA.value, name=_SAMPLER.value)
   streamed.pack_streamed(
       source, target, **how,
       config=source_flags.CONFIG.value, ema=source_flags.EMA.value,

@@ -118,7 +118,10 @@ def save(path: str | os.PathLike, model: packed_lib.PackedModel,
   # All tensors of a file share one space of names.
   if taken := sorted(tensors.keys() & {*rest, *vectors}):
     raise ValueError(f'parameters named {taken}, as the file names its own')
-  native.check_finite({CHANNELS: tensors[CHANNELS]} | rest)
+  native.check_finite(vectors | rest | {
+      f'{name} (scales or bias)': np.concatenate(
+          [np.zeros(0, np.float32), *stored.channels_of(layer)])
+      for name, layer in own.items()})
   metadata = metadata_of(model.model, layers, {
       name: len(vector) for name, vector in vectors.items()}, model.plan,
                          model.differences, model.drift is not None)

@@ -90,9 +90,12 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   Raises:
     FileNotFoundError: no checkpoint, or shards that are absent: all are named.
     OSError: the disk has no room for the result.
-    ValueError: a checkpoint that does not fit its model, a LoRA of another
-      model, a recipe that has to see inputs, a spec of another model or beside
-      a recipe, what another call has begun, or weights that are not finite.
+    ValueError: a target that is a folder, `about` that is no texts or takes
+      the header's own names, num_steps beside a plan, a plan beyond the
+      model's schedule; a checkpoint that does not fit its model, a LoRA of
+      another model, a recipe that has to see inputs, a spec of another model or
+      beside a recipe, what another call has begun, or weights that are not
+      finite.
   """
   target = pathlib.Path(target).expanduser()
   if target.suffix != '.safetensors':
@@ -112,7 +115,7 @@ def pack_streamed(source: str | os.PathLike, target: str | os.PathLike, *,
   opened = convert.open_pretrained(os.fspath(source), config, ema)
   if plan is None:
     plan = convert.load_plan(os.fspath(source), config,
-                             20 if num_steps is None else num_steps)
+                             20 if num_steps is None else num_steps, ema=ema)
   diffusion.check_plan(plan)
   prediction.check_plan(opened.model, plan)
   read = [(convert.load_lora(file, opened.model), strength)

@@ -114,14 +114,18 @@ def _check_condition(part, value, batch):
                      for size in want.shape[1:]) + ']')
   if not _is_array(value):
     raise ValueError(f'{words}, not {_kind(value)}')
-  whole = jnp.issubdtype(value.dtype, jnp.integer)
-  if whole == (part.classes is None) or value.dtype == bool or (
-      value.ndim != len(want.shape)) or any(
-          size not in (1, found) for size, found in zip(
-              (0, *want.shape[1:]), (0, *value.shape[1:]), strict=True)) or (
-                  value.shape[0] != batch):
+  is_whole = lambda dtype: jnp.issubdtype(dtype, jnp.integer)
+  kind_fits = is_whole(value.dtype) == is_whole(want.dtype) and (
+      value.dtype != bool)
+  # An axis of 1 stands for any length, but for the first, which is the batch.
+  shape_fits = value.ndim == len(want.shape) and all(
+      size == found or size == 1 and axis for axis, (size, found)
+      in enumerate(zip(want.shape, value.shape, strict=True)))
+  if not (kind_fits and shape_fits):
     raise ValueError(f'{words}, not {value.dtype} {list(value.shape)}')
-  if part.classes is None or isinstance(value, jax.core.Tracer):
+  # Traced, or spread over processes: nobody can look.
+  if part.classes is None or isinstance(value, jax.core.Tracer) or not getattr(
+      value, 'is_fully_addressable', True):
     return
   found = np.asarray(value)
   if len(found) and not (found.min() >= 0 and found.max() < part.classes):

@@ -82,12 +82,14 @@ def calibrate(model: nn.Module, params: Any, *, recipe: str = 'msfp',
       `roles.EXCEPTIONS` or a dict; 'ends-8' by default, none with own `roles`.
       They do not reach what `bits` leaves in full precision.
     roles: {role: pattern of layer names}, for models other than our UNet.
-    activations: what `observe.collect` returned, in place of batches and plan.
+    activations: what `observe.collect` returned, in place of batches, plan and
+      key.
     key: of the random sample; key 0 by default.
 
   Raises:
     ValueError: an unknown name, a layer that no rule covers, NaN in the
-      weights or activations.
+      parameters or activations, or activations beside what they stand for.
+    TypeError: a model or a plan that is none.
   """
   # The flow; `_look` runs the model for all layers at once, the rest is by
   # layer:
@@ -214,9 +216,10 @@ def check_model(model: nn.Module, params: Any,
 def _inputs_of(model, batches):
   """What to trace a model on; None where nothing is known of its inputs."""
   if batches is not None:
-    noise, *condition = batches_lib.check_batches(batches)[0]
-    batches_lib.check_inputs(model, noise, condition)
-    return noise, *condition
+    found = batches_lib.check_batches(batches)
+    for noise, *condition in found:
+      batches_lib.check_inputs(model, noise, condition)
+    return found[0]
   shape = getattr(model, 'sample_shape', None)
   if shape is None:
     return None

@@ -62,8 +62,9 @@ def collect(model: nn.Module, params: Any, plan: diffusion.SamplerPlan,
   # Every step alike: activations drift along the trajectory, and a quantizer
   # that holds for all steps must have seen all.
   count = -(-samples_per_layer // (plan.num_steps * len(batches)))
+  for noise, *condition in batches:
+    batches_lib.check_inputs(model, noise, condition)
   noise, *condition = batches[0]
-  batches_lib.check_inputs(model, noise, condition)
   # By shapes alone, in milliseconds: what is refused is refused before XLA
   # compiles a sampler.
   names = interception.list_layers(

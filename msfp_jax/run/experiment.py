@@ -262,11 +262,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         f'config.quant.recipe={quant.recipe!r} and '
         f'config.finetune.num_banks={tuning.num_banks}: {spec_lib.ONE_BANK}')
-  allowed, words = arguments.SEED
-  if not allowed(config.seed):
-    raise ValueError(f'config.seed={config.seed!r}: must be {words}')
-  if config.ema is not None and not arguments.FLAG[0](config.ema):
-    raise ValueError(f'config.ema={config.ema!r}: must be None, True or False')
+  arguments.check_fields('config', config, {
+      'seed': arguments.SEED, 'ema': arguments.or_none(arguments.FLAG)})
   if config.pretrained_config and not config.pretrained:
     raise ValueError(
         f'config.pretrained_config={config.pretrained_config!r} without '
