@@ -80,14 +80,10 @@ def open_pretrained(path: str, config: str | None = None,
   Raises:
     As `load_pretrained`; what is wrong with tensors, when these are asked for.
   """
-  if str(path) in native.SHIPPED:
-    _check_describes_itself(path, config)
-    return native.open_pretrained(path)
-  opened = _opened(path, config, ema)
+  ours, opened = _ours_or_opened(path, config, ema)
+  if ours is not None:
+    return native.open_pretrained(ours)
   source, family, found = opened.source, opened.family, opened.config
-  if family is None:
-    _check_describes_itself(source.path, config)
-    return native.open_pretrained(source.path)
   logging.info('%s: %s, %s', source.path, opened.name, found)
   if why := opened.origin.refused.get(opened.origin.sampler):
     logging.warning('%s: %s', opened.origin.source, why)
@@ -117,14 +113,8 @@ def load_origin(path: str, config: str | None = None,
   Raises:
     As `load_pretrained`.
   """
-  if str(path) in native.SHIPPED:
-    _check_describes_itself(path, config)
-    return native.load_origin(path)
-  opened = _opened(path, config, ema)
-  if opened.family is None:
-    _check_describes_itself(opened.source.path, config)
-    return native.load_origin(opened.source.path)
-  return opened.origin
+  ours, opened = _ours_or_opened(path, config, ema)
+  return opened.origin if ours is None else native.load_origin(ours)
 
 
 def load_plan(path: str, config: str | None = None, num_steps: int = 20, *,
@@ -147,10 +137,18 @@ def load_plan(path: str, config: str | None = None, num_steps: int = 20, *,
       'num_steps': num_steps} | typed).plan
 
 
-def _check_describes_itself(path, config):
+def _ours_or_opened(path, config, ema):
+  """(a file or a shipped name of ours, None), or (None, what is opened)."""
+  ours, opened = path, None
+  if str(path) not in native.SHIPPED:
+    opened = _opened(path, config, ema)
+    if opened.family is not None:
+      return None, opened
+    ours = opened.source.path
   if config is not None:
-    raise ValueError(f'{path} describes itself: leave out {config}, which '
+    raise ValueError(f'{ours} describes itself: leave out {config}, which '
                      'would describe it otherwise')
+  return ours, None
 
 
 @dataclasses.dataclass(frozen=True)
